@@ -1,0 +1,30 @@
+"""The preference vector: extraction, file format, algebra, live models, steering. Plain torch and
+safetensors.
+
+delta -> vector_from_state -> subtract -> save_vector ... load_vector -> LiveModel, Steering, export_model
+"""
+
+from prefvec_ray.vectors.checkpoint import Checkpoint, checkpoint_state
+from prefvec_ray.vectors.entries import Entry, Full, Int8, LowRank
+from prefvec_ray.vectors.extract import subtract, vector_from_state
+from prefvec_ray.vectors.file import PreferenceVector, VectorInfo, load_vector, save_vector
+from prefvec_ray.vectors.fingerprint import fingerprint
+from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
+
+__all__ = [
+    "Checkpoint",
+    "Entry",
+    "Full",
+    "Int8",
+    "LowRank",
+    "PrecisionWarning",
+    "PreferenceVector",
+    "RoundingStats",
+    "VectorInfo",
+    "checkpoint_state",
+    "fingerprint",
+    "load_vector",
+    "save_vector",
+    "subtract",
+    "vector_from_state",
+]

@@ -1,0 +1,114 @@
+"""A base model under its checkpoint's names: one naming for folders and live models.
+
+transformers 5 renames parameters and fuses experts while loading (`experts.3.w1.weight` becomes a slice of
+`experts.gate_up_proj`). Vectors, fingerprints and merges here always speak the names of the files;
+`checkpoint_state` gives a live model's parameters under those names, as views.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.vectors.shards import Shards
+
+# Constants that old checkpoints store and transformers recomputes.
+RECOMPUTED = ("rotary_emb.inv_freq",)
+
+
+class Checkpoint:
+    """A `save_pretrained` folder of safetensors, sharded or not, read lazily. Tied copies are left out.
+
+    Raises InputError for folders without safetensors, with pickles only, or with an index that cannot be
+    trusted.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.shards = Shards(self.folder, stem="model", links=True)
+        dropped = {name for name in self.shards if name.endswith(RECOMPUTED)} | self._tied_copies()
+        self._names = [name for name in self.shards if name not in dropped]
+
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.shards.tensor(name)
+
+    def config(self) -> dict[str, Any]:
+        """config.json, or {} where there is none."""
+        file = (self.folder if self.folder.is_dir() else self.folder.parent) / "config.json"
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+    def _tied_copies(self) -> set[str]:
+        """Some trainers write a tied head twice. It counts once, under the embedding's name, if the bytes
+        agree.
+        """
+        config = self.config()
+        tied = config.get(
+            "tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)
+        )
+        heads = [name for name in self.shards if name.endswith("lm_head.weight")] if tied else []
+        inputs = [name for name in self.shards if name.endswith("embed_tokens.weight")]
+        return {
+            head
+            for head in heads
+            if any(
+                self.shards.shape_dtype(head) == self.shards.shape_dtype(name)
+                and torch.equal(self.shards.tensor(head), self.shards.tensor(name))
+                for name in inputs
+            )
+        }
+
+
+class _NoCopies(TorchFunctionMode):
+    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func is Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers of a live model under the names of its checkpoint files; tied weights
+    once.
+
+    The tensors are views of the model's own memory: writing to them changes the model. Raises InputError for
+    a model that wears PEFT adapters or quantised weights, or whose layout has no such views.
+    """
+    live = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    if any(".base_layer." in name for name in live):
+        raise InputError("the model wears PEFT adapters; give the base model itself, or its folder")
+    if not hasattr(model, "save_pretrained"):
+        first: dict[tuple[Any, ...], str] = {}
+        for name, tensor in live.items():
+            first.setdefault(_place(tensor), name)
+        return {name: live[name] for name in first.values()}
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    untied = remove_tied_weights_from_state_dict(live, model)
+    with _NoCopies():
+        state = revert_weight_conversion(model, untied)
+    memory = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
+    for name, tensor in state.items():
+        if tensor.untyped_storage().data_ptr() not in memory:
+            raise InputError(
+                f"'{name}' of {type(model).__name__} is not a view of a live parameter; use its folder"
+            )
+    return {name: tensor for name, tensor in state.items() if not name.endswith(RECOMPUTED)}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()

@@ -1,0 +1,175 @@
+"""Taking a preference vector: from fp32 deltas of two runs, from checkpoints, from LoRA adapters."""
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.vectors.entries import (
+    FLOAT_DTYPES,
+    Entry,
+    Full,
+    Int8,
+    LowRank,
+    added,
+    cast,
+    is_finite,
+    scaled,
+)
+from prefvec_ray.vectors.file import PreferenceVector, VectorInfo
+from prefvec_ray.vectors.precision import COSINE_WARNING, PrecisionWarning, StorageLoss
+
+
+def vector_from_state(
+    delta: Mapping[str, Tensor],
+    *,
+    preference: str,
+    base_fingerprint: str,
+    dtype: torch.dtype = torch.float32,
+    parents: Mapping[str, str] | None = None,
+    data_digest: str = "",
+    recipe: Mapping[str, JsonValue] | None = None,
+) -> PreferenceVector:
+    """A full-form vector of `{checkpoint parameter name: change}`, stored in `dtype`.
+
+    Meant for `theta_run - theta_base` in fp32, taken before any rounding. Parameters that did not change are
+    left out. Raises InputError for NaN or infinity, numbers that are not floating, one tensor under two names
+    (tied weights: give them once, as `checkpoint_state` does), a delta that is zero everywhere, or values
+    that overflow `dtype`.
+    """
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in sorted(delta.items()):
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"'{name}' is {tensor.dtype}; a preference vector holds floating-point changes only"
+            )
+        twin = seen.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if twin != name and tensor.numel():
+            raise InputError(
+                f"'{twin}' and '{name}' are one tied tensor; give it once, under its checkpoint name"
+            )
+    info = VectorInfo(
+        preference=preference,
+        form="full",
+        dtype="float32",
+        base_fingerprint=base_fingerprint,
+        parents=dict(parents or {}),
+        data_digest=data_digest,
+        recipe=dict(recipe or {}),
+    )
+    entries: dict[str, Entry] = {name: Full(tensor.detach()) for name, tensor in delta.items()}
+    return stored_as(info, entries, dtype)
+
+
+def subtract(
+    positive: PreferenceVector,
+    negative: PreferenceVector,
+    *,
+    preference: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreferenceVector:
+    """phi = theta+ - theta- from the two runs' deltas over one base (arXiv 2504.20106, section 3), stored in
+    `dtype`.
+
+    A parameter that only one run changed counts as 0 in the other. Two low-rank entries stay exact, with rank
+    r+ + r-. The recipe keeps both runs' recipes; the data digest is kept where both agree. Raises InputError
+    for two bases, shapes that differ, NaN or infinity, and two runs that are equal. Warns (PrecisionWarning)
+    when the deltas were not kept in fp32 and their rounding is a large part of phi.
+    """
+    check_same_base([positive, negative])
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(positive.names()) | set(negative.names())):
+        minus = scaled(negative.entry(name), -1.0) if name in negative else None
+        plus = positive.entry(name) if name in positive else None
+        if plus is not None and minus is not None and plus.shape != minus.shape:
+            raise InputError(
+                f"'{name}' is {tuple(plus.shape)} in '{positive.info.preference}' but {tuple(minus.shape)} in"
+                f" '{negative.info.preference}'; they are not of one base model"
+            )
+        present = [entry for entry in (plus, minus) if entry is not None]
+        entries[name] = added(present[0], present[1]) if len(present) == 2 else scaled(present[0], 1.0)
+    runs = {"positive": positive, "negative": negative}
+    same_data = positive.info.data_digest == negative.info.data_digest
+    info = VectorInfo(
+        preference=preference,
+        form="low-rank" if any(isinstance(entry, LowRank) for entry in entries.values()) else "full",
+        dtype="float32",
+        base_fingerprint=positive.info.base_fingerprint,
+        parents={polarity: run.digest() for polarity, run in runs.items()},
+        data_digest=positive.info.data_digest if same_data else "",
+        recipe={
+            polarity: run.info.recipe | ({} if same_data else {"data_digest": run.info.data_digest})
+            for polarity, run in runs.items()
+        },
+    )
+    vector = stored_as(info, entries, dtype)
+    rounding = {polarity: run.info.precision for polarity, run in runs.items() if run.info.dtype != "float32"}
+    if not rounding:
+        return vector
+    # Independent roundings of the two deltas: |error|^2 = sum of (relative error of a run x its norm)^2.
+    noise = sum(
+        float(str(run.info.precision.get("relative_error", 0.0))) ** 2 * energy(run) for run in runs.values()
+    )
+    cosine = 1 / math.sqrt(1 + noise / max(energy(vector), 1e-300))
+    if cosine < COSINE_WARNING:
+        message = (
+            f"vector '{preference}': its runs' deltas were rounded, expected cosine with phi {cosine:.2f}"
+        )
+        warnings.warn(f"{message}; keep the deltas in fp32", PrecisionWarning, stacklevel=2)
+    return vector.replace(precision=vector.info.precision | {"sources": rounding, "expected_cosine": cosine})
+
+
+def energy(vector: PreferenceVector) -> float:
+    """|phi|^2 over all parameters, in float64."""
+    return sum(vector.entries[name].squared_norm() for name in vector.names())
+
+
+def check_same_base(vectors: list[PreferenceVector]) -> None:
+    """InputError unless all vectors belong to one base model."""
+    for vector in vectors[1:]:
+        if vector.info.base_fingerprint != vectors[0].info.base_fingerprint:
+            raise InputError(
+                f"vector '{vector.info.preference}' is of base {vector.info.base_fingerprint}, but"
+                f" '{vectors[0].info.preference}' of {vectors[0].info.base_fingerprint}; use one base's"
+            )
+
+
+def stored_as(info: VectorInfo, entries: Mapping[str, Entry], dtype: torch.dtype) -> PreferenceVector:
+    """Drop entries that are zero, round the rest to `dtype` and measure what that costs."""
+    names = {value: name for name, value in FLOAT_DTYPES.items()}
+    if dtype not in names:
+        raise InputError(
+            f"cannot store a vector in {dtype}; choose one of {', '.join(FLOAT_DTYPES)} (int8: to_int8)"
+        )
+    loss = StorageLoss()
+    kept: dict[str, Entry] = {}
+    for name, exact in sorted(entries.items()):
+        if not is_finite(exact):
+            raise InputError(
+                f"'{name}' of '{info.preference}' holds NaN or infinity; the run diverged, train it again"
+            )
+        if is_zero(exact):
+            continue
+        kept[name] = cast(exact, dtype)
+        if not is_finite(kept[name]):
+            raise InputError(
+                f"'{name}' of '{info.preference}' overflows {names[dtype]}; store it in bfloat16 or float32"
+            )
+        loss.update(name, exact, kept[name])
+    if not kept:
+        raise InputError(
+            f"'{info.preference}' changes no parameter; nothing was trained, or the two runs are equal"
+        )
+    changes = {"dtype": names[dtype], "precision": info.precision | loss.report()}
+    return PreferenceVector(VectorInfo.model_validate(info.model_dump() | changes), kept)
+
+
+def is_zero(entry: Entry) -> bool:
+    """True only if phi is exactly zero by its numbers (a low-rank entry: one factor is)."""
+    if isinstance(entry, LowRank):
+        return not (entry.A_RI.any() and entry.B_OR.any())
+    return not entry.values.any() if isinstance(entry, Full | Int8) else False

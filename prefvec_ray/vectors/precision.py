@@ -1,0 +1,112 @@
+"""How much of a preference vector survives the path it takes: measured, not assumed.
+
+phi is the small difference of two large numbers. If those were already rounded to bf16, most of phi can be
+rounding; if phi itself is rounded once for storage, next to nothing is lost. Both are counted here and kept
+in `VectorInfo.precision`.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from prefvec_ray.vectors.entries import Entry, error_norm
+
+
+class PrecisionWarning(UserWarning):
+    """A vector was made whose numbers are to a large part rounding."""
+
+
+# Below this expected cosine with the true phi a vector is reported as mostly rounding (half of its energy
+# is).
+COSINE_WARNING = 0.9
+
+
+@dataclass
+class StorageLoss:
+    """Relative error of storing: |phi - stored| / |phi| over all entries seen, in float64."""
+
+    error: float = 0.0
+    energy: float = 0.0
+    worst: tuple[float, str] = field(default=(0.0, ""))
+
+    def update(self, name: str, exact: Entry, stored: Entry) -> None:
+        error, energy = error_norm(exact, stored), exact.squared_norm()
+        self.error += error
+        self.energy += energy
+        if energy:
+            self.worst = max(self.worst, (math.sqrt(error / energy), name))
+
+    def report(self) -> dict[str, JsonValue]:
+        relative = math.sqrt(self.error / self.energy) if self.energy else 0.0
+        return {"relative_error": relative, "worst_entry": self.worst[1], "worst_entry_error": self.worst[0]}
+
+
+@dataclass
+class RoundingStats:
+    """What fraction of theta+ - theta- is the rounding of theta+ and theta- themselves?
+
+    Feed it matching chunks with `update`; chunks may be a sample of the parameters. The estimate assumes that
+    the exact values lie anywhere between two representable numbers. Then the measured difference m has the
+    exact delta as its mean and never the wrong sign, so mean|m| = mean|delta|; with deltas that are normal
+    within a block the signal energy is pi/2 mean|m|^2 per element, and what was measured beyond it is noise,
+    at most (ulp+^2 + ulp-^2) / 12 per element.
+    """
+
+    elements: int = 0
+    zeros: int = 0
+    energy: float = 0.0
+    noise: float = 0.0
+    dtype: str = ""
+
+    def update(self, positive: Tensor, negative: Tensor) -> None:
+        """Both chunks flat or shaped alike, in the dtype that they were stored in."""
+        self.dtype = str(positive.dtype).removeprefix("torch.")
+        difference = positive.flatten().float() - negative.flatten().float()
+        self.elements += difference.numel()
+        self.zeros += int((difference == 0).sum())
+        bound = (ulp(positive).flatten().square() + ulp(negative).flatten().square()) / 12
+        # Blocks, because rows of a matrix differ in size and one mean over all of them would overstate the
+        # noise.
+        for block, limit in zip(difference.split(4096), bound.split(4096), strict=True):
+            energy = block.double().square().sum().item()
+            mean, size = block.double().abs().mean().item(), block.numel()
+            squared_mean = max(mean**2 - max(energy / size - mean**2, 0) / size, 0)
+            beyond = max(energy - math.pi / 2 * squared_mean * size, 0)
+            self.energy += energy
+            self.noise += min(beyond, limit.double().sum().item())
+
+    def report(self) -> dict[str, JsonValue]:
+        """source dtype, fraction of entries that are 0, noise over signal (norms), expected cosine with the
+        true phi.
+        """
+        signal = max(self.energy - self.noise, 0.0)
+        return {
+            "source_dtype": self.dtype,
+            "zero_fraction": self.zeros / max(self.elements, 1),
+            "noise_to_signal": math.sqrt(self.noise / signal) if signal else None,
+            "expected_cosine": math.sqrt(signal / self.energy) if self.energy else 0.0,
+        }
+
+    def warn(self, preference: str) -> None:
+        """PrecisionWarning when the sources' rounding dominates."""
+        report = self.report()
+        cosine = report["expected_cosine"]
+        assert isinstance(cosine, float)
+        if cosine < COSINE_WARNING:
+            warnings.warn(
+                f"vector '{preference}': taken from {self.dtype} checkpoints, {report['zero_fraction']:.0%}"
+                f" of its entries are 0, expected cosine with the true phi {cosine:.2f}; take it from fp32 deltas",
+                PrecisionWarning,
+                stacklevel=3,
+            )
+
+
+def ulp(values: Tensor) -> Tensor:
+    """Spacing of the values' own floating format at each value, as fp32."""
+    info = torch.finfo(values.dtype)
+    _, exponent = torch.frexp(values.float().abs().clamp(min=info.smallest_normal))
+    return torch.ldexp(torch.full_like(values, info.eps / 2, dtype=torch.float32), exponent)
