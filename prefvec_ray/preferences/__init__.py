@@ -2,8 +2,28 @@
 a seed."""
 
 from prefvec_ray.preferences.base_model import new_model
+from prefvec_ray.preferences.data import (
+    Preferences,
+    data_digest,
+    flip,
+    load_preferences,
+    split_by_prompt,
+)
 from prefvec_ray.preferences.scoring import METRICS, Metric, Scores
 from prefvec_ray.preferences.tiny_world import Prompt, TinyWorld
 from prefvec_ray.preferences.tokenizer import build_tokenizer
 
-__all__ = ["METRICS", "Metric", "Prompt", "Scores", "TinyWorld", "build_tokenizer", "new_model"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Preferences",
+    "Prompt",
+    "Scores",
+    "TinyWorld",
+    "build_tokenizer",
+    "data_digest",
+    "flip",
+    "load_preferences",
+    "new_model",
+    "split_by_prompt",
+]
