@@ -9,6 +9,7 @@ from prefvec_ray.vectors.entries import Entry, Full, Int8, LowRank
 from prefvec_ray.vectors.extract import subtract, vector_from_state
 from prefvec_ray.vectors.file import PreferenceVector, VectorInfo, load_vector, save_vector
 from prefvec_ray.vectors.fingerprint import fingerprint
+from prefvec_ray.vectors.live import LiveModel
 from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Entry",
     "Full",
     "Int8",
+    "LiveModel",
     "LowRank",
     "PrecisionWarning",
     "PreferenceVector",

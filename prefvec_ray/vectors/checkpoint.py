@@ -67,7 +67,8 @@ class Checkpoint:
 
 
 class _NoCopies(TorchFunctionMode):
-    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert."""
+    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert, and `clone()`
+    every parameter of a flat buffer."""
 
     def __torch_function__(
         self,
@@ -76,7 +77,7 @@ class _NoCopies(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return args[0] if func is Tensor.contiguous else func(*args, **(kwargs or {}))
+        return args[0] if func in (Tensor.contiguous, Tensor.clone) else func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -98,8 +99,8 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    untied = remove_tied_weights_from_state_dict(live, model)
     with _NoCopies():
+        untied = remove_tied_weights_from_state_dict(live, model)
         state = revert_weight_conversion(model, untied)
     memory = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
     for name, tensor in state.items():
