@@ -1,0 +1,155 @@
+"""What was claimed, checked against what was measured. A claim that fails is reported as failing; none is
+dropped."""
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation.evaluate import Evaluation, better, compare_metric
+from prefvec_ray.evaluation.scorers import Metric
+
+TOLERANCE = 0.02
+"""How far a metric may fall from one coefficient to the next and still be called monotone; sampling noise
+is about this."""
+
+ERRORS = 2.0
+"""How many paired standard errors an improvement must exceed to be called one."""
+
+
+class Claim(BaseModel):
+    """A statement about the measurements, whether it holds, and the numbers that say so."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    holds: bool
+    evidence: str
+
+
+def lines(grid: Sequence[Evaluation], preference: str) -> list[list[Evaluation]]:
+    """The lines of a grid along one coefficient: the others equal, sorted by this one, at least two points
+    each."""
+    groups: dict[tuple[tuple[str, float], ...], list[Evaluation]] = defaultdict(list)
+    for evaluation in grid:
+        others = tuple(sorted((p, eta) for p, eta in evaluation.coefficients.items() if p != preference))
+        groups[others].append(evaluation)
+    found = [
+        sorted(group, key=lambda e: e.coefficients.get(preference, 0.0))
+        for group in groups.values()
+        if len(group) > 1
+    ]
+    if not found:
+        raise InputError(f"the grid has no line along {preference!r}: no two points differ in it alone")
+    return found
+
+
+def monotone(
+    grid: Sequence[Evaluation],
+    preference: str,
+    metric: str,
+    metrics: Mapping[str, Metric],
+    *,
+    tolerance: float = TOLERANCE,
+) -> list[Claim]:
+    """Two claims: `metric` never gets worse by more than `tolerance` from one coefficient of `preference`
+    to the next higher, (1) on the mean over the other coefficients, (2) on every line of the grid."""
+    along = lines(grid, preference)
+    longest = max(map(len, along))
+    full = [line for line in along if len(line) == longest]
+    etas = [evaluation.coefficients.get(preference, 0.0) for evaluation in full[0]]
+    means = [statistics.fmean(line[i].mean(metric) for line in full) for i in range(longest)]
+    gains = [metrics[metric].gain(b, a) for a, b in itertools.pairwise(means)]
+    claim = f"{metric} is monotone in eta_{preference} over [{etas[0]:g}, {etas[-1]:g}]"
+    path = " → ".join(f"{mean:.3f}" for mean in means)
+    claims = [
+        Claim(
+            text=f"{claim}, mean over the other coefficients (tolerance {tolerance:g})",
+            holds=min(gains) >= -tolerance,
+            evidence=f"{path}; worst step {min(gains):+.3f}",
+        )
+    ]
+    pairs = [pair for line in along for pair in itertools.pairwise(line)]
+    steps = [metrics[metric].gain(b.mean(metric), a.mean(metric)) for a, b in pairs]
+    bad = sum(step < -tolerance for step in steps)
+    worst = steps.index(min(steps))
+    a, b = pairs[worst]
+    difference = compare_metric(b, a, metric)
+    noise = f" ± {difference.stderr:.3f} paired" if difference and difference.stderr is not None else ""
+    claims.append(
+        Claim(
+            text=f"{claim}, on every line of the grid (tolerance {tolerance:g})",
+            holds=bad == 0,
+            evidence=f"{len(steps) - bad} of {len(steps)} steps hold; worst step {steps[worst]:+.3f}{noise}, "
+            f"from {_point(a)} to {_point(b)}",
+        )
+    )
+    return claims
+
+
+def valid_everywhere(grid: Sequence[Evaluation], metric: str = "valid", *, floor: float = 0.9) -> Claim:
+    """The claim that the mean of `metric` is at least `floor` at every point of the grid."""
+    worst = min(grid, key=lambda evaluation: evaluation.mean(metric))
+    low = sum(evaluation.mean(metric) < floor for evaluation in grid)
+    return Claim(
+        text=f"{metric} is at least {floor:g} at every point of the grid",
+        holds=low == 0,
+        evidence=f"{len(grid) - low} of {len(grid)} points hold; "
+        f"lowest {worst.metrics[metric]} at {_point(worst)}",
+    )
+
+
+def improves(
+    evaluation: Evaluation,
+    over: Evaluation,
+    metric: str,
+    metrics: Mapping[str, Metric],
+    *,
+    names: tuple[str, str],
+    errors: float = ERRORS,
+) -> Claim:
+    """The claim that `evaluation` is better than `over` in `metric` by more than `errors` paired standard
+    errors.
+
+    Raises:
+        InputError: the two were measured on different prompts, or the metric on none.
+    """
+    difference = compare_metric(evaluation, over, metric)
+    if difference is None:
+        raise InputError(
+            f"metric {metric!r} was not measured on any prompt of both {names[0]} and {names[1]}"
+        )
+    gained = metrics[metric].gain(difference.mean, 0.0)
+    stderr = "" if difference.stderr is None else f" ± {difference.stderr:.3f}"
+    return Claim(
+        text=f"{names[0]} beats {names[1]} in {metric} by more than {errors:g} paired standard errors",
+        holds=better(metrics[metric], difference, errors),
+        evidence=f"{evaluation.mean(metric):.3f} against {over.mean(metric):.3f}; gain {gained:+.3f}{stderr} "
+        f"(paired, {difference.n} prompts)",
+    )
+
+
+def check_control(
+    grid: Sequence[Evaluation],
+    objectives: Mapping[str, str],
+    metrics: Mapping[str, Metric],
+    *,
+    tolerance: float = TOLERANCE,
+    valid: str | None = "valid",
+    floor: float = 0.9,
+) -> list[Claim]:
+    """All claims about one seed's grid. `objectives` maps each preference to the metric that it should
+    raise."""
+    claims = [
+        claim
+        for preference, metric in objectives.items()
+        for claim in monotone(grid, preference, metric, metrics, tolerance=tolerance)
+    ]
+    return claims if valid is None else [*claims, valid_everywhere(grid, valid, floor=floor)]
+
+
+def _point(evaluation: Evaluation) -> str:
+    return "(" + ", ".join(f"{name} {eta:g}" for name, eta in evaluation.coefficients.items()) + ")"

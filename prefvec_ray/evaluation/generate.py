@@ -1,0 +1,199 @@
+"""Sampling many answers to many prompts, reproducibly and fast.
+
+The randomness of a token is one uniform number that belongs to (seed, prompt, draw, step), turned into a
+token by the inverse of the cumulative distribution. Batch size and earlier calls change nothing (beyond the
+last bits of floating point), and two settings of the coefficients see the same numbers: common random
+numbers, which make their paired difference less noisy than independent draws would.
+
+`model.generate` is not used: it expands a prompt to its draws before the prefill and carries finished rows
+to the end of the batch. On the tiny world this loop takes less than a third of its time
+(docs/evaluation.md).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefvec_ray.errors import InputError
+
+Conversation = str | Sequence[dict[str, str]]
+"""Messages for the tokenizer's chat template, or a plain text that the model goes on from."""
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    *,
+    draws: int = 1,
+    temperature: float = 0.7,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[list[str]]:
+    """Sample `draws` answers to every conversation as text, indexed [conversation][draw]; special tokens
+    are dropped.
+
+    The rest is `sample_ids`' contract.
+    """
+    answers = sample_ids(
+        model,
+        tokenizer,
+        encode(tokenizer, conversations),
+        draws=draws,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in answers]
+
+
+@torch.inference_mode()
+def sample_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    draws: int = 1,
+    temperature: float = 0.7,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> list[list[list[int]]]:
+    """Sample `draws` answers to every prompt, all as token ids, indexed [prompt][draw].
+
+    A decoder-only `model` is expected. Temperature 0 is greedy. An answer ends with one of the model's end
+    tokens or after `max_new_tokens`. At most `batch_size` rows (a row is one draw) run at once, and never
+    less than one prompt with its draws.
+
+    Raises:
+        InputError: a number out of range, a prompt that is empty or does not fit the model's context.
+    """
+    for name, value, low in [
+        ("draws", draws, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("temperature", temperature, 0),
+    ]:
+        if not low <= value < float("inf"):
+            raise InputError(f"{name} is {value}; expected a number of at least {low}")
+    _check_lengths(model, prompts, max_new_tokens)
+    noise_NDT = _uniforms(len(prompts), draws, max_new_tokens, seed)
+    stop = _end_tokens(model, tokenizer)
+    was_training = model.training
+    model.eval()
+    answers: list[list[list[int]]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    step = max(1, batch_size // draws)
+    for chunk in (order[i : i + step] for i in range(0, len(order), step)):
+        rows = _decode_batch(model, [prompts[i] for i in chunk], noise_NDT[chunk], temperature, stop)
+        for place, i in enumerate(chunk):
+            answers[i] = rows[place * draws : (place + 1) * draws]
+    model.train(was_training)
+    return answers
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Token ids of each conversation, up to where the assistant begins to speak."""
+    prompts: list[list[int]] = []
+    for index, conversation in enumerate(conversations):
+        if isinstance(conversation, str):
+            ids = tokenizer(conversation)["input_ids"]
+        elif tokenizer.chat_template is None:
+            raise InputError(
+                f"prompt {index} is a conversation but the tokenizer has no chat template; "
+                "set tokenizer.chat_template or give plain text"
+            )
+        else:
+            ids = tokenizer.apply_chat_template(
+                list(conversation), add_generation_prompt=True, return_dict=False
+            )
+        if not ids:
+            raise InputError(f"prompt {index} has no tokens; give a text that is not empty")
+        prompts.append(ids)
+    return prompts
+
+
+def _decode_batch(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    noise_NDT: torch.Tensor,
+    temperature: float,
+    stop: torch.Tensor,
+) -> list[list[int]]:
+    """Answers of a batch as token ids, row n * draws + d, each up to its end token. Prompts are prefilled
+    once and shared by their draws; rows that have ended leave the batch."""
+    device = model.device
+    _, draws, steps = noise_NDT.shape
+    width = max(map(len, prompts))
+    ids_NL = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+    mask_NL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    positions_NL = (mask_NL.cumsum(-1) - 1).clamp(min=0)
+    out = model(
+        input_ids=ids_NL, attention_mask=mask_NL, position_ids=positions_NL, use_cache=True, logits_to_keep=1
+    )
+    cache: Any = out.past_key_values
+    cache.batch_repeat_interleave(draws)
+    logits_BV = out.logits[:, -1].repeat_interleave(draws, 0)
+    mask_BL = mask_NL.repeat_interleave(draws, 0)
+    noise_BT = noise_NDT.reshape(-1, steps).to(device)
+    stop = stop.to(device)
+    rows = torch.arange(len(noise_BT), device=device)
+    answers = torch.full((len(rows), steps), -1, device=device)
+    for step in range(steps):
+        token_B = _pick(logits_BV, noise_BT[rows, step], temperature)
+        answers[rows, step] = token_B
+        alive = ~torch.isin(token_B, stop)
+        if step == steps - 1 or not alive.any():
+            break
+        if not alive.all():
+            keep = alive.nonzero().squeeze(-1)
+            cache.batch_select_indices(keep)
+            rows, token_B, mask_BL = rows[keep], token_B[keep], mask_BL[keep]
+        mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
+        logits_BV = model(
+            input_ids=token_B[:, None],
+            attention_mask=mask_BL,
+            position_ids=mask_BL.sum(-1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+    return [[token for token in row if token >= 0] for row in answers.tolist()]
+
+
+def _pick(logits_BV: torch.Tensor, noise_B: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The token at quantile `noise_B` of softmax(logits / temperature); the best one at temperature 0."""
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    cdf_BV = torch.softmax(logits_BV.float() / temperature, -1).cumsum(-1)
+    # Scaled by the last value: a rounded sum below 1 must not leave a quantile beyond the vocabulary. The
+    # smallest float above 0 keeps a quantile of exactly 0 from picking a leading token of probability 0.
+    target_B = (noise_B * cdf_BV[:, -1]).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.searchsorted(cdf_BV, target_B[:, None]).squeeze(-1).clamp(max=cdf_BV.shape[-1] - 1)
+
+
+def _uniforms(prompts: int, draws: int, steps: int, seed: int) -> torch.Tensor:
+    """Numbers in [0, 1), shape (prompts, draws, steps), from a generator of their own."""
+    return torch.rand(prompts, draws, steps, generator=torch.Generator().manual_seed(seed))
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    return torch.tensor(sorted(set(ends)), dtype=torch.long)
+
+
+def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if room is not None and longest + max_new_tokens > room:
+        raise InputError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of "
+            f"{room}; shorten the prompt or lower max_new_tokens"
+        )
