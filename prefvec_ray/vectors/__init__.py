@@ -4,11 +4,14 @@ safetensors.
 delta -> vector_from_state -> subtract -> save_vector ... load_vector -> LiveModel, Steering, export_model
 """
 
+from prefvec_ray.vectors.adapters import vector_from_adapter, vectors_from_adapters
+from prefvec_ray.vectors.algebra import combine, dare, keep_largest, merge, reward_soup, ties
 from prefvec_ray.vectors.checkpoint import Checkpoint, checkpoint_state
 from prefvec_ray.vectors.entries import Entry, Full, Int8, LowRank
-from prefvec_ray.vectors.extract import subtract, vector_from_state
+from prefvec_ray.vectors.extract import subtract, vector_from_checkpoints, vector_from_state
 from prefvec_ray.vectors.file import PreferenceVector, VectorInfo, load_vector, save_vector
 from prefvec_ray.vectors.fingerprint import fingerprint
+from prefvec_ray.vectors.forms import to_dtype, to_full, to_int8, to_low_rank
 from prefvec_ray.vectors.live import LiveModel
 from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
 
@@ -24,9 +27,22 @@ __all__ = [
     "RoundingStats",
     "VectorInfo",
     "checkpoint_state",
+    "combine",
+    "dare",
     "fingerprint",
+    "keep_largest",
     "load_vector",
+    "merge",
+    "reward_soup",
     "save_vector",
     "subtract",
+    "ties",
+    "to_dtype",
+    "to_full",
+    "to_int8",
+    "to_low_rank",
+    "vector_from_adapter",
+    "vector_from_checkpoints",
     "vector_from_state",
+    "vectors_from_adapters",
 ]

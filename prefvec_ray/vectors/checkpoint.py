@@ -6,7 +6,8 @@ transformers 5 renames parameters and fuses experts while loading (`experts.3.w1
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from prefvec_ray.vectors.shards import Shards
 RECOMPUTED = ("rotary_emb.inv_freq",)
 
 
-class Checkpoint:
+class Checkpoint(Mapping[str, Tensor]):
     """A `save_pretrained` folder of safetensors, sharded or not, read lazily. Tied copies are left out.
 
     Raises InputError for folders without safetensors, with pickles only, or with an index that cannot be
@@ -38,7 +39,16 @@ class Checkpoint:
         return list(self._names)
 
     def tensor(self, name: str) -> Tensor:
+        """The tensor, as a view of the mapped file."""
         return self.shards.tensor(name)
+
+    __getitem__ = tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
@@ -67,8 +77,9 @@ class Checkpoint:
 
 
 class _NoCopies(TorchFunctionMode):
-    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert, and `clone()`
-    every parameter of a flat buffer."""
+    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert, and
+    `clone()` every parameter of a flat buffer.
+    """
 
     def __torch_function__(
         self,
@@ -102,13 +113,52 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     with _NoCopies():
         untied = remove_tied_weights_from_state_dict(live, model)
         state = revert_weight_conversion(model, untied)
-    memory = {tensor.untyped_storage().data_ptr() for tensor in untied.values()}
+    memory = {_storage(tensor) for tensor in untied.values()}
     for name, tensor in state.items():
-        if tensor.untyped_storage().data_ptr() not in memory:
+        if _storage(tensor) not in memory:
             raise InputError(
                 f"'{name}' of {type(model).__name__} is not a view of a live parameter; use its folder"
             )
     return {name: tensor for name, tensor in state.items() if not name.endswith(RECOMPUTED)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where one checkpoint tensor lies inside a live parameter, in elements of that parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+def checkpoint_layout(model: nn.Module) -> dict[str, list[Piece]]:
+    """Live parameter name -> the checkpoint tensors that it is made of. `model` may lie on the meta device.
+
+    A tied parameter is listed under the one name that the checkpoint keeps. Parameters must not share
+    storages otherwise.
+    """
+    owners = {_storage(parameter): name for name, parameter in model.named_parameters()}
+    layout: dict[str, list[Piece]] = {}
+    for name, view in checkpoint_state(model).items():
+        if _storage(view) in owners:
+            piece = Piece(name, tuple(view.shape), view.stride(), int(view.storage_offset()))
+            layout.setdefault(owners[_storage(view)], []).append(piece)
+    return layout
+
+
+def state_of(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
+    """Tensors under checkpoint names, of a live model (views), a folder (memory-mapped) or a state dict
+    (itself).
+    """
+    if isinstance(source, nn.Module):
+        return checkpoint_state(source)
+    return source if isinstance(source, Mapping) else Checkpoint(source)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identity of the memory that a tensor views; unlike its address this also tells meta tensors apart."""
+    return tensor.untyped_storage()._cdata
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -110,7 +110,8 @@ def cast(entry: Entry, dtype: torch.dtype) -> Entry:
 
 
 def quantized(entry: Entry) -> Entry:
-    """Symmetric int8 with one scale per row. Entries of fewer than two dimensions stay fp32: they are tiny."""
+    """Symmetric int8 with one scale per row. Entries of fewer than two dimensions stay fp32: they are tiny.
+    """
     dense = entry.dense()
     if dense.dim() < 2:
         return Full(dense)

@@ -3,12 +3,15 @@
 import math
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from pydantic import JsonValue
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.vectors.checkpoint import state_of
 from prefvec_ray.vectors.entries import (
     FLOAT_DTYPES,
     Entry,
@@ -21,7 +24,10 @@ from prefvec_ray.vectors.entries import (
     scaled,
 )
 from prefvec_ray.vectors.file import PreferenceVector, VectorInfo
-from prefvec_ray.vectors.precision import COSINE_WARNING, PrecisionWarning, StorageLoss
+from prefvec_ray.vectors.fingerprint import fingerprint
+from prefvec_ray.vectors.precision import COSINE_WARNING, PrecisionWarning, RoundingStats, StorageLoss
+
+Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 
 
 def vector_from_state(
@@ -63,6 +69,64 @@ def vector_from_state(
     )
     entries: dict[str, Entry] = {name: Full(tensor.detach()) for name, tensor in delta.items()}
     return stored_as(info, entries, dtype)
+
+
+def vector_from_checkpoints(
+    positive: Source,
+    negative: Source,
+    *,
+    base: Source,
+    preference: str,
+    dtype: torch.dtype = torch.bfloat16,
+    data_digest: str = "",
+    recipe: Mapping[str, JsonValue] | None = None,
+) -> PreferenceVector:
+    """phi = theta+ - theta- of two full models (live, folders, or state dicts under checkpoint names).
+
+    With `negative` the base itself this is a run's delta. `info.precision["rounding"]` says how much of phi
+    is the rounding of sources that are not fp32, and a PrecisionWarning is given where that matters.
+    Everything is held in memory; `extract_from_checkpoints` does the same for folders of any size. Raises
+    InputError for parameters that are missing, extra or misshapen against the base, and for NaN or infinity.
+    """
+    base_state, plus, minus = state_of(base), state_of(positive), state_of(negative)
+    for which, state in (("positive", plus), ("negative", minus)):
+        check_same_parameters(base_state, state, which)
+    stats = RoundingStats()
+    entries: dict[str, Entry] = {}
+    for name in sorted(plus):
+        theta_plus, theta_minus = plus[name].detach(), minus[name].detach()
+        if not theta_plus.is_floating_point():
+            continue
+        entries[name] = Full((theta_plus.double() - theta_minus.double()).float())
+        # The base is exact by definition, so a delta's only rounding is the run's own.
+        theta_minus = theta_minus.float() if negative is base else theta_minus
+        if torch.finfo(theta_plus.dtype).bits < 32 or torch.finfo(theta_minus.dtype).bits < 32:
+            stats.update(theta_plus, theta_minus)
+    info = VectorInfo(
+        preference=preference,
+        form="full",
+        dtype="float32",
+        base_fingerprint=fingerprint(base_state),
+        parents={"positive": fingerprint(plus), "negative": fingerprint(minus)},
+        data_digest=data_digest,
+        recipe=dict(recipe or {}),
+        precision={"rounding": stats.report()} if stats.elements else {},
+    )
+    if stats.elements:
+        stats.warn(preference)
+    return stored_as(info, entries, dtype)
+
+
+def check_same_parameters(base: Mapping[str, Tensor], state: Mapping[str, Tensor], which: str) -> None:
+    """InputError by name for a parameter of `state` that is missing, extra or misshapen against the base."""
+    for name in sorted(set(base) - set(state)):
+        raise InputError(f"the {which} model lacks '{name}', which the base has; is it of this base?")
+    for name in sorted(set(state) - set(base)):
+        raise InputError(f"the {which} model has '{name}', which the base lacks; is it of this base?")
+    for name in base:
+        if base[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} but the base's {tuple(base[name].shape)}"
+            raise InputError(f"'{name}' of the {which} model is {shapes}; is it of this base?")
 
 
 def subtract(
@@ -107,13 +171,11 @@ def subtract(
         },
     )
     vector = stored_as(info, entries, dtype)
-    rounding = {polarity: run.info.precision for polarity, run in runs.items() if run.info.dtype != "float32"}
+    rounding = {polarity: run.info.precision for polarity, run in runs.items() if _noise(run)}
     if not rounding:
         return vector
     # Independent roundings of the two deltas: |error|^2 = sum of (relative error of a run x its norm)^2.
-    noise = sum(
-        float(str(run.info.precision.get("relative_error", 0.0))) ** 2 * energy(run) for run in runs.values()
-    )
+    noise = sum(_noise(run) ** 2 * energy(run) for run in runs.values())
     cosine = 1 / math.sqrt(1 + noise / max(energy(vector), 1e-300))
     if cosine < COSINE_WARNING:
         message = (
@@ -121,6 +183,14 @@ def subtract(
         )
         warnings.warn(f"{message}; keep the deltas in fp32", PrecisionWarning, stacklevel=2)
     return vector.replace(precision=vector.info.precision | {"sources": rounding, "expected_cosine": cosine})
+
+
+def _noise(run: PreferenceVector) -> float:
+    """Relative error of a run's delta: from its source's rounding and from its storage."""
+    rounding, stored = run.info.precision.get("rounding"), run.info.precision.get("relative_error")
+    cosine = rounding.get("expected_cosine") if isinstance(rounding, dict) else 1.0
+    source = 1 - cosine**2 if isinstance(cosine, float) else 0.0
+    return math.sqrt(source + (stored**2 if isinstance(stored, float) else 0.0))
 
 
 def energy(vector: PreferenceVector) -> float:

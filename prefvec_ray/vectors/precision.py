@@ -99,7 +99,7 @@ class RoundingStats:
         if cosine < COSINE_WARNING:
             warnings.warn(
                 f"vector '{preference}': taken from {self.dtype} checkpoints, {report['zero_fraction']:.0%}"
-                f" of its entries are 0, expected cosine with the true phi {cosine:.2f}; take it from fp32 deltas",
+                f" of its entries are 0, expected cosine with the true phi {cosine:.2f}; use fp32 deltas",
                 PrecisionWarning,
                 stacklevel=3,
             )
