@@ -1,0 +1,181 @@
+"""Many DPO runs at once on Ray Train: N preferences x 2 polarities x seeds, each its own TorchTrainer.
+
+A controller is a Ray task that takes no CPU and waits for its run; at most as many controllers exist as runs fit on
+the cluster, so that queued runs cost nothing and a full cluster cannot deadlock. A run that fails leaves the others alone.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from prefvec_ray.training.config import Resources
+from prefvec_ray.training.dpo import RunSpec
+from prefvec_ray.training.progress import Board, ProgressTable
+
+
+class RunsFailedError(RuntimeError):
+    """Some runs of a plan failed; the finished ones are kept and will be skipped next time."""
+
+
+def is_finished(spec: RunSpec) -> bool:
+    return (Path(spec.out) / "run.json").is_file()
+
+
+def read_run(spec: RunSpec) -> dict[str, Any]:
+    """The run.json of a finished run."""
+    return json.loads((Path(spec.out) / "run.json").read_text())
+
+
+def run_plan(specs: list[RunSpec], resources: Resources, storage: Path, *, retries: int = 1) -> list[dict[str, Any]]:
+    """Run what is not finished yet, as many at once as the cluster holds, with one live table for all.
+
+    Args:
+        storage: Ray Train's own files go here (shared by all nodes).
+        retries: how often a run is started again after its worker died.
+
+    Returns:
+        run.json of every spec, in order.
+
+    Raises:
+        RunsFailedError: names every run that failed and its first line of reason, after all others have ended.
+    """
+    labels = [spec.label for spec in specs]
+    waiting = [spec for spec in specs if not is_finished(spec)]
+    with ProgressTable(labels, title="DPO runs") as table:
+        for spec in specs:
+            if is_finished(spec):
+                table.finish(spec.label, "finished")
+        failures = _run_waiting(waiting, resources, storage, retries, table)
+    if failures:
+        reasons = "; ".join(f"{key}: {reason}" for key, reason in failures.items())
+        raise RunsFailedError(f"{len(failures)} of {len(specs)} runs failed, the others are kept: {reasons}")
+    return [read_run(spec) for spec in specs]
+
+
+def _run_waiting(
+    waiting: list[RunSpec], resources: Resources, storage: Path, retries: int, table: ProgressTable
+) -> dict[str, str]:
+    """Drive the runs until all have ended; the reasons of those that failed, by label."""
+    board = Board.remote()
+    queue = list(reversed(waiting))
+    running: dict[ray.ObjectRef, RunSpec] = {}
+    failures = {}
+    while queue or running:
+        while queue and len(running) < max(1, _slots(resources)):
+            spec = queue.pop()
+            running[_control.remote(spec, resources, storage, retries, board)] = spec
+        done, _ = ray.wait(list(running), timeout=0.5)
+        table.update(ray.get(board.read.remote()))
+        for ref in done:
+            spec = running.pop(ref)
+            reason = ray.get(ref)
+            if reason is not None:
+                failures[spec.label] = reason
+            table.finish(spec.label, "failed" if reason else "finished")
+    return failures
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _control(spec: RunSpec, resources: Resources, storage: Path, retries: int, board: Any) -> str | None:
+    """Train one run; None when it finished, else the reason in one line."""
+    try:
+        fit(
+            _dpo_worker,
+            {"spec": spec.model_dump(), "board": board},
+            spec.key,
+            resources,
+            storage,
+            retries=retries,
+        )
+    except TrainingFailedError as error:
+        return failure_reason(error)
+    return None
+
+
+def fit(
+    worker: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    name: str,
+    resources: Resources,
+    storage: Path,
+    *,
+    retries: int = 1,
+) -> Any:
+    """One Ray Train run of `worker(config)`; what its rank 0 returned.
+
+    It is started again up to `retries` times after a worker or its node died. An exception that the worker raised
+    itself would only be raised again, so it ends the run at once.
+
+    Raises:
+        TrainingFailedError: the run failed for good.
+    """
+    per_worker = {"CPU": resources.cpus_per_worker}
+    if resources.gpus_per_worker:
+        per_worker["GPU"] = resources.gpus_per_worker
+    for attempt in range(retries + 1):
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config=config,
+            torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=resources.workers,
+                use_gpu=resources.gpus_per_worker > 0,
+                resources_per_worker=per_worker,
+            ),
+            run_config=RunConfig(name=name, storage_path=str(storage)),
+        )
+        try:
+            return trainer.fit().return_value
+        except WorkerGroupError as error:
+            if attempt == retries or not _worker_died(error):
+                raise
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _worker_died(error: WorkerGroupError) -> bool:
+    failures = [getattr(failure, "health_check_failure", failure) for failure in error.worker_failures.values()]
+    return any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures)
+
+
+def failure_reason(error: TrainingFailedError) -> str:
+    """The last line of the first worker's traceback: the exception itself, without the stacks around it."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    lines = [line.strip() for line in str(failures[0] if failures else error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _dpo_worker(config: dict[str, Any]) -> None:
+    """Body of a Ray Train worker; what it imports is heavy, and only workers need it."""
+    from prefvec_ray.training.dpo import run_dpo
+
+    worker_setup()
+    spec = RunSpec.model_validate(config["spec"])
+    board = config["board"]
+    with tempfile.TemporaryDirectory() as work_dir:
+        run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)
+
+
+def worker_setup() -> None:
+    """Quiet libraries, and as many torch threads as the worker has CPUs: more only wait for each other."""
+    import datasets
+    import torch
+
+    datasets.disable_progress_bars()
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+
+
+def _slots(resources: Resources) -> int:
+    """How many runs the cluster holds at once, by its total CPUs and GPUs."""
+    total = ray.cluster_resources()
+    slots = total.get("CPU", 0) / (resources.cpus_per_worker * resources.workers)
+    if resources.gpus_per_worker:
+        slots = min(slots, total.get("GPU", 0) / (resources.gpus_per_worker * resources.workers))
+    return int(slots)
