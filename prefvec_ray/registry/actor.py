@@ -1,0 +1,271 @@
+"""The registry actor: one writer in front of a store, found by name from anywhere in the cluster.
+
+    client = start_registry("runs/registry")            # detached: outlives this driver
+    client = RegistryClient.connect()                   # later, elsewhere
+    client.publish_vector("vectors/helpful")            # bytes go to the store, not through the actor
+
+The actor keeps all records in memory and loses nothing when it dies: Ray restarts it, it takes the lease
+again and reads the records back. Calls that were under way are repeated by Ray, which is safe because
+`Catalog`'s methods are.
+"""
+
+import functools
+import inspect
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import metrics
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry.cache import NodeCache
+from prefvec_ray.registry.catalog import Catalog
+from prefvec_ray.registry.errors import LeaseLost, StoreError
+from prefvec_ray.registry.lease import Lease
+from prefvec_ray.registry.registry import Blobs, Registry, user
+from prefvec_ray.registry.store import Store
+from prefvec_ray.registry.transport import RayBlobs, run_on
+
+NAME = "prefvec-registry"
+NAMESPACE = "prefvec"
+METHODS = {
+    name: function
+    for name, function in inspect.getmembers(Catalog, inspect.isfunction)
+    if not name.startswith("_") and name != "all_vectors"
+}
+
+
+class RegistryActor:
+    """The process in front of the store. Use it through `RegistryClient`."""
+
+    def __init__(self, root: str, ttl_s: float, settle_s: float):
+        context = ray.get_runtime_context()
+        self.store = Store.open(root)
+        owner = f"actor {context.get_actor_name()} ({context.get_actor_id()})"  # the same after every restart
+        self.lease = Lease(self.store, owner, ttl_s=ttl_s, settle_s=settle_s)
+        self.node_id = context.get_node_id()
+        self.started = time.time()
+        self.publishes = 0
+        self._catalog: Catalog | None = None
+        tags = {"registry": context.get_actor_name() or ""}
+        self._vectors = _metric(metrics.Gauge, "prefvec_registry_vectors", "published versions", tags)
+        self._bytes = _metric(metrics.Gauge, "prefvec_registry_bytes", "bytes of all blobs", tags)
+        self._publishes = _metric(metrics.Counter, "prefvec_registry_publishes", "versions committed", tags)
+        self._latency = metrics.Histogram(
+            "prefvec_registry_latency_s",
+            "time in the actor by method",
+            boundaries=[0.0001, 0.001, 0.01, 0.1, 1, 10],
+            tag_keys=("registry", "method"),
+        )
+        self._latency.set_default_tags(tags)
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of `Catalog`, by name."""
+        if method not in METHODS:
+            raise InputError(f"registry: no method '{method}'")
+        began = time.perf_counter()
+        try:
+            result = getattr(self._ready(), method)(*args, **kwargs)
+            if method in ("commit_vector", "gc"):
+                self._count(method)
+            return result
+        finally:
+            self._latency.observe(time.perf_counter() - began, {"method": method})
+
+    def where(self) -> dict[str, str]:
+        """Which store this is, and on which node it is reached."""
+        self._ready()
+        return {
+            "uri": self.store.uri,
+            "label": self.store.label,
+            "uid": self.store.uid,
+            "node_id": self.node_id,
+        }
+
+    def health(self) -> dict[str, Any]:
+        """Is the lease held, since when does this process run, how much is in the store?"""
+        catalog = self._ready()
+        return {
+            "root": self.store.label,
+            "lease": self.lease.holder(),
+            "started": self.started,
+            "publishes": self.publishes,
+            "vectors": sum(len(catalog.versions(name)) for name in catalog.names()),
+            "presets": len(catalog.names("presets")),
+        }
+
+    def _ready(self) -> Catalog:
+        """The catalog, under the lease: taken, and the records read, at the first call and after it was
+        lost.
+        """
+        if self._catalog is None or not self.lease.live:
+            self.lease.release()
+            self.lease.acquire(wait_s=5.0)
+            self.store.load_mirror()
+            self._catalog = Catalog(self.store, self.lease)
+            self._count("start")
+        return self._catalog
+
+    def _count(self, why: str) -> None:
+        assert self._catalog is not None
+        self._vectors.set(sum(len(self.store.children(f"vectors/{name}")) for name in self._catalog.names()))
+        if why == "commit_vector":
+            self.publishes += 1
+            self._publishes.inc()
+        else:
+            self._bytes.set(sum(size for size, _ in self.store.blobs().values()))
+
+
+class RegistryClient(Registry):
+    """`Registry` through its actor: the same methods, from any driver, task or replica. Can be sent to
+    them.
+    """
+
+    def __init__(self, actor: Any, *, cache: NodeCache | None, transport: str, timeout_s: float):
+        self.actor, self.transport, self.timeout_s = actor, transport, timeout_s
+        where = self._ask(actor.where.remote())
+        store = Store(where["uri"])
+        if transport not in ("auto", "storage", "ray"):
+            raise InputError(f"transport '{transport}': expected 'auto', 'storage' or 'ray'")
+        self.reachable = transport == "storage" or (transport == "auto" and _reaches(store, where["uid"]))
+        blobs: Blobs = store if self.reachable else RayBlobs(lambda: self._ask(actor.where.remote()))
+        super().__init__(store, Lease(store, "client"), blobs, cache or NodeCache())
+
+    @classmethod
+    def connect(
+        cls,
+        name: str = NAME,
+        *,
+        namespace: str = NAMESPACE,
+        cache: NodeCache | None = None,
+        transport: str = "auto",
+        timeout_s: float = 300.0,
+    ) -> "RegistryClient":
+        """The client of a running registry. `transport`: bytes straight from the storage, through Ray's
+        object store (`"ray"`), or as this node can (`"auto"`: storage if the very same store is seen at
+        its root).
+        """
+        try:
+            actor = ray.get_actor(name, namespace)
+        except ValueError:
+            raise InputError(
+                f"no registry actor '{name}' in namespace '{namespace}'; start one with start_registry(root)"
+            ) from None
+        return cls(actor, cache=cache, transport=transport, timeout_s=timeout_s)
+
+    def health(self) -> dict[str, Any]:
+        """What `RegistryActor.health` says."""
+        return self._ask(self.actor.health.remote())
+
+    def stop(self) -> None:
+        """End the actor for good. The store keeps everything."""
+        ray.kill(self.actor, no_restart=True)
+
+    def _ask(self, answer: Any) -> Any:
+        try:
+            return ray.get(answer, timeout=self.timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError | StoreError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.GetTimeoutError:
+            raise StoreError(f"the registry actor did not answer within {self.timeout_s} s; is its node up?") from None
+        except ray.exceptions.ActorDiedError as error:
+            raise StoreError(f"the registry actor is gone; start_registry(root) again ({error})") from None
+
+    def _on_store_node(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function(store, ...)` where the store is reached: here, or in a task beside the actor."""
+        if self.reachable:
+            return function(self.store, *args)
+        where = self._ask(self.actor.where.remote())
+        return self._ask(run_on(where["node_id"], function, where["uri"], *args))
+
+    def __reduce__(self) -> Any:
+        return _rejoin, (self.actor, self.transport, self.timeout_s)
+
+
+def _rejoin(actor: Any, transport: str, timeout_s: float) -> RegistryClient:
+    return RegistryClient(actor, cache=None, transport=transport, timeout_s=timeout_s)
+
+
+def _forward(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`Catalog`'s method as a call of the actor."""
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def method(self: RegistryClient, *args: Any, **kwargs: Any) -> Any:
+        if "request" in parameters:
+            kwargs.setdefault("request", uuid.uuid4().hex)
+        if "creator" in parameters:
+            kwargs.setdefault("creator", user())
+        return self._ask(self.actor.call.remote(name, args, kwargs))
+
+    return method
+
+
+for _name, _function in METHODS.items():
+    setattr(RegistryClient, _name, _forward(_name, _function))
+
+
+def start_registry(
+    root: str | Path,
+    *,
+    name: str = NAME,
+    namespace: str = NAMESPACE,
+    cache: NodeCache | None = None,
+    ttl_s: float = 15.0,
+    settle_s: float = 1.0,
+) -> RegistryClient:
+    """Start the registry of `root`, or join the one that runs. It outlives the driver and restarts for ever.
+
+    A folder's actor stays on the node where this is called, since that node sees the folder. Raises
+    InputError where an actor of this name serves another root, and where another process writes to this
+    one.
+    """
+    store = Store.open(root)
+    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = (
+        ray.remote(RegistryActor)
+        .options(
+            name=name,
+            namespace=namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_task_retries=-1,
+            num_cpus=0,
+            scheduling_strategy="DEFAULT" if store.folder is None else on_this_node,
+        )
+        .remote(store.uri, ttl_s, settle_s)
+    )
+    try:
+        client = RegistryClient(actor, cache=cache, transport="auto", timeout_s=300.0)
+    except InputError:  # the store is another writer's: leave no actor behind that can do nothing
+        ray.kill(actor)
+        raise
+    if client.store.uri != store.uri and not _reaches(store, client.store.uid if client.reachable else ""):
+        raise InputError(
+            f"registry actor '{name}' serves {client.store.label}, not {store.label}; use that root or another name"
+        )
+    return client
+
+
+def _reaches(store: Store, uid: str) -> bool:
+    """Does this path lead to the very store that the actor has?"""
+    try:
+        return store.uid == uid
+    except (StoreError, InputError, OSError):
+        return False
+
+
+def _metric(kind: Any, name: str, description: str, tags: dict[str, str]) -> Any:
+    metric = kind(name, description, tag_keys=tuple(tags))
+    metric.set_default_tags(tags)
+    return metric
+
+
+__all__ = ["LeaseLost", "RegistryActor", "RegistryClient", "start_registry"]

@@ -1,0 +1,227 @@
+"""The node's cache: a published vector as a local folder with its original file names, ready to be
+memory-mapped.
+
+All processes of a node share one cache folder. `flock` on `<entry>.lock` does two things: taken
+exclusively it makes one process download while the others wait; taken shared, for as long as the reader's
+process lives or until `unpin`, it keeps the entry from being evicted. The kernel drops it when a process
+dies, so nothing is ever left locked.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO
+
+from blake3 import blake3
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry.errors import StoreError
+from prefvec_ray.registry.records import FileEntry, VectorVersion, digest_of
+from prefvec_ray.registry.store import hash_file
+
+Source = Callable[[FileEntry], Path | Iterable[bytes]]
+CHECKED = ".checked"
+DEFAULT_BYTES = 100_000_000_000
+
+
+class NodeCache:
+    """Fetched vectors below `folder`, at most `limit_bytes` of them.
+
+    Defaults: `$PREFVEC_CACHE` or `~/.cache/prefvec`, and `$PREFVEC_CACHE_BYTES` or 100 GB.
+    """
+
+    def __init__(self, folder: str | Path | None = None, limit_bytes: int | None = None):
+        chosen = folder or os.environ.get("PREFVEC_CACHE") or Path.home() / ".cache" / "prefvec"
+        limit = limit_bytes if limit_bytes is not None else os.environ.get("PREFVEC_CACHE_BYTES", DEFAULT_BYTES)
+        if not str(limit).isdecimal() or int(limit) <= 0:
+            raise InputError(f"cache limit {limit!r}: expected a positive number of bytes")
+        self.folder, self.limit_bytes = Path(chosen).absolute(), int(limit)
+        self.hits = self.misses = 0
+        self._pins: dict[str, IO[bytes]] = {}
+
+    def fetch(self, version: VectorVersion, source: Source) -> Path:
+        """The folder of a version, complete and checked; `source` gives the bytes that are not here yet.
+
+        A link is made where the bytes lie on the same disk, a copy elsewhere. Files are read-only: they
+        may be the store's own. Raises StoreError where the bytes do not have the digest that was
+        published.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key = entry_key(version)
+        entry = self.folder / key
+        missed = False
+        while True:
+            lock = (self.folder / f"{key}.lock").open("ab")
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if _intact(entry, version.files):
+                os.utime(lock.fileno())
+                self._pin(key, lock)
+                self.hits += not missed
+                self.misses += missed
+                return entry
+            fcntl.flock(lock, fcntl.LOCK_EX)  # others who miss wait here, and find the entry when it is their turn
+            try:
+                if not _intact(entry, version.files) and not _recheck(entry, version.files):
+                    self._fill(entry, version, source)
+                    missed = True
+            finally:
+                lock.close()
+
+    def unpin(self, version: VectorVersion) -> None:
+        """This process no longer reads the version: it may be evicted. What is mapped stays readable."""
+        lock = self._pins.pop(entry_key(version), None)
+        if lock is not None:
+            lock.close()
+
+    def close(self) -> None:
+        """Unpin everything."""
+        while self._pins:
+            self._pins.popitem()[1].close()
+
+    def size(self) -> int:
+        """Bytes of all entries."""
+        return sum(_size(entry) for entry in self._entries())
+
+    def check(self) -> list[Path]:
+        """Entries whose bytes are not what was checked when they came; hashes everything, changes nothing."""
+        return [entry for entry in self._entries() if not _recheck(entry, None)]
+
+    def _fill(self, entry: Path, version: VectorVersion, source: Source) -> None:
+        """Called with the entry's lock held exclusively."""
+        _remove(entry)
+        self._make_room(version.size)
+        temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
+        temporary.mkdir()
+        try:
+            for file in version.files:
+                target, bytes_ = temporary / file.name, source(file)
+                digest = _place(bytes_, target) if isinstance(bytes_, Path) else _write(bytes_, target)
+                if digest != file.digest:
+                    raise StoreError(
+                        f"{version.ref}: {file.name} does not have the bytes that were"
+                        f" published (blob {file.digest}); run `prefvec registry verify`, and publish the original again"
+                    )
+            _sign(temporary, version.files)
+            temporary.rename(entry)
+        except FileNotFoundError as error:
+            raise StoreError(f"{version.ref}: {error.filename or error} is missing in the store") from None
+        except OSError as error:
+            raise StoreError(f"{version.ref}: cannot be cached in {self.folder} ({error.strerror or error})") from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _make_room(self, needed: int) -> None:
+        """Evict what nobody holds, least recently fetched first, until `needed` bytes fit under the limit."""
+        entries = self._entries()
+        excess = sum(map(_size, entries)) + needed - self.limit_bytes
+        for entry in sorted(entries, key=lambda entry: _age(entry)):
+            if excess <= 0:
+                return
+            with entry.with_suffix(".lock").open("ab") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                excess -= _size(entry)
+                _remove(entry)
+        if excess > 0:
+            raise StoreError(
+                f"cache {self.folder}: {needed} bytes do not fit under the limit of {self.limit_bytes}, and"
+                " running readers hold the rest; raise PREFVEC_CACHE_BYTES or release a reader"
+            )
+
+    def _entries(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if (path / CHECKED).is_file() and path.name[:4] != "tmp-"]
+
+    def _pin(self, key: str, lock: IO[bytes]) -> None:
+        previous, self._pins[key] = self._pins.get(key), lock
+        if previous is not None:
+            previous.close()
+
+
+def entry_key(version: VectorVersion) -> str:
+    """Versions with the same files share an entry."""
+    return digest_of({file.name: file.digest for file in version.files})[7:]
+
+
+def _intact(entry: Path, files: Iterable[FileEntry]) -> bool:
+    """Is every file just as it was when its digest was last compared (size, time of change, inode)?"""
+    try:
+        checked = json.loads((entry / CHECKED).read_text())
+        return {file.name: [file.digest, *_stat(entry / file.name)] for file in files} == checked
+    except (OSError, ValueError):
+        return False
+
+
+def _recheck(entry: Path, files: Iterable[FileEntry] | None) -> bool:
+    """Hash an entry whose files look different. With `files`, sound ones are signed again (a link count
+    changes no bytes but a restored copy has another inode).
+    """
+    try:
+        checked = json.loads((entry / CHECKED).read_text())
+        sound = all(hash_file(entry / name) == digest for name, (digest, *_) in checked.items())
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+    if files is None:
+        return sound
+    if not sound or {file.name: file.digest for file in files} != {
+        name: digest for name, (digest, *_) in checked.items()
+    }:
+        return False
+    _sign(entry, files)
+    return True
+
+
+def _sign(entry: Path, files: Iterable[FileEntry]) -> None:
+    text = json.dumps({file.name: [file.digest, *_stat(entry / file.name)] for file in files})
+    temporary = entry / f"{CHECKED}.{uuid.uuid4().hex}"
+    temporary.write_text(text)
+    temporary.replace(entry / CHECKED)
+
+
+def _stat(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _place(source: Path, target: Path) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+        target.chmod(0o444)
+    return hash_file(target)
+
+
+def _write(chunks: Iterable[bytes], target: Path) -> str:
+    hasher = blake3(max_threads=blake3.AUTO)
+    with target.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            hasher.update(chunk)
+    target.chmod(0o444)
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def _remove(entry: Path) -> None:
+    """Out of sight in one step, then gone. Files that somebody has mapped live on until they are unmapped."""
+    doomed = entry.with_name(f"tmp-{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        entry.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _size(entry: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return sum(path.stat().st_size for path in entry.iterdir())
+    return 0
+
+
+def _age(entry: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):
+        return entry.with_suffix(".lock").stat().st_mtime
+    return 0.0

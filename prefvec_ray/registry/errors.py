@@ -1,0 +1,11 @@
+"""What can go wrong in a store through no fault of the caller's input."""
+
+
+class StoreError(RuntimeError):
+    """The store is damaged, out of reach or out of space. Names the file and what to do; nothing was
+    changed.
+    """
+
+
+class LeaseLost(StoreError):  # noqa: N818 - it is a state to react to, not only an error
+    """Another writer has taken this store over. The operation was not acknowledged; ask the new writer."""

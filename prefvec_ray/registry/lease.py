@@ -1,0 +1,189 @@
+"""One writer per store: the lease.
+
+A folder is guarded by `flock(2)` on `lease/lock`: the kernel gives it to one process and takes it back
+when that process dies, however it dies. Works on local disks, and on network folders that support locks
+(NFSv4, Lustre with `flock`). Should a lock fail, records still cannot overwrite each other
+(`Store._link`).
+
+A bucket has no locks. There the lease is a small object that candidates overwrite and read back after a
+pause (Fischer's timed mutual exclusion, in Lamport, A Fast Mutual Exclusion Algorithm, 1987), renewed by
+a heartbeat. A candidate takes over only after it has itself seen no heartbeat for `ttl_s`, by its own
+monotonic clock: wall clocks play no part and may jump. This is safe as long as a request that was sent
+either arrives within `settle_s` or not at all; within that bound it is exclusive, beyond it `verify`
+finds what went wrong.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry.errors import LeaseLost, StoreError
+from prefvec_ray.registry.store import Store, make_folder
+
+CLAIM = "lease/claim.json"
+
+
+class Lease:
+    """The right to write to `store`, not yet held. `owner` is the same string for all lives of one actor.
+
+    `with lease.held(wait_s=30):` or `acquire` / `release`. `check` is what `Store.create` asks.
+    """
+
+    def __init__(self, store: Store, owner: str, *, ttl_s: float = 15.0, settle_s: float = 1.0):
+        self.store, self.owner, self.ttl_s, self.settle_s = store, owner, ttl_s, settle_s
+        self.epoch = 0
+        self._token = ""
+        self._lock: IO[bytes] | None = None
+        self._depth = 0
+        self._guard = threading.RLock()
+        self._renewed = 0.0
+        self._stop = threading.Event()
+
+    @contextlib.contextmanager
+    def held(self, wait_s: float = 30.0) -> Iterator[None]:
+        """Hold the lease for a block; may be nested."""
+        with self._guard:
+            if self._depth == 0 and not self._token:
+                self.acquire(wait_s)
+                self._depth = 1
+            else:
+                self._depth += self._depth > 0
+            try:
+                yield
+            finally:
+                if self._depth:
+                    self._depth -= 1
+                    if self._depth == 0:
+                        self.release()
+
+    def acquire(self, wait_s: float = 30.0) -> None:
+        """Take the lease, waiting for a short-lived writer; InputError names the one that keeps it."""
+        deadline = time.monotonic() + wait_s
+        self.store.begin()
+        if self.store.folder is not None:
+            self._lock_folder(self.store.folder, deadline)
+        else:
+            self._await_bucket(deadline)
+        self.epoch = int(self._claim().get("epoch", 0)) + 1
+        self._token = uuid.uuid4().hex
+        began = time.monotonic()
+        self._write(CLAIM, {**self._me(), "epoch": self.epoch, "token": self._token, "released": False})
+        if self.store.folder is None:
+            time.sleep(self.settle_s)
+            if time.monotonic() - began > self.settle_s + self.ttl_s / 2 or self._claim().get("token") != self._token:
+                self._token = ""
+                raise InputError(f"{self.store.label}: another writer took the lease at the same moment; try again")
+            self._renewed = began
+            self._stop = threading.Event()
+            threading.Thread(target=self._beat, args=(self._token, self._stop), daemon=True).start()
+
+    def release(self) -> None:
+        """Give the lease back; the next writer need not wait."""
+        if not self._token:
+            return
+        self._stop.set()
+        with contextlib.suppress(StoreError, OSError):
+            if self._claim().get("token") == self._token:
+                self._write(CLAIM, {**self._me(), "epoch": self.epoch, "token": self._token, "released": True})
+        self._token = ""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def live(self) -> bool:
+        """Was the lease held a moment ago? Asks nobody."""
+        late = self.store.folder is None and time.monotonic() - self._renewed > self.ttl_s - self.settle_s
+        return bool(self._token) and not late
+
+    def check(self) -> None:
+        """LeaseLost unless this process may write right now. One small read."""
+        if not self._token:
+            raise LeaseLost(f"{self.store.label}: this process does not hold the writer's lease")
+        if not self.live or self._claim().get("token") != self._token:
+            holder = self._claim()
+            self._stop.set()
+            self._token = ""
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+            raise LeaseLost(f"{self.store.label}: the writer's lease passed to {holder.get('owner', 'nobody')}")
+
+    def holder(self) -> dict[str, object]:
+        """Who wrote the last claim, for messages and `doctor`: owner, host, pid, epoch, released."""
+        claim = self._claim()
+        return {key: claim[key] for key in ("owner", "host", "pid", "epoch", "released") if key in claim}
+
+    def _lock_folder(self, folder: Path, deadline: float) -> None:
+        make_folder(folder / "lease")
+        lock = (folder / "lease" / "lock").open("ab")
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = lock
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.close()
+                    raise self._refusal() from None
+                time.sleep(0.01)
+
+    def _await_bucket(self, deadline: float) -> None:
+        """Until the last claim is released, ours, or silent for ttl_s."""
+        seen, since = None, time.monotonic()
+        while True:
+            claim = self._claim()
+            if not claim or claim.get("released") or claim.get("owner") == self.owner:
+                return
+            state = (claim.get("token"), self.store.read(f"lease/beat-{claim.get('token')}.json"))
+            if state != seen:
+                seen, since = state, time.monotonic()
+            if time.monotonic() - since > self.ttl_s:
+                return
+            if time.monotonic() > deadline and time.monotonic() - since < self.ttl_s / 2:
+                raise self._refusal()
+            time.sleep(min(0.2, self.ttl_s / 10))
+
+    def _beat(self, token: str, stop: threading.Event) -> None:
+        count = 0
+        key = f"lease/beat-{token}.json"
+        while not stop.wait(self.ttl_s / 5):
+            began, count = time.monotonic(), count + 1
+            with contextlib.suppress(StoreError, OSError):
+                self._write(key, {"count": count})
+                if self._claim().get("token") == token:
+                    self._renewed = began
+                elif self._token == token:
+                    self._token = ""
+                    break
+        with contextlib.suppress(StoreError, OSError):
+            self.store.delete(key)
+
+    def _refusal(self) -> InputError:
+        claim = self._claim()
+        return InputError(
+            f"{self.store.label}: is being written to by {claim.get('owner', 'another process')} (pid"
+            f" {claim.get('pid')} on {claim.get('host')}); publish through it, or stop it first"
+        )
+
+    def _me(self) -> dict[str, object]:
+        return {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid()}
+
+    def _claim(self) -> dict[str, Any]:
+        try:
+            claim = json.loads(self.store.read_fresh(CLAIM) or b"{}")
+        except ValueError:
+            return {}
+        return claim if isinstance(claim, dict) else {}
+
+    def _write(self, key: str, value: dict[str, object]) -> None:
+        self.store.overwrite(key, json.dumps(value).encode())

@@ -1,0 +1,172 @@
+"""The registry as its users see it: a `Catalog` plus the bytes.
+
+    registry = Registry.open("runs/registry")
+    helpful = registry.publish_vector("vectors/helpful", metrics={"gain": 0.21})
+    registry.set_alias("helpful", "production", helpful.version, "best on the held-out prompts")
+    vector = load_vector(registry.fetch("helpful@production"))
+
+Works in any process without Ray. Where many processes of a cluster publish, `start_registry` puts an
+actor in front of the same store, and its client has the same methods.
+"""
+
+import getpass
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry.cache import NodeCache
+from prefvec_ray.registry.catalog import Catalog, MissingBlob
+from prefvec_ray.registry.lease import Lease
+from prefvec_ray.registry.names import FILE_NAME, check_name, check_text, parse_ref, shown
+from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, canonical
+from prefvec_ray.registry.store import Store
+
+SUFFIXES = {".safetensors", ".json", ".md", ".txt"}
+
+
+class Blobs(Protocol):
+    """Where bytes go and come from: the store itself, or Ray where the store is out of reach."""
+
+    def stage(self, source: str | Path, gate: Callable[[], None]) -> tuple[str, int]: ...
+
+    def source(self, file: FileEntry) -> Path | Iterable[bytes]: ...
+
+
+class Registry(Catalog):
+    """See the module; `Catalog` has the methods for names, aliases, presets and tags."""
+
+    def __init__(self, store: Store, lease: Lease, blobs: Blobs, cache: NodeCache):
+        super().__init__(store, lease)
+        self.blobs, self.cache = blobs, cache
+
+    @classmethod
+    def open(
+        cls,
+        root: str | Path,
+        *,
+        cache: NodeCache | None = None,
+        clock: Callable[[], float] = time.time,
+        ttl_s: float = 15.0,
+        settle_s: float = 1.0,
+    ) -> "Registry":
+        """The registry in a folder or `s3://bucket/prefix`; an empty or missing root becomes one at the
+        first write.
+
+        Writing takes the store's lease for a moment each time (a bucket: a moment is `settle_s`; group
+        writes in `with registry.lease.held():`) and raises InputError while an actor owns the store.
+        """
+        store = Store.open(root, clock=clock)
+        owner = f"process {socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        return cls(store, Lease(store, owner, ttl_s=ttl_s, settle_s=settle_s), store, cache or NodeCache())
+
+    def publish_vector(
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        version: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        license: str = "",
+        notes: str = "",
+        creator: str | None = None,
+    ) -> VectorVersion:
+        """Publish a vector folder (or file) as the next version of `name`, by default the vector's
+        preference.
+
+        The same files with the same statements again are the same version. `recipe` adds to what the
+        vector file says. Raises InputError, and changes nothing, for what `load_vector` refuses, NaN and
+        infinity, names that cannot be used, files that are no part of a vector, and a `version` that
+        exists with other content.
+        """
+        from prefvec_ray.vectors import load_vector
+
+        folder = Path(folder)
+        vector = load_vector(folder)
+        info = vector.info
+        statement: dict[str, Any] = {
+            "name": check_name(info.preference if name is None else name, "vector name"),
+            "preference": info.preference,
+            "form": info.form,
+            "dtype": info.dtype,
+            "base_fingerprint": info.base_fingerprint,
+            "parents": info.parents,
+            "data_digest": info.data_digest,
+            "precision": info.precision,
+            "recipe": _merged(info.recipe, recipe or {}),
+            "metrics": json.loads(canonical(dict(metrics or {}))),
+            "license": check_text(license, "license", 200) if license else "",
+            "notes": check_text(notes, "notes", 20_000) if notes else "",
+            "rank": max((getattr(entry, "rank", 0) for entry in vector.entries.values()), default=0) or None,
+        }
+        creator = check_text(user() if creator is None else creator, "creator", 200)
+        paths = _files(folder)
+        with ThreadPoolExecutor(1) as pool:  # numbers are checked while files are copied; both wait for memory
+            digest: Future[str] = pool.submit(lambda: vector.validate().digest())
+            for attempt in range(3):
+                staged = [(path.name, *self.blobs.stage(path, lambda: _wait(digest))) for path in paths]
+                files = tuple(FileEntry(name=n, digest=d, size=s) for n, d, s in staged)
+                draft = VectorDraft(**statement, digest=digest.result(), files=files)
+                try:
+                    return self.commit_vector(draft, version=version, creator=creator)
+                except MissingBlob:  # a garbage collection came in between
+                    if attempt == 2:
+                        raise
+        raise AssertionError("unreachable")
+
+    def fetch(self, ref: str) -> Path:
+        """A local folder with the version's files, for `load_vector`; pinned in the node's cache until
+        `unpin`.
+        """
+        return self.cache.fetch(self.resolve(ref), self.blobs.source)
+
+    def unpin(self, ref: str) -> None:
+        """This process no longer reads the version."""
+        parse_ref(ref)
+        self.cache.unpin(self.resolve(ref))
+
+    def close(self) -> None:
+        """Unpin what was fetched and give back the lease, if it is held."""
+        self.cache.close()
+        self.lease.release()
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files to publish, by name; InputError for what does not belong to a vector."""
+    if folder.is_file():
+        return [folder]
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in paths:
+        if not path.is_file() or path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
+            raise InputError(
+                f"{folder}: {shown(path.name)} does not belong to a vector (expected files ending in"
+                f" {', '.join(sorted(SUFFIXES))}); remove it or publish from a clean folder"
+            )
+    return paths
+
+
+def _merged(stated: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    for key in stated.keys() & added.keys():
+        if stated[key] != added[key]:
+            raise InputError(
+                f"recipe: {shown(key)} is {shown(stated[key])} in the vector file; it cannot be changed here"
+            )
+    return json.loads(canonical({**stated, **added}))
+
+
+def _wait(digest: Future[str]) -> None:
+    digest.result()
+
+
+def user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"

@@ -1,0 +1,452 @@
+"""Immutable records and content-addressed blobs in a folder or a bucket. Knows nothing of vectors, names or
+Ray.
+
+    store = Store.open("runs/registry")                    # or "s3://bucket/prefix?region=eu-central-1"
+    store.create("vectors/helpful/1.json", data, check)    # once, whole, or not at all
+    digest, size = store.stage("vector.safetensors")       # -> blobs/<hex>
+
+In a folder a record appears by `link(2)`: complete, durable, and never over another one, whoever writes.
+A bucket has neither that nor locks in pyarrow; there a PUT is whole or absent, and that nobody else
+writes is the lease's business (`lease.py`), which is why `create` takes its `check`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from blake3 import blake3
+from pyarrow import ArrowException, fs
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry.errors import StoreError
+from prefvec_ray.registry.names import shown
+from prefvec_ray.registry.records import FileEntry, Record, decode, encode
+
+RECORD_FOLDERS = ("vectors", "presets", "refs", "tags", "retired", "served")
+OWN_FOLDERS = {*RECORD_FOLDERS, "blobs", "staging", "lease", "holds"}
+MARKER = "registry.json"
+CHUNK = 8 << 20
+BUCKETS = ("s3", "gcs", "abfs")
+
+
+class Marker(Record):
+    """`registry.json`: says that this folder is a registry, and which one."""
+
+    uid: str
+
+
+class Store:
+    """One root. Reads are always fresh unless `load_mirror` was called, which only the holder of the lease
+    may do.
+    """
+
+    def __init__(self, root: str | Path, *, clock: Callable[[], float] = time.time):
+        self.uri = str(root)
+        self.clock = clock
+        self.folder: Path | None = None
+        self.step: Callable[[str], None] = lambda name: None
+        """called after each step that a crash could follow"""
+        if "://" in self.uri:
+            try:
+                self.fs, self.base = fs.FileSystem.from_uri(self.uri)
+            except (ArrowException, OSError, ValueError) as error:
+                raise InputError(
+                    f"registry root {self.label}: {self._clean(error)}; give a folder or s3://bucket/path"
+                ) from None
+            if self.fs.type_name == "local":
+                self.folder = Path(self.base)
+            elif self.fs.type_name not in BUCKETS:
+                raise InputError(
+                    f"registry root {self.label}: a {self.fs.type_name} filesystem shows files before they"
+                    " are complete; use a folder or an s3, gs or abfs bucket"
+                )
+        else:
+            self.folder = Path(self.uri).absolute()
+            self.uri = str(self.folder)
+            self.fs, self.base = fs.LocalFileSystem(), str(self.folder)
+        self._mirror: dict[str, dict[str, bytes | None]] | None = None
+
+    @classmethod
+    def open(cls, root: str | Path, *, clock: Callable[[], float] = time.time) -> "Store":
+        """The store at `root`, which may still be empty or missing. InputError where something else lies
+        there.
+        """
+        store = cls(root, clock=clock)
+        if store.read(MARKER) is None and (strangers := set(store.children("")) - OWN_FOLDERS):
+            raise InputError(
+                f"{store.label}: not a registry (no {MARKER}): holds '{min(strangers)}'; choose an empty one"
+            )
+        return store
+
+    def begin(self) -> None:
+        """Make the root a registry, unless it is one."""
+        if self.read(MARKER) is None:
+            with contextlib.suppress(FileExistsError):
+                self.create(MARKER, encode(Marker(created=self.clock(), uid=uuid.uuid4().hex)), lambda: None)
+
+    @property
+    def label(self) -> str:
+        """The root without credentials, for messages and records."""
+        return re.sub(r"//[^/@]*@", "//", self.uri).partition("?")[0]
+
+    @property
+    def mirrored(self) -> bool:
+        return self._mirror is not None
+
+    @property
+    def uid(self) -> str:
+        """Identity of the store: the same through every path and mount."""
+        data = self.read(MARKER)
+        if data is None:
+            raise StoreError(f"{self.label}: {MARKER} is gone; is the storage mounted?")
+        return decode(data, Marker, MARKER).uid
+
+    # -- records
+
+    def read(self, key: str) -> bytes | None:
+        """The stored bytes of a record, None where there is none."""
+        if self._mirror is not None:
+            folder, _, name = key.rpartition("/")
+            if folder.partition("/")[0] in RECORD_FOLDERS:
+                return self._mirror.get(folder, {}).get(name)
+        return self.read_fresh(key)
+
+    def read_fresh(self, key: str) -> bytes | None:
+        """`read` past the mirror."""
+        if self.folder is not None:
+            with self._io(key):
+                try:
+                    return (self.folder / key).read_bytes()
+                except (FileNotFoundError, NotADirectoryError):
+                    return None
+        with self._io(key):
+            try:
+                with self.fs.open_input_file(self._path(key)) as stream:
+                    return stream.read()
+            except FileNotFoundError:
+                return None
+
+    def children(self, key: str) -> list[str]:
+        """Names directly under a folder of records, sorted; empty where there is no such folder."""
+        if self._mirror is not None and key.partition("/")[0] in RECORD_FOLDERS:
+            return sorted(self._mirror.get(key, {}))
+        if self.folder is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return sorted(path.name for path in (self.folder / key).iterdir())
+            return []
+        with self._io(key):
+            found = self.fs.get_file_info(fs.FileSelector(self._path(key), allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def create(self, key: str, data: bytes, check: Callable[[], None]) -> None:
+        """Make a record visible, whole and durable. FileExistsError where the key holds other bytes.
+
+        `check` raises LeaseLost where this process may not write (any more); in a bucket it is asked
+        again before the record counts as written.
+        """
+        check()
+        existing = self.read_fresh(key)
+        if existing is None and self.folder is not None:
+            existing = self._link(self.folder / key, data)
+        elif existing is None:
+            with self._io(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
+                stream.write(data)
+            self.step("record")
+            check()
+        if existing is not None and existing != data:
+            raise FileExistsError(key)
+        if self._mirror is not None:
+            self._remember(key, data)
+
+    def overwrite(self, key: str, data: bytes) -> None:
+        """Replace a small file that is no record: the lease, the holds. Whole, but not synced to disk."""
+        if self.folder is not None:
+            with self._io(key), self._temporary() as temporary:
+                temporary.write_bytes(data)
+                make_folder((self.folder / key).parent)
+                temporary.replace(self.folder / key)
+            return
+        with self._io(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
+            stream.write(data)
+
+    def delete(self, key: str) -> None:
+        """Remove a file that `overwrite` wrote, or nothing."""
+        with self._io(key), contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self._path(key))
+
+    def _link(self, target: Path, data: bytes) -> bytes | None:
+        """Write a temporary, then link it into place. The other's bytes where somebody was first, else
+        None.
+        """
+        with self._io(target), self._temporary() as temporary:
+            temporary.write_bytes(data)
+            temporary.chmod(0o644)
+            self.step("record-written")
+            _sync(temporary)
+            make_folder(target.parent)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                return target.read_bytes()
+            self.step("record-linked")
+            _sync(target.parent)
+        self.step("record")
+        return None
+
+    def load_mirror(self) -> None:
+        """Read every record into memory; from now on reads come from there. What is damaged is kept as it
+        is.
+        """
+        mirror: dict[str, dict[str, bytes | None]] = {}
+        self._mirror = None
+        keys = self.record_keys()
+        if self.folder is not None:
+            contents: Iterable[bytes | None] = map(self.read_fresh, keys)
+        else:
+            with ThreadPoolExecutor(32) as pool:
+                contents = list(pool.map(self.read_fresh, keys))
+        self._mirror = mirror
+        for key, data in zip(keys, contents, strict=True):
+            if data is not None:
+                self._remember(key, data)
+
+    def record_keys(self) -> list[str]:
+        """Keys of all records as they are stored now."""
+        if self.folder is not None:
+            found = (
+                f"{where[len(str(self.folder)) + 1 :]}/{file}"
+                for top in RECORD_FOLDERS
+                for where, _, files in os.walk(self.folder / top)
+                for file in files
+            )
+            return sorted(found)
+        keys: list[str] = []
+        for top in RECORD_FOLDERS:
+            with self._io(top):
+                selector = fs.FileSelector(self._path(top), recursive=True, allow_not_found=True)
+                keys += [i.path[len(self.base) + 1 :] for i in self.fs.get_file_info(selector) if i.is_file]
+        return sorted(keys)
+
+    def _remember(self, key: str, data: bytes) -> None:
+        mirror = self._mirror
+        assert mirror is not None
+        folder, _, name = key.rpartition("/")
+        mirror.setdefault(folder, {})[name] = data
+        while "/" in folder:
+            folder, _, name = folder.rpartition("/")
+            mirror.setdefault(folder, {}).setdefault(name, None)
+
+    # -- blobs
+
+    def stage(self, source: str | Path, gate: Callable[[], None] = lambda: None) -> tuple[str, int]:
+        """Copy a file's bytes to `blobs/<digest>` and read them back: (digest, size). Nothing refers to them
+        yet.
+
+        A blob that is already there is checked instead, and replaced where it is damaged. `gate` is
+        called once before the blob appears and may refuse by raising. Raises StoreError where the disk is
+        full or the file changes meanwhile. Whatever is raised, nothing is left behind.
+        """
+        source = Path(source)
+        digest, size = hash_file(source), source.stat().st_size
+        self.step("hashed")
+
+        def chunks() -> Iterator[bytes]:
+            with source.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+
+        self.receive(digest, size, source if self.folder is not None else chunks(), gate)
+        return digest, size
+
+    def receive(
+        self,
+        digest: str,
+        size: int,
+        source: str | Path | Iterable[bytes | memoryview],
+        gate: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Bytes of known digest and size, from a file or in chunks, become a blob; see `stage`."""
+        self.begin()
+        if self.has_blob(digest, size):
+            gate()
+            return
+        if self.folder is None:
+            gate()
+            self._upload(digest, size, source)
+            return
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise StoreError(f"{self.label}: {free} bytes free, {size} needed; make room (`gc`), nothing was written")
+        with self._io(digest), self._temporary() as temporary:
+            if isinstance(source, str | Path):
+                shutil.copyfile(source, temporary)
+            else:
+                with temporary.open("wb") as file:
+                    for chunk in source:
+                        file.write(chunk)
+            self.step("copied")
+            temporary.chmod(0o444)
+            _sync(temporary)
+            if temporary.stat().st_size != size or hash_file(temporary) != digest:
+                raise StoreError(f"{source if isinstance(source, str | Path) else digest}: changed while it was copied")
+            self.step("verified")
+            gate()
+            target = self.folder / blob_key(digest)
+            make_folder(target.parent)
+            temporary.rename(target)  # over a damaged blob, if there is one: the name says what the bytes must be
+            _sync(target.parent)
+        self.step("blob")
+
+    def _upload(self, digest: str, size: int, source: str | Path | Iterable[bytes | memoryview]) -> None:
+        assert not isinstance(source, str | Path)
+        path, hasher, sent = self._path(blob_key(digest)), blake3(), 0
+        try:
+            with self._io(digest), self.fs.open_output_stream(path, compression=None) as stream:
+                for chunk in source:
+                    hasher.update(chunk)
+                    stream.write(chunk)
+                    sent += len(chunk)
+            if sent != size or f"blake3:{hasher.hexdigest()}" != digest:
+                raise StoreError(f"{digest}: the bytes changed while they were sent; try again")
+        except BaseException:  # pyarrow completes the upload when the stream is closed, even after an error
+            with contextlib.suppress(OSError):
+                self.fs.delete_file(path)
+            raise
+        self.step("blob")
+
+    def has_blob(self, digest: str, size: int) -> bool:
+        """Is the blob there, whole? A folder's blob is hashed; a bucket's, which checks its own bytes, is
+        measured.
+        """
+        if self.blob_size(digest) != size:
+            return False
+        return self.folder is None or hash_file(self.folder / blob_key(digest)) == digest
+
+    def blob_size(self, digest: str) -> int | None:
+        """Size in bytes, None where there is no such blob."""
+        if self.folder is not None:
+            try:
+                return (self.folder / blob_key(digest)).stat().st_size
+            except FileNotFoundError:
+                return None
+        with self._io(digest):
+            info = self.fs.get_file_info(self._path(blob_key(digest)))
+        return info.size if info.is_file else None
+
+    def read_blob(self, digest: str, chunk: int = CHUNK) -> Iterator[bytes]:
+        """The blob's bytes in pieces. Unchecked: who keeps them compares the digest."""
+        with (
+            self._io(digest),
+            self.fs.open_input_stream(self._path(blob_key(digest)), compression=None) as stream,
+        ):
+            while piece := stream.read(chunk):
+                yield piece
+
+    def source(self, file: FileEntry) -> Path | Iterator[bytes]:
+        """Where a blob's bytes come from: its path in a folder (never write there), or a stream of pieces."""
+        return self.read_blob(file.digest) if self.folder is None else self.folder / blob_key(file.digest)
+
+    def blobs(self) -> dict[str, tuple[int, float]]:
+        """Every blob: digest -> (size, time of last change). Files under `blobs/` with other names are not
+        blobs.
+        """
+        with self._io("blobs"):
+            found = self.fs.get_file_info(fs.FileSelector(self._path("blobs"), allow_not_found=True))
+        named = re.compile(r"[0-9a-f]{64}")
+        return {
+            f"blake3:{info.base_name}": (info.size, info.mtime_ns / 1e9)
+            for info in found
+            if info.is_file and named.fullmatch(info.base_name)
+        }
+
+    def delete_blob(self, digest: str) -> None:
+        self.delete(blob_key(digest))
+
+    def stale_staging(self) -> list[Path]:
+        """Temporary files whose writer is gone: nobody holds their lock. (Buckets drop what was not
+        completed.)
+        """
+        if self.folder is None:
+            return []
+        stale = []
+        for path in sorted((self.folder / "staging").glob("*")):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stale.append(path)
+        return stale
+
+    # -- below
+
+    def _path(self, key: str) -> str:
+        return f"{self.base}/{key}" if key else self.base
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A locked, empty file in `staging/`, gone afterwards. Its lock tells `gc` that the writer lives."""
+        assert self.folder is not None
+        path = self.folder / "staging" / uuid.uuid4().hex
+        make_folder(path.parent)
+        with path.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _io(self, what: object) -> Iterator[None]:
+        """Operating-system errors become one clear line; what callers tell apart passes through."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, ArrowException) as error:
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            advice = "no space left; make room (`gc`) and try again" if full else self._clean(error)
+            raise StoreError(f"{self.label}: {what}: {advice}; nothing was changed") from error
+
+    def _clean(self, error: Exception) -> str:
+        """An error's first line without the credentials that a root may carry."""
+        secret = re.search(r"//([^/@]*)@", self.uri)
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return line.replace(self.uri, self.label).replace(secret[1], "…") if secret else line
+
+
+def blob_key(digest: str) -> str:
+    """`blake3:<hex>` -> `blobs/<hex>`; InputError for anything else."""
+    if not isinstance(digest, str) or not re.fullmatch(r"blake3:[0-9a-f]{64}", digest):
+        raise InputError(f"digest {shown(digest)}: expected 'blake3:' and 64 hexadecimal digits")
+    return f"blobs/{digest[7:]}"
+
+
+def hash_file(path: str | Path) -> str:
+    """`blake3:<hex>` of a file, memory-mapped and on all cores: faster than the disk that it comes from."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def make_folder(folder: Path) -> None:
+    """mkdir -p, durable: every folder that was made is synced into its parent."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
