@@ -104,7 +104,7 @@ class NodeCache:
                 if digest != file.digest:
                     raise StoreError(
                         f"{version.ref}: {file.name} does not have the bytes that were"
-                        f" published (blob {file.digest}); run `prefvec registry verify`, and publish the original again"
+                        f" published (blob {file.digest}); run `prefvec registry verify`, publish the original again"
                     )
             _sign(temporary, version.files)
             temporary.rename(entry)
