@@ -1,0 +1,26 @@
+"""Choosing coefficients: a multi-objective search on Ray Tune, its Pareto front and a recommended setting.
+
+task = Task(base="base", vectors={"helpful": "vectors/helpful"}, prompts=prompts, scorer=scorer)
+result = search(task, ["helpful", "harmless"], "runs/search", limits={"valid": 0.9}, progress=print)
+result.recommended.coefficients, result.recommended.reason
+"""
+
+from prefvec_ray.search.measure import measure
+from prefvec_ray.search.pareto import compromise, hypervolume, non_dominated
+from prefvec_ray.search.result import FailedTrial, Goal, Recommendation, SearchResult
+from prefvec_ray.search.run import Progress, search
+from prefvec_ray.search.trial import Task
+
+__all__ = [
+    "FailedTrial",
+    "Goal",
+    "Progress",
+    "Recommendation",
+    "SearchResult",
+    "Task",
+    "compromise",
+    "hypervolume",
+    "measure",
+    "non_dominated",
+    "search",
+]

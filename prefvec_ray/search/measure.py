@@ -1,0 +1,47 @@
+"""Many settings measured at once: a few actors, each with its own live model, share a list of settings."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util import ActorPool
+
+from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.search.trial import Task
+
+
+class _Measurer:
+    def __init__(self, task: Task) -> None:
+        self.evaluator = task.evaluator()
+
+    def measure(self, coefficients: Mapping[str, float]) -> str:
+        return self.evaluator.evaluate(coefficients).model_dump_json()
+
+
+def measure(
+    task: Task,
+    settings: Sequence[Mapping[str, float]],
+    *,
+    actors: int = 4,
+    resources: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Evaluate every setting of `task.vectors`, in the order given, on up to `actors` processes of the
+    cluster.
+
+    What a setting scores does not depend on which actor measures it, or after what. `resources` of one
+    actor, default one CPU. `progress(done, total)` is called after each setting.
+    """
+    wanted = dict(resources or {"cpu": 1})
+    actor: Any = ray.remote(_Measurer)
+    options: dict[str, Any] = {"num_cpus": wanted.pop("cpu", 0), "num_gpus": wanted.pop("gpu", 0), "resources": wanted}
+    shared = ray.put(task)
+    pool = ActorPool([actor.options(**options).remote(shared) for _ in range(min(actors, len(settings)))])
+    results = []
+    for done, text in enumerate(
+        pool.map(lambda actor, setting: actor.measure.remote(setting), list(settings)), start=1
+    ):
+        results.append(Evaluation.model_validate_json(text))
+        if progress:
+            progress(done, len(settings))
+    return results

@@ -1,0 +1,90 @@
+"""What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and
+score."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+
+from prefvec_ray.evaluation import Scorer, load_scorer
+
+if TYPE_CHECKING:
+    from prefvec_ray.evaluation import Evaluator
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure at every setting. Travels to the trial actors; models and vectors travel as folders."""
+
+    base: Path
+    """Folder of the base model, tokenizer included."""
+    vectors: dict[str, Path]
+    """Name -> vector folder. The actors of a node memory-map these, and the base, and so share one copy."""
+    prompts: Sequence[Any]
+    """The search prompts, never the ones that are reported on."""
+    scorer: Scorer | str
+    """A scorer, or `module:function`."""
+    draws: int = 4
+    temperature: float = 0.7
+    max_new_tokens: int = 64
+    batch_size: int = 256
+    seed: int = 0
+    template: bool = True
+    base_fingerprint: str = ""
+    """Of the base; the driver fills it in, so that the actors need not hash the model."""
+    threads: int = 1
+    """Torch threads of an actor."""
+
+    def load_scorer(self) -> Scorer:
+        return load_scorer(self.scorer) if isinstance(self.scorer, str) else self.scorer
+
+    def evaluator(self) -> "Evaluator":
+        """The live model of this process, ready to measure settings. Heavy: once a process."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        from prefvec_ray.evaluation import Evaluator
+        from prefvec_ray.vectors import Checkpoint, LiveModel, load_vector
+
+        torch.set_num_threads(self.threads)
+        logging.disable_progress_bar()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        live = LiveModel(
+            AutoModelForCausalLM.from_pretrained(self.base, dtype="auto").to(device),
+            {name: load_vector(folder) for name, folder in self.vectors.items()},
+            base=Checkpoint(self.base),
+            base_fingerprint=self.base_fingerprint,
+            threads=self.threads,
+        )
+        return Evaluator(
+            live,
+            AutoTokenizer.from_pretrained(self.base),
+            self.prompts,
+            self.load_scorer(),
+            draws=self.draws,
+            seed=self.seed,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            template=self.template,
+        )
+
+
+class Trial(tune.Trainable):
+    """A Tune trainable of a single step; the actor lives on with its model (`reuse_actors`)."""
+
+    def setup(self, config: dict[str, Any], task: Task) -> None:
+        self.evaluator = task.evaluator()
+        self.coefficients = config
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.coefficients = new_config
+        return True
+
+    def step(self) -> dict[str, Any]:
+        evaluation = self.evaluator.evaluate(self.coefficients)
+        scores = {f"score/{name}": value.mean for name, value in evaluation.metrics.items() if value is not None}
+        return {**scores, "evaluation": evaluation.model_dump_json(), "done": True}
