@@ -136,6 +136,20 @@ def _map(segment: Segment, change: Callable[[Tensor], Tensor]) -> Segment:
     return replace(segment, out=change(segment.out), base=change(segment.base), terms=terms)
 
 
+def part_of(entry: Entry, index: tuple[int | slice, ...]) -> Entry:
+    """What an entry says of tensor[index], where the index is that of a run of rows (or of elements, in one
+    dimension).
+    """
+    if isinstance(entry, LowRank):
+        lead = index[:-1]
+        return LowRank(entry.A_RI[lead], entry.B_OR[index])
+    if isinstance(entry, Int8):
+        if entry.values.dim() > 1:
+            return Int8(entry.values[index], entry.scale[index])
+        entry = Full(entry.dense())
+    return Full(entry.values[index])
+
+
 def _fits_kernel(segment: Segment) -> bool:
     tensors = [segment.out, segment.base]
     for _, entry in segment.terms:
@@ -197,9 +211,7 @@ def _joined(left: Segment, right: Segment) -> Segment | None:
 def _gap(left: Tensor, right: Tensor) -> int | None:
     """Elements between the end of one tensor and the start of the next, or None where they are not
     neighbours."""
-    same = (
-        left.dtype == right.dtype and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
-    )
+    same = left.dtype == right.dtype and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
     gap = int(right.storage_offset()) - int(left.storage_offset()) - left.numel()
     contiguous = left.is_contiguous() and right.is_contiguous()
     return gap if same and contiguous and 0 <= gap < ALIGN else None

@@ -185,7 +185,7 @@ def test_works_under_inference_mode() -> None:
 
 
 def test_neighbours_in_memory_are_computed_as_one() -> None:
-    """What a CUDA device is given: two long tensors here, not three (the vector leaves the second one out)."""
+    """What a CUDA device is given. The vector leaves the second tensor out here, so three are left of four."""
     shapes = [(3, 5), (64,), (7,), (2, 2, 4)]
     tensors = [torch.randn(shape) for shape in shapes]
     outs, bases = packed(tensors), packed(tensors)

@@ -1,0 +1,213 @@
+"""A model at fixed coefficients, for programs that know nothing of preference vectors: vLLM, transformers, PEFT.
+
+export_model("base", {"helpful": helpful, "harmless": harmless}, {"helpful": 0.7, "harmless": 1.0}, "exported")
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.vectors.checkpoint import Checkpoint
+from prefvec_ray.vectors.entries import FLOAT_DTYPES, LowRank
+from prefvec_ray.vectors.file import PreferenceVector
+from prefvec_ray.vectors.fingerprint import fingerprint
+from prefvec_ray.vectors.fused import CODES, FusedMerge, Segment, part_of
+from prefvec_ray.vectors.live import check_base, check_coefficients
+from prefvec_ray.vectors.writer import Index, Progress, ShardWriter, new_folder, write_text
+
+# What belongs to a model besides its weights. Code (*.py) is not taken along, nor the base's own README.
+BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+def export_model(
+    base_folder: str | Path,
+    vectors: Mapping[str, PreferenceVector],
+    coefficients: Mapping[str, float],
+    out: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    lineage: Mapping[str, str] | None = None,
+    base_fingerprint: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write theta_base + sum_p eta_p phi_p as a Hugging Face checkpoint, and return its folder.
+
+    The numbers are `LiveModel`'s, bit for bit: fp32 sums, one rounding, to `dtype` or else to the base's dtypes. The
+    weights are streamed from mapped files in chunks of 4 MB a thread, so memory does not grow with the model. Config,
+    tokenizer and chat template are copied; README.md is a model card with the coefficients and the vectors' lineage, to
+    which `lineage` adds a line per vector (its registry name and digest, say). `out` appears complete or not at all;
+    `overwrite` lets it replace another model folder. `base_fingerprint` skips hashing the base where it is known.
+
+    Raises InputError before any work for what does not fit together (another base, unknown names, shapes, NaN, too
+    little disk), and without any output where a weight is NaN or infinite.
+    """
+    base_folder, out = Path(base_folder), Path(out)
+    checkpoint = Checkpoint(base_folder)
+    etas = check_coefficients(coefficients, dict(sorted(vectors.items())))
+    if dtype is not None and dtype not in FLOAT_DTYPES.values():
+        raise InputError(f"cannot export in {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
+    if out.resolve() == base_folder.resolve():
+        raise InputError(f"{out}: is the base model's own folder; choose another")
+    check_fit(checkpoint, vectors, base_fingerprint or fingerprint(base_folder))
+    moved = {name: vectors[name] for name, eta in etas.items() if eta != 0}
+    numbers = [etas[name] for name in moved]
+
+    def produce(name: str, index: Index, scratch: Tensor) -> Tensor:
+        base = checkpoint.tensor(name)[index]
+        terms = [(k, part_of(v.entry(name), index)) for k, v in enumerate(moved.values()) if name in v]
+        if not terms and base.dtype == scratch.dtype:
+            return base
+        if FusedMerge([Segment(name, scratch, base, tuple(terms))], threads=1).run(numbers) is not None:
+            raise InputError(f"'{name}' would hold NaN or infinity at {etas}; choose smaller coefficients")
+        return scratch
+
+    like = {name: checkpoint.tensor(name).to("meta") for name in checkpoint.names()}
+    if dtype is not None:
+        like = {name: tensor.to(dtype) if tensor.dtype in CODES else tensor for name, tensor in like.items()}
+    with (
+        new_folder(out, replaces=_is_model if overwrite else None) as folder,
+        ShardWriter(folder, "model", like, max_shard_size=max_shard_size) as writer,
+    ):
+        writer.write(produce, threads=threads, progress=progress)
+        _copy_beside(base_folder, folder, dtype)
+        write_text(folder / "README.md", model_card(base_folder.name, vectors, etas, lineage or {}))
+        writer.finish()
+    return out
+
+
+def check_fit(checkpoint: Checkpoint, vectors: Mapping[str, PreferenceVector], base_fingerprint: str) -> None:
+    """InputError unless every vector was taken on this base, and changes only what the base has."""
+    for key, vector in vectors.items():
+        check_base(vector, base_fingerprint)
+        for name in vector.names():
+            if name not in checkpoint:
+                raise InputError(f"vector '{key}' changes '{name}', which the base {checkpoint.folder} does not have")
+            base, shape = checkpoint.tensor(name), tuple(vector.shape(name))
+            if base.shape != shape:
+                raise InputError(f"vector '{key}': '{name}' has shape {shape}, in the base {tuple(base.shape)}")
+            if base.dtype not in CODES:
+                raise InputError(f"'{name}' of the base is {base.dtype}; expected fp32, bf16 or fp16 weights")
+
+
+def export_adapter(
+    vectors: Mapping[str, PreferenceVector],
+    coefficients: Mapping[str, float],
+    out: str | Path,
+    *,
+    base_model: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Write low-rank vectors at fixed coefficients as one PEFT LoRA adapter, exactly: B = [eta_1 B_1, eta_2 B_2 ...],
+    A = [A_1; A_2 ...], rank the sum of the ranks, lora_alpha = rank so that PEFT scales by 1. Stored in fp32.
+
+    `base_model` is what PEFT will load it on by default. Raises InputError for what a LoRA adapter cannot hold: entries
+    in full or int8 form, embeddings and fused experts. `export_model` exports those.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    out = Path(out)
+    etas = check_coefficients(coefficients, dict(sorted(vectors.items())))
+    factors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for key, eta in etas.items():
+        for name in vectors[key].names() if eta else []:
+            entry, module = vectors[key].entry(name), name.removesuffix(".weight")
+            linear = name.endswith(".weight") and "embed" not in name and ".experts." not in name
+            if not isinstance(entry, LowRank) or len(entry.shape) != 2 or not linear:
+                raise InputError(
+                    f"vector '{key}': '{name}' is not a low-rank change of a linear layer; use export_model"
+                )
+            scale = torch.tensor(eta, dtype=torch.float32)
+            factors.setdefault(module, []).append((entry.A_RI.float(), entry.B_OR.float() * scale))
+    if not factors:
+        raise InputError("all coefficients are 0, which is the base model itself; give one that is not")
+    weights = {}
+    for module, pairs in factors.items():
+        weights[f"base_model.model.{module}.lora_A.weight"] = torch.cat([A_RI for A_RI, _ in pairs]).contiguous()
+        weights[f"base_model.model.{module}.lora_B.weight"] = torch.cat([B_OR for _, B_OR in pairs], 1).contiguous()
+    ranks = {module: sum(len(A_RI) for A_RI, _ in pairs) for module, pairs in factors.items()}
+    rank = max(ranks.values())
+    others = {module: r for module, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(factors),
+        rank_pattern=others,
+        alpha_pattern=others,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+    )
+    with new_folder(out, replaces=_is_adapter if overwrite else None) as folder:
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+        (folder / "adapter_model.safetensors").chmod(0o644)
+        config.save_pretrained(folder)
+        card = model_card(base_model, vectors, etas, {}).replace("library_name: transformers", "library_name: peft")
+        write_text(folder / "README.md", card)
+    return out
+
+
+def model_card(
+    base: str, vectors: Mapping[str, PreferenceVector], etas: Mapping[str, float], lineage: Mapping[str, str]
+) -> str:
+    """README.md: front matter that the Hugging Face hub reads, then what the weights are and where they come from."""
+    import yaml
+
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "base_model_relation": "merge",
+        "tags": ["preference-vectors", "merge", "prefvec-ray"],
+        "preferences": dict(etas),
+    }
+    rows = ["| preference | eta | form | data | taken from |", "|---|---|---|---|---|"]
+    for key, eta in etas.items():
+        info = vectors[key].info
+        parents = ", ".join(f"{polarity} `{digest}`" for polarity, digest in info.parents.items())
+        rows.append(f"| {key} | {eta:g} | {info.form}, {info.dtype} | `{info.data_digest or '?'}` | {parents or '?'} |")
+    notes = [f"- {key}: {text}" for key, text in sorted(lineage.items())]
+    fingerprint = next((vector.info.base_fingerprint for vector in vectors.values()), "?")
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+            f"# {base or 'A base model'} at fixed preferences\n",
+            "The weights are `theta_base + sum eta * phi`: the base model and, for each preference, a preference",
+            "vector ([arXiv 2504.20106](https://arxiv.org/abs/2504.20106)) times its coefficient, summed in fp32 and",
+            "rounded once. Made with prefvec-ray.\n",
+            *rows,
+            "",
+            *notes,
+            f"- base fingerprint: `{fingerprint}`",
+            "",
+        ]
+    )
+
+
+def _copy_beside(base_folder: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    for file in sorted({file for pattern in BESIDE_WEIGHTS for file in base_folder.glob(pattern)}):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    if (base_folder / "additional_chat_templates").is_dir():
+        shutil.copytree(base_folder / "additional_chat_templates", folder / "additional_chat_templates")
+    config = folder / "config.json"
+    if dtype is not None and config.is_file():
+        changed = json.loads(config.read_text("utf-8"))
+        changed.pop("torch_dtype", None)
+        config.write_text(json.dumps(changed | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n", "utf-8")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and any(folder.glob("adapter_model*.safetensors"))

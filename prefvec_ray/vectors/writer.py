@@ -1,0 +1,242 @@
+"""Sharded safetensors folders that never lie in memory as a whole, and that appear at once or not at all.
+
+Tensors are produced a few megabytes at a time by a small pool of threads and written in place. The layout is the one
+that `safetensors` itself writes, except that a header may be padded: it goes in last, so that a file whose writing was
+cut short is not a safetensors file.
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from prefvec_ray.errors import InputError
+
+CHUNK = 4 << 20  # bytes that one thread produces and writes at a time
+# safetensors' own order of tensors in a file: by dtype, last of this list first, then by name.
+DTYPE_CODES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16"}
+DTYPE_CODES |= {torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64"}
+DTYPE_CODES |= {torch.int64: "I64"}
+RANKS = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+
+Index = tuple[int | slice, ...]
+Progress = Callable[[int, int], object]
+"""called with (bytes written, bytes in all)"""
+Produce = Callable[[str, Index, Tensor], Tensor]
+"""`produce(name, index, scratch)` returns tensor[index], contiguous: in `scratch`, which has that shape and dtype, or
+in any other memory that stays as it is until written"""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str
+    descriptor: int
+    start: int  # of the data, after the header
+    header: dict[str, dict[str, object]]
+
+
+class ShardWriter:
+    """Writes `<stem>*.safetensors` into `folder`: `write(produce)`, then `finish(metadata)`.
+
+    `tensors` are meta tensors that give shapes and dtypes. `room` bytes are kept free in each header for metadata, for
+    which 0 means exactly as `safetensors` lays a file out, with `{"format": "pt"}`. Raises InputError for a dtype
+    that safetensors cannot store, and where the disk is too small.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, tensors: Mapping[str, Tensor], *, max_shard_size: int | str, room: int = 0
+    ):
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_CODES:
+                raise InputError(
+                    f"'{name}' is {tensor.dtype}, which cannot be written; expected one of {[*DTYPE_CODES]}"
+                )
+        self.total = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(folder).free
+        if self.total + (64 << 20) > free:
+            raise InputError(f"{folder}: needs {self.total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
+        self.folder, self.stem, self._tensors = folder, stem, tensors
+        self._split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern=stem + "{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        self._shards = [self._open(file, names, room) for file, names in self._split.filename_to_tensors.items()]
+        self._syncs: list[Future[None]] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def _open(self, file: str, names: list[str], room: int) -> _Shard:
+        header: dict[str, dict[str, object]] = {}
+        offset = 0
+        for name in sorted(names, key=lambda name: (-RANKS[self._tensors[name].dtype], name)):
+            tensor = self._tensors[name]
+            span = [offset, offset := offset + tensor.nbytes]
+            header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        start = len(_encoded(header, {"format": "pt"}, room))
+        descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.truncate(descriptor, start + offset)
+        return _Shard(file, descriptor, start, header)
+
+    def write(self, produce: Produce, *, threads: int | None = None, progress: Progress | None = None) -> None:
+        """Produce and write every tensor. Returns while the disk is still being synced; `finish` waits for that."""
+        scratch = threading.local()
+
+        def chunk(shard: _Shard, name: str, index: Index, offset: int) -> int:
+            like = self._tensors[name][index]
+            if not hasattr(scratch, "bytes") or len(scratch.bytes) < like.nbytes:
+                scratch.bytes = torch.empty(max(CHUNK, like.nbytes), dtype=torch.uint8)
+            out = produce(name, index, scratch.bytes[: like.nbytes].view(like.dtype).view(like.shape))
+            view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            written = 0
+            while written < len(view):
+                written += os.pwrite(shard.descriptor, view[written:], offset + written)
+            return written
+
+        self._pool = ThreadPoolExecutor(threads or torch.get_num_threads())
+        done = 0
+        for shard in self._shards:
+            jobs = [self._pool.submit(chunk, shard, *job) for job in self._chunks(shard)]
+            for job in jobs:
+                done += job.result()
+                if progress is not None:
+                    progress(done, self.total)
+            self._syncs.append(self._pool.submit(os.fsync, shard.descriptor))
+
+    def _chunks(self, shard: _Shard) -> Iterator[tuple[str, Index, int]]:
+        for name, entry in shard.header.items():
+            offset = shard.start + entry["data_offsets"][0]  # type: ignore[index]
+            for index in row_chunks(self._tensors[name]):
+                yield name, index, offset
+                offset += self._tensors[name][index].nbytes
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the headers and the index, and see everything safely on disk."""
+        for sync in self._syncs:
+            sync.result()
+        for shard in self._shards:
+            header = _encoded(shard.header, metadata or {"format": "pt"}, 0, shard.start)
+            os.pwrite(shard.descriptor, header, 0)
+            os.fsync(shard.descriptor)
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            write_text(self.folder / f"{self.stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
+
+    def close(self) -> None:
+        """Let go of threads and files, finished or not."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        for shard in self._shards:
+            os.close(shard.descriptor)
+        self._shards = []
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def row_chunks(tensor: Tensor) -> Iterator[Index]:
+    """Indices that cut a tensor into contiguous parts of at most CHUNK bytes (or one row), in order."""
+    if tensor.numel() == 0:
+        return
+    if tensor.dim() == 0:
+        yield ()
+    elif tensor.dim() > 2:
+        for lead in range(len(tensor)):
+            yield from ((lead, *rest) for rest in row_chunks(tensor[lead]))
+    else:
+        step = max(1, CHUNK // max(1, tensor.element_size() * math.prod(tensor.shape[1:])))
+        yield from ((slice(start, min(start + step, len(tensor))),) for start in range(0, len(tensor), step))
+
+
+def _encoded(header: Mapping[str, object], metadata: Mapping[str, str], room: int, size: int = 0) -> bytes:
+    """A safetensors header with its length before it, padded with blanks to a multiple of 8, or to `size`."""
+    text = json.dumps({"__metadata__": metadata} | dict(header), separators=(",", ":"), ensure_ascii=False).encode()
+    length = size - 8 if size else -(-(len(text) + room) // 8) * 8
+    if length < len(text):
+        raise AssertionError(f"{len(text) - length} bytes too little were kept free for the header")
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, synced to disk."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def new_folder(out: Path, *, replaces: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` by one rename when the block ends, and vanishes when it fails.
+
+    What a killed process left behind is removed on the next try; a folder that another process is still writing is not
+    touched. An existing `out` raises InputError, unless `replaces(out)` says that it may go.
+    """
+    if out.exists() and (replaces is None or not replaces(out)):
+        hint = "choose another folder" if replaces is None else "it is not what this writes, so it is not replaced"
+        raise InputError(f"{out}: already exists; {hint}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.partial-"
+    with ExitStack() as held:
+        with _locked(out.parent, wait=True):  # so that nobody takes a new folder for one left behind
+            for left in out.parent.glob(f"{prefix}*"):
+                with _locked(left) as mine:
+                    if mine:
+                        shutil.rmtree(left)
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+            held.enter_context(_locked(folder))
+        try:
+            folder.chmod(0o755)
+            yield folder
+            _sync(folder)
+            if out.exists():
+                if replaces is None:
+                    raise InputError(f"{out}: appeared meanwhile; choose another folder")
+                out.rename(old := out.with_name(f"{prefix}replaced"))
+                folder.rename(out)
+                shutil.rmtree(old)
+            else:
+                folder.rename(out)
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the folder's lock (False if another process does). The kernel frees it when a process ends, however it
+    ends.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        mine = True
+    except BlockingIOError:
+        mine = False
+    try:
+        yield mine
+    finally:
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
