@@ -13,7 +13,8 @@ from prefvec_ray.vectors.checkpoint import state_of
 
 def tensor_digest(tensor: Tensor) -> str:
     """blake3 hex of a tensor's dtype, shape and little-endian bytes."""
-    digest = blake3(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    shape = json.dumps([str(tensor.dtype), list(tensor.shape)])
+    digest = blake3(shape.encode(), max_threads=torch.get_num_threads())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
         digest.update(flat.view(torch.uint8).numpy().data)
