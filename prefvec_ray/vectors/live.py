@@ -96,13 +96,9 @@ class LiveModel:
                     raise InputError(f"vector '{key}' changes '{name}', which the model does not have")
                 tensor, shape = state[name], tuple(vector.shape(name))
                 if tensor.shape != shape:
-                    raise InputError(
-                        f"vector '{key}': '{name}' has shape {shape}, in the model {tuple(tensor.shape)}"
-                    )
+                    raise InputError(f"vector '{key}': '{name}' has shape {shape}, in the model {tuple(tensor.shape)}")
                 if tensor.dtype not in CODES or tensor.untyped_storage().data_ptr() not in parameters:
-                    raise InputError(
-                        f"'{name}' ({tensor.dtype}) is no parameter in fp32, bf16 or fp16; load it so"
-                    )
+                    raise InputError(f"'{name}' ({tensor.dtype}) is no parameter in fp32, bf16 or fp16; load it so")
                 given = tensor if base is None else base.get(name)
                 if given is None or given.shape != tensor.shape or given.dtype != tensor.dtype:
                     raise InputError(f"the base given does not hold '{name}' in the model's shape and dtype")
@@ -110,9 +106,7 @@ class LiveModel:
     def _segments(self, state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None) -> list[Segment]:
         changed = sorted({name for vector in self.vectors.values() for name in vector.names()})
         changed.sort(key=lambda name: (str(state[name].dtype), state[name].data_ptr()))
-        pristine = (
-            packed([state[name] for name in changed]) if base is None else [base[name] for name in changed]
-        )
+        pristine = packed([state[name] for name in changed]) if base is None else [base[name] for name in changed]
         terms: dict[str, list[tuple[int, Entry]]] = {name: [] for name in changed}
         for k, vector in enumerate(self.vectors.values()):
             names = [name for name in changed if name in vector]
@@ -171,7 +165,4 @@ def _on_device(vector: PreferenceVector, names: list[str], state: Mapping[str, T
             [device for group, device in zip(parts, devices, strict=True) for _ in group],
         )
     )
-    return [
-        type(entry)(*itertools.islice(placed, len(group)))
-        for entry, group in zip(entries, parts, strict=True)
-    ]
+    return [type(entry)(*itertools.islice(placed, len(group))) for entry, group in zip(entries, parts, strict=True)]

@@ -44,9 +44,7 @@ def tiny(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0
     return model.to(dtype).eval()
 
 
-def some_vector(
-    model: torch.nn.Module, preference: str, form: str = "bfloat16", seed: int = 1
-) -> PreferenceVector:
+def some_vector(model: torch.nn.Module, preference: str, form: str = "bfloat16", seed: int = 1) -> PreferenceVector:
     """Random numbers of about half the weights' size, in any of the stored forms."""
     torch.manual_seed(seed)
     delta = {name: torch.randn(t.shape) * 0.01 for name, t in checkpoint_state(model).items()}

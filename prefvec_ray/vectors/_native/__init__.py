@@ -52,9 +52,7 @@ def compile_library(source: Path) -> ctypes.CDLL:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefvec-ray" / "native"
     cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     if cache.stat().st_uid != os.getuid():
-        raise PermissionError(
-            f"{cache} belongs to another user, and code is loaded only from a folder of one's own"
-        )
+        raise PermissionError(f"{cache} belongs to another user, and code is loaded only from a folder of one's own")
     library = cache / f"{source.stem}-{key.hexdigest()[:24]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=cache) as folder:
@@ -74,6 +72,4 @@ def _cpu() -> bytes:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}".encode()
-    return b"\n".join(
-        sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))})
-    )
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"Features", b"model name"))}))
