@@ -1,0 +1,9 @@
+"""Serving: one OpenAI-compatible endpoint, every caller at its own coefficients. See docs/serving.md.
+
+HTTP front (app) -> policy -> replicas (replica) -> engine (slots) -> LiveModel or Steering (vectors)
+"""
+
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.run import serve_forever, start, stop
+
+__all__ = ["ServingConfig", "serve_forever", "start", "stop"]

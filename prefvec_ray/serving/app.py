@@ -1,0 +1,275 @@
+"""The Serve application: a thin OpenAI-compatible front, and replicas with the engine behind it.
+
+    serve deploy serve_configs/tiny.yaml
+    serve.run(build_app({"model": "tiny", "base": "runs/demo/base", "registry": "runs/demo/registry"}))
+
+The front checks requests, decides the coefficients and writes OpenAI's objects; it holds no model.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import Response, StreamingResponse
+from openai.types import Model
+from ray import serve
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.requests import Request as HttpRequest
+
+from prefvec_ray.config import parse_config
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import PresetVersion, Registry
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engine import Coefficients
+from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained, no_model
+from prefvec_ray.serving.job import Job
+from prefvec_ray.serving.lineup import Lineup, line_up
+from prefvec_ray.serving.wire import (
+    Body,
+    ChatBody,
+    ModelList,
+    PreferencesCard,
+    PresetCard,
+    TextBody,
+    VectorCard,
+    Writer,
+    error_event,
+    model_card,
+    parse_body,
+)
+
+HEALTH_SECONDS = 5.0
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+api = FastAPI(title="prefvec-ray", description="OpenAI-compatible answers, each at its caller's preferences")
+answer_in_openai_form(api)
+
+
+def _takes(model: type[Body]) -> dict[str, Any]:
+    """The request body for the OpenAPI document; `_body` reads it itself, to bound and check it before parsing."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+# serve.ingress copies the class by value: what its methods use must be defined above it.
+
+
+async def _next(items: DeploymentResponseGenerator[Any], deadline: float) -> Any:
+    """The next item, None at the end; TimeoutError at the deadline."""
+    async with asyncio.timeout_at(_loop_time(deadline)):
+        return await anext(items, None)
+
+
+def _loop_time(deadline: float) -> float:
+    return asyncio.get_running_loop().time() + deadline - time.monotonic()
+
+
+@serve.ingress(api)
+class Front:
+    """Every route of the endpoint."""
+
+    def __init__(self, config: ServingConfig, lineup: Lineup, replicas: DeploymentHandle):
+        self._config, self._lineup, self._replicas = config, lineup, replicas
+        self._registry = Registry.open(config.registry)
+
+    @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    async def chat(self, request: HttpRequest) -> Response:
+        return await self._complete(parse_body(await self._body(request), ChatBody))
+
+    @api.post("/v1/completions", openapi_extra=_takes(TextBody))
+    async def complete(self, request: HttpRequest) -> Response:
+        return await self._complete(parse_body(await self._body(request), TextBody))
+
+    @api.get("/v1/models")
+    async def models(self) -> ModelList:
+        presets = await asyncio.to_thread(self._presets)
+        names = [self._config.model, *(f"{self._config.model}@{name}" for name in presets)]
+        return ModelList(data=[model_card(name, self._lineup.created) for name in names])
+
+    @api.get("/v1/models/{name}")
+    async def model(self, name: str) -> Model:
+        await self._coefficients(name, None)
+        return model_card(name, self._lineup.created)
+
+    @api.get("/v1/preferences")
+    async def preferences(self) -> PreferencesCard:
+        presets = await asyncio.to_thread(self._presets)
+        ranges = self._lineup.policy.ranges
+        return PreferencesCard(
+            model=self._config.model,
+            base_fingerprint=self._lineup.base_fingerprint,
+            preferences=[
+                VectorCard(
+                    preference=name,
+                    vector=vector.ref,
+                    digest=vector.digest,
+                    metrics=dict(vector.metrics),
+                    **ranges[name].model_dump(),
+                )
+                for name, vector in self._lineup.vectors.items()
+            ],
+            presets=[
+                PresetCard(
+                    model=f"{self._config.model}@{name}",
+                    version=preset.version,
+                    preferences=dict(coefficients),
+                    fingerprint=self._lineup.fingerprint(coefficients),
+                    metrics=preset.metrics,
+                    reason=preset.reason,
+                )
+                for name, (preset, coefficients) in presets.items()
+            ],
+        )
+
+    @api.get("/healthz")
+    async def health(self) -> dict[str, Any]:
+        """200 while a replica answers; its engine's counters."""
+        try:
+            status = await asyncio.wait_for(self._replicas.status.remote(), HEALTH_SECONDS)
+        except Exception as error:
+            raise explained(error) from error
+        return {"status": "ok", "replica": status}
+
+    async def _complete(self, body: Body) -> Response:
+        coefficients = await self._coefficients(body.model, body.preferences)
+        job = body.job(coefficients)
+        self._check_size(job, body)
+        writer = Writer(body, coefficients, self._lineup.fingerprint(coefficients))
+        deadline = time.monotonic() + self._config.limits.seconds
+        if body.stream:
+            return await self._stream(job, writer, deadline)
+        response = self._replicas.answer.remote(job)
+        try:
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                prompt_tokens, answers = await response
+        except BaseException as error:  # also a cancelled request: its caller has gone
+            response.cancel()
+            if isinstance(error, Exception):
+                raise explained(error) from error
+            raise
+        whole = writer.whole(prompt_tokens, answers)
+        return Response(whole.model_dump_json(exclude_unset=True), 200, writer.headers(), "application/json")
+
+    async def _stream(self, job: Job, writer: Writer, deadline: float) -> Response:
+        """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
+        items = self._replicas.options(stream=True).stream.remote(job)
+        try:
+            started = await _next(items, deadline)
+        except BaseException as error:
+            items.cancel()
+            if isinstance(error, Exception):
+                raise explained(error) from error
+            raise
+        events = self._events(items, job, writer, started.prompt_tokens, deadline)
+        return StreamingResponse(events, 200, writer.headers() | SSE_HEADERS, "text/event-stream")
+
+    async def _events(
+        self,
+        items: DeploymentResponseGenerator[Any],
+        job: Job,
+        writer: Writer,
+        prompt_tokens: int,
+        deadline: float,
+    ) -> AsyncIterator[bytes]:
+        new_tokens = 0
+        try:
+            yield b"".join(writer.opening(len(job.prompts) * job.n))
+            while (pieces := await _next(items, deadline)) is not None:
+                new_tokens += sum(len(piece.tokens) for _, piece in pieces)
+                yield b"".join(writer.piece(index, piece) for index, piece in pieces)
+            yield b"".join(writer.closing(prompt_tokens, new_tokens))
+        except Exception as error:
+            yield error_event(explained(error))
+        finally:  # also where the caller has gone: nothing more is generated for it
+            items.cancel()
+
+    async def _body(self, request: HttpRequest) -> bytes:
+        """The request's JSON text. Raises ApiError where it is too large or of another type."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "expected a body of content type application/json")
+        content, limit = bytearray(), self._config.limits.body_bytes
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > limit:
+                raise ApiError(413, f"the body is larger than {limit} bytes; shorten it", code="too_large")
+        return bytes(content)
+
+    async def _coefficients(self, model: str, preferences: Mapping[str, float] | None) -> Coefficients:
+        """What the caller asks for, by preset or by name. Raises ApiError where that is not served or not allowed."""
+        name, _, preset = model.partition("@")
+        if name != self._config.model or (preset == "") != ("@" not in model):
+            raise no_model(model, [self._config.model])
+        if preset and preferences is not None:
+            raise ApiError(
+                400,
+                f"'{model}' names a preset, and 'preferences' was given too; choose one of the two",
+                code="preset_and_preferences",
+                param="preferences",
+            )
+        try:
+            if not preset:
+                return self._lineup.policy.coefficients(preferences or {})
+            try:
+                version = await asyncio.to_thread(self._registry.resolve_preset, preset)
+            except InputError:
+                served = await asyncio.to_thread(self._presets)
+                raise no_model(model, [name, *(f"{name}@{preset}" for preset in served)]) from None
+            return self._lineup.preset(version)
+        except InputError as error:
+            raise explained(error) from None
+
+    def _presets(self) -> dict[str, tuple[PresetVersion, Coefficients]]:
+        """The newest version of every preset that can be served here, by name."""
+        found = {}
+        for preset in self._registry.list_presets():
+            try:
+                found[preset.name] = preset, self._lineup.preset(preset)
+            except InputError:  # made for another base or other vectors, or outside this endpoint's policy
+                continue
+        return found
+
+    def _check_size(self, job: Job, body: Body) -> None:
+        most = self._config.limits.answers
+        if len(job.prompts) * job.n > most:
+            raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.n}: at most {most} answers", param="n")
+        longest = self._config.engine.max_new_tokens
+        if (job.max_new_tokens or 0) > longest:
+            param = "max_tokens" if body.max_tokens else "max_completion_tokens"
+            raise ApiError(400, f"{param}: {job.max_new_tokens} is more than {longest}", param=param)
+
+
+def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
+    """The application for `ServingConfig` settings, given as a mapping (from a Serve config's `args`) or ready.
+
+    Base and vectors are checked, and fixed to their versions, here. Raises InputError with one clear line where
+    something is wrong with them.
+    """
+    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
+
+    if not isinstance(args, ServingConfig):
+        args = parse_config(dict(args), ServingConfig, source="args")
+    config = args.absolute()
+    lineup = line_up(config)
+    replicas = serve.deployment(Replica, name="replica").options(**_scale(config)).bind(config, lineup)
+    front = serve.deployment(Front, name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})
+    return front.bind(config, lineup, replicas)
+
+
+def _scale(config: ServingConfig) -> dict[str, Any]:
+    """Serve's options for the replicas. One replica takes twice its batch, so that its queue is never empty."""
+    wanted = config.replicas
+    options: dict[str, Any] = {
+        "max_ongoing_requests": 2 * config.engine.max_batch,
+        "max_queued_requests": config.limits.queued_requests,
+        "ray_actor_options": {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
+    }
+    if wanted.min == wanted.max:
+        return options | {"num_replicas": wanted.max}
+    scaling = {
+        "min_replicas": wanted.min,
+        "max_replicas": wanted.max,
+        "target_ongoing_requests": wanted.target_requests,
+    }
+    return options | {"autoscaling_config": scaling}

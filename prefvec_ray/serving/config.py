@@ -1,0 +1,104 @@
+"""What an operator writes to serve a base model with its preference vectors: the `args` of `serve_configs/*.yaml`."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+
+from prefvec_ray.config import Config
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Range(Config):
+    """The coefficients that callers may ask for, and what they get when they ask for none."""
+
+    min: FiniteFloat = -1.0
+    """the operator's floor: [-1, 1] is where the vectors' effect was seen to be smooth and the text to stay valid"""
+    max: FiniteFloat = 1.0
+    default: FiniteFloat = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.default <= self.max:
+            raise ValueError(
+                f"expected min <= default <= max, got min {self.min}, default {self.default}, max {self.max}; a range"
+                " without 0 needs a default of its own"
+            )
+        return self
+
+
+class EngineConfig(Config):
+    """How one replica generates."""
+
+    mode: Literal["merged", "steered"] = "merged"
+    """merged: one set of coefficients at a time in the weights, any vectors, best where callers share settings.
+    steered: low-rank vectors beside the weights, every request its own coefficients in one batch"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: as the base is stored"""
+    device: str = "auto"
+    """auto: the replica's GPU where it was given one, else the CPU"""
+    max_batch: PositiveInt = 32
+    """requests that run at once; the others wait"""
+    max_new_tokens: PositiveInt = 512
+    """most tokens of one answer, and the number where the caller names none"""
+    turn_steps: PositiveInt = 16
+    """merged: decoding steps before another waiting set of coefficients has its turn"""
+    threads: PositiveInt = 1
+    """torch threads; for small models one is fastest"""
+
+
+class ReplicaConfig(Config):
+    """How many replicas, and what each needs."""
+
+    min: int = Field(default=1, ge=0)
+    max: PositiveInt = 1
+    """more than `min`: Serve adds and removes replicas between the two"""
+    target_requests: PositiveFloat = 16.0
+    """running and waiting requests per replica that autoscaling aims at"""
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"expected min <= max, got min {self.min} and max {self.max}")
+        return self
+
+
+class LimitsConfig(Config):
+    """What a single request may ask of the service."""
+
+    body_bytes: PositiveInt = 1_000_000
+    answers: PositiveInt = 16
+    """prompts x n"""
+    queued_requests: PositiveInt = 256
+    """requests that wait for a replica before new ones get 503"""
+    seconds: PositiveFloat = 300.0
+    """a request that takes longer is ended with 504"""
+
+
+class ServingConfig(Config):
+    """One served model. Relative paths are taken from the folder that the command runs in."""
+
+    model: Name
+    """the name that clients ask for; a preset is `<model>@<preset>`"""
+    base: Path
+    """folder of the base model, with its tokenizer"""
+    registry: str
+    """folder or bucket of the registry"""
+    vectors: dict[Name, str] | None = None
+    """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
+    Default: the newest version of every vector of this base"""
+    ranges: dict[str, Range] = {}
+    """preference -> allowed coefficients, for anonymous callers"""
+    default_range: Range = Range()
+    """for preferences that `ranges` does not name"""
+    engine: EngineConfig = EngineConfig()
+    replicas: ReplicaConfig = ReplicaConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    def absolute(self) -> "ServingConfig":
+        """The same with absolute paths, for processes that run in other folders."""
+        registry = self.registry if "://" in self.registry else str(Path(self.registry).absolute())
+        return self.model_copy(update={"base": self.base.absolute(), "registry": registry})

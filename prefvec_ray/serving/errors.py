@@ -1,0 +1,77 @@
+"""Errors in OpenAI's form: what a caller may know of them, and with which status."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from openai.types.shared import ErrorObject
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.serving.engine import PromptTooLongError
+from prefvec_ray.serving.policy import PreferenceError
+
+log = logging.getLogger("ray.serve")
+
+
+class ApiError(Exception):
+    """What a caller is told: an HTTP status and OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
+        super().__init__(message)
+        self.status = status
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.error = ErrorObject(message=message, type=kind, code=code, param=param)
+
+    def body(self) -> dict[str, Any]:
+        return {"error": self.error.model_dump(include={"message", "type", "code", "param"})}
+
+
+async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, str(error.detail))
+    told = explained(error)
+    headers = {"Retry-After": "1"} if told.status == 503 else None
+    return JSONResponse(told.body(), told.status, headers)
+
+
+def answer_in_openai_form(api: FastAPI) -> None:
+    """Every error that leaves `api` has OpenAI's form, unknown routes and methods included."""
+    for kind in (ApiError, HTTPException, Exception):
+        api.add_exception_handler(kind, _told)
+
+
+def explained(error: Exception) -> ApiError:
+    """What a caller may know of an error: all of what they can mend, nothing of what they cannot."""
+    match error:
+        case ApiError():
+            return error
+        case PreferenceError():
+            return ApiError(400, str(error), code=error.code, param=f"preferences.{error.preference}")
+        case PromptTooLongError():
+            return ApiError(400, _text(error), code="context_length_exceeded")
+        case InputError():
+            return ApiError(400, _text(error))
+        case TimeoutError():
+            return ApiError(504, "the answer took too long and was stopped; ask for less", code="timeout")
+        case BackPressureError():
+            return ApiError(503, "the server is busy; try again soon", code="overloaded")
+        case RayServeException() | RayError():
+            log.warning("a replica could not answer: %s", error)
+            return ApiError(503, "the replica could not finish this request; try again", code="unavailable")
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, "the server failed to answer this request")
+
+
+def _text(error: Exception) -> str:
+    """The message itself: an error from a replica arrives wrapped in its remote traceback."""
+    return str(getattr(error, "cause", error))
+
+
+def no_model(model: str, served: list[str]) -> ApiError:
+    known = ", ".join(served)
+    return ApiError(404, f"no model {model!r} here; served: {known}", code="model_not_found", param="model")

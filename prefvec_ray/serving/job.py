@@ -1,0 +1,35 @@
+"""What the front asks of a replica, and what comes back. Plain data: it travels between processes."""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from prefvec_ray.serving.engine import Coefficients, Piece
+
+Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
+"""text, token ids, or the messages of a chat"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One HTTP request's worth of answers: `n` for each prompt, all at the same coefficients."""
+
+    prompts: tuple[Prompt, ...]
+    coefficients: Coefficients
+    n: int = 1
+    max_new_tokens: int | None = None
+    """None: as many as the operator allows and the context has room for"""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Started:
+    """First item of a job's stream: the prompts fit, generation begins."""
+
+    prompt_tokens: int
+
+
+Event: TypeAlias = tuple[int, Piece]
+"""which answer (prompt index x n + number of the choice), and its next piece"""

@@ -1,0 +1,94 @@
+"""What one deployment serves: the base and its vectors, each fixed to a version when the app is built.
+
+Every replica gets the same lineup, so an alias that moves later changes no running answer; deploying again takes it up.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, serving_fingerprint
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engine import Coefficients
+from prefvec_ray.serving.policy import Policy, policy_of
+
+
+@dataclass(frozen=True)
+class ServedVector:
+    """One preference of the endpoint and the exact version behind it."""
+
+    ref: str
+    digest: str
+    form: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """`vectors` by preference. Equal lineups give equal weights at equal coefficients."""
+
+    base_fingerprint: str
+    vectors: Mapping[str, ServedVector]
+    policy: Policy
+    created: int
+    """seconds since 1970 at deployment"""
+
+    def fingerprint(self, coefficients: Coefficients) -> str:
+        """Digest of everything that decides the weights behind an answer: base, vectors, coefficients."""
+        total: dict[str, float] = {}
+        for name, eta in coefficients:  # two names may stand for one vector: their coefficients add up
+            digest = self.vectors[name].digest
+            total[digest] = total.get(digest, 0.0) + eta
+        return serving_fingerprint(self.base_fingerprint, total)
+
+    def preset(self, preset: PresetVersion) -> Coefficients:
+        """The preset's coefficients under this endpoint's names; preferences that it leaves out are 0.
+
+        Raises InputError where it was made for another base or other vectors than those served here, and
+        PreferenceError where the policy forbids it: a preset is no way around the operator's floor.
+        """
+        by_digest = {vector.digest: name for name, vector in self.vectors.items()}
+        missing = sorted(ref for ref, digest in preset.vectors.items() if digest not in by_digest)
+        if missing or preset.base_fingerprint != self.base_fingerprint:
+            raise InputError(
+                f"preset {preset.ref} was made with {', '.join(missing) or 'another base model'}, which this"
+                " endpoint does not serve; choose another preset, or deploy with those vectors"
+            )
+        etas = {by_digest[preset.vectors[ref]]: eta for ref, eta in preset.coefficients.items()}
+        return self.policy.coefficients(dict.fromkeys(self.vectors, 0.0) | etas)
+
+
+def line_up(config: ServingConfig) -> Lineup:
+    """Resolve the config against base folder and registry.
+
+    Raises InputError for a missing base, unknown or unfitting vectors, none at all, and ranges that name no served
+    preference.
+    """
+    from prefvec_ray.vectors import fingerprint  # brings torch, which the front does without
+
+    if not config.base.is_dir():
+        raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
+    base = fingerprint(config.base)
+    registry = Registry.open(config.registry)
+    if config.vectors is None:
+        versions = newest_vectors(registry, base)
+    else:
+        versions = {name: registry.resolve(ref) for name, ref in config.vectors.items()}
+    if not versions:
+        raise InputError(f"registry {config.registry}: no vectors for the base {config.base}; publish some first")
+    for name, version in versions.items():
+        if version.base_fingerprint != base:
+            raise InputError(
+                f"vectors: {version.ref} ({name}) belongs to base {version.base_fingerprint[:23]}…, {config.base} is"
+                f" {base[:23]}…; use the base it was trained on"
+            )
+    served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
+    return Lineup(base, served, policy_of(config, list(served)), int(time.time()))
+
+
+def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:
+    """The newest version of every vector of this base; deltas of single runs (`helpful+`) are left out."""
+    found = registry.list_vectors(base_fingerprint=base_fingerprint, newest_only=True)
+    return {version.name: version for version in found if not version.preference.endswith(("+", "-"))}

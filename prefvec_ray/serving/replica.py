@@ -1,0 +1,144 @@
+"""A replica: one engine in one process, which turns prompts into answers. No HTTP and no policy here."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import jinja2
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import Registry
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, Request
+from prefvec_ray.serving.job import Event, Job, Prompt, Started
+from prefvec_ray.serving.lineup import Lineup
+from prefvec_ray.serving.slots import Merged, SlotEngine
+from prefvec_ray.vectors import LiveModel, fingerprint, load_vector
+
+
+class Replica:
+    """Loads base and vectors, and answers jobs. Construction returns only once a token has been generated."""
+
+    def __init__(self, config: ServingConfig, lineup: Lineup):
+        torch.set_num_threads(config.engine.threads)
+        self._config = config
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.base, local_files_only=True)
+        self.engine = build_engine(config, lineup, self.tokenizer)
+
+    async def stream(self, job: Job) -> AsyncIterator[Started | list[Event]]:
+        """`Started`, then lists of events until every answer has its finish_reason.
+
+        Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
+        prompts that do not fit and chats that the template refuses, EngineError where generation failed.
+        """
+        requests = self._requests(job)
+        yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._feed(i, request, events)) for i, request in enumerate(requests)]
+        try:
+            left = len(tasks)
+            while left:
+                items = [await events.get()]
+                while not events.empty():
+                    items.append(events.get_nowait())
+                batch = [_event(item) for item in items]
+                left -= sum(piece.finish_reason is not None for _, piece in batch)
+                yield batch
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def answer(self, job: Job) -> tuple[int, list[Piece]]:
+        """Number of prompt tokens, and every answer as one piece."""
+        prompt_tokens = 0
+        answers: dict[int, Piece] = {}
+        async for item in self.stream(job):
+            if isinstance(item, Started):
+                prompt_tokens = item.prompt_tokens
+                continue
+            for index, piece in item:
+                before = answers.get(index, Piece("", ()))
+                answers[index] = Piece(before.text + piece.text, before.tokens + piece.tokens, piece.finish_reason)
+        return prompt_tokens, [answers[index] for index in sorted(answers)]
+
+    def status(self) -> EngineStatus:
+        return self.engine.status()
+
+    def check_health(self) -> None:
+        """Serve asks this every few seconds and replaces a replica that raises."""
+        self.engine.check_alive()
+
+    def _requests(self, job: Job) -> list[Request]:
+        """The job's requests, prompt by prompt; all are checked before any of them starts."""
+        requests = []
+        for prompt in job.prompts:
+            ids = self._tokens(prompt)
+            room = min(self._config.engine.max_new_tokens, max(1, self.engine.context - len(ids)))
+            first = Request(
+                ids,
+                job.coefficients,
+                max_new_tokens=room if job.max_new_tokens is None else job.max_new_tokens,
+                temperature=job.temperature,
+                top_p=job.top_p,
+                stop=job.stop,
+            )
+            self.engine.check(first)
+            for choice in range(job.n):
+                seed = secrets.token_hex(8) if job.seed is None else str(job.seed)
+                requests.append(replace(first, seed=f"{seed}/{choice}"))
+        return requests
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer(prompt)["input_ids"])
+        if all(isinstance(token, int) for token in prompt):
+            return tuple(token for token in prompt if isinstance(token, int))
+        if self.tokenizer.chat_template is None:
+            raise InputError("this model has no chat template; use /v1/completions")
+        try:
+            text = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the model's chat template refuses these messages: {error}") from None
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    async def _feed(self, index: int, request: Request, events: "asyncio.Queue[Event | Exception]") -> None:
+        try:
+            async for piece in self.engine.stream(request):
+                events.put_nowait((index, piece))
+        except (EngineError, InputError) as error:
+            events.put_nowait(error)
+
+
+def _event(item: Event | Exception) -> Event:
+    if isinstance(item, Exception):
+        raise item
+    return item
+
+
+def build_engine(config: ServingConfig, lineup: Lineup, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """Load the base with its vectors as the config says, generate one token, and start.
+
+    Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
+    """
+    found = fingerprint(config.base)
+    if found != lineup.base_fingerprint:
+        raise InputError(
+            f"base {config.base}: {found[:23]}… here, {lineup.base_fingerprint[:23]}… at deployment;"
+            " put the same base on every node, or deploy again"
+        )
+    device = config.engine.device
+    if device == "auto":
+        device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
+    ).to(device)
+    registry = Registry.open(config.registry)
+    vectors = {name: load_vector(registry.fetch(vector.ref)) for name, vector in lineup.vectors.items()}
+    live = LiveModel(model, vectors, base_fingerprint=lineup.base_fingerprint, threads=config.engine.threads)
+    engine = SlotEngine(Merged(live), tokenizer, max_batch=config.engine.max_batch, turn_steps=config.engine.turn_steps)
+    engine.warm_up(lineup.policy.coefficients({}))
+    return engine.start()

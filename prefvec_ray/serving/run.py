@@ -1,0 +1,46 @@
+"""Starting and stopping the endpoint from Python: what `prefvec serve` and the demo call."""
+
+import time
+
+from prefvec_ray.serving.config import ServingConfig
+
+APP = "prefvec"
+
+
+def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -> str:
+    """Deploy on the running Ray cluster (a local one is started where there is none) and wait until the endpoint
+    answers. Returns its base URL for OpenAI clients, `http://<host>:<port>/v1`.
+
+    Raises InputError where the config, the base or the vectors are wrong, before anything is deployed, and where
+    Serve already listens elsewhere; RuntimeError where the replicas do not come up.
+    """
+    import ray
+    from ray import serve
+
+    from prefvec_ray.serving.app import build_app
+
+    app = build_app(config)
+    if not ray.is_initialized():
+        ray.init(namespace="prefvec", log_to_driver=False)
+    serve.start(http_options={"host": host, "port": port})
+    serve.run(app, name=APP, route_prefix="/")
+    return f"http://{host}:{port}/v1"
+
+
+def stop() -> None:
+    """Take the endpoint down, and Serve with it. Does nothing where none runs."""
+    from ray import serve
+
+    serve.shutdown()
+
+
+def serve_forever(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """`start`, then wait for Ctrl-C and `stop`."""
+    print(f"serving {config.model} at {start(config, host=host, port=port)} (Ctrl-C stops it)")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop()

@@ -1,0 +1,428 @@
+"""The slot engine: continuous batching on a plain transformers model, every request at its own coefficients.
+
+    engine = SlotEngine(Merged(live), tokenizer, max_batch=32)
+    ticket = engine.submit(request, emit=pieces.append)
+    while engine.step(): ...
+
+Each running request owns one row of a `SlotCache`; a new prompt joins between two steps of the others, a
+finished row is freed at once. Two ways to hold coefficients: `Merged` writes one set at a time into the
+weights, so requests are kept in one batch per set, and the batches take turns; `Steered` adds every row's own
+vectors beside the weights, so there is one batch for all.
+
+`step` does all the work and is plain and synchronous. `start` runs it in a thread of its own, and `stream` is the
+`Engine` protocol's asynchronous face of it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.serving.engine import (
+    Coefficients,
+    EngineError,
+    EngineStatus,
+    FinishReason,
+    Piece,
+    PromptTooLongError,
+    Request,
+)
+from prefvec_ray.serving.kv import SlotCache, context_length
+from prefvec_ray.serving.sampling import choose
+from prefvec_ray.serving.text import TextStream
+from prefvec_ray.vectors.live import LiveModel
+
+log = logging.getLogger(__name__)
+
+
+class Holder(Protocol):
+    """How coefficients get into the model."""
+
+    model: PreTrainedModel
+    merges: int
+
+    def group(self, coefficients: Coefficients) -> Hashable:
+        """Requests of one group may be computed in one batch."""
+        ...
+
+    def apply(self, rows: Sequence[Coefficients]) -> None:
+        """Prepare the next forward pass, whose rows are of one group and have these coefficients."""
+        ...
+
+    def forget(self) -> None:
+        """The model may be in any state (an error interrupted it): the next `apply` must not trust it."""
+        ...
+
+
+class Merged:
+    """One set of coefficients at a time, merged into the weights; rewritten only when the set changes."""
+
+    def __init__(self, live: LiveModel):
+        self.live = live
+        self.model = live.model
+        self.merges = 0
+        self._current: Coefficients | None = None
+
+    def group(self, coefficients: Coefficients) -> Hashable:
+        return coefficients
+
+    def apply(self, rows: Sequence[Coefficients]) -> None:
+        if rows[0] != self._current:
+            self._current = None
+            self.live.set_coefficients(dict(rows[0]))
+            self._current = rows[0]
+            self.merges += 1
+
+    def forget(self) -> None:
+        self._current = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A submitted request, until its last piece has been emitted."""
+
+    request: Request
+    emit: Callable[[Piece | Exception], None]
+    text: TextStream
+    draw: random.Random
+    last_token: int = -1
+    produced: int = 0
+    unsent: list[int] = field(default_factory=list)
+    cancelled: bool = False
+
+
+@dataclass
+class _Batch:
+    """Running requests of one group: `tickets[r]` owns row r of the cache; `joining` wait for their first pass."""
+
+    cache: SlotCache = field(default_factory=SlotCache)
+    tickets: list[Ticket] = field(default_factory=list)
+    joining: deque[Ticket] = field(default_factory=deque)
+
+
+class SlotEngine:
+    """Continuous batching over the rows of `SlotCache`s.
+
+    max_batch: most requests that run at once, over all batches; the others wait, first come first served.
+    turn_steps: in merged mode, the steps that one batch makes before the next set of coefficients gets its turn.
+    prefill_tokens: most prompt tokens (padding included) computed between two steps; one longer prompt goes alone.
+
+    Raises InputError for models whose cache is not keys and values by position.
+    """
+
+    def __init__(
+        self,
+        holder: Holder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_batch: int = 32,
+        turn_steps: int = 16,
+        prefill_tokens: int = 2048,
+    ):
+        self.model = holder.model.eval()
+        self.context = context_length(self.model.config)
+        self.max_batch, self.turn_steps, self.prefill_tokens = max_batch, turn_steps, prefill_tokens
+        self._holder, self._tokenizer = holder, tokenizer
+        self._device = self.model.device
+        self._additive = _wants_additive_mask(self.model)
+        self._ends = _end_tokens(self.model, tokenizer)
+        self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
+        self._steps_of_turn = 0
+        self._waiting: deque[Ticket] = deque()
+        self._news = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._finished = self._cancelled = self._failed = self._tokens = 0
+
+    def check(self, request: Request) -> None:
+        """See `Engine.check`."""
+        if not request.prompt:
+            raise InputError("the prompt has no tokens; give at least one")
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if not all(0 <= token < vocabulary for token in request.prompt):
+            raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
+        if len(request.prompt) + request.max_new_tokens > self.context:
+            raise PromptTooLongError(
+                f"prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the"
+                f" model's context of {self.context}; shorten the prompt or ask for fewer tokens"
+            )
+
+    def submit(self, request: Request, emit: Callable[[Piece | Exception], None]) -> Ticket:
+        """Queue a request. `emit` is called from the engine's thread with every piece, or once with what went wrong.
+
+        Raises InputError as `check` does, and EngineError where the engine is closed.
+        """
+        self.check(request)
+        text = TextStream(self._tokenizer, request.prompt, request.stop)
+        ticket = Ticket(request, emit, text, random.Random(request.seed))
+        with self._news:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            self._waiting.append(ticket)
+            self._news.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stop working on a request. Its row is free before the next step; nothing more is emitted."""
+        with self._news:
+            ticket.cancelled = True
+            self._news.notify()
+
+    def status(self) -> EngineStatus:
+        with self._news:
+            running = sum(len(b.tickets) + len(b.joining) for b in self._batches.values())
+            return EngineStatus(
+                running=running,
+                waiting=len(self._waiting),
+                finished=self._finished,
+                cancelled=self._cancelled,
+                failed=self._failed,
+                tokens=self._tokens,
+                merges=self._holder.merges,
+            )
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Admit what fits, then give every row of the batch whose turn it is one more token. False: nothing to do."""
+        with self._news:
+            self._drop_cancelled()
+            self._admit()
+        if not self._batches:
+            return False
+        key, batch = next(iter(self._batches.items()))
+        try:
+            if batch.joining:
+                self._prefill(batch)
+            elif batch.tickets:
+                self._decode(batch)
+        except InputError as error:  # coefficients that make a weight overflow
+            self._fail(batch, error)
+        except Exception as error:  # one batch's failure (out of memory, say) must not take the others with it
+            log.exception("a batch of %d requests failed", len(batch.tickets))
+            self._fail(batch, EngineError(f"the engine failed: {type(error).__name__}"))
+        self._end_turn(key, batch)
+        return True
+
+    def _drop_cancelled(self) -> None:
+        for batch in self._batches.values():
+            for row in reversed(range(len(batch.tickets))):
+                if batch.tickets[row].cancelled:
+                    self._free(batch, row)
+                    self._cancelled += 1
+            self._cancelled += _discard_cancelled(batch.joining)
+        self._cancelled += _discard_cancelled(self._waiting)
+        for key in [key for key, batch in self._batches.items() if not batch.tickets and not batch.joining]:
+            del self._batches[key]
+
+    def _admit(self) -> None:
+        running = sum(len(b.tickets) + len(b.joining) for b in self._batches.values())
+        while self._waiting and running < self.max_batch:
+            ticket = self._waiting.popleft()
+            self._batches.setdefault(self._holder.group(ticket.request.coefficients), _Batch()).joining.append(ticket)
+            running += 1
+
+    def _prefill(self, batch: _Batch) -> None:
+        """Compute the prompts of the next joining requests, and their first token."""
+        new = [batch.joining.popleft()]
+        width = len(new[0].request.prompt)
+        while batch.joining:
+            wider = max(width, len(batch.joining[0].request.prompt))
+            if wider * (len(new) + 1) > self.prefill_tokens:
+                break
+            new.append(batch.joining.popleft())
+            width = wider
+        lengths = [len(t.request.prompt) for t in new]
+        batch.tickets += new
+        ids_RT = torch.zeros(len(new), width, dtype=torch.long)
+        for row, ticket in enumerate(new):
+            ids_RT[row, : lengths[row]] = torch.tensor(ticket.request.prompt)
+        positions_RT, mask = batch.cache.begin_prefill(lengths, self._device)
+        ends = sorted({length - 1 for length in lengths})
+        logits_REV = self._forward(new, ids_RT, positions_RT, mask, batch.cache, torch.tensor(ends))
+        place_R = torch.tensor([ends.index(length - 1) for length in lengths], device=self._device)
+        logits_RV = logits_REV[torch.arange(len(new), device=self._device), place_R]
+        self._advance(batch, len(batch.tickets) - len(new), logits_RV)
+
+    def _decode(self, batch: _Batch) -> None:
+        ids_R1 = torch.tensor([[t.last_token] for t in batch.tickets])
+        positions_R1, mask = batch.cache.begin_decode(self._device)
+        logits_R1V = self._forward(batch.tickets, ids_R1, positions_R1, mask, batch.cache, torch.tensor([0]))
+        self._advance(batch, 0, logits_R1V[:, 0])
+
+    def _forward(
+        self, tickets: list[Ticket], ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, keep: Tensor
+    ) -> Tensor:
+        """Logits (rows, kept positions, vocabulary) in fp32."""
+        self._holder.apply([t.request.coefficients for t in tickets])
+        if self._additive:
+            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+        out = self.model(
+            input_ids=ids.to(self._device),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep.to(self._device),
+        )
+        return out.logits.float()
+
+    def _advance(self, batch: _Batch, first: int, logits_RV: Tensor) -> None:
+        """Give the rows from `first` on their next token, and free those that are done."""
+        tickets = batch.tickets[first:]
+        chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
+        done = []
+        for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True), start=first):
+            ticket.last_token = token
+            ticket.produced += 1
+            ticket.unsent.append(token)
+            ended = token in self._ends
+            text = "" if ended else ticket.text.push(token)
+            finish = ended or ticket.text.stopped or ticket.produced == ticket.request.max_new_tokens
+            if finish:
+                text += ticket.text.finish()
+                reason: FinishReason = "stop" if ended or ticket.text.stopped else "length"
+                done.append(row)
+                ticket.emit(Piece(text, tuple(ticket.unsent), reason))
+            elif text:
+                ticket.emit(Piece(text, tuple(ticket.unsent)))
+                ticket.unsent.clear()
+        with self._news:
+            self._tokens += len(tickets)
+            self._finished += len(done)
+            for row in reversed(done):
+                self._free(batch, row)
+
+    def _free(self, batch: _Batch, row: int) -> None:
+        last = batch.tickets.pop()
+        if row < len(batch.tickets):
+            batch.tickets[row] = last
+        batch.cache.free(row)
+
+    def _fail(self, batch: _Batch, error: Exception) -> None:
+        self._holder.forget()
+        tickets = batch.tickets + list(batch.joining)
+        batch.tickets, batch.joining, batch.cache = [], deque(), SlotCache()
+        self._failed += len(tickets)
+        for ticket in tickets:
+            ticket.emit(error)
+
+    def _end_turn(self, key: Hashable, batch: _Batch) -> None:
+        """Keep the batches' round: one that is empty goes, one that has had its steps goes to the end."""
+        with self._news:
+            self._steps_of_turn += 1
+            if not batch.tickets and not batch.joining:
+                del self._batches[key]
+                self._steps_of_turn = 0
+            elif self._steps_of_turn >= self.turn_steps:
+                self._batches.move_to_end(key)
+                self._steps_of_turn = 0
+
+    # --- in a thread, for asynchronous callers ----------------------------------------------------------------------
+
+    def start(self) -> "SlotEngine":
+        """Run the loop in a thread until `close`. Returns self."""
+        self._thread = threading.Thread(target=self._run, name="slot-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                if not self.step():
+                    with self._news:
+                        self._news.wait_for(lambda: self._closed or self._waiting)
+        finally:  # also where the loop itself broke: nobody may wait for an answer that will not come
+            self._end()
+
+    def warm_up(self, coefficients: Coefficients) -> None:
+        """Generate one token before `start`, so that an engine which reports ready has answered."""
+        seen: list[Piece | Exception] = []
+        self.submit(Request((0,), coefficients, max_new_tokens=1), seen.append)
+        while self.step():
+            pass
+        if isinstance(seen[0], Exception):
+            raise seen[0]
+
+    def check_alive(self) -> None:
+        """See `Engine.check_alive`."""
+        if self._closed or self._thread is None or not self._thread.is_alive():
+            raise EngineError("the engine's loop is not running")
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+        if self._thread:
+            self._thread.join()
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        with self._news:
+            self._closed = True
+            tickets = [t for b in self._batches.values() for t in (*b.tickets, *b.joining)]
+            tickets += self._waiting
+            self._waiting.clear()
+            self._batches.clear()
+        for ticket in tickets:
+            ticket.emit(EngineError("the engine was closed"))
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """See `Engine.stream`. Needs `start`."""
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+        def emit(piece: Piece | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        ticket = self.submit(request, emit)
+        try:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.finish_reason:
+                    return
+        finally:
+            self.cancel(ticket)
+
+
+def _discard_cancelled(tickets: deque[Ticket]) -> int:
+    kept = [t for t in tickets if not t.cancelled]
+    gone = len(tickets) - len(kept)
+    if gone:
+        tickets.clear()
+        tickets.extend(kept)
+    return gone
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer, by the generation config or, where it names none, the tokenizer."""
+    named = model.generation_config.eos_token_id if model.generation_config else None
+    named = tokenizer.eos_token_id if named is None else named
+    return frozenset([named] if isinstance(named, int) else named or [])
+
+
+def _wants_additive_mask(model: PreTrainedModel) -> bool:
+    """How the model's attention reads a 4-D mask: True for added numbers, False for booleans."""
+    kind = model.config._attn_implementation
+    if kind not in ("sdpa", "eager"):
+        raise InputError(
+            f"attention implementation '{kind}': load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    return bool(kind == "eager")
