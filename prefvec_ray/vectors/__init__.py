@@ -15,6 +15,7 @@ from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.forms import to_dtype, to_full, to_int8, to_low_rank
 from prefvec_ray.vectors.live import LiveModel
 from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
+from prefvec_ray.vectors.steering import Steering
 
 __all__ = [
     "Checkpoint",
@@ -26,6 +27,7 @@ __all__ = [
     "PrecisionWarning",
     "PreferenceVector",
     "RoundingStats",
+    "Steering",
     "VectorInfo",
     "checkpoint_state",
     "combine",

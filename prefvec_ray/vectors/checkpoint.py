@@ -5,6 +5,7 @@ transformers 5 renames parameters and fuses experts while loading (`experts.3.w1
 `checkpoint_state` gives a live model's parameters under those names, as views.
 """
 
+import bisect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -60,9 +61,7 @@ class Checkpoint(Mapping[str, Tensor]):
         agree.
         """
         config = self.config()
-        tied = config.get(
-            "tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False)
-        )
+        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
         heads = [name for name in self.shards if name.endswith("lm_head.weight")] if tied else []
         inputs = [name for name in self.shards if name.endswith("embed_tokens.weight")]
         return {
@@ -116,9 +115,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     memory = {_storage(tensor) for tensor in untied.values()}
     for name, tensor in state.items():
         if _storage(tensor) not in memory:
-            raise InputError(
-                f"'{name}' of {type(model).__name__} is not a view of a live parameter; use its folder"
-            )
+            raise InputError(f"'{name}' of {type(model).__name__} is not a view of a live parameter; use its folder")
     return {name: tensor for name, tensor in state.items() if not name.endswith(RECOMPUTED)}
 
 
@@ -133,17 +130,24 @@ class Piece:
 
 
 def checkpoint_layout(model: nn.Module) -> dict[str, list[Piece]]:
-    """Live parameter name -> the checkpoint tensors that it is made of. `model` may lie on the meta device.
+    """Live parameter name -> the checkpoint tensors that it is made of; a tied parameter is listed once.
 
-    A tied parameter is listed under the one name that the checkpoint keeps. Parameters must not share
-    storages otherwise.
+    `model` may lie on the meta device, and its parameters may be views of one flat buffer.
     """
-    owners = {_storage(parameter): name for name, parameter in model.named_parameters()}
+    starts = sorted(
+        (_storage(parameter), int(parameter.storage_offset()), name)
+        for name, parameter in model.named_parameters()
+        if parameter.numel()
+    )
     layout: dict[str, list[Piece]] = {}
     for name, view in checkpoint_state(model).items():
-        if _storage(view) in owners:
-            piece = Piece(name, tuple(view.shape), view.stride(), int(view.storage_offset()))
-            layout.setdefault(owners[_storage(view)], []).append(piece)
+        place = (_storage(view), int(view.storage_offset()))
+        position = bisect.bisect_right(starts, place, key=lambda start: start[:2]) - 1
+        if position < 0 or starts[position][0] != place[0]:
+            continue  # a buffer
+        _, start, owner = starts[position]
+        piece = Piece(name, tuple(view.shape), view.stride(), place[1] - start)
+        layout.setdefault(owner, []).append(piece)
     return layout
 
 

@@ -55,6 +55,19 @@ def to_low_rank(
     vector is shortened without being multiplied out.
     """
     _check_dtype(dtype)
+    check_rank(rank, energy)
+    chosen = {"rank": rank} if rank is not None else {"energy": energy}
+    return _converted(
+        vector,
+        lambda entry: shortened(entry, rank=rank, energy=energy, dtype=dtype),
+        form="low-rank",
+        dtype=NAMES[dtype],
+        **chosen,
+    )
+
+
+def check_rank(rank: int | None, energy: float | None) -> None:
+    """InputError unless exactly one of the two is given and makes sense."""
     if (rank is None) == (energy is None):
         raise InputError("give either rank or energy, e.g. rank=32 or energy=0.99")
     if rank is not None and rank < 1:
@@ -62,18 +75,15 @@ def to_low_rank(
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy is {energy}; expected a share of |phi|^2 in (0, 1]")
 
-    def shorten(entry: Entry) -> Entry:
-        if len(entry.shape) < 2:
-            return cast(entry, dtype)
-        U_OK, S_K, V_IK = svd(entry)
-        keep = min(S_K.shape[-1], rank) if rank is not None else _rank_for(S_K, energy or 1.0)
-        root = (
-            S_K[..., :keep].sqrt().unsqueeze(-2)
-        )  # split evenly, so that neither factor leaves fp16's range
-        return LowRank((V_IK[..., :keep] * root).mT.to(dtype), (U_OK[..., :keep] * root).to(dtype))
 
-    chosen = {"rank": rank} if rank is not None else {"energy": energy}
-    return _converted(vector, shorten, form="low-rank", dtype=NAMES[dtype], **chosen)
+def shortened(entry: Entry, *, rank: int | None, energy: float | None, dtype: torch.dtype = torch.float32) -> Entry:
+    """One entry of `to_low_rank`."""
+    if len(entry.shape) < 2:
+        return cast(entry, dtype)
+    U_OK, S_K, V_IK = svd(entry)
+    keep = min(S_K.shape[-1], rank) if rank is not None else _rank_for(S_K, energy or 1.0)
+    root = S_K[..., :keep].sqrt().unsqueeze(-2)  # split evenly, so that neither factor leaves fp16's range
+    return LowRank((V_IK[..., :keep] * root).mT.to(dtype), (U_OK[..., :keep] * root).to(dtype))
 
 
 def svd(entry: Entry) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,9 +140,7 @@ def _converted(
         before = vector.entries[name]
         entries[name] = convert(before)
         if not is_finite(entries[name]):
-            raise InputError(
-                f"'{name}' of '{vector.info.preference}' overflows {dtype}; choose bfloat16 or float32"
-            )
+            raise InputError(f"'{name}' of '{vector.info.preference}' overflows {dtype}; choose bfloat16 or float32")
         loss.update(name, before, entries[name])
     history = vector.info.precision.get("conversions", [])
     assert isinstance(history, list)

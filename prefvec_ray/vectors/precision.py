@@ -40,9 +40,12 @@ class StorageLoss:
         if energy:
             self.worst = max(self.worst, (math.sqrt(error / energy), name))
 
+    @property
+    def relative_error(self) -> float:
+        return math.sqrt(self.error / self.energy) if self.energy else 0.0
+
     def report(self) -> dict[str, JsonValue]:
-        relative = math.sqrt(self.error / self.energy) if self.energy else 0.0
-        return {"relative_error": relative, "worst_entry": self.worst[1], "worst_entry_error": self.worst[0]}
+        return {"relative_error": self.relative_error, "worst_entry": self.worst[1], "worst_entry_error": self.worst[0]}
 
 
 @dataclass
