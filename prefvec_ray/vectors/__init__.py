@@ -16,6 +16,7 @@ from prefvec_ray.vectors.forms import to_dtype, to_full, to_int8, to_low_rank
 from prefvec_ray.vectors.live import LiveModel
 from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
 from prefvec_ray.vectors.steering import Steering
+from prefvec_ray.vectors.stream import extract_from_checkpoints
 
 __all__ = [
     "Checkpoint",
@@ -34,6 +35,7 @@ __all__ = [
     "dare",
     "export_adapter",
     "export_model",
+    "extract_from_checkpoints",
     "fingerprint",
     "keep_largest",
     "load_vector",

@@ -95,9 +95,7 @@ class PreferenceVector:
         """Read every number once; InputError names the first entry with NaN or infinity. Returns self."""
         for name in self.names():
             if not is_finite(self.entries[name]):
-                raise InputError(
-                    f"vector '{self.info.preference}': '{name}' holds NaN or infinity; extract it again"
-                )
+                raise InputError(f"vector '{self.info.preference}': '{name}' holds NaN or infinity; extract it again")
         return self
 
     def digest(self) -> str:
@@ -139,7 +137,7 @@ def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size:
         filename_pattern=STEM + "{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    metadata = _to_metadata(vector.info)
+    metadata = to_metadata(vector.info)
     for file_name, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
         write_atomically(folder / file_name, lambda tmp, shard=shard: save_file(shard, tmp, metadata))  # type: ignore[misc]
@@ -163,9 +161,7 @@ def load_vector(path: str | Path) -> PreferenceVector:
     per_file = shards.metadata()
     first, *others = per_file.values()
     if any(other != first for other in others):
-        raise InputError(
-            f"{path}: the shards carry different metadata, they are not of one vector; copy it again"
-        )
+        raise InputError(f"{path}: the shards carry different metadata, they are not of one vector; copy it again")
     info = _from_metadata(first, str(path))
     parts: dict[str, list[str]] = {}
     for stored in shards:
@@ -177,9 +173,7 @@ def load_vector(path: str | Path) -> PreferenceVector:
         _check_parts(info, name, {k: codes.get(code, code) for k, (_, code) in described.items()}, str(path))
         on_meta = {k: torch.empty(shape, device="meta") for k, (shape, _) in described.items()}
         if from_parts(on_meta) is None:
-            raise InputError(
-                f"{path}: the parts of '{name}' do not fit together: {described}; extract it again"
-            )
+            raise InputError(f"{path}: the parts of '{name}' do not fit together: {described}; extract it again")
     return PreferenceVector(info, _FileEntries(info, shards, parts), path=Path(path))
 
 
@@ -231,11 +225,11 @@ def _check_parts(info: VectorInfo, name: str, dtypes: dict[str, str], where: str
         )
 
 
-def _to_metadata(info: VectorInfo) -> dict[str, str]:
+def to_metadata(info: VectorInfo) -> dict[str, str]:
+    """The `__metadata__` of every shard: strings as they are, everything else as JSON."""
     fields = info.model_dump(mode="json")
     return {"format": "prefvec"} | {
-        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        for key, value in fields.items()
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in fields.items()
     }
 
 
@@ -244,9 +238,7 @@ def _from_metadata(metadata: dict[str, str], where: str) -> VectorInfo:
         raise InputError(f"{where}: a safetensors file, but not a preference vector (no prefvec metadata)")
     version = metadata.get("format_version", "")
     if version != str(FORMAT_VERSION):
-        raise InputError(
-            f"{where}: vector format version '{version}', this release reads {FORMAT_VERSION}; upgrade it"
-        )
+        raise InputError(f"{where}: vector format version '{version}', this release reads {FORMAT_VERSION}; upgrade it")
     fields: dict[str, Any] = {key: value for key, value in metadata.items() if key != "format"}
     try:
         for key in ("format_version", "parents", "recipe", "precision"):
@@ -254,9 +246,7 @@ def _from_metadata(metadata: dict[str, str], where: str) -> VectorInfo:
         return VectorInfo.model_validate(fields)
     except (KeyError, ValueError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{where}: the vector's metadata cannot be read ({reason}); extract it again"
-        ) from None
+        raise InputError(f"{where}: the vector's metadata cannot be read ({reason}); extract it again") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,8 +1,7 @@
 """Sharded safetensors folders that never lie in memory as a whole, and that appear at once or not at all.
 
-Tensors are produced a few megabytes at a time by a small pool of threads and written in place. The layout is the one
-that `safetensors` itself writes, except that a header may be padded: it goes in last, so that a file whose writing was
-cut short is not a safetensors file.
+Tensors are produced a few megabytes at a time by a small pool of threads and written in place, laid out as
+`safetensors` itself does it. Headers go in last, so that a file whose writing was cut short is not a safetensors file.
 """
 
 import fcntl
@@ -48,15 +47,20 @@ class _Shard:
 
 
 class ShardWriter:
-    """Writes `<stem>*.safetensors` into `folder`: `write(produce)`, then `finish(metadata)`.
+    """Writes `<stem>*.safetensors` into `folder`: `write(produce)`, then `finish()`, then `close()`.
 
-    `tensors` are meta tensors that give shapes and dtypes. `room` bytes are kept free in each header for metadata, for
-    which 0 means exactly as `safetensors` lays a file out, with `{"format": "pt"}`. Raises InputError for a dtype
-    that safetensors cannot store, and where the disk is too small.
+    `tensors` are meta tensors that give shapes and dtypes; `metadata` goes into every file. Raises InputError for a
+    dtype that safetensors cannot store, and where the disk is too small.
     """
 
     def __init__(
-        self, folder: Path, stem: str, tensors: Mapping[str, Tensor], *, max_shard_size: int | str, room: int = 0
+        self,
+        folder: Path,
+        stem: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        max_shard_size: int | str,
+        metadata: Mapping[str, str] = {"format": "pt"},
     ):
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPE_CODES:
@@ -67,25 +71,25 @@ class ShardWriter:
         free = shutil.disk_usage(folder).free
         if self.total + (64 << 20) > free:
             raise InputError(f"{folder}: needs {self.total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
-        self.folder, self.stem, self._tensors = folder, stem, tensors
+        self.folder, self.stem, self.metadata, self._tensors = folder, stem, metadata, tensors
         self._split = split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda tensor: tensor.nbytes,
             filename_pattern=stem + "{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-        self._shards = [self._open(file, names, room) for file, names in self._split.filename_to_tensors.items()]
+        self._shards = [self._open(file, names) for file, names in self._split.filename_to_tensors.items()]
         self._syncs: list[Future[None]] = []
         self._pool: ThreadPoolExecutor | None = None
 
-    def _open(self, file: str, names: list[str], room: int) -> _Shard:
+    def _open(self, file: str, names: list[str]) -> _Shard:
         header: dict[str, dict[str, object]] = {}
         offset = 0
         for name in sorted(names, key=lambda name: (-RANKS[self._tensors[name].dtype], name)):
             tensor = self._tensors[name]
             span = [offset, offset := offset + tensor.nbytes]
             header[name] = {"dtype": DTYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        start = len(_encoded(header, {"format": "pt"}, room))
+        start = len(_encoded(header, self.metadata))
         descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         os.truncate(descriptor, start + offset)
         return _Shard(file, descriptor, start, header)
@@ -123,11 +127,15 @@ class ShardWriter:
                 offset += self._tensors[name][index].nbytes
 
     def finish(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the headers and the index, and see everything safely on disk."""
+        """Write the headers and the index, and see everything safely on disk.
+
+        `metadata` may replace what was announced by something as long: digests that were not known before, say.
+        """
         for sync in self._syncs:
             sync.result()
         for shard in self._shards:
-            header = _encoded(shard.header, metadata or {"format": "pt"}, 0, shard.start)
+            header = _encoded(shard.header, metadata or self.metadata)
+            assert len(header) == shard.start, "the metadata is not as long as what was announced"
             os.pwrite(shard.descriptor, header, 0)
             os.fsync(shard.descriptor)
         if self._split.is_sharded:
@@ -163,13 +171,11 @@ def row_chunks(tensor: Tensor) -> Iterator[Index]:
         yield from ((slice(start, min(start + step, len(tensor))),) for start in range(0, len(tensor), step))
 
 
-def _encoded(header: Mapping[str, object], metadata: Mapping[str, str], room: int, size: int = 0) -> bytes:
-    """A safetensors header with its length before it, padded with blanks to a multiple of 8, or to `size`."""
+def _encoded(header: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header with its length before it, padded with blanks to a multiple of 8."""
     text = json.dumps({"__metadata__": metadata} | dict(header), separators=(",", ":"), ensure_ascii=False).encode()
-    length = size - 8 if size else -(-(len(text) + room) // 8) * 8
-    if length < len(text):
-        raise AssertionError(f"{len(text) - length} bytes too little were kept free for the header")
-    return length.to_bytes(8, "little") + text.ljust(length)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_text(path: Path, text: str) -> None:
