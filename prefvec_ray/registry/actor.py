@@ -177,12 +177,12 @@ class RegistryClient(Registry):
         except ray.exceptions.ActorDiedError as error:
             raise StoreError(f"the registry actor is gone; start_registry(root) again ({error})") from None
 
-    def _on_store_node(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call `function(store, ...)` where the store is reached: here, or in a task beside the actor."""
+    def _on_store_node(self, function: Callable[[Store], Any]) -> Any:
+        """`function(store)` where the store is reached: here, or in a task beside the actor."""
         if self.reachable:
-            return function(self.store, *args)
+            return function(self.store)
         where = self._ask(self.actor.where.remote())
-        return self._ask(run_on(where["node_id"], function, where["uri"], *args))
+        return self._ask(run_on(where["node_id"], function, where["uri"]))
 
     def __reduce__(self) -> Any:
         return _rejoin, (self.actor, self.transport, self.timeout_s)
@@ -238,6 +238,7 @@ def start_registry(
             max_restarts=-1,
             max_task_retries=-1,
             num_cpus=0,
+            enable_task_events=False,  # thousands of calls a second would crowd the cluster's event log
             scheduling_strategy="DEFAULT" if store.folder is None else on_this_node,
         )
         .remote(store.uri, ttl_s, settle_s)

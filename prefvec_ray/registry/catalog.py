@@ -7,16 +7,15 @@ the lease.
 """
 
 import contextlib
-import importlib.metadata
 import json
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry.errors import StoreError
+from prefvec_ray.registry.errors import MissingBlob, StoreError
 from prefvec_ray.registry.lease import Lease
+from prefvec_ray.registry.ledger import Ledger, Subject, V, libraries
 from prefvec_ray.registry.names import (
     Ref,
     check_label,
@@ -31,26 +30,19 @@ from prefvec_ray.registry.records import (
     Move,
     PresetDraft,
     PresetVersion,
-    Record,
     Retirement,
     Served,
     Tagging,
     VectorDraft,
     VectorVersion,
     canonical,
-    decode,
-    encode,
     serving_fingerprint,
 )
-from prefvec_ray.registry.store import Store
+from prefvec_ray.registry.store import Store, blob_key
 
-Subject = Literal["vectors", "presets"]
-R = TypeVar("R", bound=Record)
-V = TypeVar("V", VectorVersion, PresetVersion)
-
-
-class MissingBlob(StoreError):  # noqa: N818 - see LeaseLost
-    """A draft names a blob that is not in the store: stage it (again) and commit (again)."""
+if TYPE_CHECKING:
+    from prefvec_ray.registry.care import Collection
+    from prefvec_ray.registry.lineage import Lineage
 
 
 class Catalog:
@@ -58,8 +50,7 @@ class Catalog:
 
     def __init__(self, store: Store, lease: Lease):
         self.store, self.lease = store, lease
-        self._parsed: dict[str, Record] = {}
-        self._lock = threading.RLock()
+        self.ledger = Ledger(store, lease)
 
     # -- vectors
 
@@ -71,8 +62,7 @@ class Catalog:
 
     def versions(self, name: str, subject: Subject = "vectors") -> list[int]:
         """Version numbers in use, oldest first; retired versions are left out."""
-        retired = set(self._numbers(f"retired/{check_name(name)}")) if subject == "vectors" else set()
-        return [number for number in self._numbers(f"{subject}/{name}") if number not in retired]
+        return self.ledger.versions(subject, check_name(name))
 
     def names(self, subject: Subject = "vectors") -> list[str]:
         return self.store.children(subject)
@@ -96,23 +86,33 @@ class Catalog:
             numbers = self.versions(name)
             for number in numbers[-1:] if newest_only else numbers:
                 with contextlib.suppress(StoreError):
-                    version = self._get("vectors", name, number, VectorVersion)
+                    version = self.ledger.get("vectors", name, number, VectorVersion)
                     words = f"{version.name}\n{version.preference}\n{version.notes}".lower()
                     fits = text.lower() in words and base_fingerprint in (None, version.base_fingerprint)
                     if fits and form in (None, version.form) and self._tagged(version, tags or {}):
                         found.append(version)
         return found
 
-    def commit_vector(self, draft: VectorDraft, *, version: int | None = None, creator: str = "") -> VectorVersion:
+    def commit_vector(
+        self,
+        draft: VectorDraft,
+        *,
+        version: int | None = None,
+        creator: str = "",
+        like: VectorVersion | None = None,
+    ) -> VectorVersion:
         """Make a version of a draft whose blobs are staged. The same draft again is the same version.
 
-        `version` asks for a number: it must be beyond the newest, or already hold this very draft.
+        `version` asks for a number: it must be beyond the newest, or already hold this very draft. `like`: an
+        import, which keeps time and libraries of the original.
         """
         check_name(draft.name, "vector name")
-        for file in draft.files:
-            if self.store.blob_size(file.digest) != file.size:
-                raise MissingBlob(f"{draft.name}: {file.name} ({file.digest}) is not staged in {self.store.label}")
-        return self._commit("vectors", draft, VectorVersion, version, creator, libraries=_libraries())
+        origin = {"libraries": libraries()} if like is None else {"libraries": like.libraries, "created": like.created}
+        with self.ledger.lock, self.lease.held():  # so that no `gc` comes between looking and committing
+            for file in draft.files:
+                if self.store.blob_size(file.digest) != file.size:
+                    raise MissingBlob(f"{draft.name}: {file.name} ({file.digest}) is not staged in {self.store.label}")
+            return self.ledger.commit("vectors", draft, VectorVersion, version, creator, **origin)
 
     # -- presets
 
@@ -153,7 +153,7 @@ class Catalog:
             metrics=json.loads(canonical(dict(metrics or {}))),
             reason=reason,
         )
-        return self._commit("presets", draft, PresetVersion, version, creator)
+        return self.ledger.commit("presets", draft, PresetVersion, version, creator)
 
     def resolve_preset(self, ref: str) -> PresetVersion:
         """`cautious`, `cautious@2` or `cautious@production` -> coefficients, pinned vectors and served
@@ -187,7 +187,7 @@ class Catalog:
         check_label(alias, "alias")
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
-        with self._lock, self.lease.held():
+        with self.ledger.lock, self.lease.held():
             history = self.alias_history(name, alias, subject=subject)
             if done := [move for move in history if move.request == request]:
                 return done[0]
@@ -205,15 +205,15 @@ class Catalog:
                 sequence=len(history) + 1,
                 reason=reason,
                 request=request,
-                **self._stamp(creator),
+                **self.ledger.stamp(creator),
             )
-            self._write(f"refs/{subject}/{name}/{alias}/{move.sequence}.json", move)
+            self.ledger.write(f"refs/{subject}/{name}/{alias}/{move.sequence}.json", move)
             return move
 
     def alias_history(self, name: str, alias: str, *, subject: Subject = "vectors") -> list[Move]:
         """Every move of an alias, oldest first; empty where it never was."""
         folder = f"refs/{subject}/{check_name(name)}/{check_label(alias, 'alias')}"
-        return [self._load(f"{folder}/{number}.json", Move) for number in self._numbers(folder)]
+        return [self.ledger.load(f"{folder}/{number}.json", Move) for number in self.ledger.numbers(folder)]
 
     def aliases(self, name: str, *, subject: Subject = "vectors") -> dict[str, int]:
         """alias -> the version it points at now."""
@@ -241,11 +241,11 @@ class Catalog:
             check_text(value, f"tag {key}", 200)
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
-        with self._lock, self.lease.held():
+        with self.ledger.lock, self.lease.held():
             if pinned.version not in self.versions(pinned.name, subject):
                 raise InputError(self._unknown(subject, pinned))
             folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
-            history = [self._load(f"{folder}/{n}.json", Tagging) for n in self._numbers(folder)]
+            history = [self.ledger.load(f"{folder}/{n}.json", Tagging) for n in self.ledger.numbers(folder)]
             if done := [entry for entry in history if entry.request == request]:
                 return done[0]
             tagging = Tagging(
@@ -256,17 +256,17 @@ class Catalog:
                 tags=dict(tags),
                 reason=reason,
                 request=request,
-                **self._stamp(creator),
+                **self.ledger.stamp(creator),
             )
-            self._write(f"{folder}/{tagging.sequence}.json", tagging)
+            self.ledger.write(f"{folder}/{tagging.sequence}.json", tagging)
             return tagging
 
     def tags(self, ref: str, *, subject: Subject = "vectors") -> dict[str, str]:
         """The tags of a pinned version now."""
         pinned = parse_pinned(ref)
         folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
-        numbers = self._numbers(folder)
-        return self._load(f"{folder}/{numbers[-1]}.json", Tagging).tags if numbers else {}
+        numbers = self.ledger.numbers(folder)
+        return self.ledger.load(f"{folder}/{numbers[-1]}.json", Tagging).tags if numbers else {}
 
     # -- what is served, held, retired
 
@@ -280,7 +280,7 @@ class Catalog:
                 raise InputError(f"{ref}: was made for base {version.base_fingerprint}, not for {base_fingerprint}")
         etas = {ref: _number(eta, ref) for ref, eta in coefficients.items()}
         fingerprint = serving_fingerprint(base_fingerprint, {pinned[ref].digest: eta for ref, eta in etas.items()})
-        with self._lock, self.lease.held():
+        with self.ledger.lock, self.lease.held():
             if known := self.served(fingerprint):
                 return known
             served = Served(
@@ -288,27 +288,25 @@ class Catalog:
                 base_fingerprint=base_fingerprint,
                 coefficients=etas,
                 vectors={ref: version.digest for ref, version in pinned.items()},
-                **self._stamp(""),
+                **self.ledger.stamp(""),
             )
-            self._write(f"served/{fingerprint[7:]}.json", served)
+            self.ledger.write(f"served/{fingerprint[7:]}.json", served)
             return served
 
     def served(self, fingerprint: str) -> Served | None:
         """What `record_served` wrote down under this fingerprint, if anything."""
-        key = f"served/{fingerprint.removeprefix('blake3:')}.json"
-        return (
-            self._load(key, Served) if fingerprint.removeprefix("blake3:").isalnum() and self.store.read(key) else None
-        )
+        key = f"served/{blob_key(fingerprint)[6:]}.json"
+        return self.ledger.load(key, Served) if self.store.read(key) is not None else None
 
     def hold(self, holder: str, refs: list[str]) -> None:
         """A running replica uses these versions: `gc` will not touch them until `release(holder)`."""
         check_name(holder, "holder")
         held = sorted(self.resolve(ref).ref for ref in refs)
-        with self._lock, self.lease.held():
-            self.store.overwrite(f"holds/{holder}.json", canonical({"refs": held, **self._stamp(holder)}))
+        with self.ledger.lock, self.lease.held():
+            self.store.overwrite(f"holds/{holder}.json", canonical({"refs": held, **self.ledger.stamp(holder)}))
 
     def release(self, holder: str) -> None:
-        with self._lock, self.lease.held():
+        with self.ledger.lock, self.lease.held():
             self.store.delete(f"holds/{check_name(holder, 'holder')}.json")
 
     def holds(self) -> dict[str, list[str]]:
@@ -330,15 +328,15 @@ class Catalog:
         pinned = parse_pinned(ref)
         check_text(reason, "reason")
         key = f"retired/{pinned.name}/{pinned.version}.json"
-        with self._lock, self.lease.held():
+        with self.ledger.lock, self.lease.held():
             if self.store.read(key):
-                return self._load(key, Retirement)
+                return self.ledger.load(key, Retirement)
             if pinned.version not in self.versions(pinned.name):
                 raise InputError(self._unknown("vectors", pinned))
             if users := self.users(ref):
                 raise InputError(f"{pinned} cannot be retired: it is used by {', '.join(users)}; move or release these")
-            retirement = Retirement(name=pinned.name, version=pinned.version, reason=reason, **self._stamp(""))
-            self._write(key, retirement)
+            retirement = Retirement(name=pinned.name, version=pinned.version, reason=reason, **self.ledger.stamp(""))
+            self.ledger.write(key, retirement)
             return retirement
 
     def users(self, ref: str) -> list[str]:
@@ -348,22 +346,36 @@ class Catalog:
         pinned = parse_pinned(ref)
         found = [f"alias {pinned.name}@{a}" for a, v in self.aliases(pinned.name).items() if v == pinned.version]
         for name in self.names("presets"):
-            for number in self._numbers(f"presets/{name}"):
+            for number in self.ledger.numbers(f"presets/{name}"):
                 try:
-                    preset = self._get("presets", name, number, PresetVersion)
+                    preset = self.ledger.get("presets", name, number, PresetVersion)
                 except StoreError:
                     found.append(f"preset {name}@{number} (damaged: what it needs is not known)")
                 else:
                     found += [f"preset {preset.ref}"] if str(pinned) in preset.vectors else []
         return found + [f"replica {holder}" for holder, refs in self.holds().items() if {str(pinned), "*"} & set(refs)]
 
+    # -- all of it
+
+    def lineage(self, what: str) -> "Lineage":
+        """The graph behind a served fingerprint, a preset or a vector; see `prefvec_ray.registry.lineage`."""
+        from prefvec_ray.registry.lineage import lineage
+
+        return lineage(self, what)
+
+    def gc(self, *, apply: bool = False, grace_s: float = 3600.0) -> "Collection":
+        """Blobs that nothing needs; deletes them with `apply`. See `prefvec_ray.registry.care.collect`."""
+        from prefvec_ray.registry.care import collect
+
+        return collect(self, apply=apply, grace_s=grace_s)
+
     def all_vectors(self) -> Iterator[tuple[str, VectorVersion | None, bool]]:
         """(reference, manifest or None where it is damaged, retired?) of every version that ever was."""
         for name in self.names():
-            retired = set(self._numbers(f"retired/{name}"))
-            for number in self._numbers(f"vectors/{name}"):
+            retired = set(self.ledger.numbers(f"retired/{name}"))
+            for number in self.ledger.numbers(f"vectors/{name}"):
                 try:
-                    manifest = self._get("vectors", name, number, VectorVersion)
+                    manifest = self.ledger.get("vectors", name, number, VectorVersion)
                 except (StoreError, InputError):
                     manifest = None
                 yield f"{name}@{number}", manifest, number in retired
@@ -380,13 +392,13 @@ class Catalog:
             number = numbers[-1]
         if number not in numbers or number is None:
             raise InputError(self._unknown(subject, parsed))
-        return self._get(subject, parsed.name, number, model)
+        return self.ledger.get(subject, parsed.name, number, model)
 
     def _unknown(self, subject: Subject, ref: Ref) -> str:
         what = subject[:-1]
         numbers = self.versions(ref.name, subject)
-        if ref.version and subject == "vectors" and ref.version in self._numbers(f"retired/{ref.name}"):
-            why = self._load(f"retired/{ref.name}/{ref.version}.json", Retirement).reason
+        if ref.version and subject == "vectors" and ref.version in self.ledger.numbers(f"retired/{ref.name}"):
+            why = self.ledger.load(f"retired/{ref.name}/{ref.version}.json", Retirement).reason
             return f"{what} {ref} was retired ({why}); use another version: {numbers}"
         if not numbers:
             near = ", ".join(self.names(subject)[:10]) or "none yet"
@@ -396,90 +408,14 @@ class Catalog:
 
     def _target(self, subject: Subject, name: str, alias: str) -> int | None:
         folder = f"refs/{subject}/{name}/{alias}"
-        numbers = self._numbers(folder)
-        return self._load(f"{folder}/{numbers[-1]}.json", Move).version if numbers else None
+        numbers = self.ledger.numbers(folder)
+        return self.ledger.load(f"{folder}/{numbers[-1]}.json", Move).version if numbers else None
 
     def _tagged(self, version: VectorVersion, wanted: Mapping[str, str]) -> bool:
         return not wanted or wanted.items() <= self.tags(version.ref).items()
-
-    def _numbers(self, folder: str) -> list[int]:
-        stems = (name.removesuffix(".json") for name in self.store.children(folder))
-        return sorted(int(stem) for stem in stems if stem.isdecimal())
-
-    def _get(self, subject: Subject, name: str, number: int, model: type[V]) -> V:
-        record = self._load(f"{subject}/{name}/{number}.json", model)
-        if (record.name, record.version) != (name, number):
-            raise StoreError(f"{subject}/{name}/{number}.json: holds {record.ref}; restore it from a copy or bundle")
-        return record
-
-    def _load(self, key: str, model: type[R]) -> R:
-        """A record by key; parsed once where the store is mirrored, since records never change."""
-        known = self._parsed.get(key)
-        if isinstance(known, model):
-            return known
-        data = self.store.read(key)
-        if data is None:
-            raise StoreError(f"{self.store.label}/{key}: is missing; restore it from a copy or bundle")
-        record = decode(data, model, key)
-        if self.store.mirrored:
-            self._parsed[key] = record
-        return record
-
-    def _commit(
-        self,
-        subject: Subject,
-        draft: VectorDraft | PresetDraft,
-        model: type[V],
-        version: int | None,
-        creator: str,
-        **extra: Any,
-    ) -> V:
-        """The next version of `draft.name`, or the version that already holds this very draft."""
-        content = draft.content
-        with self._lock, self.lease.held():
-            numbers = self._numbers(f"{subject}/{draft.name}")
-            if not numbers:
-                self._check_case(subject, draft.name)
-            for number in reversed(numbers) if version is None else [n for n in numbers if n == version]:
-                with contextlib.suppress(StoreError, InputError):
-                    known = self._get(subject, draft.name, number, model)
-                    if known.content == content and number in self.versions(draft.name, subject):
-                        return known
-            following = numbers[-1] + 1 if numbers else 1
-            if version is not None and check_version(version) in numbers:
-                raise InputError(f"{draft.name}@{version} exists with other content, and a version never changes")
-            if version is not None and version < following:
-                raise InputError(f"{draft.name}@{version}: the next free version is {following}")
-            number = version or following
-            record = model(**draft.model_dump(), version=number, **extra, **self._stamp(creator))
-            self._write(f"{subject}/{draft.name}/{number}.json", record)
-            return record
-
-    def _check_case(self, subject: Subject, name: str) -> None:
-        """Names that differ only in case would be one folder on some disks."""
-        for other in self.names(subject):
-            if other.lower() == name.lower():
-                raise InputError(f"name {name}: there is already '{other}', which differs only in case; use that")
-
-    def _write(self, key: str, record: Record) -> None:
-        try:
-            self.store.create(key, encode(record), self.lease.check)
-        except FileExistsError:
-            raise StoreError(f"{self.store.label}/{key}: was just written by somebody else; try again") from None
-
-    def _stamp(self, creator: str) -> dict[str, Any]:
-        return {"created": self.store.clock(), "creator": creator, "epoch": self.lease.epoch}
 
 
 def _number(eta: object, ref: str) -> float:
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not abs(eta) < float("inf"):
         raise InputError(f"coefficient of {ref}: {shown(eta)} is not a finite number")
     return float(eta)
-
-
-def _libraries() -> dict[str, str]:
-    found = {}
-    for package in ("prefvec-ray", "torch", "transformers", "safetensors", "trl", "ray"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found

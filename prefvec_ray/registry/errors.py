@@ -9,3 +9,7 @@ class StoreError(RuntimeError):
 
 class LeaseLost(StoreError):  # noqa: N818 - it is a state to react to, not only an error
     """Another writer has taken this store over. The operation was not acknowledged; ask the new writer."""
+
+
+class MissingBlob(StoreError):  # noqa: N818 - see LeaseLost
+    """A draft names a blob that is not in the store: stage it (again) and commit (again)."""

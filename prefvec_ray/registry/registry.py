@@ -9,6 +9,7 @@ Works in any process without Ray. Where many processes of a cluster publish, `st
 actor in front of the same store, and its client has the same methods.
 """
 
+import functools
 import getpass
 import json
 import os
@@ -18,16 +19,20 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.registry.bundle import export_bundle, export_huggingface, import_bundle
 from prefvec_ray.registry.cache import NodeCache
-from prefvec_ray.registry.catalog import Catalog, MissingBlob
+from prefvec_ray.registry.care import Check, Verification, check_cache, check_store, verify
+from prefvec_ray.registry.catalog import Catalog
+from prefvec_ray.registry.errors import MissingBlob
 from prefvec_ray.registry.lease import Lease
 from prefvec_ray.registry.names import FILE_NAME, check_name, check_text, parse_ref, shown
 from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, canonical
 from prefvec_ray.registry.store import Store
 
+T = TypeVar("T")
 SUFFIXES = {".safetensors", ".json", ".md", ".txt"}
 
 
@@ -132,10 +137,33 @@ class Registry(Catalog):
         parse_ref(ref)
         self.cache.unpin(self.resolve(ref))
 
+    def verify(self, *, read_bytes: bool = True) -> Verification:
+        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `care.verify`."""
+        return self._on_store_node(functools.partial(verify, read_bytes=read_bytes))
+
+    def doctor(self) -> list[Check]:
+        """What may be wrong with the store and with this node's cache, one line each."""
+        return [*self._on_store_node(check_store), *check_cache(self.cache)]
+
+    def export_bundle(self, out: str | Path, vectors: Iterable[str] = (), *, presets: Iterable[str] = ()) -> Path:
+        """The named versions, and what the presets need, as one file for another registry. See `bundle`."""
+        return export_bundle(self, out, vectors, presets)
+
+    def import_bundle(self, path: str | Path, *, renumber: bool = False) -> dict[str, str]:
+        """Publish what a bundle holds: its references -> what they are called here. See `bundle.import_bundle`."""
+        return import_bundle(self, path, renumber=renumber)
+
+    def export_huggingface(self, ref: str, out: str | Path, *, base_model: str | None = None) -> Path:
+        """A folder with a model card that `huggingface_hub` can push. See `bundle.export_huggingface`."""
+        return export_huggingface(self, ref, out, base_model=base_model)
+
     def close(self) -> None:
         """Unpin what was fetched and give back the lease, if it is held."""
         self.cache.close()
         self.lease.release()
+
+    def _on_store_node(self, function: Callable[[Store], T]) -> T:
+        return function(self.store)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -64,13 +64,13 @@ def _send_blob(uri: str, digest: str) -> Iterator[np.ndarray]:
 
 
 @ray.remote(num_cpus=0)
-def _run(function: Callable[..., Any], uri: str, *args: Any) -> Any:
-    return function(Store(uri), *args)
+def _run(function: Callable[[Store], Any], uri: str) -> Any:
+    return function(Store(uri))
 
 
-def run_on(node_id: str, function: Callable[..., Any], uri: str, *args: Any) -> Any:
-    """Reference to the result of `function(store, *args)` on a node that sees the store."""
-    return _run.options(scheduling_strategy=_on(node_id)).remote(function, uri, *args)
+def run_on(node_id: str, function: Callable[[Store], Any], uri: str) -> Any:
+    """Reference to the result of `function(store)` on a node that sees the store."""
+    return _run.options(scheduling_strategy=_on(node_id)).remote(function, uri)
 
 
 def _pieces(task: Any, node_id: str, *args: Any) -> Iterator[memoryview]:
