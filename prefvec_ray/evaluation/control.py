@@ -38,13 +38,23 @@ def lines(grid: Sequence[Evaluation], preference: str) -> list[list[Evaluation]]
         others = tuple(sorted((p, eta) for p, eta in evaluation.coefficients.items() if p != preference))
         groups[others].append(evaluation)
     found = [
-        sorted(group, key=lambda e: e.coefficients.get(preference, 0.0))
-        for group in groups.values()
-        if len(group) > 1
+        sorted(group, key=lambda e: e.coefficients.get(preference, 0.0)) for group in groups.values() if len(group) > 1
     ]
     if not found:
         raise InputError(f"the grid has no line along {preference!r}: no two points differ in it alone")
     return found
+
+
+def mean_path(grid: Sequence[Evaluation], preference: str, metric: str) -> list[tuple[float, float]]:
+    """(coefficient of `preference`, mean of `metric` over the other coefficients), over the lines of full
+    length."""
+    along = lines(grid, preference)
+    longest = max(map(len, along))
+    full = [line for line in along if len(line) == longest]
+    return [
+        (full[0][i].coefficients.get(preference, 0.0), statistics.fmean(line[i].mean(metric) for line in full))
+        for i in range(longest)
+    ]
 
 
 def monotone(
@@ -58,16 +68,13 @@ def monotone(
     """Two claims: `metric` never gets worse by more than `tolerance` from one coefficient of `preference`
     to the next higher, (1) on the mean over the other coefficients, (2) on every line of the grid."""
     along = lines(grid, preference)
-    longest = max(map(len, along))
-    full = [line for line in along if len(line) == longest]
-    etas = [evaluation.coefficients.get(preference, 0.0) for evaluation in full[0]]
-    means = [statistics.fmean(line[i].mean(metric) for line in full) for i in range(longest)]
+    etas, means = zip(*mean_path(grid, preference, metric), strict=True)
     gains = [metrics[metric].gain(b, a) for a, b in itertools.pairwise(means)]
-    claim = f"{metric} is monotone in eta_{preference} over [{etas[0]:g}, {etas[-1]:g}]"
+    claim = f"{metric} is monotone in the coefficient of {preference} from {etas[0]:g} to {etas[-1]:g}"
     path = " → ".join(f"{mean:.3f}" for mean in means)
     claims = [
         Claim(
-            text=f"{claim}, mean over the other coefficients (tolerance {tolerance:g})",
+            text=f"{claim}, on the mean over the others (tolerance {tolerance:g})",
             holds=min(gains) >= -tolerance,
             evidence=f"{path}; worst step {min(gains):+.3f}",
         )
@@ -97,8 +104,7 @@ def valid_everywhere(grid: Sequence[Evaluation], metric: str = "valid", *, floor
     return Claim(
         text=f"{metric} is at least {floor:g} at every point of the grid",
         holds=low == 0,
-        evidence=f"{len(grid) - low} of {len(grid)} points hold; "
-        f"lowest {worst.metrics[metric]} at {_point(worst)}",
+        evidence=f"{len(grid) - low} of {len(grid)} points hold; lowest {worst.metrics[metric]} at {_point(worst)}",
     )
 
 
@@ -119,9 +125,7 @@ def improves(
     """
     difference = compare_metric(evaluation, over, metric)
     if difference is None:
-        raise InputError(
-            f"metric {metric!r} was not measured on any prompt of both {names[0]} and {names[1]}"
-        )
+        raise InputError(f"metric {metric!r} was not measured on any prompt of both {names[0]} and {names[1]}")
     gained = metrics[metric].gain(difference.mean, 0.0)
     stderr = "" if difference.stderr is None else f" ± {difference.stderr:.3f}"
     return Claim(

@@ -120,9 +120,7 @@ class Evaluator:
         """
         start = time.perf_counter()
         self.live.set_coefficients(coefficients)
-        rows = sample_ids(
-            self.live.model, self.tokenizer, self._ids, batch_size=self._batch_size, **self._sampling
-        )
+        rows = sample_ids(self.live.model, self.tokenizer, self._ids, batch_size=self._batch_size, **self._sampling)
         texts = [self.tokenizer.batch_decode(answers, skip_special_tokens=True) for answers in rows]
         per_prompt = self._score(texts)
         step = max(1, len(self.prompts) // max(1, self.keep_samples))
@@ -176,8 +174,7 @@ def compare_metric(a: Evaluation, b: Evaluation, metric: str) -> Estimate | None
     """
     if a.prompts_digest != b.prompts_digest:
         raise InputError(
-            "evaluations of other prompts, draws, seed or sampling are not paired; "
-            "measure both with one Evaluator"
+            "evaluations of other prompts, draws, seed or sampling are not paired; measure both with one Evaluator"
         )
     if metric not in a.per_prompt or metric not in b.per_prompt:
         raise InputError(f"metric {metric!r} was not measured; measured: {', '.join(a.per_prompt)}")

@@ -108,9 +108,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
                 "set tokenizer.chat_template or give plain text"
             )
         else:
-            ids = tokenizer.apply_chat_template(
-                list(conversation), add_generation_prompt=True, return_dict=False
-            )
+            ids = tokenizer.apply_chat_template(list(conversation), add_generation_prompt=True, return_dict=False)
         if not ids:
             raise InputError(f"prompt {index} has no tokens; give a text that is not empty")
         prompts.append(ids)
@@ -132,9 +130,7 @@ def _decode_batch(
     ids_NL = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask_NL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     positions_NL = (mask_NL.cumsum(-1) - 1).clamp(min=0)
-    out = model(
-        input_ids=ids_NL, attention_mask=mask_NL, position_ids=positions_NL, use_cache=True, logits_to_keep=1
-    )
+    out = model(input_ids=ids_NL, attention_mask=mask_NL, position_ids=positions_NL, use_cache=True, logits_to_keep=1)
     cache: Any = out.past_key_values
     cache.batch_repeat_interleave(draws)
     logits_BV = out.logits[:, -1].repeat_interleave(draws, 0)

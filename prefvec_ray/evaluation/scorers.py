@@ -38,9 +38,7 @@ class Metric(BaseModel):
     def gain(self, value: float, over: float) -> float:
         """How much better `value` is than `over`: positive is better, whatever the direction."""
         if self.direction is None:
-            raise InputError(
-                "a metric without a direction has no gain; choose one that is maximized or minimized"
-            )
+            raise InputError("a metric without a direction has no gain; choose one that is maximized or minimized")
         return value - over if self.direction == "maximize" else over - value
 
 
@@ -147,8 +145,7 @@ def run_scorer(scorer: Scorer, prompts: Sequence[Any], responses: Sequence[str])
             problem = _problem(value, metric)
             if problem:
                 raise ValueError(
-                    f"metric {name!r} gave {value!r} for answer {index} ({responses[index][:60]!r}): "
-                    f"{problem}"
+                    f"metric {name!r} gave {value!r} for answer {index} ({responses[index][:60]!r}): {problem}"
                 )
     return scores
 

@@ -68,9 +68,7 @@ def vectors_at(coefficients: dict[str, float]) -> Setting:
     return Setting(name=f"vectors ({values})", kind="vectors", coefficients=coefficients)
 
 
-def grid(
-    preferences: Sequence[str], *, steps: int = 5, low: float = -1.0, high: float = 1.0
-) -> list[dict[str, float]]:
+def grid(preferences: Sequence[str], *, steps: int = 5, low: float = -1.0, high: float = 1.0) -> list[dict[str, float]]:
     """Coefficients on a regular grid, `steps` values from `low` to `high` an axis.
 
     One or two preferences: the full grid. More: every plane of two axes with the other coefficients at 0,
@@ -81,18 +79,12 @@ def grid(
     """
     names = _checked(preferences)
     if steps < 2 or not low < high:
-        raise InputError(
-            f"a grid of {steps} steps from {low} to {high}; give at least 2 steps and low < high"
-        )
+        raise InputError(f"a grid of {steps} steps from {low} to {high}; give at least 2 steps and low < high")
     values = [low + (high - low) * i / (steps - 1) for i in range(steps)]
     if len(names) <= 2:
-        return [
-            dict(zip(names, point, strict=True)) for point in itertools.product(values, repeat=len(names))
-        ]
+        return [dict(zip(names, point, strict=True)) for point in itertools.product(values, repeat=len(names))]
     if not low <= 0 <= high:
-        raise InputError(
-            f"a grid over {len(names)} preferences is made of planes through 0; give low <= 0 <= high"
-        )
+        raise InputError(f"a grid over {len(names)} preferences is made of planes through 0; give low <= 0 <= high")
     points = {
         tuple({p: x, q: y}.get(name, 0.0) for name in names)
         for p, q in itertools.combinations(names, 2)
