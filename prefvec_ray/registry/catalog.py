@@ -306,8 +306,10 @@ class Catalog:
             self.store.overwrite(f"holds/{holder}.json", canonical({"refs": held, **self.ledger.stamp(holder)}))
 
     def release(self, holder: str) -> None:
+        """The holder uses nothing any more."""
+        check_name(holder, "holder")
         with self.ledger.lock, self.lease.held():
-            self.store.delete(f"holds/{check_name(holder, 'holder')}.json")
+            self.store.delete(f"holds/{holder}.json")
 
     def holds(self) -> dict[str, list[str]]:
         """holder -> the pinned versions it uses. A hold that cannot be read counts as holding everything:

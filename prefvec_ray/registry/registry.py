@@ -28,7 +28,7 @@ from prefvec_ray.registry.care import Check, Verification, check_cache, check_st
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import MissingBlob
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.names import FILE_NAME, check_name, check_text, parse_ref, shown
+from prefvec_ray.registry.names import FILE_NAME, check_name, check_text, check_version, parse_ref, shown
 from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, canonical
 from prefvec_ray.registry.store import Store
 
@@ -111,6 +111,8 @@ class Registry(Catalog):
             "notes": check_text(notes, "notes", 20_000) if notes else "",
             "rank": max((getattr(entry, "rank", 0) for entry in vector.entries.values()), default=0) or None,
         }
+        if version is not None:
+            self._check_free(statement["name"], check_version(version), vector.digest)
         creator = check_text(user() if creator is None else creator, "creator", 200)
         paths = _files(folder)
         with ThreadPoolExecutor(1) as pool:  # numbers are checked while files are copied; both wait for memory
@@ -125,6 +127,12 @@ class Registry(Catalog):
                     if attempt == 2:
                         raise
         raise AssertionError("unreachable")
+
+    def _check_free(self, name: str, version: int, digest: Callable[[], str]) -> None:
+        """Before any byte is written: may `name@version` become, or is it, a vector of this digest?"""
+        numbers = self.versions(name)
+        if version in numbers and self.resolve(f"{name}@{version}").digest != digest():
+            raise InputError(f"{name}@{version} exists with other content, and a version never changes")
 
     def fetch(self, ref: str) -> Path:
         """A local folder with the version's files, for `load_vector`; pinned in the node's cache until

@@ -61,6 +61,8 @@ class Store:
                 raise InputError(
                     f"registry root {self.label}: {self._clean(error)}; give a folder or s3://bucket/path"
                 ) from None
+            if not self.base.strip("/"):
+                raise InputError(f"registry root {self.label}: names no place; give a folder or s3://bucket/path")
             if self.fs.type_name == "local":
                 self.folder = Path(self.base)
             elif self.fs.type_name not in BUCKETS:
