@@ -30,6 +30,7 @@ from prefvec_ray.vectors.shards import Shards
 
 FORMAT_VERSION = 1
 STEM = "vector"
+CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
 
 
 class VectorInfo(BaseModel):
@@ -65,7 +66,8 @@ class PreferenceVector:
         self.path = path
         if path is None:  # entries from a file are checked from their headers, without reading them
             for name, entry in entries.items():
-                _check_parts(info, name, {k: str(v.dtype)[6:] for k, v in entry.parts().items()}, str(path))
+                parts = entry.parts().items()
+                _check_parts(info, name, {k: (tuple(v.shape), str(v.dtype)[6:]) for k, v in parts}, "new")
 
     def __repr__(self) -> str:
         info = self.info
@@ -163,29 +165,29 @@ def load_vector(path: str | Path) -> PreferenceVector:
     if any(other != first for other in others):
         raise InputError(f"{path}: the shards carry different metadata, they are not of one vector; copy it again")
     info = _from_metadata(first, str(path))
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, dict[str, str]] = {}
     for stored in shards:
         name, _, part = stored.rpartition(".") if _suffixed(info) else (stored, "", "full")
-        parts.setdefault(name, []).append(part)
-    codes = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
+        parts.setdefault(name, {})[part] = stored
     for name, present in parts.items():
-        described = {part: shards.shape_dtype(_stored_name(info, name, part)) for part in present}
-        _check_parts(info, name, {k: codes.get(code, code) for k, (_, code) in described.items()}, str(path))
+        described = {part: shards.shape_dtype(stored) for part, stored in present.items()}
+        _check_parts(
+            info, name, {k: (shape, CODES.get(code, code)) for k, (shape, code) in described.items()}, str(path)
+        )
         on_meta = {k: torch.empty(shape, device="meta") for k, (shape, _) in described.items()}
         if from_parts(on_meta) is None:
             raise InputError(f"{path}: the parts of '{name}' do not fit together: {described}; extract it again")
-    return PreferenceVector(info, _FileEntries(info, shards, parts), path=Path(path))
+    return PreferenceVector(info, _FileEntries(shards, parts), path=Path(path))
 
 
 class _FileEntries(Mapping[str, Entry]):
     """Entries of an open file, made when asked for."""
 
-    def __init__(self, info: VectorInfo, shards: Shards, parts: dict[str, list[str]]):
-        self._info, self._shards, self._parts = info, shards, parts
+    def __init__(self, shards: Shards, parts: dict[str, dict[str, str]]):
+        self._shards, self._parts = shards, parts
 
     def __getitem__(self, name: str) -> Entry:
-        tensors = {k: self._shards.tensor(_stored_name(self._info, name, k)) for k in self._parts[name]}
-        entry = from_parts(tensors)
+        entry = from_parts({part: self._shards.tensor(stored) for part, stored in self._parts[name].items()})
         assert entry is not None, "load_vector has checked the headers"
         return entry
 
@@ -211,17 +213,19 @@ def _stored_parts(info: VectorInfo, name: str, entry: Entry) -> list[tuple[str, 
     return [(_stored_name(info, name, part), tensor) for part, tensor in entry.parts().items()]
 
 
-def _check_parts(info: VectorInfo, name: str, dtypes: dict[str, str], where: str) -> None:
-    """Which parts, in which dtype, may an entry have under this form?"""
-    expected = [{"full": info.dtype}]
+def _check_parts(info: VectorInfo, name: str, parts: Mapping[str, tuple[tuple[int, ...], str]], where: str) -> None:
+    """Which parts (shape, dtype) may an entry have under this form?"""
+    dtypes = {part: dtype for part, (_, dtype) in parts.items()}
+    allowed = [{"full": str(info.dtype)}]
     if info.form == "low-rank":
-        expected.append({"A": info.dtype, "B": info.dtype})
+        allowed.append({"A": info.dtype, "B": info.dtype})
     if info.dtype == "int8":
-        expected = [{"full": "float32"}, {"int8": "int8", "scale": "float32"}]
-    if dtypes not in expected or (info.form == "low-rank" and info.dtype == "int8"):
+        small = "full" in parts and len(parts["full"][0]) < 2
+        allowed = [{"full": "float32"}] if small else [{"int8": "int8", "scale": "float32"}]
+    if dtypes not in allowed or (info.form == "low-rank" and info.dtype == "int8"):
         raise InputError(
-            f"vector '{info.preference}' ({where}): entry '{name}' has parts {dtypes}, which is not"
-            f" {info.form} form in {info.dtype}; extract or convert it again"
+            f"vector '{info.preference}' ({where}): entry '{name}' has parts {dtypes}, which is not {info.form} form in"
+            f" {info.dtype}; extract or convert it again"
         )
 
 
