@@ -1,7 +1,7 @@
 """The report's pictures. Colours are Okabe and Ito's, told apart by the colour-blind; shapes and labels
 repeat what they say."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -50,16 +50,16 @@ def tradeoff(seeds: Sequence[SeedResults], axes: Mapping[str, str], metrics: Map
     (p, x), (q, y) = axes.items()
     figure, panels = _panels(len(seeds), width=5.4, height=4.9, share=True)
     for panel, results in zip(panels, seeds, strict=False):
-        net = [e for e in results.grid if not any(v for name, v in e.coefficients.items() if name not in (p, q))]
-        by_eta = {(e.coefficients.get(p, 0.0), e.coefficients.get(q, 0.0)): e for e in net}
-        _net(panel, by_eta, x, y)
+        _net(panel, dict(_plane(results.grid, p, q)), x, y)
         counts: dict[str, int] = {}
         for measured in results.table:
             kind = measured.setting.kind
             styles = _MARKS[kind]
             colour, marker, size = styles[counts.get(kind, 0) % len(styles)]
             counts[kind] = counts.get(kind, 0) + 1
-            label = measured.setting.name if kind != "vectors" else None
+            label: str | None = measured.setting.name
+            if kind == "vectors":  # one entry for all: the net says where they are
+                label = "vectors, settings of the table" if counts[kind] == 1 else None
             _dot(panel, measured.evaluation, x, y, colour, marker, size, label)
         panel.set_xlabel(f"{x} ({_word(metrics[x])} →)")
         if panel is panels[0]:
@@ -102,13 +102,12 @@ def heatmaps(
     figure, panels = _panels(len(show), width=3.5, height=3.3, columns=3)
     for panel, name in zip(panels, show, strict=False):
         cells: dict[tuple[float, float], list[float]] = {}
-        for results in seeds:
-            for e in results.grid:
-                if any(value for key, value in e.coefficients.items() if key not in (p, q)) or e.metrics[name] is None:
-                    continue
-                cells.setdefault((e.coefficients.get(p, 0.0), e.coefficients.get(q, 0.0)), []).append(e.mean(name))
+        for eta, e in (point for results in seeds for point in _plane(results.grid, p, q)):
+            known = cells.setdefault(eta, [])
+            if e.metrics[name] is not None:
+                known.append(e.mean(name))
         etas_p, etas_q = sorted({eta[0] for eta in cells}), sorted({eta[1] for eta in cells})
-        table = [[_average(cells.get((a, b))) for a in etas_p] for b in etas_q]
+        table = [[_average(cells.get((a, b), [])) for a in etas_p] for b in etas_q]
         metric = metrics[name]
         image = panel.imshow(table, origin="lower", cmap="cividis", aspect="auto", vmin=metric.low, vmax=metric.high)
         low, high = image.get_clim()
@@ -151,6 +150,7 @@ def control(seeds: Sequence[SeedResults], objectives: Mapping[str, str], metrics
             panel.fill_between(
                 etas, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, lw=0
             )
+        panel.set_xticks(etas, [f"{eta:g}" for eta in etas])
         panel.set_xlabel(f"coefficient of {preference}")
     handles, labels = panels[0].get_legend_handles_labels()
     arrows = {"maximize": " (higher is better)", "minimize": " (lower is better)", None: ""}
@@ -238,6 +238,13 @@ def front(search: SearchSummary, metrics: Mapping[str, Metric]) -> Figure:
     return figure
 
 
+def _plane(grid: Sequence[Evaluation], p: str, q: str) -> Iterator[tuple[tuple[float, float], Evaluation]]:
+    """The points of a grid where only the coefficients of `p` and `q` are not 0, with those two."""
+    for e in grid:
+        if not any(value for name, value in e.coefficients.items() if name not in (p, q)):
+            yield (e.coefficients.get(p, 0.0), e.coefficients.get(q, 0.0)), e
+
+
 def save(draw: Callable[[], Figure], folder: Path, name: str) -> str:
     """Draw, and write `<name>.svg` and `<name>.png` into `folder`; returns `name`."""
     with matplotlib.rc_context(STYLE):
@@ -293,5 +300,5 @@ def _word(metric: Metric) -> str:
     return "higher is better" if metric.direction == "maximize" else "lower is better"
 
 
-def _average(values: Sequence[float] | None) -> float:
+def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
