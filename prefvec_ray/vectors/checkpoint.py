@@ -34,22 +34,24 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = Path(folder)
         self.shards = Shards(self.folder, stem="model", links=True)
         dropped = {name for name in self.shards if name.endswith(RECOMPUTED)} | self._tied_copies()
-        self._names = [name for name in self.shards if name not in dropped]
+        self._kept = {name: None for name in self.shards if name not in dropped}
 
     def names(self) -> list[str]:
-        return list(self._names)
+        return list(self._kept)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, as a view of the mapped file."""
+        if name not in self._kept:
+            raise KeyError(name)
         return self.shards.tensor(name)
 
     __getitem__ = tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._kept)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._kept)
 
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""

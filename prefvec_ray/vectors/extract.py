@@ -50,14 +50,10 @@ def vector_from_state(
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in sorted(delta.items()):
         if not tensor.is_floating_point():
-            raise InputError(
-                f"'{name}' is {tensor.dtype}; a preference vector holds floating-point changes only"
-            )
+            raise InputError(f"'{name}' is {tensor.dtype}; a preference vector holds floating-point changes only")
         twin = seen.setdefault((tensor.data_ptr(), tensor.shape), name)
         if twin != name and tensor.numel():
-            raise InputError(
-                f"'{twin}' and '{name}' are one tied tensor; give it once, under its checkpoint name"
-            )
+            raise InputError(f"'{twin}' and '{name}' are one tied tensor; give it once, under its checkpoint name")
     info = VectorInfo(
         preference=preference,
         form="full",
@@ -97,7 +93,8 @@ def vector_from_checkpoints(
         theta_plus, theta_minus = plus[name].detach(), minus[name].detach()
         if not theta_plus.is_floating_point():
             continue
-        entries[name] = Full((theta_plus.double() - theta_minus.double()).float())
+        wide = torch.promote_types(torch.promote_types(theta_plus.dtype, theta_minus.dtype), torch.float32)
+        entries[name] = Full((theta_plus.to(wide) - theta_minus.to(wide)).float())
         # The base is exact by definition, so a delta's only rounding is the run's own.
         theta_minus = theta_minus.float() if negative is base else theta_minus
         if torch.finfo(theta_plus.dtype).bits < 32 or torch.finfo(theta_minus.dtype).bits < 32:
@@ -178,9 +175,7 @@ def subtract(
     noise = sum(_noise(run) ** 2 * energy(run) for run in runs.values())
     cosine = 1 / math.sqrt(1 + noise / max(energy(vector), 1e-300))
     if cosine < COSINE_WARNING:
-        message = (
-            f"vector '{preference}': its runs' deltas were rounded, expected cosine with phi {cosine:.2f}"
-        )
+        message = f"vector '{preference}': its runs' deltas were rounded, expected cosine with phi {cosine:.2f}"
         warnings.warn(f"{message}; keep the deltas in fp32", PrecisionWarning, stacklevel=2)
     return vector.replace(precision=vector.info.precision | {"sources": rounding, "expected_cosine": cosine})
 
@@ -212,16 +207,12 @@ def stored_as(info: VectorInfo, entries: Mapping[str, Entry], dtype: torch.dtype
     """Drop entries that are zero, round the rest to `dtype` and measure what that costs."""
     names = {value: name for name, value in FLOAT_DTYPES.items()}
     if dtype not in names:
-        raise InputError(
-            f"cannot store a vector in {dtype}; choose one of {', '.join(FLOAT_DTYPES)} (int8: to_int8)"
-        )
+        raise InputError(f"cannot store a vector in {dtype}; choose one of {', '.join(FLOAT_DTYPES)} (int8: to_int8)")
     loss = StorageLoss()
     kept: dict[str, Entry] = {}
     for name, exact in sorted(entries.items()):
         if not is_finite(exact):
-            raise InputError(
-                f"'{name}' of '{info.preference}' holds NaN or infinity; the run diverged, train it again"
-            )
+            raise InputError(f"'{name}' of '{info.preference}' holds NaN or infinity; the run diverged, train it again")
         if is_zero(exact):
             continue
         kept[name] = cast(exact, dtype)
@@ -231,9 +222,7 @@ def stored_as(info: VectorInfo, entries: Mapping[str, Entry], dtype: torch.dtype
             )
         loss.update(name, exact, kept[name])
     if not kept:
-        raise InputError(
-            f"'{info.preference}' changes no parameter; nothing was trained, or the two runs are equal"
-        )
+        raise InputError(f"'{info.preference}' changes no parameter; nothing was trained, or the two runs are equal")
     changes = {"dtype": names[dtype], "precision": info.precision | loss.report()}
     return PreferenceVector(VectorInfo.model_validate(info.model_dump() | changes), kept)
 

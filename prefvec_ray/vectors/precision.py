@@ -67,10 +67,13 @@ class RoundingStats:
 
     def update(self, positive: Tensor, negative: Tensor) -> None:
         """Both chunks flat or shaped alike, in the dtype that they were stored in."""
-        self.dtype = str(positive.dtype).removeprefix("torch.")
+        coarse = max(positive.dtype, negative.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        self.dtype = str(coarse).removeprefix("torch.")
         difference = positive.flatten().float() - negative.flatten().float()
         self.elements += difference.numel()
         self.zeros += int((difference == 0).sum())
+        # A rounded source against an exact one that lies between the rounded numbers: all of its rounding shows.
+        between = any(not torch.equal(values, values.to(coarse).to(values.dtype)) for values in (positive, negative))
         bound = (ulp(positive).flatten().square() + ulp(negative).flatten().square()) / 12
         # Blocks, because rows of a matrix differ in size and one mean over all of them would overstate the
         # noise.
@@ -80,7 +83,7 @@ class RoundingStats:
             squared_mean = max(mean**2 - max(energy / size - mean**2, 0) / size, 0)
             beyond = max(energy - math.pi / 2 * squared_mean * size, 0)
             self.energy += energy
-            self.noise += min(beyond, limit.double().sum().item())
+            self.noise += min(energy if between else beyond, limit.double().sum().item())
 
     def report(self) -> dict[str, JsonValue]:
         """source dtype, fraction of entries that are 0, noise over signal (norms), expected cosine with the

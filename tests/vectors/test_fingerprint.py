@@ -1,0 +1,120 @@
+"""One identity for a base model, however it is held."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.vectors import Checkpoint, checkpoint_state, fingerprint
+from prefvec_ray.vectors.checkpoint import checkpoint_layout
+
+FAMILIES = ["llama", "mistral", "qwen3", "gemma", "phi3", "mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_live_models_and_folders_agree_however_sharded(family, dtype, tiny_model, tmp_path):
+    model = tiny_model(family).to(dtype)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    held = [model, loaded, tmp_path / "whole", str(tmp_path / "sharded"), checkpoint_state(model)]
+    assert len({fingerprint(each) for each in held}) == 1
+
+
+def test_every_number_name_and_dtype_counts(tiny_model):
+    model = tiny_model("llama")
+    state = {name: tensor.clone() for name, tensor in checkpoint_state(model).items()}
+    prints = {fingerprint(state)}
+    state["model.norm.weight"][3] = torch.nextafter(state["model.norm.weight"][3], torch.tensor(9.0))
+    prints.add(fingerprint(state))
+    state["model.norm.weight"] = state["model.norm.weight"].view(1, -1)
+    prints.add(fingerprint(state))
+    state["other"] = state.pop("model.norm.weight")
+    prints.add(fingerprint(state))
+    prints.add(fingerprint({name: tensor.double() for name, tensor in state.items()}))
+    assert len(prints) == 5
+
+
+def test_a_tied_head_counts_once_even_where_a_trainer_wrote_it_twice(tiny_model, tmp_path):
+    model = tiny_model("gemma")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    assert "lm_head.weight" not in tensors
+    expected = fingerprint(model)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    assert fingerprint(tmp_path) == expected
+    assert "lm_head.weight" not in Checkpoint(tmp_path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
+    assert fingerprint(tmp_path) != expected  # not a copy: another model
+
+
+def test_a_model_with_adapters_is_not_a_base(tiny_model):
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(InputError, match="adapters"):
+        fingerprint(wrapped)
+
+
+def test_a_folder_of_pickles_is_no_checkpoint(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="pickle"):
+        fingerprint(tmp_path)
+
+
+def test_a_plain_torch_module(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    module.tied = module[0]
+    save_file({name: t.contiguous() for name, t in checkpoint_state(module).items()}, tmp_path / "model.safetensors")
+    assert fingerprint(module) == fingerprint(tmp_path)
+    assert set(checkpoint_state(module)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoint_state_is_the_models_own_memory(family, tiny_model, tokens, tmp_path):
+    """Writing another model's numbers through the views makes the model that other model."""
+    model, other = tiny_model(family), tiny_model(family, seed=1)
+    other.save_pretrained(tmp_path)
+    for name, tensor in checkpoint_state(model).items():
+        tensor.copy_(Checkpoint(tmp_path)[name])
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, other(tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layout_needs_no_memory(family, tiny_model):
+    model = tiny_model(family)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(model.config)
+    layout = checkpoint_layout(empty)
+    assert layout == checkpoint_layout(model)
+    state = checkpoint_state(model)
+    for owner, pieces in layout.items():
+        parameter = model.get_parameter(owner).detach()
+        for piece in pieces:
+            view = parameter.as_strided(piece.shape, piece.stride, piece.offset)
+            assert torch.equal(view, state[piece.name])
+
+
+def test_stray_constants_of_old_checkpoints_do_not_count(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stray = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(file) | stray, file, {"format": "pt"})
+    assert fingerprint(tmp_path) == fingerprint(model)
+
+
+def test_an_index_of_a_base_is_checked_too(tiny_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = "../x.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="points to"):
+        fingerprint(tmp_path)
