@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
@@ -110,8 +111,7 @@ def cast(entry: Entry, dtype: torch.dtype) -> Entry:
 
 
 def quantized(entry: Entry) -> Entry:
-    """Symmetric int8 with one scale per row. Entries of fewer than two dimensions stay fp32: they are tiny.
-    """
+    """Symmetric int8 with one scale per row. Entries of fewer than two dimensions stay fp32: they are tiny."""
     dense = entry.dense()
     if dense.dim() < 2:
         return Full(dense)
@@ -121,17 +121,17 @@ def quantized(entry: Entry) -> Entry:
 
 
 def error_norm(exact: Entry, stored: Entry) -> float:
-    """Squared Frobenius norm of exact - stored, in float64 and without a dense product for low-rank pairs."""
-    if isinstance(exact, LowRank) and isinstance(stored, LowRank):
-        return added_double(exact, stored)
-    return (exact.dense().double() - stored.dense().double()).square().sum().item()
+    """Squared Frobenius norm of exact - stored, in float64; for two low-rank entries without any product B A.
 
-
-def added_double(exact: LowRank, stored: LowRank) -> float:
-    """|B A - B' A'|^2 as |(B - B') A|^2 + |B' (A - A')|^2 + their inner product: no cancellation."""
-    A_RI, B_OR = exact.A_RI.double(), exact.B_OR.double()
-    dA_RI, dB_OR = A_RI - stored.A_RI.double(), B_OR - stored.B_OR.double()
-    stored_B = stored.B_OR.double()
+    B A - B' A' = (B - B') A + B' (A - A'), so |.|^2 comes from r x r matrices, without cancellation where B' and A' are
+    roundings of B and A. The entry of lower rank is filled up with zeros.
+    """
+    if not (isinstance(exact, LowRank) and isinstance(stored, LowRank)):
+        return (exact.dense().double() - stored.dense().double()).square().sum().item()
+    rank = max(exact.rank, stored.rank)
+    A_RI, stored_A = (pad(e.A_RI.double(), (0, 0, 0, rank - e.rank)) for e in (exact, stored))
+    B_OR, stored_B = (pad(e.B_OR.double(), (0, rank - e.rank)) for e in (exact, stored))
+    dA_RI, dB_OR = A_RI - stored_A, B_OR - stored_B
     first = ((dB_OR.mT @ dB_OR) * (A_RI @ A_RI.mT)).sum()
     second = ((stored_B.mT @ stored_B) * (dA_RI @ dA_RI.mT)).sum()
     cross = ((dB_OR.mT @ stored_B) * (A_RI @ dA_RI.mT)).sum()
@@ -139,9 +139,7 @@ def added_double(exact: LowRank, stored: LowRank) -> float:
 
 
 def is_finite(entry: Entry) -> bool:
-    return all(
-        bool(torch.isfinite(part).all()) for part in entry.parts().values() if part.is_floating_point()
-    )
+    return all(bool(torch.isfinite(part).all()) for part in entry.parts().values() if part.is_floating_point())
 
 
 def from_parts(parts: Mapping[str, Tensor]) -> Entry | None:
