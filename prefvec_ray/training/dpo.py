@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.config import Config
@@ -160,6 +160,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
         processing_class=load_tokenizer(spec.tokenizer),
         callbacks=[_Reporter(report)],
     )
+    trainer.remove_callback(PrinterCallback)  # the report says it better
     trainer.train()
     held_out = {name: trainer.evaluate(name, metric_key_prefix=f"eval_{name}") for name in spec.test}
     if not trainer.is_world_process_zero():

@@ -1,13 +1,16 @@
 """Many DPO runs at once on Ray Train: N preferences x 2 polarities x seeds, each its own TorchTrainer.
 
-A controller is a Ray task that takes no CPU and waits for its run; at most as many controllers exist as runs fit on
-the cluster, so that queued runs cost nothing and a full cluster cannot deadlock. A run that fails leaves the others alone.
+A run is controlled by a thread of the driver that waits in `TorchTrainer.fit`. At most as many are started as fit on the
+cluster, so that queued runs cost nothing and none waits for what another holds. A run that fails leaves the others alone.
 """
 
 import json
 import os
+import queue
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,39 +67,33 @@ def _run_waiting(
 ) -> dict[str, str]:
     """Drive the runs until all have ended; the reasons of those that failed, by label."""
     board = Board.remote()
-    queue = list(reversed(waiting))
-    running: dict[ray.ObjectRef, RunSpec] = {}
-    failures = {}
-    while queue or running:
-        while queue and len(running) < max(1, _slots(resources)):
-            spec = queue.pop()
-            running[_control.remote(spec, resources, storage, retries, board)] = spec
-        done, _ = ray.wait(list(running), timeout=0.5)
-        table.update(ray.get(board.read.remote()))
-        for ref in done:
-            spec = running.pop(ref)
-            reason = ray.get(ref)
+    ended: queue.Queue[tuple[RunSpec, str | None]] = queue.Queue()
+
+    def control(spec: RunSpec) -> None:
+        config = {"spec": spec.model_dump(), "board": board}
+        try:
+            fit(_dpo_worker, config, spec.key, resources, storage, retries=retries)
+            ended.put((spec, None))
+        except TrainingFailedError as error:
+            ended.put((spec, failure_reason(error)))
+        except Exception as error:  # a thread has nobody above it who would see this
+            ended.put((spec, f"{type(error).__name__}: {error}"))
+
+    waiting = list(reversed(waiting))
+    failures: dict[str, str] = {}
+    running = 0
+    while waiting or running:
+        while waiting and running < max(1, _slots(resources)):
+            threading.Thread(target=control, args=[waiting.pop()], daemon=True).start()
+            running += 1
+        with suppress(queue.Empty):
+            spec, reason = ended.get(timeout=0.5)
+            running -= 1
             if reason is not None:
                 failures[spec.label] = reason
             table.finish(spec.label, "failed" if reason else "finished")
+        table.update(ray.get(board.read.remote()))
     return failures
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _control(spec: RunSpec, resources: Resources, storage: Path, retries: int, board: Any) -> str | None:
-    """Train one run; None when it finished, else the reason in one line."""
-    try:
-        fit(
-            _dpo_worker,
-            {"spec": spec.model_dump(), "board": board},
-            spec.key,
-            resources,
-            storage,
-            retries=retries,
-        )
-    except TrainingFailedError as error:
-        return failure_reason(error)
-    return None
 
 
 def fit(

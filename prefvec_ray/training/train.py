@@ -1,7 +1,7 @@
 """From a config to published vectors: data, reference log-probs, parallel DPO runs, extraction.
 
-Every step writes its result under `config.folder` and is skipped when that result is there, so that an interrupted job
-is simply started again. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
+Every step writes its result under `config.folder` and is skipped when that result is there: an interrupted job is simply
+started again. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
 """
 
 import json
@@ -16,7 +16,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import data_digest, load_preferences, split_by_prompt
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.dpo import RunSpec, load_tokenizer
-from prefvec_ray.training.plan import fit, read_run, run_plan, worker_setup
+from prefvec_ray.training.plan import fit, run_plan, worker_setup
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
 TRANSCRIPT_TEMPLATE = (
@@ -226,15 +226,26 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
     return folders
 
 
-def vector_metrics(specs: list[RunSpec], preference: str, seed: int) -> dict[str, float]:
-    """Held-out accuracy of the positive and the negative run, to be published with the vector."""
-    metrics = {}
-    for spec in specs:
-        if (spec.preference, spec.seed) == (preference, seed):
-            held_out = read_run(spec)["held_out"][preference]
-            metrics[f"held_out_accuracy_{spec.polarity}"] = held_out["accuracy"]
-            metrics[f"held_out_margin_{spec.polarity}"] = held_out["margin"]
-    return metrics
+def publish_vectors(summary: dict[str, Any], registry: Any) -> dict[str, str]:
+    """Publish every vector of `train_vectors`, with the held-out figures of its two runs; the same again changes nothing.
+
+    Args:
+        registry: a Registry or RegistryClient.
+
+    Returns:
+        `<preference>-s<seed>` -> `<preference>@<version>`.
+    """
+    published = {}
+    for key, folder in summary["vectors"].items():
+        metrics = {
+            f"held_out_{figure}_{run['spec']['polarity']}": run["held_out"][run["spec"]["preference"]][figure]
+            for run in summary["runs"]
+            if f"{run['spec']['preference']}-s{run['spec']['seed']}" == key
+            for figure in ("accuracy", "margin")
+        }
+        version = registry.publish_vector(folder, metrics=metrics)
+        published[key] = f"{version.name}@{version.version}"
+    return published
 
 
 def _key(*parts: str | bytes) -> str:

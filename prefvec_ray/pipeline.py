@@ -1,0 +1,432 @@
+"""The mission from top to bottom: preference data in, a served answer with chosen coefficients out.
+
+`run_pipeline` is what `prefvec demo` runs on the embedded tiny world; read it first. Each stage is one call into the room
+that does the work. Stages that finished are kept (`stages.py`), so an interrupted run goes on where it stopped, and a
+finished one only reports.
+"""
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prefvec_ray.config import Config
+from prefvec_ray.stages import Stages
+
+if TYPE_CHECKING:
+    from prefvec_ray.preferences import TinyWorld
+    from prefvec_ray.search import Task
+    from prefvec_ray.training import TrainingConfig
+
+PREFERENCES = ("helpful", "harmless")
+
+LIBRARIES = ("prefvec-ray", "ray", "torch", "transformers", "trl", "datasets", "safetensors", "optuna")
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "tiny": {"learning_rate": 5e-5, "per_device_train_batch_size": 16, "num_train_epochs": 1, "beta": 0.1},
+    "micro": {"learning_rate": 2e-4, "per_device_train_batch_size": 16, "num_train_epochs": 1, "beta": 0.1},
+}
+"""The DPO recipe of each world."""
+
+SERVED: dict[str, dict[str, float]] = {
+    "eager": {"helpful": 1.0, "harmless": -0.5},
+    "base": {"helpful": 0.0, "harmless": 0.0},
+    "careful": {"helpful": 0.0, "harmless": 1.0},
+}
+"""The settings at which the demo asks the endpoint."""
+
+
+class PipelineConfig(Config):
+    """The demo's settings; the defaults are what `make demo` runs."""
+
+    world: Literal["tiny", "micro"] = "tiny"
+    seed: int = 0
+    dpo: dict[str, Any] = {}
+    """Fields of TRL's DPOConfig, over the world's own recipe."""
+    dpo_seeds: list[int] = Field(default=[0, 1], min_length=1)
+    draws: int = Field(default=6, ge=1)
+    """Sampled answers a prompt in the report."""
+    grid_steps: int = Field(default=5, ge=2)
+    trials: int = Field(default=40, ge=4)
+    search_draws: int = Field(default=4, ge=1)
+    validity_floor: float = Field(default=0.9, ge=0, le=1)
+    """The search recommends only settings whose answers parse at least this often."""
+    actors: int = Field(default=4, ge=1)
+    """Processes that measure at once; each takes one CPU."""
+
+
+MICRO = PipelineConfig(world="micro", dpo_seeds=[0], draws=4, grid_steps=3, trials=8, search_draws=2, actors=2)
+"""The same mission in about a minute, for tests and the impatient."""
+
+
+def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path:
+    """Run the stages under `folder` that are not done yet.
+
+    Returns:
+        The report, `<folder>/report.md`; `report.html` and the plots lie beside it.
+    """
+    from prefvec_ray.preferences import TinyWorld
+
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    world = TinyWorld(config.world, config.seed)
+    training = training_config(config, folder)
+    stages = Stages(folder, console)
+    run = stages.run
+
+    run("world", "Preference data of the tiny world", [config.world, config.seed], lambda: write_world(world, folder))
+    run("base", "Base model by supervised fine-tuning", None, lambda: train_base(world, folder, console))
+    recipe = training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
+    runs = run("training", "Reference log-probs, then DPO runs in parallel", recipe, lambda: train(training, console))
+    published = run("vectors", "Vectors into the registry", None, lambda: publish(training, runs, console))
+    sampled = [config.draws, config.grid_steps]
+    run("evaluation", "Baselines and a grid over eta", sampled, lambda: evaluate(config, world, folder, runs, console))
+    searched = [config.trials, config.search_draws, config.validity_floor]
+    found = run(
+        "search", "Coefficient search", searched, lambda: search(config, world, folder, runs, published, console)
+    )
+    run(
+        "serving",
+        "One endpoint, several settings",
+        SERVED,
+        lambda: serve(config, world, folder, published, found, console),
+    )
+    return report(config, folder, stages, console)
+
+
+def connect(console: Console) -> None:
+    """Join the cluster of RAY_ADDRESS or of this machine, or start one here; once a process."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    context = ray.init(namespace="prefvec", log_to_driver=False, logging_level="ERROR", configure_logging=True)
+    cpus = ray.cluster_resources().get("CPU", 0)
+    console.print(f"   [dim]Ray cluster with {cpus:g} CPUs, dashboard {context.dashboard_url or 'off'}[/dim]")
+
+
+def training_config(config: PipelineConfig, folder: Path) -> "TrainingConfig":
+    """The demo's training job: both labels of one file of pairs, each its own preference."""
+    from prefvec_ray.training import PreferenceData, TrainingConfig
+
+    pairs = PreferenceData(
+        data=str(folder / "world" / "preferences.jsonl"), test=str(folder / "world" / "preferences_test.jsonl")
+    )
+    return TrainingConfig(
+        name=folder.name,
+        output=folder.parent,
+        base=folder / "base",
+        preferences=dict.fromkeys(PREFERENCES, pairs),
+        dpo={**RECIPES[config.world], **config.dpo},
+        seeds=config.dpo_seeds,
+        mixed=True,
+    )
+
+
+def write_world(world: "TinyWorld", folder: Path) -> dict[str, Any]:
+    world.write(folder / "world")
+    return {"preset": world.preset, "seed": world.seed}
+
+
+def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, Any]:
+    """The tiny world's base model, in Hugging Face format under `base/`."""
+    import ray
+
+    from prefvec_ray.training.progress import Board
+
+    connect(console)
+    board = Board.remote()
+    job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
+    with _bar(console, "steps of fine-tuning") as tell:
+        while not ray.wait([job], timeout=1)[0]:
+            row = ray.get(board.read.remote()).get("base")
+            if row:
+                tell(row["step"], row["total"])
+    return ray.get(job)
+
+
+def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
+    """The body of the fine-tuning task, on whatever node has a CPU for it."""
+    import torch
+
+    from prefvec_ray.preferences import TinyWorld, build_tokenizer, new_model
+    from prefvec_ray.training.base import sft
+    from prefvec_ray.vectors import fingerprint
+
+    torch.set_num_threads(1)
+    world = TinyWorld(preset, seed)
+    tokenizer = build_tokenizer(world)
+    model = new_model(world, tokenizer, seed)
+
+    def progress(step: int, total: int, loss: float) -> None:
+        if step % 20 == 0:
+            board.update.remote("base", {"step": step, "total": total, "loss": loss})
+
+    loss = sft(model, tokenizer, world.sft_examples(), seed=seed, progress=progress)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {"loss": loss, "parameters": model.num_parameters(), "fingerprint": fingerprint(out)}
+
+
+def train(training: "TrainingConfig", console: Console) -> dict[str, Any]:
+    from prefvec_ray.training import train_vectors
+
+    connect(console)
+    return train_vectors(training)
+
+
+def publish(training: "TrainingConfig", runs: dict[str, Any], console: Console) -> dict[str, str]:
+    """Publish every vector; `helpful-s0` -> `helpful@1`. The first seed's is `production`."""
+    from prefvec_ray.registry import start_registry
+    from prefvec_ray.training import publish_vectors
+
+    connect(console)
+    return publish_vectors(runs, start_registry(training.store))
+
+
+def evaluate(
+    config: PipelineConfig, world: "TinyWorld", folder: Path, runs: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Every baseline and the whole grid on the report prompts, for each DPO seed, into `evaluation/`."""
+    from prefvec_ray.evaluation import baselines, grid, vector_settings
+    from prefvec_ray.evaluation.results import Measured, SeedResults
+    from prefvec_ray.search import measure
+
+    connect(console)
+    table = [*baselines(PREFERENCES), *vector_settings(PREFERENCES)]
+    points = grid(PREFERENCES, steps=config.grid_steps)
+    (folder / "evaluation").mkdir(exist_ok=True)
+    for seed in config.dpo_seeds:
+        with _bar(console, f"settings of seed {seed}") as tell:
+            measured = measure(
+                measuring(world, "report", folder, combined(runs, seed), draws=config.draws),
+                [*(setting.coefficients for setting in table), *points],
+                actors=config.actors,
+                progress=tell,
+            )
+        rows = [Measured(setting=s, evaluation=e) for s, e in zip(table, measured, strict=False)]
+        results = SeedResults(seed=seed, table=rows, grid=measured[len(table) :])
+        (folder / "evaluation" / f"seed-{seed}.json").write_text(results.model_dump_json())
+    return {"settings": len(table) + len(points), "prompts": len(world.prompts("report")), "draws": config.draws}
+
+
+def combined(runs: dict[str, Any], seed: int) -> dict[str, Path]:
+    """All vectors of one DPO seed by the names that settings use: `helpful`, `helpful+`, `mixed`."""
+    vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
+    for run in runs["runs"]:
+        spec = run["spec"]
+        if spec["seed"] == seed and spec["polarity"] == "positive":
+            name = spec["preference"] + ("+" if spec["preference"] in PREFERENCES else "")
+            vectors[name] = Path(spec["out"]) / "delta"
+    return vectors
+
+
+def measuring(
+    world: "TinyWorld", split: Literal["search", "report"], folder: Path, vectors: dict[str, Path], *, draws: int
+) -> "Task":
+    """The tiny world's prompts and exact scores as a task for measuring and for searching."""
+    from prefvec_ray.evaluation import TinyWorldScorer
+    from prefvec_ray.search import Task
+
+    return Task(
+        base=folder / "base",
+        vectors=vectors,
+        prompts=world.prompts(split),
+        scorer=TinyWorldScorer(world),
+        draws=draws,
+        max_new_tokens=64,
+    )
+
+
+def search(
+    config: PipelineConfig,
+    world: "TinyWorld",
+    folder: Path,
+    runs: dict[str, Any],
+    published: dict[str, str],
+    console: Console,
+) -> dict[str, Any]:
+    """Search on the search prompts, confirm on the report prompts, publish what is recommended as a preset."""
+    from prefvec_ray.evaluation.results import SearchSummary
+    from prefvec_ray.registry import start_registry
+    from prefvec_ray.search import measure
+    from prefvec_ray.search import search as run_search
+
+    connect(console)
+    seed = config.dpo_seeds[0]
+    vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
+    with _bar(console, "settings tried") as tell:
+        result = run_search(
+            measuring(world, "search", folder, vectors, draws=config.search_draws),
+            PREFERENCES,
+            folder / "search",
+            limits={"valid": config.validity_floor},
+            trials=config.trials,
+            actors=config.actors,
+            seed=config.seed,
+            progress=lambda now: tell(now.done, now.trials),
+        )
+    chosen, preset, confirmed = result.recommended, None, None
+    if chosen is not None:
+        task = measuring(world, "report", folder, vectors, draws=config.draws)
+        base, best = measure(task, [dict.fromkeys(PREFERENCES, 0.0), chosen.coefficients], actors=2)
+        confirmed = (base, best)
+        preset = start_registry(folder / "registry").publish_preset(
+            "balanced",
+            {published[f"{p}-s{seed}"]: chosen.coefficients[p] for p in PREFERENCES},
+            metrics={name: value.model_dump() for name, value in best.metrics.items() if value is not None},
+            reason=chosen.reason,
+        )
+    summary = SearchSummary(
+        objectives=list(PREFERENCES),
+        trials=result.trials,
+        front=result.front,
+        base=result.base,
+        hypervolume_history=result.hypervolume_history,
+        limits=result.goal.limits,
+        failed=len(result.failed),
+        seconds=result.seconds,
+        recommended=chosen.coefficients if chosen else None,
+        reason=chosen.reason if chosen else "",
+        preset=f"{preset.name}@{preset.version}" if preset else None,
+        confirmed=confirmed,
+    )
+    (folder / "search" / "summary.json").write_text(summary.model_dump_json())
+    return {"recommended": summary.recommended, "preset": summary.preset}
+
+
+def serve(
+    config: PipelineConfig,
+    world: "TinyWorld",
+    folder: Path,
+    published: dict[str, str],
+    found: dict[str, Any],
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Ask one endpoint the same questions at several settings with the `openai` client; print the answers side by side."""
+    from openai import OpenAI
+    from rich.table import Table
+
+    from prefvec_ray.serving import ServingConfig, start, stop
+
+    connect(console)
+    seed = config.dpo_seeds[0]
+    serving = ServingConfig(
+        model="tiny",
+        base=folder / "base",
+        registry=str(folder / "registry"),
+        vectors={p: published[f"{p}-s{seed}"] for p in PREFERENCES},
+    )
+    settings = dict(SERVED)
+    if found["recommended"]:
+        settings["recommended"] = found["recommended"]
+    prompts = {prompt.kind: prompt.text for prompt in world.prompts("report")}
+    client = OpenAI(base_url=start(serving, port=_free_port()), api_key="none")
+    table = Table(title="One endpoint, coefficients per request", title_justify="left", show_lines=True)
+    table.add_column("prompt")
+    for name, coefficients in settings.items():
+        values = ", ".join(f"{p} {eta:.2g}" for p, eta in coefficients.items())
+        table.add_column(f"{name}\n{values}")
+    answers = []
+    for prompt in prompts.values():
+        row = [prompt]
+        for name, coefficients in settings.items():
+            completion = client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": prompt}],
+                temperature=0.7,
+                seed=config.seed,
+                max_tokens=64,
+                extra_body={"preferences": coefficients},
+            )
+            text = completion.choices[0].message.content or ""
+            answers.append({"prompt": prompt, "setting": name, "coefficients": coefficients, "answer": text})
+            row.append(text)
+        table.add_row(*row)
+    console.print(table)
+    stop()
+    return answers
+
+
+def report(config: PipelineConfig, folder: Path, stages: Stages, console: Console) -> Path:
+    """Draw the report from what the stages left; it can be drawn again at any time."""
+    from prefvec_ray.evaluation import TinyWorldScorer
+    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.evaluation.results import Curve, ReportData, SearchSummary, SeedResults
+
+    runs = stages.results["training"]["runs"]
+    data = ReportData(
+        title=f"Preference vectors on the {config.world} world",
+        objectives={p: p for p in PREFERENCES},
+        metrics=dict(TinyWorldScorer.metrics),
+        seeds=[
+            SeedResults.model_validate_json((folder / "evaluation" / f"seed-{seed}.json").read_text())
+            for seed in config.dpo_seeds
+        ],
+        curves=[
+            Curve(
+                run=run["spec"]["key"],
+                preference=run["spec"]["preference"],
+                polarity=run["spec"]["polarity"],
+                seed=run["spec"]["seed"],
+                steps=[log["step"] for log in run["history"]],
+                loss=[log["loss"] for log in run["history"]],
+                accuracy=[log["accuracy"] for log in run["history"]],
+            )
+            for run in runs
+        ],
+        search=SearchSummary.model_validate_json((folder / "search" / "summary.json").read_text()),
+        served=stages.results["serving"],
+        validity_floor=config.validity_floor,
+        stages=stages.seconds,
+        machine={"cores": os.cpu_count() or 0, "system": platform.platform(), "python": platform.python_version()},
+        versions={name: version(name) for name in LIBRARIES},
+        config=config.model_dump(),
+    )
+    write_report(folder, data)
+    claims = data.claims()
+    failing = [f"seed {seed}: {claim.text} ({claim.evidence})" for seed, claim in claims if not claim.holds]
+    console.print(
+        f"{len(claims) - len(failing)} of {len(claims)} claims hold; {sum(stages.seconds.values()):.0f} s in all"
+    )
+    for line in failing:
+        console.print(f"   [red]does not hold[/red] {line}")
+    return folder / "report.md"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; in a log, that is no terminal, a line now and then."""
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if done == total or time.monotonic() - last > 10:
+                last = time.monotonic()
+                console.print(f"   {done}/{total} {what}")
+
+        yield line
+        return
+    with Progress(
+        TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
