@@ -98,15 +98,11 @@ def load_preferences(
     notes = tuple(f"{count} pairs dropped: {reason}" for reason, count in dropped.items())
     if not pairs or found is None:
         why = "; ".join(notes) or "it holds no rows"
-        raise InputError(
-            f"{name}: nothing to train on ({why}); give a file with at least one preference pair"
-        )
+        raise InputError(f"{name}: nothing to train on ({why}); give a file with at least one preference pair")
     try:
         dataset = Dataset.from_list(pairs)
     except (ValueError, TypeError) as error:  # pyarrow refuses columns of mixed types
-        raise InputError(
-            f"{name}: plain-text and conversational rows are mixed; use one form ({error})"
-        ) from error
+        raise InputError(f"{name}: plain-text and conversational rows are mixed; use one form ({error})") from error
     return Preferences(dataset, found, name, data_digest(dataset), notes)
 
 
@@ -122,9 +118,7 @@ def flip(dataset: Dataset) -> Dataset:
                 raise InputError(f"cannot flip: column {name!r} has no partner {partner!r}")
             swap[name], swap[partner] = partner, name
     if "chosen" not in swap and "chosen_ids" not in swap:
-        raise InputError(
-            f"cannot flip: no chosen and rejected columns among {', '.join(dataset.column_names)}"
-        )
+        raise InputError(f"cannot flip: no chosen and rejected columns among {', '.join(dataset.column_names)}")
     return dataset.rename_columns(swap)
 
 
@@ -181,9 +175,7 @@ def _json_lines(lines: Iterable[str], path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path}, line {number}: not JSON ({error}); write one object a line"
-                ) from error
+                raise InputError(f"{path}, line {number}: not JSON ({error}); write one object a line") from error
 
 
 def _json_list(text: str, path: Path) -> list[Any]:
@@ -192,9 +184,7 @@ def _json_list(text: str, path: Path) -> list[Any]:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path}: not JSON ({error}); if it has one object a line, name it .jsonl"
-        ) from error
+        raise InputError(f"{path}: not JSON ({error}); if it has one object a line, name it .jsonl") from error
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}")
     return rows
@@ -259,8 +249,7 @@ def _transcript(row: Row, field: str, where: str) -> list[dict[str, str]]:
     ]
     if before.strip() or not messages or messages[0]["role"] != "user" or messages[-1]["role"] != "assistant":
         raise InputError(
-            f"{where}: field {field!r} is no transcript; expected '\\n\\nHuman: …' first "
-            "and '\\n\\nAssistant: …' last"
+            f"{where}: field {field!r} is no transcript; expected '\\n\\nHuman: …' first and '\\n\\nAssistant: …' last"
         )
     if not messages[-1]["content"]:
         raise _UnusableError("an answer is empty")
@@ -293,8 +282,7 @@ def _trl(row: Row, where: str, preference: str | None) -> Pair:
                 f"the {last}, as prompt is a list"
             )
         pair[field] = [
-            {"role": turn["role"], "content": _text(turn, "content", f"{where}, {field}")}
-            for turn in messages
+            {"role": turn["role"], "content": _text(turn, "content", f"{where}, {field}")} for turn in messages
         ]
     return pair
 

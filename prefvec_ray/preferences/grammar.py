@@ -1,6 +1,6 @@
 """The grammar of a response: render one from its parts, and read the parts back from a text, exactly.
 
-    [opening] ( refusal | alternative | [warning] Use <tool>. [First <step>[, then <step>[, then <step>]].]
+    [opening] ( refusal | alternative | [warning] Use <tool>. [First <step>[, then <step>[, and last <step>]].]
     ) [closing]
 
 A text that is not of this form, to the letter, does not parse: that is what *valid* measures.
@@ -28,6 +28,9 @@ ALTERNATIVES = (
 WARNINGS = ("Take care, it may bite.", "Keep a friend near.", "Wear thick gloves.")
 
 
+STEP_WORDS = ("First", "then", "and last")
+
+
 @dataclass(frozen=True)
 class Response:
     """The parts of a response. `tool` and `steps` belong to answers; `phrase` is the text of the refusal,
@@ -49,7 +52,8 @@ class Response:
         if self.answers:
             parts.append(f"Use {self.tool}.")
             if self.steps:
-                parts.append(f"First {', then '.join(self.steps)}.")
+                spoken = (f"{word} {step}" for word, step in zip(STEP_WORDS, self.steps, strict=False))
+                parts.append(f"{', '.join(spoken)}.")
         return " ".join(part for part in (*parts, self.closing) if part)
 
 
@@ -67,16 +71,12 @@ class Grammar:
         tools = {topic.tool for topic in topics}
         steps = {step for topic in topics for step in topic.steps}
         first, second, third = (_one_of(f"step{i}", steps) for i in range(3))
-        answer = (
-            rf"Use {_one_of('tool', tools)}\.(?: First {first}(?:, then {second}(?:, then {third})?)?\.)?"
-        )
+        answer = rf"Use {_one_of('tool', tools)}\.(?: First {first}(?:, then {second}(?:, and last {third})?)?\.)?"
         body = (
             f"(?:{_one_of('refusal', REFUSALS)}|{_one_of('alternative', ALTERNATIVES)}"
             f"|(?:{_one_of('warning', WARNINGS)} )?{answer})"
         )
-        self._pattern = re.compile(
-            f"(?:{_one_of('opening', OPENINGS)} )?{body}(?: {_one_of('closing', CLOSINGS)})?"
-        )
+        self._pattern = re.compile(f"(?:{_one_of('opening', OPENINGS)} )?{body}(?: {_one_of('closing', CLOSINGS)})?")
 
     def parse(self, text: str) -> Response | None:
         """The parts of `text`, or None where it does not follow the grammar. Surrounding blanks are

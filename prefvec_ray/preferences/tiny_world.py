@@ -16,9 +16,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences.grammar import (
@@ -32,8 +32,18 @@ from prefvec_ray.preferences.grammar import (
     Response,
 )
 from prefvec_ray.preferences.scoring import HARMLESS, METRICS, Scores, helpfulness, score_response
-from prefvec_ray.preferences.topics import HELD_OUT_PHRASINGS, KINDS, PHRASINGS, TOPICS, Kind, Topic
+from prefvec_ray.preferences.topics import (
+    HELD_OUT_PHRASINGS,
+    JUDGEMENTS,
+    JUDGING,
+    KINDS,
+    PHRASINGS,
+    TOPICS,
+    Kind,
+    Topic,
+)
 
+T = TypeVar("T")
 Split = Literal["train", "search", "report"]
 
 
@@ -52,19 +62,20 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=12000, pairs=2000, test_pairs=256),
+    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=10000, pairs=1600, test_pairs=256),
     "micro": Preset((9, 6, 9), (2, 1, 2), (3, 2, 3), sft_examples=4000, pairs=800, test_pairs=64),
 }
 
 FORM_SHARES: dict[Kind, dict[Form, float]] = {
-    "safe": {"answer": 0.45, "warned": 0.15, "alternative": 0.15, "refusal": 0.25},
-    "scary": {"answer": 0.35, "warned": 0.15, "alternative": 0.2, "refusal": 0.3},
-    "unsafe": {"answer": 0.35, "warned": 0.15, "alternative": 0.2, "refusal": 0.3},
+    "safe": {"answer": 0.45, "warned": 0.3, "alternative": 0.1, "refusal": 0.15},
+    "scary": {"answer": 0.4, "warned": 0.25, "alternative": 0.15, "refusal": 0.2},
+    "unsafe": {"answer": 0.4, "warned": 0.1, "alternative": 0.3, "refusal": 0.2},
 }
 """How often the base model is shown each form: every form on every kind of prompt, so that both directions
 stay open."""
 
 OPENING_SHARE, CLOSING_SHARE = 0.3, 0.3
+JUDGEMENT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -92,11 +103,9 @@ class TinyWorld:
             "report": HELD_OUT_PHRASINGS,
         }
         self._topics: dict[Split, tuple[Topic, ...]] = self._split_topics()
-        self.topics: dict[str, Topic] = {
-            topic.task: topic for split in self._topics.values() for topic in split
-        }
+        self.topics: dict[str, Topic] = {topic.task: topic for split in self._topics.values() for topic in split}
         self._grammar = Grammar(self.topics.values())
-        seen = {example["prompt"][0]["content"] for example in self._sft_prompts()}
+        seen = {phrasing.format(task=task) for task in self.topics for phrasing in (*PHRASINGS, *JUDGING)}
         search, report = ({prompt.text for prompt in self.prompts(split)} for split in ("search", "report"))
         assert not search & report, "search and report prompts must be disjoint"
         assert not (search | report) & seen, "held-out prompts must not be in any training data"
@@ -118,16 +127,19 @@ class TinyWorld:
         """Conversational prompt-completion examples (TRL's form) over all topics in the training phrasings,
         in shuffled order."""
         rng = self._rng("sft")
-        prompts = self._sft_prompts()
-        examples = []
-        for index in range(self.size.sft_examples):
-            if index % len(prompts) == 0:
-                rng.shuffle(prompts)
-            example = prompts[index % len(prompts)]
-            answer = self._draw(self.topics[example["topic"]], rng).render()
-            examples.append(
-                {"prompt": example["prompt"], "completion": [{"role": "assistant", "content": answer}]}
-            )
+        topics = tuple(self.topics.values())
+        asked = [(topic, phrasing) for topic in topics for phrasing in PHRASINGS]
+        judged = [(topic, phrasing) for topic in topics for phrasing in JUDGING]
+        judgements = round(JUDGEMENT_SHARE * self.size.sft_examples)
+        examples = [
+            _chat(phrasing.format(task=topic.task), self._draw(topic, rng).render())
+            for topic, phrasing in _rounds(asked, self.size.sft_examples - judgements, rng)
+        ]
+        examples += [
+            _chat(phrasing.format(task=topic.task), JUDGEMENTS[topic.kind])
+            for topic, phrasing in _rounds(judged, judgements, rng)
+        ]
+        rng.shuffle(examples)
         return examples
 
     def preference_rows(self, split: Literal["train", "test"] = "train") -> list[dict]:
@@ -144,9 +156,7 @@ class TinyWorld:
         prompts = self.prompts("train" if train else "search")
         count, noise = (self.size.pairs, self.size.label_noise) if train else (self.size.test_pairs, 0.0)
         rng = self._rng(f"preferences/{split}")
-        return [
-            self._pair(prompts[i % len(prompts)], noise, rng) for i in self._rounds(count, len(prompts), rng)
-        ]
+        return [self._pair(prompt, noise, rng) for prompt in _rounds(prompts, count, rng)]
 
     def score(self, prompt: Prompt, response: str) -> Scores:
         """Score one response text exactly; see METRICS for what each score means and where it is None."""
@@ -161,9 +171,7 @@ class TinyWorld:
     def scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> dict[str, list[float | None]]:
         """`score` for many: one list per metric, in order."""
         if len(prompts) != len(responses):
-            raise InputError(
-                f"{len(prompts)} prompts but {len(responses)} responses; give one response per prompt"
-            )
+            raise InputError(f"{len(prompts)} prompts but {len(responses)} responses; give one response per prompt")
         rows = [asdict(self.score(prompt, text)) for prompt, text in zip(prompts, responses, strict=True)]
         return {name: [row[name] for row in rows] for name in METRICS}
 
@@ -177,9 +185,7 @@ class TinyWorld:
         _write_jsonl(folder / "preferences.jsonl", preferences)
         _write_jsonl(folder / "preferences_test.jsonl", self.preference_rows("test"))
         for split in ("search", "report"):
-            _write_jsonl(
-                folder / f"prompts_{split}.jsonl", [asdict(prompt) for prompt in self.prompts(split)]
-            )
+            _write_jsonl(folder / f"prompts_{split}.jsonl", [asdict(prompt) for prompt in self.prompts(split)])
         examples = "\n".join(_show(row) for row in preferences[:3])
         (folder / "README.md").write_text(
             _README.format(
@@ -208,21 +214,6 @@ class TinyWorld:
             splits["train"] += topics[b : self.size.topics[i]]
         return {split: tuple(topics) for split, topics in splits.items()}
 
-    def _sft_prompts(self) -> list[dict]:
-        return [
-            {"prompt": [{"role": "user", "content": phrasing.format(task=task)}], "topic": task}
-            for task in self.topics
-            for phrasing in PHRASINGS
-        ]
-
-    @staticmethod
-    def _rounds(count: int, prompts: int, rng: random.Random) -> list[int]:
-        # Every prompt comes once before any comes again.
-        order: list[int] = []
-        while len(order) < count:
-            order += rng.sample(range(prompts), prompts)
-        return order[:count]
-
     @staticmethod
     def _draw(topic: Topic, rng: random.Random) -> Response:
         shares = FORM_SHARES[topic.kind]
@@ -246,7 +237,9 @@ class TinyWorld:
     def _pair(self, prompt: Prompt, noise: float, rng: random.Random) -> dict:
         topic = self.topics[prompt.topic]
         while True:
-            pair = (self._draw(topic, rng), self._draw(topic, rng))
+            first, second = self._draw(topic, rng), self._draw(topic, rng)
+            # Manners are no part of either preference, so a pair shares them.
+            pair = (first, replace(second, opening=first.opening, closing=first.closing))
             helpful = [helpfulness(topic, response) for response in pair]
             harmless = [HARMLESS[topic.kind][response.form] for response in pair]
             if helpful[0] != helpful[1] and harmless[0] != harmless[1]:
@@ -261,6 +254,21 @@ class TinyWorld:
             "better_response_id": int(helpful[1] > helpful[0]) ^ (rng.random() < noise),
             "safer_response_id": int(harmless[1] > harmless[0]) ^ (rng.random() < noise),
         }
+
+
+def _rounds(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """`count` items in random order; every item comes once before any comes again."""
+    drawn: list[T] = []
+    while len(drawn) < count:
+        drawn += rng.sample(items, len(items))
+    return drawn[:count]
+
+
+def _chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
 
 
 def _known_split(split: str) -> Split:
