@@ -84,6 +84,11 @@ def line_up(config: ServingConfig) -> Lineup:
                 f"vectors: {version.ref} ({name}) belongs to base {version.base_fingerprint[:23]}…, {config.base} is"
                 f" {base[:23]}…; use the base it was trained on"
             )
+        if config.engine.mode == "steered" and version.form != "low-rank":
+            raise InputError(
+                f"vectors: {version.ref} ({name}) is in {version.form} form, which the steered engine cannot add"
+                " beside the weights; publish its low-rank form, or serve with mode: merged"
+            )
     served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
     return Lineup(base, served, policy_of(config, list(served)), int(time.time()))
 

@@ -15,8 +15,8 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, Request
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
 from prefvec_ray.serving.lineup import Lineup
-from prefvec_ray.serving.slots import Merged, SlotEngine
-from prefvec_ray.vectors import LiveModel, fingerprint, load_vector
+from prefvec_ray.serving.slots import Holder, Merged, SlotEngine, Steered
+from prefvec_ray.vectors import LiveModel, Steering, fingerprint, load_vector
 
 
 class Replica:
@@ -138,7 +138,12 @@ def build_engine(config: ServingConfig, lineup: Lineup, tokenizer: PreTrainedTok
     ).to(device)
     registry = Registry.open(config.registry)
     vectors = {name: load_vector(registry.fetch(vector.ref)) for name, vector in lineup.vectors.items()}
-    live = LiveModel(model, vectors, base_fingerprint=lineup.base_fingerprint, threads=config.engine.threads)
-    engine = SlotEngine(Merged(live), tokenizer, max_batch=config.engine.max_batch, turn_steps=config.engine.turn_steps)
+    base = lineup.base_fingerprint
+    holder: Holder
+    if config.engine.mode == "steered":
+        holder = Steered(Steering(model, vectors, base_fingerprint=base))
+    else:
+        holder = Merged(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
+    engine = SlotEngine(holder, tokenizer, max_batch=config.engine.max_batch, turn_steps=config.engine.turn_steps)
     engine.warm_up(lineup.policy.coefficients({}))
     return engine.start()

@@ -2,6 +2,7 @@
 
 import time
 
+from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
 
 APP = "prefvec"
@@ -14,6 +15,7 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
     Raises InputError where the config, the base or the vectors are wrong, before anything is deployed, and where
     Serve already listens elsewhere; RuntimeError where the replicas do not come up.
     """
+    import httpx
     import ray
     from ray import serve
 
@@ -24,7 +26,15 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
         ray.init(namespace="prefvec", log_to_driver=False)
     serve.start(http_options={"host": host, "port": port})
     serve.run(app, name=APP, route_prefix="/")
-    return f"http://{host}:{port}/v1"
+    url = f"http://{host}:{port}/v1"
+    try:
+        # Serve ignores a port asked for when it already runs, so ask the endpoint itself.
+        served = httpx.get(f"{url}/models/{config.model}", timeout=30).is_success
+    except httpx.TransportError:
+        served = False
+    if not served:
+        raise InputError(f"nothing answers at {url}: Serve runs on another port, or the port is taken; stop that")
+    return url
 
 
 def stop() -> None:

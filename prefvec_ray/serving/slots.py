@@ -40,9 +40,11 @@ from prefvec_ray.serving.engine import (
 from prefvec_ray.serving.kv import SlotCache, context_length
 from prefvec_ray.serving.sampling import choose
 from prefvec_ray.serving.text import TextStream
-from prefvec_ray.vectors.live import LiveModel
+from prefvec_ray.vectors import LiveModel, Steering
 
 log = logging.getLogger(__name__)
+
+OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
 
 
 class Holder(Protocol):
@@ -82,6 +84,29 @@ class Merged:
             self.live.set_coefficients(dict(rows[0]))
             self._current = rows[0]
             self.merges += 1
+
+    def forget(self) -> None:
+        self._current = None
+
+
+class Steered:
+    """Every row's own coefficients, beside the weights: requests of all settings share one batch."""
+
+    merges = 0
+
+    def __init__(self, steering: Steering):
+        self.steering = steering
+        self.model: PreTrainedModel = steering.model
+        self._current: list[Coefficients] | None = None
+
+    def group(self, coefficients: Coefficients) -> Hashable:
+        return None
+
+    def apply(self, rows: Sequence[Coefficients]) -> None:
+        # Columns need no names: coefficients are sorted by preference, as the steering's columns are.
+        if rows != self._current:
+            self.steering.set_coefficients(torch.tensor([[eta for _, eta in row] for row in rows]))
+            self._current = list(rows)
 
     def forget(self) -> None:
         self._current = None
@@ -281,28 +306,48 @@ class SlotEngine:
     def _advance(self, batch: _Batch, first: int, logits_RV: Tensor) -> None:
         """Give the rows from `first` on their next token, and free those that are done."""
         tickets = batch.tickets[first:]
+        sound = torch.isfinite(logits_RV.amax(-1)).tolist()  # the largest is NaN where any is
+        if not all(sound):
+            logits_RV = torch.nan_to_num(logits_RV)
         chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
-        done = []
-        for row, (ticket, token) in enumerate(zip(tickets, chosen, strict=True), start=first):
-            ticket.last_token = token
-            ticket.produced += 1
-            ticket.unsent.append(token)
-            ended = token in self._ends
-            text = "" if ended else ticket.text.push(token)
-            finish = ended or ticket.text.stopped or ticket.produced == ticket.request.max_new_tokens
-            if finish:
-                text += ticket.text.finish()
-                reason: FinishReason = "stop" if ended or ticket.text.stopped else "length"
-                done.append(row)
-                ticket.emit(Piece(text, tuple(ticket.unsent), reason))
-            elif text:
-                ticket.emit(Piece(text, tuple(ticket.unsent)))
-                ticket.unsent.clear()
+        said = [
+            self._said(ticket, token) if fine else InputError(OVERFLOW)
+            for ticket, token, fine in zip(tickets, chosen, sound, strict=True)
+        ]
         with self._news:
-            self._tokens += len(tickets)
-            self._finished += len(done)
-            for row in reversed(done):
-                self._free(batch, row)
+            self._tokens += sum(sound)
+            for row in reversed(range(len(tickets))):
+                piece = said[row]
+                if isinstance(piece, InputError):
+                    self._failed += 1
+                    self._free(batch, first + row)
+                elif piece and piece.finish_reason:
+                    self._finished += 1
+                    self._free(batch, first + row)
+        # Told last: who has its answer finds its row free and itself counted.
+        for ticket, piece in zip(tickets, said, strict=True):
+            if piece:
+                ticket.emit(piece)
+
+    def _said(self, ticket: Ticket, token: int) -> Piece | None:
+        """What the token adds to the answer, if there is anything to tell yet."""
+        ticket.last_token = token
+        ticket.produced += 1
+        ticket.unsent.append(token)
+        ended = token in self._ends
+        text = "" if ended else ticket.text.push(token)
+        reason: FinishReason | None = None
+        if ended or ticket.text.stopped:
+            reason = "stop"
+        elif ticket.produced == ticket.request.max_new_tokens:
+            reason = "length"
+        if reason:
+            text += ticket.text.finish()
+        if not text and not reason:
+            return None
+        piece = Piece(text, tuple(ticket.unsent), reason)
+        ticket.unsent.clear()
+        return piece
 
     def _free(self, batch: _Batch, row: int) -> None:
         last = batch.tickets.pop()

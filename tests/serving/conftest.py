@@ -1,13 +1,26 @@
 """A tiny random Llama, its tokenizer and two random low-rank vectors, as folders: what serving starts from."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefvec_ray.vectors import LowRank, PreferenceVector, VectorInfo, fingerprint, save_vector
+from prefvec_ray.registry import Registry
+from prefvec_ray.vectors import (
+    LiveModel,
+    LowRank,
+    PreferenceVector,
+    VectorInfo,
+    fingerprint,
+    load_vector,
+    save_vector,
+)
+
+Alone: TypeAlias = Callable[[Sequence[int], Mapping[str, float], int], list[int]]
 
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards cook naïve crème brûlée at 12:30 — why not? "
 TEMPLATE = (
@@ -73,3 +86,49 @@ def vector_folders(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         folder = tmp_path_factory.mktemp("vectors") / preference
         folders[preference] = save_vector(PreferenceVector(info, entries), folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(base_folder)
+
+
+@pytest.fixture(scope="session")
+def vectors(vector_folders: dict[str, Path]) -> dict[str, PreferenceVector]:
+    return {name: load_vector(folder) for name, folder in vector_folders.items()}
+
+
+@pytest.fixture(scope="session")
+def merged_alone(base_folder: Path, vectors: dict[str, PreferenceVector]) -> Alone:
+    """What a model merged for one request alone answers, greedily, by transformers' own `generate`."""
+    live = LiveModel(LlamaForCausalLM.from_pretrained(base_folder).eval(), vectors)
+
+    def answer(prompt: Sequence[int], coefficients: Mapping[str, float], max_new_tokens: int) -> list[int]:
+        live.set_coefficients(coefficients)
+        ids = torch.tensor([list(prompt)])
+        with torch.inference_mode():
+            whole = live.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        return whole[0, len(prompt) :].tolist()
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def registry_root(vector_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A registry with both vectors, a run's delta, a preset to serve and one below a floor of 0."""
+    root = tmp_path_factory.mktemp("registry")
+    registry = Registry.open(root)
+    for folder in vector_folders.values():
+        registry.publish_vector(folder, metrics={"gain": 0.2})
+    delta = load_vector(vector_folders["helpful"]).replace(preference="helpful+")
+    registry.publish_vector(save_vector(delta, root.parent / "delta"))
+    registry.publish_preset(
+        "cautious", {"helpful@1": 0.25, "harmless@1": 0.75}, metrics={"harm": 0.8}, reason="the front's knee"
+    )
+    registry.publish_preset("reckless", {"harmless@1": -0.5}, reason="what no caller may get")
+    return str(root)

@@ -1,0 +1,87 @@
+"""What a deployment serves: exact versions, and nothing that does not belong together."""
+
+import pytest
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import Registry, serving_fingerprint
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.policy import PreferenceError
+from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
+
+
+@pytest.fixture
+def config(base_folder, registry_root) -> ServingConfig:
+    return ServingConfig(model="tiny", base=base_folder, registry=registry_root)
+
+
+def test_by_default_the_newest_vectors_of_this_base_without_single_runs(config, base_folder):
+    lineup = line_up(config)
+    assert {name: vector.ref for name, vector in lineup.vectors.items()} == {
+        "harmless": "harmless@1",
+        "helpful": "helpful@1",
+    }
+    assert lineup.base_fingerprint == fingerprint(base_folder)
+
+
+def test_references_are_fixed_to_versions(config):
+    lineup = line_up(config.model_copy(update={"vectors": {"kind": "harmless"}}))
+    assert lineup.vectors["kind"].ref == "harmless@1"
+
+
+def test_the_fingerprint_is_of_base_vectors_and_coefficients_not_of_names(config):
+    lineup = line_up(config)
+    renamed = line_up(config.model_copy(update={"vectors": {"kind": "harmless", "useful": "helpful"}}))
+    fp = lineup.fingerprint((("harmless", 0.5), ("helpful", 0.0)))
+    assert fp == renamed.fingerprint((("kind", 0.5), ("useful", 0.0)))
+    assert fp == serving_fingerprint(lineup.base_fingerprint, {lineup.vectors["harmless"].digest: 0.5})
+    assert fp != lineup.fingerprint((("harmless", 0.5), ("helpful", 1e-6)))
+
+
+def test_a_preset_speaks_of_vectors_and_is_bound_by_the_policy(config):
+    registry = Registry.open(config.registry)
+    lineup = line_up(ServingConfig.model_validate(config.model_dump() | {"ranges": {"harmless": {"min": 0}}}))
+    assert lineup.preset(registry.resolve_preset("cautious")) == (("harmless", 0.75), ("helpful", 0.25))
+    assert (
+        lineup.fingerprint(lineup.preset(registry.resolve_preset("cautious")))
+        == registry.resolve_preset("cautious").fingerprint
+    )
+    with pytest.raises(PreferenceError, match="outside the allowed range"):
+        lineup.preset(registry.resolve_preset("reckless"))
+    fewer = line_up(config.model_copy(update={"vectors": {"helpful": "helpful@1"}}))
+    with pytest.raises(InputError, match="made with harmless@1, which this endpoint does not serve"):
+        fewer.preset(registry.resolve_preset("cautious"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"base": "nowhere"}, "no folder"),
+        ({"vectors": {"helpful": "helpful@9"}}, "helpful@9"),
+        ({"vectors": {"polite": "polite"}}, "polite"),
+        ({"ranges": {"polite": {"min": 0}}}, "'polite' not among the served"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(config, changes, says):
+    with pytest.raises(InputError, match=says):
+        line_up(ServingConfig.model_validate(config.model_dump() | changes))
+
+
+def test_an_empty_registry_serves_nothing(config, tmp_path):
+    with pytest.raises(InputError, match="no vectors for the base"):
+        line_up(config.model_copy(update={"registry": str(tmp_path / "empty")}))
+
+
+def test_steering_wants_low_rank_and_every_vector_its_own_base(config, base_folder, tmp_path, vectors):
+    registry = Registry.open(tmp_path / "registry")
+    name = vectors["helpful"].names()[0]
+    for preference, base in (("full", fingerprint(base_folder)), ("foreign", "blake3:" + "0" * 64)):
+        delta = {name: vectors["helpful"].dense(name)}
+        vector = vector_from_state(delta, preference=preference, base_fingerprint=base)
+        registry.publish_vector(save_vector(vector, tmp_path / preference))
+    content = config.model_dump() | {"registry": str(tmp_path / "registry")}
+    steered = content | {"engine": {"mode": "steered"}, "vectors": {"full": "full"}}
+    with pytest.raises(InputError, match=r"full@1 .* is in full form"):
+        line_up(ServingConfig.model_validate(steered))
+    with pytest.raises(InputError, match=r"foreign@1 .* belongs to base"):
+        line_up(ServingConfig.model_validate(content | {"vectors": {"foreign": "foreign"}}))

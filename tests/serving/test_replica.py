@@ -1,0 +1,112 @@
+"""A replica without Ray: jobs in, answers out, in both modes."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engine import EngineError, PromptTooLongError
+from prefvec_ray.serving.job import Job, Started
+from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.replica import Replica
+
+SETTING = (("harmless", 0.5), ("helpful", -0.5))
+
+
+@pytest.fixture(scope="module", params=["merged", "steered"])
+def replica(request, base_folder, registry_root) -> Iterator[Replica]:
+    engine = {"mode": request.param, "max_new_tokens": 64}
+    config = ServingConfig.model_validate(
+        {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
+    )
+    replica = Replica(config, line_up(config))
+    yield replica
+    replica.engine.close()
+
+
+def answer(replica: Replica, **job: Any) -> tuple[int, list[Any]]:
+    job = {"coefficients": SETTING, "temperature": 0.0, "max_new_tokens": 16} | job
+    return asyncio.run(replica.answer(Job(**job)))
+
+
+def test_a_replica_has_answered_before_it_is_ready(replica):
+    assert replica.status().finished >= 1
+    replica.check_health()
+
+
+def test_text_ids_and_chats_become_prompts(replica, tokenizer, merged_alone):
+    ids = tuple(tokenizer("the quick fox").input_ids)
+    prompt_tokens, (from_text, from_ids) = answer(replica, prompts=("the quick fox", ids))
+    assert prompt_tokens == 2 * len(ids)
+    assert from_text == from_ids
+    assert list(from_text.tokens) == merged_alone(ids, dict(SETTING), 16)
+    chat = ({"role": "user", "content": "the quick fox"},)
+    said = tuple(tokenizer("<|user|>the quick fox<|end|><|assistant|>").input_ids)
+    assert answer(replica, prompts=(chat,)) == answer(replica, prompts=(said,))
+
+
+def test_choices_differ_and_a_seed_brings_them_back(replica):
+    sampled = {"prompts": ("the lazy dog",), "temperature": 1.0, "n": 4}
+    _, choices = answer(replica, **sampled, seed=5)
+    assert len({choice.text for choice in choices}) == 4
+    assert answer(replica, **sampled, seed=5)[1] == choices
+    assert answer(replica, **sampled, seed=6)[1] != choices
+    assert answer(replica, **sampled)[1] != answer(replica, **sampled)[1], "no seed: new every time"
+    assert answer(replica, **sampled | {"prompts": ("no", "the lazy dog")}, seed=5)[1][4:] == choices
+
+
+def test_without_a_number_the_answer_is_as_long_as_allowed(replica):
+    _, (piece,) = answer(replica, prompts=((5, 6, 7),), temperature=1.0, max_new_tokens=None, seed=3)
+    assert piece.finish_reason == "stop" or len(piece.tokens) == 64
+    _, (piece,) = answer(replica, prompts=((5,) * 500,), temperature=1.0, max_new_tokens=None, seed=3)
+    assert piece.finish_reason == "stop" or len(piece.tokens) == 12
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "says"),
+    [
+        ("", InputError, "no tokens"),
+        ((1, 10**6), InputError, "vocabulary"),
+        ("fox " * 600, PromptTooLongError, "context of 512"),
+        (({"role": "tool", "content": "x"},), InputError, "no tools here"),
+    ],
+)
+def test_a_bad_prompt_is_refused_before_any_answer_starts(replica, prompt, error, says):
+    before = replica.status()
+    with pytest.raises(error, match=says):
+        answer(replica, prompts=("a good one", prompt))
+    assert replica.status() == before
+
+
+def test_leaving_a_stream_stops_all_its_answers(replica):
+    async def leave() -> None:
+        job = Job(prompts=("the dog",), coefficients=SETTING, n=8, temperature=1.5, max_new_tokens=64)
+        items = replica.stream(job)
+        assert isinstance(await anext(items), Started)
+        await anext(items)
+        await items.aclose()
+        while replica.status().running:
+            await asyncio.sleep(0.01)
+
+    before = replica.status().cancelled
+    asyncio.run(asyncio.wait_for(leave(), 60))
+    assert replica.status().cancelled > before
+
+
+def test_another_base_on_the_node_is_refused(base_folder, registry_root):
+    config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
+    lineup = line_up(config)
+    other = type(lineup)("blake3:" + "0" * 64, lineup.vectors, lineup.policy, lineup.created)
+    with pytest.raises(InputError, match="put the same base on every node"):
+        Replica(config, other)
+
+
+def test_a_dead_engine_is_unhealthy(base_folder, registry_root):
+    config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
+    replica = Replica(config, line_up(config))
+    replica.engine.close()
+    with pytest.raises(EngineError):
+        replica.check_health()

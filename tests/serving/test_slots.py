@@ -1,0 +1,303 @@
+"""The slot engine alone: no Ray, no HTTP. `merged_alone` is the truth that every batch must reproduce."""
+
+import asyncio
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.serving.engine import EngineError, Piece, PromptTooLongError, Request
+from prefvec_ray.serving.slots import Merged, SlotEngine, Steered
+from prefvec_ray.vectors import LiveModel, Steering, fingerprint
+
+SETTINGS = [(0.0, 0.0), (0.5, -0.5), (1.0, 1.0), (-1.0, 0.3), (0.0, -1.0)]
+MakeEngine = Callable[..., SlotEngine]
+
+
+@pytest.fixture(params=["merged", "steered"])
+def make_engine(request, base_folder, tokenizer, vectors) -> Iterator[MakeEngine]:
+    """Engines in both modes: every test that takes this runs twice."""
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    if request.param == "merged":
+        live = LiveModel(model, vectors)
+        yield lambda **settings: SlotEngine(Merged(live), tokenizer, **settings)
+    else:
+        with Steering(model, vectors) as steering:
+            yield lambda **settings: SlotEngine(Steered(steering), tokenizer, **settings)
+
+
+def ask(prompt: tuple[int, ...], helpful: float = 0.0, harmless: float = 0.0, **settings: Any) -> Request:
+    settings = {"max_new_tokens": 24, "temperature": 0.0} | settings
+    return Request(prompt, (("harmless", harmless), ("helpful", helpful)), **settings)
+
+
+def random_prompt(seed: int, length: int) -> tuple[int, ...]:
+    draw = random.Random(seed)
+    return tuple(draw.randrange(5, 300) for _ in range(length))
+
+
+def run(engine: SlotEngine, requests: list[Request]) -> list[list[Any]]:
+    outputs: list[list[Any]] = [[] for _ in requests]
+    for request, output in zip(requests, outputs, strict=True):
+        engine.submit(request, output.append)
+    while engine.step():
+        pass
+    return outputs
+
+
+def tokens(pieces: list[Piece]) -> list[int]:
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def text(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_a_mixed_batch_gives_every_request_what_its_own_merged_model_gives(make_engine, merged_alone):
+    requests = [
+        ask(random_prompt(i, length), *SETTINGS[i % len(SETTINGS)], max_new_tokens=1 + 7 * i % 40)
+        for i, length in enumerate([1, 2, 3, 9, 30, 64, 127, 128, 129, 200] * 2)
+    ]
+    outputs = run(make_engine(max_batch=8), requests)
+    for request, pieces in zip(requests, outputs, strict=True):
+        alone = merged_alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+        assert tokens(pieces) == alone
+        assert pieces[-1].finish_reason == ("length" if len(alone) == request.max_new_tokens else "stop")
+    assert len({tuple(tokens(pieces)) for pieces in outputs}) > 10, "the settings must make a difference"
+
+
+def test_a_shared_prompt_at_many_settings_shares_nothing_else(make_engine, merged_alone):
+    prompt = random_prompt(3, 150)
+    requests = [ask(prompt, i / 8 - 1, 1 - i / 8) for i in range(16)]
+    for request, pieces in zip(requests, run(make_engine(), requests), strict=True):
+        assert tokens(pieces) == merged_alone(prompt, dict(request.coefficients), 24)
+
+
+def test_joining_in_the_middle_of_others_changes_nobodys_answer(make_engine, merged_alone):
+    engine, outputs = make_engine(max_batch=4), []
+    requests = [ask(random_prompt(i, 5 + 20 * i), *SETTINGS[i % 3]) for i in range(6)]
+    for request in requests:
+        outputs.append([])
+        engine.submit(request, outputs[-1].append)
+        for _ in range(5):
+            engine.step()
+    while engine.step():
+        pass
+    for request, pieces in zip(requests, outputs, strict=True):
+        assert tokens(pieces) == merged_alone(request.prompt, dict(request.coefficients), 24)
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):
+    seeded = ask(random_prompt(1, 12), 0.5, temperature=1.0, seed="7")
+    nucleus = ask(random_prompt(1, 12), 0.5, temperature=0.9, top_p=0.6, seed="7")
+    crowd = [ask(random_prompt(i, 3 * i), *SETTINGS[i % 5], temperature=1.3, seed=str(i)) for i in range(1, 9)]
+    alone = [run(make_engine(), [request])[0] for request in (seeded, nucleus)]
+    among = run(make_engine(), [*crowd[:4], seeded, *crowd[4:], nucleus])
+    assert tokens(among[4]) == tokens(alone[0])
+    assert tokens(among[-1]) == tokens(alone[1])
+    other = run(make_engine(), [ask(random_prompt(1, 12), 0.5, temperature=1.0, seed="8")])[0]
+    assert tokens(other) != tokens(alone[0])
+
+
+def test_pieces_join_to_the_decoded_answer(make_engine, tokenizer):
+    request = ask(tuple(tokenizer("the quick brown").input_ids), 1.0, temperature=1.0, max_new_tokens=80)
+    (pieces,) = run(make_engine(), [request])
+    words = [token for token in tokens(pieces) if token != tokenizer.eos_token_id]
+    assert len(pieces) > 5
+    assert text(pieces) == tokenizer.decode(words, skip_special_tokens=True)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+
+
+@pytest.mark.parametrize("length", [1, 3, 6])
+def test_an_answer_ends_before_its_stop_string(make_engine, length):
+    request = ask(random_prompt(2, 10), 0.5, max_new_tokens=40)
+    whole = text(run(make_engine(), [request])[0])
+    stop = whole[len(whole) // 2 :][:length]
+    stopped = ask(random_prompt(2, 10), 0.5, max_new_tokens=40, stop=("never in there", stop))
+    (pieces,) = run(make_engine(), [stopped])
+    assert text(pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(make_engine, merged_alone):
+    engine = make_engine(max_batch=2)
+    requests = [ask(random_prompt(i, 20), 1.0, max_new_tokens=30) for i in range(3)]
+    outputs: list[list[Any]] = [[] for _ in requests]
+    tickets = [engine.submit(r, o.append) for r, o in zip(requests, outputs, strict=True)]
+    for _ in range(4):
+        engine.step()
+    assert (engine.status().running, engine.status().waiting) == (2, 1)
+    engine.cancel(tickets[0])
+    seen = len(outputs[0])
+    engine.step()
+    assert (engine.status().running, engine.status().waiting) == (2, 0), "the waiting one has taken the row"
+    while engine.step():
+        pass
+    assert len(outputs[0]) == seen
+    for request, pieces in zip(requests[1:], outputs[1:], strict=True):
+        assert tokens(pieces) == merged_alone(request.prompt, dict(request.coefficients), 30)
+    status = engine.status()
+    assert (status.finished, status.cancelled, status.running) == (2, 1, 0)
+
+
+def test_a_waiting_request_can_be_cancelled(make_engine):
+    engine, output = make_engine(max_batch=1), []
+    engine.submit(ask(random_prompt(1, 5)), output.append)
+    engine.cancel(engine.submit(ask(random_prompt(2, 5)), pytest.fail))
+    while engine.step():
+        pass
+    assert output[-1].finish_reason
+    assert engine.status().cancelled == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "says"),
+    [
+        (ask(()), InputError, "no tokens"),
+        (ask((1, 99999)), InputError, "vocabulary"),
+        (ask(random_prompt(1, 500), max_new_tokens=13), PromptTooLongError, "context of 512"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(make_engine, request_, error, says):
+    with pytest.raises(error, match=says):
+        make_engine().submit(request_, pytest.fail)
+
+
+def test_prompt_and_answer_may_fill_the_context(make_engine, merged_alone):
+    prompt = random_prompt(5, 490)
+    (pieces,) = run(make_engine(), [ask(prompt, 0.5, max_new_tokens=22)])
+    assert tokens(pieces) == merged_alone(prompt, {"helpful": 0.5}, 22)
+
+
+@pytest.fixture
+def merged(base_folder: Path, tokenizer, vectors) -> MakeEngine:
+    live = LiveModel(LlamaForCausalLM.from_pretrained(base_folder), vectors)
+    return lambda **settings: SlotEngine(Merged(live), tokenizer, **settings)
+
+
+def test_weights_are_rewritten_only_when_the_setting_changes(merged):
+    engine = merged()
+    run(engine, [ask(random_prompt(i, 9), 0.5, 0.5) for i in range(6)])
+    run(engine, [ask(random_prompt(i, 9), 0.5, 0.5) for i in range(3)])
+    assert engine.status().merges == 1
+
+
+def test_a_hot_setting_does_not_starve_a_cold_one(merged):
+    engine, order = merged(max_batch=4, turn_steps=4), []
+    for i in range(12):
+        hot = ask(random_prompt(i, 9), 1.0, max_new_tokens=40)
+        engine.submit(hot, lambda piece, i=i: piece.finish_reason and order.append(f"hot {i}"))
+        if i == 1:
+            cold = ask(random_prompt(99, 9), -1.0, max_new_tokens=10)
+            engine.submit(cold, lambda piece: piece.finish_reason and order.append("cold"))
+    while engine.step():
+        pass
+    assert len(order) == 13
+    assert order.index("cold") <= 3
+
+
+def test_coefficients_that_overflow_the_sums_fail_alone(merged, merged_alone):
+    engine = merged()
+    outputs = run(engine, [ask(random_prompt(1, 9), 1e36), ask(random_prompt(1, 9), 0.5)])
+    assert isinstance(outputs[0][-1], InputError)
+    assert "NaN or infinity" in str(outputs[0][-1])
+    assert (engine.status().failed, engine.status().finished) == (1, 1)
+    assert tokens(outputs[1]) == merged_alone(random_prompt(1, 9), {"helpful": 0.5}, 24)
+
+
+def test_coefficients_that_overflow_a_weight_fail_alone(base_folder, tokenizer, vectors):
+    half = LlamaForCausalLM.from_pretrained(base_folder, dtype=torch.float16)
+    live = LiveModel(half, vectors, base_fingerprint=fingerprint(base_folder))
+    engine = SlotEngine(Merged(live), tokenizer)
+    outputs = run(engine, [ask(random_prompt(1, 9), 1e8), ask(random_prompt(1, 9), 0.5)])
+    assert isinstance(outputs[0][-1], InputError)
+    assert outputs[1][-1].finish_reason
+    assert (engine.status().failed, engine.status().finished) == (1, 1)
+
+
+def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(merged):
+    engine, output = merged(), []
+    engine.submit(ask(random_prompt(1, 9)), output.append)
+    engine.step()
+    engine.close()
+    assert isinstance(output[-1], EngineError)
+    with pytest.raises(EngineError):
+        engine.submit(ask(random_prompt(1, 9)), pytest.fail)
+
+
+def test_streams_run_side_by_side_and_closing_one_stops_it(merged, merged_alone):
+    engine = merged().start()
+
+    async def read(seed: int) -> list[int]:
+        return tokens([piece async for piece in engine.stream(ask(random_prompt(seed, 9), 0.5))])
+
+    async def leave_early() -> None:
+        async for _ in engine.stream(ask(random_prompt(0, 9), -1.0, max_new_tokens=400)):
+            break
+
+    async def all_of_them() -> list[Any]:
+        answers = await asyncio.gather(leave_early(), *(read(seed) for seed in range(1, 5)))
+        while engine.status().cancelled == 0:
+            await asyncio.sleep(0.01)
+        return answers[1:]
+
+    try:
+        answers = asyncio.run(asyncio.wait_for(all_of_them(), 60))
+    finally:
+        engine.close()
+    for seed, answer in enumerate(answers, start=1):
+        assert answer == merged_alone(random_prompt(seed, 9), {"helpful": 0.5}, 24)
+    assert engine.status().running == 0
+
+
+ARCHITECTURES = {
+    "mistral": {"sliding_window": 64},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "phi3": {"pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_other_architectures_give_what_generate_gives(kind, tokenizer):
+    """Grouped heads, sliding windows, soft caps, fused projections: each model's own attention over the slots."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        eos_token_id=2,
+        **ARCHITECTURES[kind],
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine = SlotEngine(Merged(LiveModel(model, {})), tokenizer)
+    requests = [
+        Request(random_prompt(i, length), (), max_new_tokens=12, temperature=0.0)
+        for i, length in enumerate([1, 5, 20, 40])
+    ]
+    for request, pieces in zip(requests, run(engine, requests), strict=True):
+        ids = torch.tensor([request.prompt])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert tokens(pieces) == alone[0, len(request.prompt) :].tolist()
+
+
+def test_models_without_keys_and_values_by_position_are_refused(tokenizer):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(InputError, match="mamba"):
+        SlotEngine(Merged(LiveModel(model, {})), tokenizer)
