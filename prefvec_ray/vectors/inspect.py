@@ -127,7 +127,10 @@ def plot(summary: Summary, path: str | Path) -> Path:
             list(summary.energy_by_rank[name]), list(summary.energy_by_rank[name].values()), marker="o", label=name
         )
     layers.set(xlabel="layer", ylabel="|phi|", title="where the vectors act")
-    energy.set(xlabel="rank kept", ylabel="share of |phi|²", title="energy by rank", xscale="log", ylim=(0, 1.02))
+    layers.set_ylim(bottom=0)
+    energy.set(xlabel="rank kept", ylabel="share of |phi|²", title="energy by rank", ylim=(0, 1.02))
+    energy.set_xscale("log", base=2)
+    energy.xaxis.set_major_formatter("{x:.0f}")
     table = [[summary.cosines[a, b] for b in names] for a in names]
     cosines.imshow(table, vmin=-1, vmax=1, cmap="RdBu")
     cosines.set(xticks=range(len(names)), yticks=range(len(names)), title="cosines")
@@ -135,8 +138,9 @@ def plot(summary: Summary, path: str | Path) -> Path:
     cosines.set_yticklabels(names)
     for row, values in enumerate(table):
         for column, value in enumerate(values):
-            cosines.text(column, row, f"{value:.2f}", ha="center", va="center")
-    layers.legend()
-    energy.legend()
+            color = "white" if abs(value) > 0.6 else "black"
+            cosines.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    for axes in (layers, energy):
+        axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
     return Path(path)

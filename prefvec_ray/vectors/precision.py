@@ -20,8 +20,7 @@ class PrecisionWarning(UserWarning):
     """A vector was made whose numbers are to a large part rounding."""
 
 
-# Below this expected cosine with the true phi a vector is reported as mostly rounding (half of its energy
-# is).
+# Below this expected cosine with the true phi (a fifth of what is stored is noise) a warning is given.
 COSINE_WARNING = 0.9
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from prefvec_ray.errors import InputError
 from prefvec_ray.vectors import checkpoint_state, fingerprint
 from prefvec_ray.vectors.adapters import vector_from_adapter, vectors_from_adapters
-from prefvec_ray.vectors.algebra import merge
+from prefvec_ray.vectors.algebra import combine, merge
 
 VARIANTS = {
     "alpha": {"r": 4, "lora_alpha": 7, "target_modules": "all-linear"},
@@ -40,9 +40,7 @@ VARIANTS = {
 
 def trained(base, seed, **options):
     """A PEFT model whose adapter is not at its (zero) start."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **options)
-    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **options))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,9 +87,7 @@ def test_two_adapters_make_one_vector_of_both_ranks(base, tmp_path):
 def test_adapters_on_fused_experts(family, tiny_model, tokens, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "base")
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    run = trained(
-        tmp_path / "base", 3, r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=targets
-    )
+    run = trained(tmp_path / "base", 3, r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=targets)
     run.save_pretrained(tmp_path / "run")
     vector = vector_from_adapter(tmp_path / "run", base=tmp_path / "base", preference="helpful+")
     assert all(vector.entry(name).rank == 2 for name in vector.names())
@@ -161,3 +157,35 @@ def test_lora_on_tied_embeddings_is_refused(tiny_model, tmp_path):
     assert isinstance(run, PeftModel)
     with pytest.raises(InputError, match="tied"):
         vector_from_adapter(run, base=tmp_path, preference="p")
+
+
+def test_peft_cat_agrees_and_peft_linear_does_not(base):
+    """The same combination through PEFT: `cat` puts factors side by side as we do; `linear` adds A to A and B to B,
+    which is another matrix: (B1 + B2)(A1 + A2) is not B1 A1 + B2 A2."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
+    eta = {"a": 1.0, "b": -1.0}
+    model = trained(base, 1, **options)
+    other = trained(base, 2, **options)
+    model.add_adapter("second", other.peft_config["default"])
+    model.load_state_dict(
+        {name.replace(".default", ".second"): t for name, t in other.state_dict().items() if ".default" in name},
+        strict=False,
+    )
+    vectors = {
+        "a": vector_from_adapter(model, base=base, preference="a"),
+        "b": vector_from_adapter(other, base=base, preference="b"),
+    }
+    ours = combine(vectors, eta, preference="both")
+    errors = {}
+    for kind in ("cat", "linear"):
+        model.add_weighted_adapter(["default", "second"], list(eta.values()), kind, combination_type=kind)
+        theirs = {
+            f"{path.removeprefix('base_model.model.')}.weight": layer.get_delta_weight(kind)
+            for path, layer in model.named_modules()
+            if hasattr(layer, "get_delta_weight")
+        }
+        assert sorted(theirs) == ours.names()
+        lost = sum((theirs[name] - ours.dense(name)).square().sum() for name in ours.names())
+        errors[kind] = float((lost / sum(ours.dense(name).square().sum() for name in ours.names())).sqrt())
+    assert errors["cat"] < 1e-6
+    assert errors["linear"] > 0.5
