@@ -88,7 +88,7 @@ class SearchResult(BaseModel):
         for trial in self.trials:
             if not any(trial.coefficients.values()):
                 return trial
-        raise InputError("the search has not measured the base (all coefficients 0); run it to the end")
+        raise InputError("the search has not measured the base (all coefficients 0); run the search again")
 
     @cached_property
     def front(self) -> list[Evaluation]:

@@ -8,6 +8,7 @@ less than was paid for.
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -163,6 +164,14 @@ class _Watcher(tune.Callback):
     ) -> None:
         self.journal, self.goal, self.trials, self.progress, self.began = journal, goal, trials, progress, began
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune snapshots its callbacks. Nothing ever restores this one, and a caller's progress bar cannot
+        be pickled."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Watcher":
+        return self
+
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
@@ -170,9 +179,11 @@ class _Watcher(tune.Callback):
         self._report()
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        error = trial.get_error()
-        cause = getattr(error, "cause", None) or error
-        self.journal.failed.append(FailedTrial(coefficients=trial.config, error=f"{type(cause).__name__}: {cause}"))
+        # The traceback's last line names the exception; the file lies beside the driver and is plain text.
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
+        lines = [line for line in text.splitlines() if line.strip()]
+        error = lines[-1] if lines else "the trial's process died"
+        self.journal.failed.append(FailedTrial(coefficients=trial.config, error=error))
         self._report()
 
     def _report(self) -> None:
@@ -246,20 +257,31 @@ def _tune(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-# Tune's own log files and tables, off: the journal and one line a trial say what matters.
-_QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+# Tune's own log files, tables and tracebacks, off: the journal, one line a trial and `failed` say what
+# matters.
+_QUIET = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    # Tune's handler would make a search that Ctrl-C stopped look like one that ended.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _QUIET}
     verbosity = optuna.logging.get_verbosity()
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
     os.environ.update(_QUIET)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+        logger.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

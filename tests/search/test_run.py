@@ -1,0 +1,162 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.search import measure, search
+from prefvec_ray.vectors import save_vector, vector_from_state
+
+OBJECTIVES = ["length", "letters"]
+
+
+@pytest.mark.slow
+def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
+    lines = []
+    settings = {"seed": 3, "actors": 2, "start": [{"left": 1.0}], "ranges": {"right": (-0.5, 1.5)}}
+    first = search(task, OBJECTIVES, tmp_path / "s", trials=6, progress=lines.append, **settings)
+    assert len(first.trials) == len(lines) == 6
+    assert (lines[-1].done, lines[-1].trials, lines[-1].front) == (6, 6, len(first.front))
+    tried = [trial.coefficients for trial in first.trials]
+    assert {"left": 0.0, "right": 0.0} in tried
+    assert {"left": 1.0, "right": 0.0} in tried
+    assert all(-1 <= c["left"] <= 1 and -0.5 <= c["right"] <= 1.5 for c in tried)
+    assert first.recommended is not None
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"search.json", "trials.jsonl"}, "no checkpoints"
+
+    again = search(task, OBJECTIVES, tmp_path / "s", trials=6, **settings)
+    assert (again.trials, again.resumed) == (first.trials, 6)
+    assert again.seconds < 5, "nothing was measured again, no actor was started"
+
+    with (tmp_path / "s" / "trials.jsonl").open("a") as file:
+        file.write('{"coefficients": {"left": 0.1')  # a kill in the middle of a line
+    longer = search(task, OBJECTIVES, tmp_path / "s", trials=7, **settings)
+    assert longer.trials[:6] == first.trials
+    assert (len(longer.trials), longer.resumed) == (7, 6)
+    with pytest.raises(InputError, match=r"holds a search with other objectives"):
+        search(task, ["letters"], tmp_path / "s", trials=6)
+
+    # What a setting scores depends on neither the process nor the order, and needs no Tune.
+    measured = measure(task, tried[:3], actors=1)
+    assert [m.per_prompt for m in measured] == [trial.per_prompt for trial in first.trials[:3]]
+
+
+@pytest.mark.slow
+def test_trials_that_raise_or_score_nan_never_enter_the_front(task, lengths, tmp_path, ray_cluster):
+    calls = tmp_path / "calls"
+
+    @scorer(**lengths.metrics)
+    def unreliable(prompts, responses):
+        with calls.open("a") as file:
+            file.write("x")
+            number = file.tell()
+        if number == 2:
+            raise RuntimeError("the judge is out for lunch")
+        scores = lengths(prompts, responses)
+        if number == 4:
+            scores["letters"][0] = math.nan
+        return scores
+
+    result = search(replace(task, scorer=unreliable), OBJECTIVES, tmp_path / "s", trials=5, actors=1)
+    assert len(result.trials) == 3
+    errors = [failed.error for failed in result.failed]
+    assert errors[0] == "RuntimeError: the judge is out for lunch"
+    assert "metric 'letters' gave nan" in errors[1]
+    assert all(math.isfinite(trial.mean(name)) for trial in result.trials for name in OBJECTIVES)
+    bad = [failed.coefficients for failed in result.failed]
+    assert not [trial for trial in result.trials if trial.coefficients in bad]
+
+
+@pytest.mark.slow
+def test_a_search_without_a_single_result_says_why(task, tmp_path, ray_cluster):
+    @scorer(length=Metric(direction="minimize", low=0))
+    def broken(prompts, responses):
+        raise RuntimeError("the judge is out for lunch")
+
+    with pytest.raises(RuntimeError, match=r"no trial of the search gave a result.*out for lunch"):
+        search(replace(task, scorer=broken), ["length"], tmp_path / "s", trials=1, actors=1)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import ray
+from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.search import Task, search
+
+@scorer(length=Metric(direction="minimize", low=0, high=1000), letters=Metric(direction="maximize", low=0, high=1))
+def slow(prompts, responses):
+    time.sleep(0.3)
+    return {
+        "length": [float(len(text)) for text in responses],
+        "letters": [sum(c.isalpha() for c in text) / max(1, len(text)) for text in responses],
+    }
+
+root, folder = map(Path, sys.argv[1:])
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+task = Task(base=root / "base", vectors={name: root / name for name in ("left", "right")},
+            prompts=["Why?", "How?"], scorer=slow, draws=2, max_new_tokens=12)
+result = search(task, ["length", "letters"], folder, trials=10, actors=1, progress=print)
+print(result.model_dump_json())
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
+    script = tmp_path / "drive.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(task.base.parent), str(tmp_path / "s")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "s" / "trials.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (journal.exists() and journal.read_text().count("\n") >= 3):
+        assert driver.poll() is None
+        time.sleep(0.05)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert 3 <= len(before) < 10
+
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=True)
+    *lines, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert result["resumed"] == len(before)
+    assert result["trials"][: len(before)] == before, "what was paid for is kept"
+    assert len(result["trials"]) == 10
+    assert all(line.startswith("search: ") for line in lines), "one line a trial and nothing else"
+    assert len(lines) == 10 - len(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objectives": ["kindness"]}, "'kindness' is not a metric"),
+        ({"ranges": {"up": (0, 1)}}, "a range is given for 'up'"),
+        ({"ranges": {"left": (0.2, 1)}}, "it must contain 0, the base"),
+        ({"start": [{"left": 7.0}]}, "not within the ranges"),
+        ({"trials": 0}, "0 trials on 4 actors"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(change, message, task, tmp_path):
+    with pytest.raises(InputError, match=message):
+        search(task, **{"objectives": OBJECTIVES, "folder": tmp_path / "s", **change})
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_vector_of_another_base_is_refused_by_name(task, tmp_path):
+    stranger = vector_from_state(
+        {"model.norm.weight": torch.ones(64)}, preference="left", base_fingerprint="blake3:" + "0" * 64
+    )
+    save_vector(stranger, tmp_path / "stranger")
+    vectors = {**task.vectors, "left": tmp_path / "stranger"}
+    with pytest.raises(InputError, match=r"vector 'left' .* belongs to base"):
+        search(replace(task, vectors=vectors), OBJECTIVES, tmp_path / "s")
