@@ -20,12 +20,12 @@ from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry import PresetVersion, Registry
+from prefvec_ray.registry import PresetVersion
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Coefficients
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained, no_model
 from prefvec_ray.serving.job import Job
-from prefvec_ray.serving.lineup import Lineup, line_up
+from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
 from prefvec_ray.serving.wire import (
     Body,
     ChatBody,
@@ -72,7 +72,7 @@ class Front:
 
     def __init__(self, config: ServingConfig, lineup: Lineup, replicas: DeploymentHandle):
         self._config, self._lineup, self._replicas = config, lineup, replicas
-        self._registry = Registry.open(config.registry)
+        self._registry = open_registry(config.registry)
 
     @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat(self, request: HttpRequest) -> Response:

@@ -10,6 +10,9 @@ from prefvec_ray.config import Config
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
+THROUGH_RAY = "ray:"
+
+
 class Range(Config):
     """The coefficients that callers may ask for, and what they get when they ask for none."""
 
@@ -86,7 +89,8 @@ class ServingConfig(Config):
     base: Path
     """folder of the base model, with its tokenizer"""
     registry: str
-    """folder or bucket of the registry"""
+    """folder or bucket of the registry; or `ray:<actor>` (`ray:prefvec-registry`), which also serves nodes that do
+    not reach that folder"""
     vectors: dict[Name, str] | None = None
     """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
     Default: the newest version of every vector of this base"""
@@ -100,5 +104,6 @@ class ServingConfig(Config):
 
     def absolute(self) -> "ServingConfig":
         """The same with absolute paths, for processes that run in other folders."""
-        registry = self.registry if "://" in self.registry else str(Path(self.registry).absolute())
+        elsewhere = "://" in self.registry or self.registry.startswith(THROUGH_RAY)
+        registry = self.registry if elsewhere else str(Path(self.registry).absolute())
         return self.model_copy(update={"base": self.base.absolute(), "registry": registry})

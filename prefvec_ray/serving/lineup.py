@@ -10,7 +10,7 @@ from typing import Any
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, serving_fingerprint
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import THROUGH_RAY, ServingConfig
 from prefvec_ray.serving.engine import Coefficients
 from prefvec_ray.serving.policy import Policy, policy_of
 
@@ -71,7 +71,7 @@ def line_up(config: ServingConfig) -> Lineup:
     if not config.base.is_dir():
         raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
     base = fingerprint(config.base)
-    registry = Registry.open(config.registry)
+    registry = open_registry(config.registry)
     if config.vectors is None:
         versions = newest_vectors(registry, base)
     else:
@@ -91,6 +91,15 @@ def line_up(config: ServingConfig) -> Lineup:
             )
     served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
     return Lineup(base, served, policy_of(config, list(served)), int(time.time()))
+
+
+def open_registry(where: str) -> Registry:
+    """The registry in a folder or bucket, or `ray:<name>`: through its actor, wherever the store is."""
+    if where.startswith(THROUGH_RAY):
+        from prefvec_ray.registry import RegistryClient
+
+        return RegistryClient.connect(where.removeprefix(THROUGH_RAY))
+    return Registry.open(where)
 
 
 def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:

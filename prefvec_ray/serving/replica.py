@@ -10,11 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, Request
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
-from prefvec_ray.serving.lineup import Lineup
+from prefvec_ray.serving.lineup import Lineup, open_registry
 from prefvec_ray.serving.slots import Holder, Merged, SlotEngine, Steered
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, load_vector
 
@@ -136,7 +135,7 @@ def build_engine(config: ServingConfig, lineup: Lineup, tokenizer: PreTrainedTok
     model = AutoModelForCausalLM.from_pretrained(
         config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
-    registry = Registry.open(config.registry)
+    registry = open_registry(config.registry)
     vectors = {name: load_vector(registry.fetch(vector.ref)) for name, vector in lineup.vectors.items()}
     base = lineup.base_fingerprint
     holder: Holder

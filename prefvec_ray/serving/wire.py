@@ -187,7 +187,6 @@ class Writer:
 
     def headers(self) -> dict[str, str]:
         return {
-            "x-request-id": self._common["id"],
             "x-prefvec-fingerprint": self._common["system_fingerprint"],
             "x-prefvec-preferences": json.dumps(self._common["preferences"]),
         }

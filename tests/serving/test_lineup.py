@@ -41,16 +41,16 @@ def test_the_fingerprint_is_of_base_vectors_and_coefficients_not_of_names(config
 def test_a_preset_speaks_of_vectors_and_is_bound_by_the_policy(config):
     registry = Registry.open(config.registry)
     lineup = line_up(ServingConfig.model_validate(config.model_dump() | {"ranges": {"harmless": {"min": 0}}}))
-    assert lineup.preset(registry.resolve_preset("cautious")) == (("harmless", 0.75), ("helpful", 0.25))
+    assert lineup.preset(registry.resolve_preset("cautious@1")) == (("harmless", 0.75), ("helpful", 0.25))
     assert (
-        lineup.fingerprint(lineup.preset(registry.resolve_preset("cautious")))
-        == registry.resolve_preset("cautious").fingerprint
+        lineup.fingerprint(lineup.preset(registry.resolve_preset("cautious@1")))
+        == registry.resolve_preset("cautious@1").fingerprint
     )
     with pytest.raises(PreferenceError, match="outside the allowed range"):
         lineup.preset(registry.resolve_preset("reckless"))
     fewer = line_up(config.model_copy(update={"vectors": {"helpful": "helpful@1"}}))
     with pytest.raises(InputError, match="made with harmless@1, which this endpoint does not serve"):
-        fewer.preset(registry.resolve_preset("cautious"))
+        fewer.preset(registry.resolve_preset("cautious@1"))
 
 
 @pytest.mark.parametrize(
