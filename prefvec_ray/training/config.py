@@ -116,6 +116,8 @@ class TrainingConfig(Config):
             raise InputError(f"dpo: TRL's DPOConfig refuses the recipe: {error}") from error
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
+        if self.chat_template not in (None, "transcript") and not Path(str(self.chat_template)).is_file():
+            raise InputError(f"chat_template {self.chat_template}: neither a file nor 'transcript'")
         if not any(self.base.glob("*.safetensors")):
             raise InputError(f"base {self.base}: no *.safetensors there; convert the weights with save_pretrained")
 

@@ -36,7 +36,6 @@ class RunSpec(Config):
     seed: int
     base: str
     base_fingerprint: str
-    tokenizer: str
     data_digest: str
     train: list[str]
     """Folders of reference datasets; several are mixed in equal shares, as many pairs in all as the largest has."""
@@ -108,7 +107,7 @@ def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0,
     return DPOConfig(**{**defaults, **recipe, **owned, **overrides})
 
 
-def reference_logps(base: str, tokenizer: str, pairs: Dataset, recipe: dict[str, Any], work_dir: str | Path) -> Dataset:
+def reference_logps(base: str, pairs: Dataset, recipe: dict[str, Any], work_dir: str | Path) -> Dataset:
     """Tokenize `pairs` and add the base model's summed log-probability of each answer (DPO, eq. 7: pi_ref).
 
     Args:
@@ -121,7 +120,7 @@ def reference_logps(base: str, tokenizer: str, pairs: Dataset, recipe: dict[str,
         model=load_base(base),
         args=dpo_config(recipe, work_dir),
         train_dataset=pairs,
-        processing_class=load_tokenizer(tokenizer),
+        processing_class=load_tokenizer(base),
     )
     return trainer.train_dataset.select_columns(TOKENIZED + REFERENCE)
 
@@ -157,7 +156,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
         args=dpo_config(spec.dpo, work_dir, seed=spec.seed),
         train_dataset=train,
         eval_dataset={name: load_from_disk(folder) for name, folder in spec.test.items()},
-        processing_class=load_tokenizer(spec.tokenizer),
+        processing_class=load_tokenizer(spec.base),
         callbacks=[_Reporter(report)],
     )
     trainer.remove_callback(PrinterCallback)  # the report says it better

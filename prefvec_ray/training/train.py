@@ -57,23 +57,18 @@ def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
         By preference: {"train": folder, "test": folder, "digest": of the training pairs, "pairs", "test_pairs",
         "format", "notes"}.
     """
-    tokenizer = load_tokenizer(config.base)
-    if config.chat_template == "transcript":
-        tokenizer.chat_template = TRANSCRIPT_TEMPLATE
-    elif config.chat_template is not None:
-        if not Path(config.chat_template).is_file():
-            raise InputError(f"chat_template {config.chat_template}: neither a file nor 'transcript'")
-        tokenizer.chat_template = Path(config.chat_template).read_text()
+    chats = config.chat_template is not None or load_tokenizer(config.base).chat_template is not None
     splits = {name: _load_split(config, name, source) for name, source in config.preferences.items()}
     for name, (train, test, _) in splits.items():
-        if tokenizer.chat_template is None and not isinstance(train[0]["prompt"], str):
+        if not chats and not isinstance(train[0]["prompt"], str):
             raise InputError(
                 f"base {config.base}: its tokenizer has no chat template, and the pairs of {name!r} are conversations; "
                 "set chat_template to a Jinja file or to 'transcript'"
             )
         if not len(test):
             raise InputError(f"preference {name!r}: no held-out pairs left; give a test file or raise test_fraction")
-    tokenizer.save_pretrained(config.folder / "tokenizer")
+    if config.chat_template is not None:
+        _write_templated_base(config)
     prepared = {}
     for name, (train, test, info) in splits.items():
         folder = config.folder / "data" / f"{name}-{_key(info['digest'], data_digest(test))}"
@@ -84,6 +79,31 @@ def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
             (folder / "info.json").write_text(json.dumps(info))
         prepared[name] = {"train": str(folder / "train"), "test": str(folder / "test"), **info}
     return prepared
+
+
+def working_base(config: TrainingConfig) -> Path:
+    """The base with the chat template that it is trained with: what to evaluate, search and serve with."""
+    return config.folder / "base" if config.chat_template is not None else config.base.absolute()
+
+
+def _write_templated_base(config: TrainingConfig) -> None:
+    """`<folder>/base`: the base's own files, linked, and its tokenizer with the config's chat template."""
+    folder = working_base(config)
+    if folder.resolve() == config.base.resolve():
+        raise InputError(f"base {folder}: a chat_template would overwrite this base; choose another name or output")
+    tokenizer = load_tokenizer(config.base)
+    if config.chat_template == "transcript":
+        tokenizer.chat_template = TRANSCRIPT_TEMPLATE
+    else:
+        tokenizer.chat_template = Path(str(config.chat_template)).read_text()
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in config.base.iterdir():
+        link = folder / file.name
+        if file.is_file() and not link.exists():
+            link.symlink_to(file.resolve())
+    for file in folder.glob("*token*"):
+        file.unlink()  # never write through a link into the base itself
+    tokenizer.save_pretrained(folder)
 
 
 def _load_split(config: TrainingConfig, name: str, source: PreferenceData) -> tuple[Dataset, Dataset, dict[str, Any]]:
@@ -112,10 +132,10 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
         By preference: {"train": folder, "test": folder, "digest"} of the tokenized pairs with reference columns.
     """
     base = fingerprint(config.base)
-    tokenizer = (config.folder / "tokenizer" / "tokenizer.json").read_bytes()
-    template = load_tokenizer(config.folder / "tokenizer").chat_template or ""
+    tokenizer = load_tokenizer(working_base(config))
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     shape = {field: config.dpo.get(field) for field in ("max_length", "truncation_mode", "ld_alpha", "pad_token")}
-    key = _key(base, tokenizer, template, json.dumps(shape))
+    key = _key(base, vocabulary, tokenizer.chat_template or "", json.dumps(shape))
     references = {}
     missing = {}
     for name, split in prepared.items():
@@ -128,8 +148,7 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
         missing.update({split[part]: str(folder / part) for part in ("train", "test") if not (folder / part).is_dir()})
     if missing:
         job = {
-            "base": str(config.base.absolute()),
-            "tokenizer": str(config.folder / "tokenizer"),
+            "base": str(working_base(config)),
             "dpo": config.dpo,
             "datasets": missing,
         }
@@ -154,7 +173,7 @@ def _reference_worker(config: dict[str, Any]) -> None:
     for source, target in config["datasets"].items():
         with tempfile.TemporaryDirectory() as work_dir:
             pairs = load_from_disk(source)
-            scored = reference_logps(config["base"], config["tokenizer"], pairs, config["dpo"], work_dir)
+            scored = reference_logps(config["base"], pairs, config["dpo"], work_dir)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 partial = Path(target).with_name(f".{Path(target).name}.partial")
                 shutil.rmtree(partial, ignore_errors=True)
@@ -183,9 +202,8 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
                     preference=preference,
                     polarity=polarity,
                     seed=seed,
-                    base=str(config.base.absolute()),
+                    base=str(working_base(config)),
                     base_fingerprint=base,
-                    tokenizer=str(config.folder / "tokenizer"),
                     data_digest=digest,
                     train=train,
                     test={name: references[name]["test"] for name in names},

@@ -30,7 +30,6 @@ def spec_of(world_folder, tmp_path, train, **changes) -> RunSpec:
         "seed": 0,
         "base": base,
         "base_fingerprint": fingerprint(base),
-        "tokenizer": base,
         "data_digest": "none",
         "train": [str(tmp_path / "train")],
         "test": {"helpful": str(tmp_path / "train")},
@@ -56,7 +55,7 @@ def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tm
     stock.train()
     expected = [log["loss"] for log in stock.state.log_history if "loss" in log]
 
-    scored = reference_logps(base, base, pairs, RECIPE, tmp_path / "reference")
+    scored = reference_logps(base, pairs, RECIPE, tmp_path / "reference")
     result = run_dpo(spec_of(world_folder, tmp_path, scored), lambda values: None, tmp_path / "work")
 
     assert len(expected) == 4
@@ -65,9 +64,8 @@ def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tm
 
 def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(world_folder, tmp_path):
     pairs, base = pairs_of(world_folder), str(world_folder / "base")
-    scored = reference_logps(base, base, pairs, RECIPE, tmp_path / "one")
+    scored = reference_logps(base, pairs, RECIPE, tmp_path / "one")
     swapped = reference_logps(
-        base,
         base,
         pairs.rename_columns({"chosen": "rejected", "rejected": "chosen"}),
         RECIPE,
@@ -88,7 +86,7 @@ def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(wor
 
 def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_folder, tmp_path):
     base = str(world_folder / "base")
-    scored = reference_logps(base, base, pairs_of(world_folder), RECIPE, tmp_path / "reference")
+    scored = reference_logps(base, pairs_of(world_folder), RECIPE, tmp_path / "reference")
     said = []
     result = run_dpo(spec_of(world_folder, tmp_path, scored), said.append, tmp_path / "work")
     delta = load_vector(tmp_path / "run" / "delta")
@@ -103,7 +101,7 @@ def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_fo
 
 def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path):
     base = str(world_folder / "base")
-    scored = reference_logps(base, base, pairs_of(world_folder, 256), RECIPE, tmp_path / "reference")
+    scored = reference_logps(base, pairs_of(world_folder, 256), RECIPE, tmp_path / "reference")
     accuracy = {}
     for polarity in ("positive", "negative"):
         (tmp_path / polarity).mkdir()
@@ -117,7 +115,7 @@ def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path):
 
 def test_mixing_takes_equal_shares_and_as_many_pairs_as_one_preference_has(world_folder, tmp_path):
     base = str(world_folder / "base")
-    one = reference_logps(base, base, pairs_of(world_folder, 20), RECIPE, tmp_path / "reference")
+    one = reference_logps(base, pairs_of(world_folder, 20), RECIPE, tmp_path / "reference")
     other = one.map(lambda row: {REFERENCE[0]: 1.0})
     mixed = mix_equally([one, other], seed=0)
     assert mixed.column_names == TOKENIZED + REFERENCE
@@ -130,8 +128,8 @@ def test_reference_rows_do_not_depend_on_their_neighbours(world_folder, tmp_path
     base = str(world_folder / "base")
     pairs = pairs_of(world_folder, 24)
     both = concatenate_datasets([pairs.select(range(12, 24)), pairs.select(range(12))])
-    forward = reference_logps(base, base, pairs, RECIPE, tmp_path / "a")
-    backward = reference_logps(base, base, both, RECIPE, tmp_path / "b")
+    forward = reference_logps(base, pairs, RECIPE, tmp_path / "a")
+    backward = reference_logps(base, both, RECIPE, tmp_path / "b")
     torch.testing.assert_close(
         torch.tensor(forward[:][REFERENCE[0]]), torch.tensor(backward[:][REFERENCE[0]]).roll(-12), rtol=1e-5, atol=1e-4
     )
