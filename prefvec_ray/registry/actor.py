@@ -88,10 +88,10 @@ class RegistryActor:
 
     def health(self) -> dict[str, Any]:
         """Is the lease held, since when does this process run, how much is in the store?"""
-        catalog = self._ready()
+        catalog, claim = self._ready(), self.lease.claim()
         return {
             "root": self.store.label,
-            "lease": self.lease.holder(),
+            "lease": claim.model_dump(include={"owner", "host", "pid", "epoch"}) if claim else {},
             "started": self.started,
             "publishes": self.publishes,
             "vectors": sum(len(catalog.versions(name)) for name in catalog.names()),

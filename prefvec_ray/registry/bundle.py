@@ -8,6 +8,7 @@ those that the index promises, every blob must have its digest, and nothing is e
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
@@ -109,7 +110,7 @@ def import_bundle(registry: "Registry", path: str | Path, *, renumber: bool = Fa
 def _plan(registry: "Registry", index: BundleIndex, renumber: bool, path: Path) -> dict[str, int | None]:
     """The number that each version asks for here; InputError where one is taken by other content."""
     plan: dict[str, int | None] = {}
-    newest = {name: max(numbers) for name in registry.names() if (numbers := registry.versions(name))}
+    newest: dict[str, float] = {name: max(numbers) for name in registry.names() if (numbers := registry.versions(name))}
     for version in index.vectors:
         known = [
             v
@@ -121,7 +122,7 @@ def _plan(registry: "Registry", index: BundleIndex, renumber: bool, path: Path) 
         elif version.version > newest.get(version.name, 0):
             plan[version.ref] = newest[version.name] = version.version
         elif renumber:
-            plan[version.ref] = None
+            plan[version.ref], newest[version.name] = None, math.inf  # later versions of this name follow it
         else:
             raise InputError(
                 f"{path}: {version.ref} is taken here by other content; import with renumber to give it the next number"

@@ -1,10 +1,8 @@
-"""The node's cache: a published vector as a local folder with its original file names, ready to be
-memory-mapped.
+"""The node's cache: a published vector as a local folder with its original file names, ready to be memory-mapped.
 
-All processes of a node share one cache folder. `flock` on `<entry>.lock` does two things: taken
-exclusively it makes one process download while the others wait; taken shared, for as long as the reader's
-process lives or until `unpin`, it keeps the entry from being evicted. The kernel drops it when a process
-dies, so nothing is ever left locked.
+All processes of a node share one cache folder. `flock` on `<entry>.fill` lets one process download while the others
+wait; `flock` on `<entry>.use`, shared for as long as a reader's process lives or until `unpin`, keeps the entry from
+being evicted. The kernel drops both when a process dies, so nothing is ever left locked.
 """
 
 import contextlib
@@ -54,23 +52,38 @@ class NodeCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         key = entry_key(version)
         entry = self.folder / key
-        missed = False
-        while True:
-            lock = (self.folder / f"{key}.lock").open("ab")
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _intact(entry, version.files):
-                os.utime(lock.fileno())
-                self._pin(key, lock)
-                self.hits += not missed
-                self.misses += missed
-                return entry
-            fcntl.flock(lock, fcntl.LOCK_EX)  # others who miss wait here, and find the entry when it is their turn
-            try:
-                if not _intact(entry, version.files) and not _recheck(entry, version.files):
-                    self._fill(entry, version, source)
-                    missed = True
-            finally:
-                lock.close()
+        if self._use(entry, version):
+            self.hits += 1
+            return entry
+        with self._lock(entry, "fill", fcntl.LOCK_EX):  # the others who miss wait here, then find the entry
+            filled = not _intact(entry, version.files) and not _recheck(entry, version.files)
+            if filled:
+                self._fill(entry, version, source)
+            if not self._use(entry, version):
+                raise StoreError(f"{entry}: somebody changes files in the cache; keep out of it")
+        self.hits, self.misses = self.hits + (not filled), self.misses + filled
+        return entry
+
+    def _use(self, entry: Path, version: VectorVersion) -> bool:
+        """Pin the entry if it is there, whole."""
+        lock = self._lock(entry, "use", fcntl.LOCK_SH)
+        if not _intact(entry, version.files):
+            lock.close()
+            return False
+        os.utime(lock.fileno())
+        previous, self._pins[entry.name] = self._pins.get(entry.name), lock
+        if previous is not None:
+            previous.close()
+        return True
+
+    def _lock(self, entry: Path, purpose: str, kind: int) -> IO[bytes]:
+        lock = entry.with_suffix(f".{purpose}").open("ab")
+        try:
+            fcntl.flock(lock, kind)
+        except OSError:
+            lock.close()
+            raise
+        return lock
 
     def unpin(self, version: VectorVersion) -> None:
         """This process no longer reads the version: it may be evicted. What is mapped stays readable."""
@@ -92,7 +105,7 @@ class NodeCache:
         return [entry for entry in self._entries() if not _recheck(entry, None)]
 
     def _fill(self, entry: Path, version: VectorVersion, source: Source) -> None:
-        """Called with the entry's lock held exclusively."""
+        """Called with the entry's `fill` lock held."""
         _remove(entry)
         self._make_room(version.size)
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
@@ -122,8 +135,8 @@ class NodeCache:
         for entry in sorted(entries, key=lambda entry: _age(entry)):
             if excess <= 0:
                 return
-            with entry.with_suffix(".lock").open("ab") as lock, contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            now = fcntl.LOCK_EX | fcntl.LOCK_NB
+            with contextlib.suppress(BlockingIOError), self._lock(entry, "fill", now), self._lock(entry, "use", now):
                 excess -= _size(entry)
                 _remove(entry)
         if excess > 0:
@@ -136,11 +149,6 @@ class NodeCache:
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if (path / CHECKED).is_file() and path.name[:4] != "tmp-"]
-
-    def _pin(self, key: str, lock: IO[bytes]) -> None:
-        previous, self._pins[key] = self._pins.get(key), lock
-        if previous is not None:
-            previous.close()
 
 
 def entry_key(version: VectorVersion) -> str:
@@ -223,5 +231,5 @@ def _size(entry: Path) -> int:
 
 def _age(entry: Path) -> float:
     with contextlib.suppress(FileNotFoundError):
-        return entry.with_suffix(".lock").stat().st_mtime
+        return entry.with_suffix(".use").stat().st_mtime
     return 0.0

@@ -5,7 +5,6 @@
 staged blob it took stages it again, so that a clock that jumps costs time and no bytes.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -21,6 +20,8 @@ from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import CLAIM, Lease
 from prefvec_ray.registry.records import (
+    Claim,
+    Hold,
     Move,
     PresetVersion,
     Record,
@@ -221,11 +222,14 @@ def _strays(store: Store, blobs: Iterable[str], findings: list[Finding]) -> None
     for path in store.stale_staging():
         detail = "its writer died; `gc` deletes it"
         findings.append(Finding(kind="stale staging", path=f"staging/{path.name}", detail=detail))
-    for key in [CLAIM, *(f"holds/{name}" for name in store.children("holds"))]:
+    mutable: dict[str, type[Record]] = {CLAIM: Claim} | {f"holds/{name}": Hold for name in store.children("holds")}
+    for key, model in mutable.items():
         try:
-            json.loads(store.read_fresh(key) or b"{}")
-        except ValueError:
-            advice = "the next writer replaces it" if key == CLAIM else "until it is released, `gc` retires nothing"
+            data = store.read_fresh(key)
+            if data is not None:
+                decode(data, model, key)
+        except (StoreError, InputError):
+            advice = "the next writer replaces it" if key == CLAIM else "until it is released, nothing can be retired"
             findings.append(Finding(kind="corrupt record", path=key, detail=f"cannot be read; {advice}"))
 
 
@@ -281,9 +285,9 @@ def check_store(store: Store) -> list[Check]:
         checks.append(_check(writable, "store writable", str(store.folder) if writable else "may only read here"))
         usage = shutil.disk_usage(store.folder)
         checks.append(_check(usage.free > usage.total // 20, "store space", f"{usage.free / 1e9:.1f} GB free"))
-    holder = Lease(store, "doctor").holder()
-    by = f"{holder.get('owner')} (pid {holder.get('pid')} on {holder.get('host')})"
-    writer = f"{by} writes" if holder and not holder.get("released") else "nobody writes"
+    claim = Lease(store, "doctor").claim()
+    writes = claim is not None and not claim.released
+    writer = f"{claim.owner} (pid {claim.pid} on {claim.host}) writes" if claim and writes else "nobody writes"
     checks.append(Check(level="ok", what="writer", detail=writer))
     quick = verify(store, read_bytes=False)
     found = f"{quick.records} records, {quick.blobs} blobs, {quick.bytes / 1e9:.2f} GB"

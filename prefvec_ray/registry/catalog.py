@@ -27,6 +27,7 @@ from prefvec_ray.registry.names import (
     shown,
 )
 from prefvec_ray.registry.records import (
+    Hold,
     Move,
     PresetDraft,
     PresetVersion,
@@ -36,6 +37,8 @@ from prefvec_ray.registry.records import (
     VectorDraft,
     VectorVersion,
     canonical,
+    decode,
+    encode,
     serving_fingerprint,
 )
 from prefvec_ray.registry.store import Store, blob_key
@@ -303,7 +306,8 @@ class Catalog:
         check_name(holder, "holder")
         held = sorted(self.resolve(ref).ref for ref in refs)
         with self.ledger.lock, self.lease.held():
-            self.store.overwrite(f"holds/{holder}.json", canonical({"refs": held, **self.ledger.stamp(holder)}))
+            record = Hold(holder=holder, refs=tuple(held), **self.ledger.stamp(holder))
+            self.store.overwrite(f"holds/{holder}.json", encode(record))
 
     def release(self, holder: str) -> None:
         """The holder uses nothing any more."""
@@ -318,9 +322,10 @@ class Catalog:
         held = {}
         for file in self.store.children("holds"):
             try:
-                held[file.removesuffix(".json")] = list(json.loads(self.store.read(f"holds/{file}") or b"")["refs"])
-            except (ValueError, KeyError, TypeError):
-                held[file.removesuffix(".json")] = ["*"]
+                refs = decode(self.store.read(f"holds/{file}") or b"", Hold, file).refs
+            except (StoreError, InputError):
+                refs = ("*",)
+            held[file.removesuffix(".json")] = list(refs)
         return held
 
     def retire(self, ref: str, reason: str) -> Retirement:

@@ -15,7 +15,6 @@ finds what went wrong.
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import threading
@@ -23,10 +22,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry.errors import LeaseLost, StoreError
+from prefvec_ray.registry.records import Claim, decode, encode
 from prefvec_ray.registry.store import Store, make_folder
 
 CLAIM = "lease/claim.json"
@@ -73,13 +73,14 @@ class Lease:
             self._lock_folder(self.store.folder, deadline)
         else:
             self._await_bucket(deadline)
-        self.epoch = int(self._claim().get("epoch", 0)) + 1
+        last = self.claim()
+        self.epoch = (last.epoch if last else 0) + 1
         self._token = uuid.uuid4().hex
         began = time.monotonic()
-        self._write(CLAIM, {**self._me(), "epoch": self.epoch, "token": self._token, "released": False})
+        self._write(released=False)
         if self.store.folder is None:
             time.sleep(self.settle_s)
-            if time.monotonic() - began > self.settle_s + self.ttl_s / 2 or self._claim().get("token") != self._token:
+            if time.monotonic() - began > self.settle_s + self.ttl_s / 2 or self._token_now() != self._token:
                 self._token = ""
                 raise InputError(f"{self.store.label}: another writer took the lease at the same moment; try again")
             self._renewed = began
@@ -92,8 +93,8 @@ class Lease:
             return
         self._stop.set()
         with contextlib.suppress(StoreError, OSError):
-            if self._claim().get("token") == self._token:
-                self._write(CLAIM, {**self._me(), "epoch": self.epoch, "token": self._token, "released": True})
+            if self._token_now() == self._token:
+                self._write(released=True)
         self._token = ""
         if self._lock is not None:
             self._lock.close()
@@ -109,19 +110,24 @@ class Lease:
         """LeaseLost unless this process may write right now. One small read."""
         if not self._token:
             raise LeaseLost(f"{self.store.label}: this process does not hold the writer's lease")
-        if not self.live or self._claim().get("token") != self._token:
-            holder = self._claim()
+        if not self.live or self._token_now() != self._token:
+            holder = self.claim()
             self._stop.set()
             self._token = ""
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
-            raise LeaseLost(f"{self.store.label}: the writer's lease passed to {holder.get('owner', 'nobody')}")
+            raise LeaseLost(f"{self.store.label}: the writer's lease passed to {holder.owner if holder else 'nobody'}")
 
-    def holder(self) -> dict[str, object]:
-        """Who wrote the last claim, for messages and `doctor`: owner, host, pid, epoch, released."""
-        claim = self._claim()
-        return {key: claim[key] for key in ("owner", "host", "pid", "epoch", "released") if key in claim}
+    def claim(self) -> Claim | None:
+        """The last claim, held or released; None where nobody ever wrote. A damaged one is somebody unknown's."""
+        data = self.store.read_fresh(CLAIM)
+        if data is None:
+            return None
+        try:
+            return decode(data, Claim, CLAIM)
+        except (StoreError, InputError):
+            return Claim(created=0.0, owner="an unknown process (the claim is damaged)")
 
     def _lock_folder(self, folder: Path, deadline: float) -> None:
         make_folder(folder / "lease")
@@ -141,10 +147,10 @@ class Lease:
         """Until the last claim is released, ours, or silent for ttl_s."""
         seen, since = None, time.monotonic()
         while True:
-            claim = self._claim()
-            if not claim or claim.get("released") or claim.get("owner") == self.owner:
+            claim = self.claim()
+            if claim is None or claim.released or claim.owner == self.owner:
                 return
-            state = (claim.get("token"), self.store.read(f"lease/beat-{claim.get('token')}.json"))
+            state = (claim.token, self.store.read_fresh(f"lease/beat-{claim.token}"))
             if state != seen:
                 seen, since = state, time.monotonic()
             if time.monotonic() - since > self.ttl_s:
@@ -155,12 +161,12 @@ class Lease:
 
     def _beat(self, token: str, stop: threading.Event) -> None:
         count = 0
-        key = f"lease/beat-{token}.json"
+        key = f"lease/beat-{token}"
         while not stop.wait(self.ttl_s / 5):
             began, count = time.monotonic(), count + 1
             with contextlib.suppress(StoreError, OSError):
-                self._write(key, {"count": count})
-                if self._claim().get("token") == token:
+                self.store.overwrite(key, b"%d" % count)
+                if self._token_now() == token:
                     self._renewed = began
                 elif self._token == token:
                     self._token = ""
@@ -169,21 +175,24 @@ class Lease:
             self.store.delete(key)
 
     def _refusal(self) -> InputError:
-        claim = self._claim()
+        claim = self.claim() or Claim(created=0.0, owner="another process")
         return InputError(
-            f"{self.store.label}: is being written to by {claim.get('owner', 'another process')} (pid"
-            f" {claim.get('pid')} on {claim.get('host')}); publish through it, or stop it first"
+            f"{self.store.label}: is being written to by {claim.owner} (pid {claim.pid} on {claim.host}); publish"
+            " through it, or stop it first"
         )
 
-    def _me(self) -> dict[str, object]:
-        return {"owner": self.owner, "host": socket.gethostname(), "pid": os.getpid()}
+    def _token_now(self) -> str:
+        claim = self.claim()
+        return claim.token if claim else ""
 
-    def _claim(self) -> dict[str, Any]:
-        try:
-            claim = json.loads(self.store.read_fresh(CLAIM) or b"{}")
-        except ValueError:
-            return {}
-        return claim if isinstance(claim, dict) else {}
-
-    def _write(self, key: str, value: dict[str, object]) -> None:
-        self.store.overwrite(key, json.dumps(value).encode())
+    def _write(self, *, released: bool) -> None:
+        claim = Claim(
+            created=self.store.clock(),
+            epoch=self.epoch,
+            owner=self.owner,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            token=self._token,
+            released=released,
+        )
+        self.store.overwrite(CLAIM, encode(claim))

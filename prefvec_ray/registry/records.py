@@ -168,6 +168,25 @@ class Served(Record):
     vectors: dict[str, Digest]
 
 
+class Claim(Record):
+    """Who writes to the store; `lease.py` replaces it, so it is no part of the store's history."""
+
+    kind: Literal["claim"] = "claim"
+    owner: str
+    host: str = ""
+    pid: int = 0
+    token: str = ""
+    released: bool = False
+
+
+class Hold(Record):
+    """The versions that a running replica uses; replaced and removed by their holder."""
+
+    kind: Literal["hold"] = "hold"
+    holder: str
+    refs: tuple[str, ...]
+
+
 R = TypeVar("R", bound=BaseModel)
 
 

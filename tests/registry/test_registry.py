@@ -108,14 +108,20 @@ def test_tags_and_search(registry: Registry, make_vector: Make) -> None:
 
 
 def test_presets_pin_versions(registry: Registry, make_vector: Make) -> None:
-    helpful, harmless = registry.publish_vector(make_vector("helpful", 1)), registry.publish_vector(make_vector("harmless", 2))
+    helpful, harmless = (
+        registry.publish_vector(make_vector("helpful", 1)),
+        registry.publish_vector(make_vector("harmless", 2)),
+    )
     preset = registry.publish_preset(
         "cautious", {"helpful@1": 0.5, "harmless@1": 1.0}, metrics={"front": [1, 2]}, reason="knee of the front"
     )
     assert preset.ref == "cautious@1"
-    assert registry.publish_preset(
-        "cautious", {"helpful@1": 0.5, "harmless@1": 1.0}, metrics={"front": [1, 2]}, reason="knee of the front"
-    ) == preset
+    assert (
+        registry.publish_preset(
+            "cautious", {"helpful@1": 0.5, "harmless@1": 1.0}, metrics={"front": [1, 2]}, reason="knee of the front"
+        )
+        == preset
+    )
     assert preset.fingerprint == serving_fingerprint(BASE, {harmless.digest: 1.0, helpful.digest: 0.5})
     registry.publish_vector(make_vector("helpful", 3))  # a newer version does not move the preset
     assert registry.resolve_preset("cautious").coefficients == {"helpful@1": 0.5, "harmless@1": 1.0}
@@ -142,7 +148,9 @@ def test_fingerprints_mean_weights_not_names() -> None:
     fingerprint = serving_fingerprint(BASE, {a: 0.5, b: 1.0})
     assert fingerprint == serving_fingerprint(BASE, {b: 1, a: 0.5})
     assert serving_fingerprint(BASE, {a: 0.5, b: 0.0}) == serving_fingerprint(BASE, {a: 0.5, b: -0.0})
-    assert len({fingerprint, serving_fingerprint(a, {a: 0.5, b: 1.0}), serving_fingerprint(BASE, {a: 1.0, b: 0.5})}) == 3
+    assert (
+        len({fingerprint, serving_fingerprint(a, {a: 0.5, b: 1.0}), serving_fingerprint(BASE, {a: 1.0, b: 0.5})}) == 3
+    )
     with pytest.raises(InputError, match="finite"):
         serving_fingerprint(BASE, {a: float("nan")})
 
@@ -209,6 +217,7 @@ def test_what_is_no_vector_changes_nothing(tmp_path: Path, root: str, registry: 
 def test_bad_requests_are_refused(registry: Registry, make_vector: Make) -> None:
     registry.publish_vector(make_vector("helpful", 1, recipe={"beta": 0.1}))
     registry.publish_vector(make_vector("other-base", 2, base="blake3:" + "c" * 64))
+    cased, changed = make_vector("Helpful", 3), make_vector("helpful", 4, recipe={"beta": 0.1})
     for call, message in [
         (lambda: registry.resolve("helpful@2"), "there are versions 1 to 1"),
         (lambda: registry.resolve("helpless"), "there are: helpful, other-base"),
@@ -220,10 +229,10 @@ def test_bad_requests_are_refused(registry: Registry, make_vector: Make) -> None
         (lambda: registry.publish_preset("p", {}, reason="r"), "at least one"),
         (lambda: registry.publish_preset("p", {"helpful": 1.0}, reason="r"), "pinned version such as 'helpful@1'"),
         (lambda: registry.publish_preset("p", {"helpful@1": float("inf")}, reason="r"), "not a finite number"),
-        (lambda: registry.publish_preset("p", {"helpful@1": "1"}, reason="r"), "not a finite number"),  # type: ignore[dict-item]
-        (lambda: registry.publish_preset("p", {"helpful@1": 1.0, "other-base@1": 1.0}, reason="r"), "different base models"),
-        (lambda: registry.publish_vector(make_vector("Helpful", 3)), "differs only in case"),
-        (lambda: registry.publish_vector(make_vector("helpful", 4, recipe={"beta": 0.1}), recipe={"beta": 0.2}), "cannot be changed"),
+        (lambda: registry.publish_preset("p", {"helpful@1": "1"}, reason="r"), "not a finite"),  # type: ignore[dict-item]
+        (lambda: registry.publish_preset("p", {"helpful@1": 1, "other-base@1": 1}, reason="r"), "different base"),
+        (lambda: registry.publish_vector(cased), "differs only in case"),
+        (lambda: registry.publish_vector(changed, recipe={"beta": 0.2}), "cannot be changed"),
         (lambda: registry.set_tags("helpful@1", {"a b": "x"}, "r"), "tag"),
         (lambda: registry.set_tags("helpful", {"a": "x"}, "r"), "pinned version"),
     ]:  # fmt: skip
