@@ -40,7 +40,16 @@ class Scales:
         """(n, len(columns)), on the device and in the dtype of `like`. Layers with the same columns share it."""
         key = (columns, like.dtype, like.device)
         if key not in self._made:
-            self._made[key] = self.rows_NP[:, list(columns)].to(like)
+            with torch.inference_mode(False), torch.no_grad():  # so that any later mode may use it
+                self._made[key] = self.rows_NP[:, list(columns)].to(like.dtype).to(like.device)
+        return self._made[key]
+
+    def change(self, columns: tuple[int, ...], phi_PH: Tensor, like: Tensor) -> Tensor:
+        """sum_p eta_p phi_p for each of the n rows, (n, 1, H): summed in the dtype of phi, given in that of `like`."""
+        key = (id(phi_PH), like.dtype)
+        if key not in self._made:
+            with torch.inference_mode(False), torch.no_grad():
+                self._made[key] = (self.columns(columns, phi_PH) @ phi_PH).to(like.dtype).unsqueeze(1)
         return self._made[key]
 
     def multiply(self, values: Tensor, columns: tuple[int, ...], x: Tensor) -> None:
@@ -53,10 +62,12 @@ class Scales:
             self.parts(values, x).mul_(scale.unsqueeze(1))
 
     def parts(self, values: Tensor, x: Tensor) -> Tensor:
-        """View (..., width) as (n, positions / n, width)."""
-        n, flat = len(self.rows_NP), values.view(-1, values.shape[-1])
-        by_row = x.shape[0] % n == 0
-        if not (by_row or (x.dim() > 2 and x.shape[0] * x.shape[1] == n)):
+        """(..., width) as (n, positions / n, width): a view where values are contiguous."""
+        n, flat = len(self.rows_NP), values.reshape(-1, values.shape[-1])
+        # Where heads were moved before tokens, as for some norms of queries and keys, strides no longer fall.
+        in_order = list(x.stride()) == sorted(x.stride(), reverse=True)
+        by_token = x.dim() > 2 and in_order and x.shape[0] * x.shape[1] == n
+        if x.shape[0] % n and not by_token:
             raise InputError(
                 f"{n} rows of coefficients do not fit an input of shape {tuple(x.shape)};"
                 " give one row, one per batch row, or one per token"
@@ -131,11 +142,11 @@ def wrap_embedding(module: nn.Embedding, terms: Terms, scales: Scales, inner: Fo
             table = twin(module, weight=entry.dense().to(module.weight))
             lookups.append((table, (column,) * module.embedding_dim, None))
 
-    def forward(ids: Tensor) -> Tensor:
-        y = inner(ids)
+    def forward(*args: Any, **named: Any) -> Tensor:
+        y = inner(*args, **named)
         if scales.active:
             for table, columns, A_RD in lookups:
-                part = table(ids)
+                part = table(*args, **named)
                 scales.multiply(part.view(-1, part.shape[-1]), columns, part)
                 y = y + (part if A_RD is None else part @ A_RD)
         return y
@@ -143,39 +154,38 @@ def wrap_embedding(module: nn.Embedding, terms: Terms, scales: Scales, inner: Fo
     return forward
 
 
-def wrap_added(terms: Terms, scales: Scales, inner: Forward) -> Forward:
+def wrap_added(terms: Terms, scales: Scales, device: torch.device, inner: Forward) -> Forward:
     """Biases: sum_p eta_p phi_p is added to the output."""
-    columns, phi_PO = _stacked(terms)
+    columns, phi_PO = _stacked(terms, device)
 
     def forward(x: Tensor) -> Tensor:
         y = inner(x)
         if not scales.active:
             return y
-        change = (scales.columns(columns, phi_PO) @ phi_PO).to(y)
-        return (scales.parts(y, x) + change.unsqueeze(1)).view(y.shape)
+        return (scales.parts(y, x) + scales.change(columns, phi_PO, y)).reshape(y.shape)
 
     return forward
 
 
-def wrap_norm(unit: nn.Module, terms: Terms, scales: Scales, inner: Forward) -> Forward:
+def wrap_norm(unit: nn.Module, terms: Terms, scales: Scales, device: torch.device, inner: Forward) -> Forward:
     """Norms: y = f(x, w) is affine in w number by number, so f(x, w + phi) = f(x, w) + phi * f'(x).
 
     f' is `unit`, see `unit_norm`.
     """
-    columns, phi_PH = _stacked(terms)
+    columns, phi_PH = _stacked(terms, device)
 
     def forward(x: Tensor) -> Tensor:
         y = inner(x)
         if not scales.active:
             return y
-        change = (scales.columns(columns, phi_PH) @ phi_PH).to(y)
-        return (scales.parts(y, x) + scales.parts(unit(x), x) * change.unsqueeze(1)).view(y.shape)
+        change = scales.parts(unit(x), x) * scales.change(columns, phi_PH, y)
+        return (scales.parts(y, x) + change).reshape(y.shape)
 
     return forward
 
 
-def _stacked(terms: Terms) -> tuple[tuple[int, ...], Tensor]:
-    return tuple(column for column, _ in terms), torch.stack([entry.dense() for _, entry in terms])
+def _stacked(terms: Terms, device: torch.device) -> tuple[tuple[int, ...], Tensor]:
+    return tuple(column for column, _ in terms), torch.stack([entry.dense() for _, entry in terms]).to(device)
 
 
 def twin(module: nn.Module, **parameters: Tensor) -> nn.Module:

@@ -54,7 +54,7 @@ class Steering:
     vectors with `LiveModel`. So is another base, and a parameter that the model has not, or not in that
     shape.
 
-    The model is run once on one token, to see which layers share an input and that each is reached at all.
+    The model is run once on four tokens, to see which layers share an input and that each is reached at all.
     `names` is the order of coefficient columns: sorted. `base_fingerprint` skips hashing the model.
     """
 
@@ -168,23 +168,27 @@ class Steering:
 
     @torch.no_grad()
     def _inputs(self, sites: Mapping[Place, object]) -> dict[str, Tensor]:
-        """Path -> what the module reads when the model runs on one token, in the order of the calls."""
+        """Path -> what the module reads when the model runs on two rows of two tokens, in the order of the calls."""
         seen: dict[str, Tensor] = {}
 
-        def noting(path: str) -> Callable[[nn.Module, Any], None]:
-            return lambda module, args: seen.update({path: args[0]}) if path not in seen else None
+        def noting(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda module, args, named: seen.update(
+                {path: [*args, *named.values()][0]} if path not in seen else {}
+            )
 
         paths = sorted({path for path, _ in sites})
-        hooks = [self._modules[path].register_forward_pre_hook(noting(path)) for path in paths]
+        hooks = [self._modules[path].register_forward_pre_hook(noting(path), with_kwargs=True) for path in paths]
         device = next(self.model.parameters()).device
         try:
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+            self.model(input_ids=torch.zeros(2, 2, dtype=torch.long, device=device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
         for path in paths:
             if path not in seen:
                 raise InputError(f"'{path}' was not reached when the model ran, so it cannot be steered; merge it")
+            if seen[path].shape[0] % 2:
+                raise InputError(f"'{path}' does not see the rows of the batch, so it cannot be steered; merge it")
         return seen
 
     def _attach(self, sites: Mapping[Place, list[tuple[int, Entry]]], inputs: Mapping[str, Tensor]) -> None:
@@ -198,17 +202,17 @@ class Steering:
             for index, path in enumerate(group):
                 self._install(path, partial(shared.wrap, index))
         for (path, which), terms in sites.items():
-            module = self._modules[path]
+            module, device = self._modules[path], self._modules[path].get_parameter(which).device
             if is_embedding(module):
                 self._install(path, partial(wrap_embedding, module, terms, self._scales))
             elif which == "bias" and (is_linear(module) or isinstance(module, nn.LayerNorm)):
-                self._install(path, partial(wrap_added, terms, self._scales))
+                self._install(path, partial(wrap_added, terms, self._scales, device))
             elif not is_linear(module):
                 unit = unit_norm(module, which)
                 if unit is None:
                     kind = type(module).__name__
                     raise InputError(f"'{path}.{which}' of a {kind} cannot be steered; merge it with LiveModel")
-                self._install(path, partial(wrap_norm, unit, terms, self._scales))
+                self._install(path, partial(wrap_norm, unit, terms, self._scales, device))
 
     def _install(self, path: str, wrap: Callable[[Forward], Forward]) -> None:
         module = self._modules[path]

@@ -26,6 +26,9 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {},
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},  # tied embeddings
+    "gemma3_text": {"head_dim": 8},  # norms of queries and keys that see heads before tokens
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},  # LayerNorm, biases, learned positions
+    "gpt2": {},  # Conv1D, positions that do not see the batch
     "phi3": {},  # fused qkv and gate_up
     "mixtral": {"num_local_experts": 4},  # experts fused by transformers, apart in the files
     "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefvec_ray.errors import InputError
 from prefvec_ray.vectors import Steering, checkpoint_state, fingerprint, merge, to_dtype, to_low_rank
 
-DENSE = ["llama", "mistral", "qwen3", "gemma", "phi3"]
+DENSE = ["llama", "mistral", "qwen3", "gemma", "gemma3_text", "opt", "phi3"]
 ROWS = [{"a": 1.0, "b": -0.5}, {"a": 0.3}, {}, {"b": 0.8}]
 
 
@@ -78,6 +78,41 @@ def test_a_packed_batch_is_steered_by_token(tiny_model, low_rank, tokens):
         assert by_token.shape == (tokens.numel(), 2)
         steering.set_coefficients(by_token)
         torch.testing.assert_close(model(tokens).logits, by_row)
+
+
+def test_by_token_is_refused_where_a_layer_has_lost_the_order_of_tokens(tiny_model, low_rank, tokens):
+    model = tiny_model("gemma3_text")
+    with Steering(model, low_rank(model)) as steering:
+        steering.set_coefficients(torch.ones(tokens.numel(), 2))
+        with pytest.raises(InputError, match="40 rows of coefficients do not fit"):
+            model(tokens)
+
+
+def test_what_does_not_see_the_batch_is_refused(tiny_model, random_vector):
+    model = tiny_model("gpt2", n_embd=32, n_layer=2, n_head=4)
+    for part, named in (("wpe", "does not see the rows"), ("attn.c_attn", "cannot be steered")):
+        with pytest.raises(InputError, match=named):
+            Steering(model, {"a": to_low_rank(random_vector(model, 1, only=part), rank=3)})
+
+
+def test_gradients_pass_through(tiny_model, low_rank, tokens):
+    """An attack needs the gradient of a steered model's inputs; inference mode before must not spoil it."""
+    model = tiny_model("llama").requires_grad_(False)
+    vectors = low_rank(model)
+    embedded = model.get_input_embeddings()(tokens).requires_grad_()
+    with Steering(model, {key: to_low_rank(vector, rank=3) for key, vector in vectors.items()}) as steering:
+        steering.set_coefficients(ROWS)
+        with torch.inference_mode():
+            model(inputs_embeds=embedded)
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)
+    for row, coefficients in enumerate(ROWS):
+        merged = copy.deepcopy(model)
+        state = checkpoint_state(merged)
+        for name, tensor in merge(state, vectors, coefficients).items():
+            state[name].copy_(tensor)
+        own = embedded[row : row + 1].detach().requires_grad_()
+        (expected,) = torch.autograd.grad(merged(inputs_embeds=own).logits.square().sum(), own)
+        torch.testing.assert_close(gradient[row : row + 1], expected, atol=1e-2, rtol=1e-3)
 
 
 def test_full_matrices_are_shortened_and_the_error_is_stated(tiny_model, random_vector, tokens):
