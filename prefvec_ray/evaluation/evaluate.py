@@ -91,7 +91,7 @@ class Evaluator:
         seed: int = 0,
         temperature: float = 0.7,
         max_new_tokens: int = 64,
-        batch_size: int = 256,
+        batch_size: int = 384,
         template: bool = True,
         keep_samples: int = 5,
     ) -> None:

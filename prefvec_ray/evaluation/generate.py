@@ -31,7 +31,7 @@ def sample(
     temperature: float = 0.7,
     max_new_tokens: int = 64,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 384,
 ) -> list[list[str]]:
     """Sample `draws` answers to every conversation as text, indexed [conversation][draw]; special tokens
     are dropped.
@@ -61,7 +61,7 @@ def sample_ids(
     temperature: float = 0.7,
     max_new_tokens: int = 64,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 384,
 ) -> list[list[list[int]]]:
     """Sample `draws` answers to every prompt, all as token ids, indexed [prompt][draw].
 

@@ -5,6 +5,7 @@ result = search(task, ["helpful", "harmless"], "runs/search", limits={"valid": 0
 result.recommended.coefficients, result.recommended.reason
 """
 
+from prefvec_ray.search.config import EvalConfig, SearchConfig
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.pareto import compromise, hypervolume, non_dominated
 from prefvec_ray.search.result import FailedTrial, Goal, Recommendation, SearchResult
@@ -12,10 +13,12 @@ from prefvec_ray.search.run import Progress, search
 from prefvec_ray.search.trial import Task
 
 __all__ = [
+    "EvalConfig",
     "FailedTrial",
     "Goal",
     "Progress",
     "Recommendation",
+    "SearchConfig",
     "SearchResult",
     "Task",
     "compromise",

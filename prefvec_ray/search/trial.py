@@ -29,7 +29,7 @@ class Task:
     draws: int = 4
     temperature: float = 0.7
     max_new_tokens: int = 64
-    batch_size: int = 256
+    batch_size: int = 384
     seed: int = 0
     template: bool = True
     base_fingerprint: str = ""

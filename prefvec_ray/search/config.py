@@ -1,0 +1,115 @@
+"""What `prefvec eval` and `prefvec search` are given: published vectors, prompts, a scorer."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, FiniteFloat
+
+from prefvec_ray.config import Config
+from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation import TinyWorldScorer, load_scorer
+from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.registry import Registry
+from prefvec_ray.search.trial import Task
+
+TINY_WORLD = "tiny-world:"
+
+
+class MeasureConfig(Config):
+    """Vectors of one registry, measured on one set of prompts."""
+
+    base: Path
+    """Folder of the base model, tokenizer included."""
+    registry: str
+    vectors: dict[str, str] = Field(min_length=1)
+    """Name -> reference such as `helpful@1` or `helpful@production`."""
+    prompts: str
+    """A file (.jsonl or .csv with a `prompt` column, .txt a line each), or `tiny-world:<preset>:<seed>:<split>`."""
+    scorer: str
+    """`module:function` of your own, or `tiny-world:<preset>:<seed>`."""
+    output: Path
+    """Folder of the results; a search that was interrupted goes on there."""
+    draws: int = Field(default=4, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    max_new_tokens: int = Field(default=64, ge=1)
+    seed: int = 0
+    actors: int = Field(default=2, ge=1)
+    """Processes that measure at once, each with `cpus` and `gpus`."""
+    cpus: float = Field(default=1, ge=0)
+    gpus: float = Field(default=0, ge=0)
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"cpu": self.cpus, "gpu": self.gpus} if self.gpus else {"cpu": self.cpus}
+
+    def task(self) -> Task:
+        """Everything resolved and read, on the driver, before an actor starts.
+
+        Raises:
+            InputError: an unknown vector, prompts that cannot be read, a scorer that is not there.
+        """
+        scorer = _tiny_world(self.scorer, 2) if self.scorer.startswith(TINY_WORLD) else None
+        registry = Registry.open(self.registry)
+        return Task(
+            base=self.base,
+            vectors={name: registry.fetch(ref) for name, ref in self.vectors.items()},
+            prompts=_prompts(self.prompts),
+            scorer=TinyWorldScorer(scorer[0]) if scorer else load_scorer(self.scorer),
+            draws=self.draws,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+
+
+class EvalConfig(MeasureConfig):
+    """`prefvec eval --config FILE`: a table of settings."""
+
+    settings: dict[str, dict[str, FiniteFloat]] = Field(min_length=1)
+    """Name -> coefficients; vectors left out are 0."""
+
+
+class SearchConfig(MeasureConfig):
+    """`prefvec search --config FILE`: the Pareto front of some objectives, and a preset published from it."""
+
+    objectives: list[str] = Field(min_length=1)
+    """Metrics of the scorer."""
+    limits: dict[str, FiniteFloat] = {}
+    """A floor for a metric that is maximized, a ceiling for one that is minimized."""
+    ranges: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
+    """Vector -> [low, high]; default [-1, 1]."""
+    trials: int = Field(default=40, ge=2)
+    preset: str | None = None
+    """Publish the recommended setting under this name."""
+
+
+def _prompts(source: str) -> list[Any]:
+    if source.startswith(TINY_WORLD):
+        world, split = _tiny_world(source, 3)
+        return list(world.prompts(split))  # type: ignore[arg-type]
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"prompts {source}: no such file")
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
+        elif path.suffix == ".csv":
+            with path.open(newline="") as file:
+                rows = [row["prompt"] for row in csv.DictReader(file)]
+        else:
+            rows = [line for line in path.read_text().splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"prompts {source}: every row needs a `prompt`: {type(error).__name__} {error}") from error
+    if not rows or not all(isinstance(row, str) and row.strip() for row in rows):
+        raise InputError(f"prompts {source}: expected at least one prompt, each a text that is not empty")
+    return rows
+
+
+def _tiny_world(source: str, parts: int) -> tuple[TinyWorld, str]:
+    _, *words = source.split(":")
+    if len(words) != parts or not words[1].isdigit():
+        example = "tiny-world:tiny:0" + (":report" if parts == 3 else "")
+        raise InputError(f"{source!r}: expected something like {example}")
+    return TinyWorld(words[0], int(words[1])), words[-1]
