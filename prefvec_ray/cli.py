@@ -10,7 +10,7 @@ from prefvec_ray.errors import InputError
 
 
 class Commands(click.Group):
-    """Turns an InputError of any command into one line and exit code 2, and lists commands in the order they are written."""
+    """Turns an InputError of any command into one line and exit code 2; lists commands in the order they stand here."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -21,6 +21,15 @@ class Commands(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
+
+
+registry_option = click.option(
+    "--registry",
+    required=True,
+    envvar="PREFVEC_REGISTRY",
+    show_envvar=True,
+    help="Folder or bucket of the registry, such as runs/demo/registry.",
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -48,9 +57,130 @@ def demo(world: str, output: Path, name: str | None) -> None:
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
 def train(path: Path) -> None:
     """Train every preference of a config in both polarities and publish the vectors. Finished runs are skipped."""
-    from prefvec_ray.pipeline import run_training
+    from prefvec_ray import commands
 
-    run_training(_config(path, "prefvec_ray.training", "TrainingConfig"), _console())
+    commands.train(_config(path, "prefvec_ray.training", "TrainingConfig"), _console())
+
+
+@main.command("eval")
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
+def evaluate(path: Path) -> None:
+    """Measure settings of published vectors on prompts: a table, and JSON beside it."""
+    from prefvec_ray import commands
+
+    commands.evaluate(_config(path, "prefvec_ray.search", "EvalConfig"), _console())
+
+
+@main.command()
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
+def search(path: Path) -> None:
+    """Search the coefficients of published vectors; interrupted, it goes on from the settings already measured."""
+    from prefvec_ray import commands
+
+    commands.search(_config(path, "prefvec_ray.search", "SearchConfig"), _console())
+
+
+@main.command()
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML: a ServingConfig.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+def serve(path: Path, host: str, port: int) -> None:
+    """Serve an OpenAI-compatible endpoint that takes coefficients per request, until Ctrl-C."""
+    from prefvec_ray.serving import serve_forever
+
+    serve_forever(_config(path, "prefvec_ray.serving", "ServingConfig"), host=host, port=port)
+
+
+@main.command()
+@click.option("--base", required=True, type=click.Path(path_type=Path), help="Folder of the base model.")
+@registry_option
+@click.option(
+    "--set", "settings", multiple=True, metavar="REF=ETA", help="A vector and its coefficient: helpful@1=0.7."
+)
+@click.option("--preset", help="A published preset instead of --set.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Default: as the base is stored.")
+@click.option("--adapter", is_flag=True, help="A PEFT adapter, exact at these coefficients, for low-rank vectors.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing model folder.")
+def export(
+    base: Path,
+    registry: str,
+    settings: tuple[str, ...],
+    preset: str | None,
+    out: Path,
+    dtype: str | None,
+    adapter: bool,
+    overwrite: bool,
+) -> None:
+    """Write the merged model as a Hugging Face checkpoint, streamed shard by shard."""
+    from prefvec_ray import commands
+
+    chosen = preset if preset else _coefficients(settings)
+    commands.export(base, registry, chosen, out, _console(), dtype=dtype, adapter=adapter, overwrite=overwrite)
+
+
+@main.group(cls=Commands)
+def vectors() -> None:
+    """Look at published vectors."""
+
+
+@vectors.command("list")
+@registry_option
+@click.option("--json", "as_json", is_flag=True)
+def list_vectors(registry: str, as_json: bool) -> None:
+    """Every version of every vector."""
+    import json
+
+    from rich.table import Table
+
+    from prefvec_ray.registry import Registry
+
+    store = Registry.open(registry)
+    found = store.list_vectors()
+    if as_json:
+        click.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=2))
+        return
+    table = Table()
+    for column in ("vector", "form", "dtype", "base", "held-out accuracy + / -", "created", "aliases"):
+        table.add_column(column)
+    for version in found:
+        metrics = version.metrics
+        accuracy = [metrics.get(f"held_out_accuracy_{polarity}") for polarity in ("positive", "negative")]
+        aliases = [alias for alias, number in store.aliases(version.name).items() if number == version.version]
+        table.add_row(
+            version.ref,
+            version.form,
+            version.dtype,
+            version.base_fingerprint[:17],
+            " / ".join(f"{value:.2f}" if isinstance(value, float) else "–" for value in accuracy),
+            f"{version.created:%Y-%m-%d %H:%M}" if hasattr(version.created, "strftime") else str(version.created),
+            ", ".join(aliases),
+        )
+    _console().print(table)
+
+
+@vectors.command("show")
+@click.argument("ref")
+@registry_option
+def show_vector(ref: str, registry: str) -> None:
+    """Everything known of one vector, as JSON: `helpful`, `helpful@3` or `helpful@production`."""
+    from prefvec_ray.registry import Registry
+
+    click.echo(Registry.open(registry).resolve(ref).model_dump_json(indent=2))
+
+
+def _coefficients(settings: tuple[str, ...]) -> dict[str, float]:
+    """`("helpful@1=0.7",)` as `{"helpful@1": 0.7}`."""
+    chosen = {}
+    for setting in settings:
+        ref, _, eta = setting.partition("=")
+        try:
+            chosen[ref] = float(eta)
+        except ValueError:
+            raise InputError(f"--set {setting}: expected REF=ETA, such as helpful@1=0.7") from None
+    if not chosen:
+        raise InputError("nothing to merge: give --set REF=ETA once or more, or --preset NAME")
+    return chosen
 
 
 def _config(path: Path, module: str, model: str) -> Any:

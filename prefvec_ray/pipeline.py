@@ -1,24 +1,21 @@
 """The mission from top to bottom: preference data in, a served answer with chosen coefficients out.
 
-`run_pipeline` is what `prefvec demo` runs on the embedded tiny world; read it first. Each stage is one call into the room
-that does the work. Stages that finished are kept (`stages.py`), so an interrupted run goes on where it stopped, and a
-finished one only reports.
+`run_pipeline` is what `prefvec demo` runs on the embedded tiny world; read it first. Each stage is one call into the
+room that does the work. Stages that finished are kept (`stages.py`), so an interrupted run goes on where it stopped, and
+a finished one only reports.
 """
 
 import os
 import platform
 import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from prefvec_ray.cluster import connect, progress_bar
 from prefvec_ray.config import Config
 from prefvec_ray.stages import Stages
 
@@ -103,19 +100,6 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     return report(config, folder, stages, console)
 
 
-def connect(console: Console) -> None:
-    """Join the cluster of RAY_ADDRESS or of this machine, or start one here; once a process."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = ray.init(namespace="prefvec", log_to_driver=False, logging_level="ERROR", configure_logging=True)
-    cpus = ray.cluster_resources().get("CPU", 0)
-    console.print(f"   [dim]Ray cluster with {cpus:g} CPUs, dashboard {context.dashboard_url or 'off'}[/dim]")
-
-
 def training_config(config: PipelineConfig, folder: Path) -> "TrainingConfig":
     """The demo's training job: both labels of one file of pairs, each its own preference."""
     from prefvec_ray.training import PreferenceData, TrainingConfig
@@ -143,12 +127,12 @@ def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, 
     """The tiny world's base model, in Hugging Face format under `base/`."""
     import ray
 
-    from prefvec_ray.training.progress import Board
+    from prefvec_ray.training.progress import start_board
 
     connect(console)
-    board = Board.remote()
+    board = start_board()
     job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
-    with _bar(console, "steps of fine-tuning") as tell:
+    with progress_bar(console, "steps of fine-tuning") as tell:
         while not ray.wait([job], timeout=1)[0]:
             row = ray.get(board.read.remote()).get("base")
             if row:
@@ -208,7 +192,7 @@ def evaluate(
     points = grid(PREFERENCES, steps=config.grid_steps)
     (folder / "evaluation").mkdir(exist_ok=True)
     for seed in config.dpo_seeds:
-        with _bar(console, f"settings of seed {seed}") as tell:
+        with progress_bar(console, f"settings of seed {seed}") as tell:
             measured = measure(
                 measuring(world, "report", folder, combined(runs, seed), draws=config.draws),
                 [*(setting.coefficients for setting in table), *points],
@@ -266,7 +250,7 @@ def search(
     connect(console)
     seed = config.dpo_seeds[0]
     vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
-    with _bar(console, "settings tried") as tell:
+    with progress_bar(console, "settings tried") as tell:
         result = run_search(
             measuring(world, "search", folder, vectors, draws=config.search_draws),
             PREFERENCES,
@@ -314,7 +298,7 @@ def serve(
     found: dict[str, Any],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Ask one endpoint the same questions at several settings with the `openai` client; print the answers side by side."""
+    """Ask one endpoint the same questions at several settings with the `openai` client; print the answers in columns."""
     from openai import OpenAI
     from rich.table import Table
 
@@ -409,24 +393,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; in a log, that is no terminal, a line now and then."""
-    if not console.is_terminal:
-        last = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            if done == total or time.monotonic() - last > 10:
-                last = time.monotonic()
-                console.print(f"   {done}/{total} {what}")
-
-        yield line
-        return
-    with Progress(
-        TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

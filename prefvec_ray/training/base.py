@@ -28,9 +28,9 @@ def sft(
     """Train `model` in place on conversational prompt-completion examples and return the mean loss of the last tenth.
 
     The whole conversation is learned, prompt included: a model from nothing needs the prompts' words too. Batches hold
-    examples of similar length, so that little is padding. AdamW, linear warm-up over the first 5% of the steps, then linear
-    decay to 0. `progress(step, total, loss)` is called after every step. Equal arguments give equal weights on one machine
-    with one thread.
+    examples of similar length, so that little is padding. AdamW, linear warm-up over the first 5% of the steps, then
+    linear decay to 0. `progress(step, total, loss)` is called after every step. Equal arguments give equal weights on
+    one machine with one thread.
     """
     texts = [
         tokenizer.apply_chat_template([*example["prompt"], *example["completion"]], tokenize=False)

@@ -20,7 +20,7 @@ from prefvec_ray.preferences import flip
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 Polarity = Literal["positive", "negative"]
-SIGN = {"positive": "+", "negative": "-"}
+SIGN: dict[Polarity, str] = {"positive": "+", "negative": "-"}
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
 

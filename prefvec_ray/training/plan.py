@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
-from prefvec_ray.training.progress import Board, ProgressTable
+from prefvec_ray.training.progress import ProgressTable, start_board
 
 
 class RunsFailedError(RuntimeError):
@@ -66,7 +66,7 @@ def _run_waiting(
     waiting: list[RunSpec], resources: Resources, storage: Path, retries: int, table: ProgressTable
 ) -> dict[str, str]:
     """Drive the runs until all have ended; the reasons of those that failed, by label."""
-    board = Board.remote()
+    board = start_board()
     ended: queue.Queue[tuple[RunSpec, str | None]] = queue.Queue()
 
     def control(spec: RunSpec) -> None:

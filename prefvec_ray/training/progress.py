@@ -14,7 +14,6 @@ from rich.live import Live
 from rich.table import Table
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """The latest word of every run. Small on purpose: losing it loses no work."""
 
@@ -39,6 +38,11 @@ class Board:
                     eta = (row["total"] - row["step"]) * (row["seen"] - since) / done
             rows[key] = {**{k: v for k, v in row.items() if k not in ("first", "seen")}, "eta": eta}
         return rows
+
+
+def start_board() -> Any:
+    """A board actor of this job; it takes no CPU."""
+    return ray.remote(num_cpus=0)(Board).remote()
 
 
 class ProgressTable:

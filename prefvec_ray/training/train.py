@@ -15,7 +15,7 @@ from datasets import Dataset, load_from_disk
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import data_digest, load_preferences, split_by_prompt
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
-from prefvec_ray.training.dpo import RunSpec, load_tokenizer
+from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
 from prefvec_ray.training.plan import fit, run_plan, worker_setup
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
@@ -184,7 +184,7 @@ def _reference_worker(config: dict[str, Any]) -> None:
 def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> list[RunSpec]:
     """Preferences x polarities x seeds, and one run on mixed data a seed where asked for. Keys are stable."""
     base = fingerprint(config.base)
-    wanted = [([name], polarity) for name in references for polarity in ("positive", "negative")]
+    wanted: list[tuple[list[str], Polarity]] = [([name], polarity) for name in references for polarity in SIGN]
     if config.mixed:
         wanted.append((list(references), "positive"))
     specs = []

@@ -1,0 +1,174 @@
+"""What the commands of `cli.py` do where it is more than one call. Each takes a checked config and a console."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prefvec_ray.cluster import connect, progress_bar
+
+if TYPE_CHECKING:
+    from prefvec_ray.search import EvalConfig, SearchConfig
+    from prefvec_ray.training import TrainingConfig
+
+
+def train(config: "TrainingConfig", console: Console) -> None:
+    """Train, publish, and show how the held-out pairs separate."""
+    from prefvec_ray.registry import start_registry
+    from prefvec_ray.training import publish_vectors, train_vectors
+    from prefvec_ray.training.train import prepare_data, working_base
+
+    config.check()
+    for name, data in prepare_data(config).items():
+        notes = "".join(f"; {note}" for note in data["notes"])
+        console.print(
+            f"{name}: {data['pairs']} pairs ({data['format']}), {data['test_pairs']} held out{notes}", soft_wrap=True
+        )
+    connect(console)
+    summary = train_vectors(config)
+    published = publish_vectors(summary, start_registry(config.store))
+    table = Table(title="Held-out pairs, never flipped: above 0.5 for +, below for -", title_justify="left")
+    for column in (
+        "run",
+        "pairs",
+        "first loss",
+        "last loss",
+        "held-out accuracy",
+        "margin",
+        "held-out pairs",
+        "seconds",
+    ):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for run in summary["runs"]:
+        for name, held_out in run["held_out"].items():
+            sign = "+" if run["spec"]["polarity"] == "positive" else "-"
+            table.add_row(
+                f"{run['spec']['preference']}{sign} seed {run['spec']['seed']}"
+                + (f" on {name}" if len(run["held_out"]) > 1 else ""),
+                str(run["pairs"]),
+                f"{run['history'][0]['loss']:.3f}",
+                f"{run['history'][-1]['loss']:.3f}",
+                f"{held_out['accuracy']:.3f}",
+                f"{held_out['margin']:+.3f}",
+                str(held_out["pairs"]),
+                f"{run['seconds']:.0f}",
+            )
+    console.print(table)
+    console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
+    console.print(f"base to evaluate, export and serve with: {working_base(config)}", soft_wrap=True)
+
+
+def evaluate(config: "EvalConfig", console: Console) -> None:
+    """Measure the settings; print the table and write `<output>/evaluation.json`."""
+    from prefvec_ray.search import measure
+
+    task = config.task()
+    _check_settings(config)
+    connect(console)
+    with progress_bar(console, "settings") as tell:
+        measured = measure(
+            task, list(config.settings.values()), actors=config.actors, resources=config.resources, progress=tell
+        )
+    metrics = task.load_scorer().metrics
+    table = Table(title=f"{len(task.prompts)} prompts x {config.draws} draws, mean ± standard error over prompts")
+    table.add_column("setting")
+    arrows = {"maximize": " ↑", "minimize": " ↓", None: ""}
+    for name, metric in metrics.items():
+        table.add_column(name + arrows[metric.direction], justify="right")
+    for name, evaluation in zip(config.settings, measured, strict=True):
+        table.add_row(name, *(str(evaluation.metrics.get(metric) or "–") for metric in metrics))
+    console.print(table)
+    config.output.mkdir(parents=True, exist_ok=True)
+    results = {name: e.model_dump() for name, e in zip(config.settings, measured, strict=True)}
+    (config.output / "evaluation.json").write_text(json.dumps(results))
+    console.print(f"{config.output / 'evaluation.json'}", soft_wrap=True)
+
+
+def search(config: "SearchConfig", console: Console) -> None:
+    """Search, print the front and the recommendation, publish it where the config names a preset."""
+    from prefvec_ray.registry import start_registry
+    from prefvec_ray.search import search as run_search
+
+    task = config.task()
+    connect(console)
+    with progress_bar(console, "settings tried") as tell:
+        result = run_search(
+            task,
+            config.objectives,
+            config.output,
+            ranges=config.ranges,
+            limits=config.limits,
+            trials=config.trials,
+            actors=config.actors,
+            seed=config.seed,
+            resources=config.resources,
+            progress=lambda now: tell(now.done, now.trials),
+        )
+    table = Table(title=f"The front: {len(result.front)} of {len(result.trials)} settings", title_justify="left")
+    for column in (*config.vectors, *config.objectives):
+        table.add_column(column, justify="right")
+    for trial in result.front:
+        etas = (f"{trial.coefficients.get(name, 0.0):.2f}" for name in config.vectors)
+        table.add_row(*etas, *(str(trial.metrics[name]) for name in config.objectives))
+    console.print(table)
+    chosen = result.recommended
+    if chosen is None:
+        console.print("nothing to recommend: no setting keeps the limits")
+        return
+    console.print(f"recommended {chosen.coefficients}: {chosen.reason}", soft_wrap=True)
+    if config.preset:
+        registry = start_registry(config.registry)
+        pinned = {registry.resolve(ref).ref: chosen.coefficients[name] for name, ref in config.vectors.items()}
+        best = next(trial for trial in result.front if trial.coefficients == chosen.coefficients)
+        evidence = {name: value.model_dump() for name, value in best.metrics.items() if value is not None}
+        preset = registry.publish_preset(config.preset, pinned, metrics=evidence, reason=chosen.reason)
+        console.print(f"published {preset.name}@{preset.version}")
+
+
+def export(
+    base: Path,
+    registry: str,
+    chosen: str | dict[str, float],
+    out: Path,
+    console: Console,
+    *,
+    dtype: str | None,
+    adapter: bool,
+    overwrite: bool,
+) -> None:
+    """Merge published vectors, by preset name or by reference, into a checkpoint or a PEFT adapter."""
+    import torch
+
+    from prefvec_ray.registry import Registry
+    from prefvec_ray.vectors import export_adapter, export_model, load_vector
+
+    store = Registry.open(registry)
+    coefficients = store.resolve_preset(chosen).coefficients if isinstance(chosen, str) else chosen
+    versions = {ref: store.resolve(ref) for ref in coefficients}
+    vectors = {ref: load_vector(store.fetch(ref)) for ref in coefficients}
+    if adapter:
+        export_adapter(vectors, coefficients, out, base_model=str(base), overwrite=overwrite)
+    else:
+        with progress_bar(console, "bytes") as tell:
+            export_model(
+                base,
+                vectors,
+                coefficients,
+                out,
+                dtype=getattr(torch, dtype) if dtype else None,
+                overwrite=overwrite,
+                lineage={ref: f"{version.ref} {version.digest}" for ref, version in versions.items()},
+                progress=tell,
+            )
+    console.print(f"{out}", soft_wrap=True)
+
+
+def _check_settings(config: Any) -> None:
+    from prefvec_ray.errors import InputError
+
+    for name, coefficients in config.settings.items():
+        unknown = set(coefficients) - set(config.vectors)
+        if unknown:
+            raise InputError(f"setting {name!r} names {sorted(unknown)}; the vectors are: {', '.join(config.vectors)}")
