@@ -57,11 +57,12 @@ def export_model(
     if out.resolve() == base_folder.resolve():
         raise InputError(f"{out}: is the base model's own folder; choose another")
     check_fit(checkpoint, vectors, base_fingerprint or fingerprint(base_folder))
+    state = dict(checkpoint)
     moved = {name: vectors[name] for name, eta in etas.items() if eta != 0}
     numbers = [etas[name] for name in moved]
 
     def produce(name: str, index: Index, scratch: Tensor) -> Tensor:
-        base = checkpoint.tensor(name)[index]
+        base = state[name][index]
         terms = [(k, part_of(v.entry(name), index)) for k, v in enumerate(moved.values()) if name in v]
         if not terms and base.dtype == scratch.dtype:
             return base
@@ -69,7 +70,7 @@ def export_model(
             raise InputError(f"'{name}' would hold NaN or infinity at {etas}; choose smaller coefficients")
         return scratch
 
-    like = {name: checkpoint.tensor(name).to("meta") for name in checkpoint.names()}
+    like = {name: tensor.to("meta") for name, tensor in state.items()}
     if dtype is not None:
         like = {name: tensor.to(dtype) if tensor.dtype in CODES else tensor for name, tensor in like.items()}
     with (

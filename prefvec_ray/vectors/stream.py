@@ -17,7 +17,7 @@ from prefvec_ray.vectors.fused import FusedMerge, Segment
 from prefvec_ray.vectors.precision import RoundingStats, StorageLoss
 from prefvec_ray.vectors.writer import Index, Progress, ShardWriter, new_folder
 
-SAMPLE = 4 << 20  # elements that precision is measured on, spread over all parameters
+SAMPLE = 1 << 20  # numbers that precision is measured on, spread over all parameters
 BLOCK = 4096
 
 
@@ -39,19 +39,19 @@ def extract_from_checkpoints(
 
     The numbers are those of `vector_from_checkpoints`: one fp32 subtraction and one rounding to `dtype`. Parameters
     that are equal in both checkpoints are left out; how the three folders are sharded makes no difference. Precision is
-    measured on a sample of up to 4 million numbers, with a PrecisionWarning where rounding dominates. `out` appears
+    measured on a sample of about a million numbers, with a PrecisionWarning where rounding dominates. `out` appears
     complete or not at all.
 
     Raises InputError for parameters that are missing, extra or misshapen against the base, two equal checkpoints, an
     existing `out`, files that cannot be trusted, and (without any output) for NaN, infinity and overflow of `dtype`.
     """
-    base, plus, minus = (Checkpoint(folder) for folder in (base_folder, positive_folder, negative_folder))
-    for which, checkpoint in (("positive", plus), ("negative", minus)):
-        check_same_parameters(base, checkpoint, which)
+    base, plus, minus = (dict(Checkpoint(folder)) for folder in (base_folder, positive_folder, negative_folder))
+    for which, state in (("positive", plus), ("negative", minus)):
+        check_same_parameters(base, state, which)
     names = {value: name for name, value in FLOAT_DTYPES.items()}
     if dtype not in names:
         raise InputError(f"cannot store a vector in {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
-    changed = [name for name in plus.names() if _differs(name, plus.tensor(name), minus.tensor(name))]
+    changed = [name for name in plus if _differs(name, plus[name], minus[name])]
     if not changed:
         raise InputError(f"{positive_folder} and {negative_folder} are equal; give checkpoints of two runs")
     precision, rounding = _precision(plus, minus, changed, dtype)
@@ -68,13 +68,13 @@ def extract_from_checkpoints(
     )
 
     def produce(name: str, index: Index, scratch: Tensor) -> Tensor:
-        theta_minus = Full(minus.tensor(name)[index])
-        segment = Segment(name, scratch, plus.tensor(name)[index], ((0, theta_minus),))
+        theta_minus = Full(minus[name][index])
+        segment = Segment(name, scratch, plus[name][index], ((0, theta_minus),))
         if FusedMerge([segment], threads=1).run([-1.0]) is not None:
             raise InputError(f"'{name}' holds NaN or infinity, or its change overflows {dtype}; train the run again")
         return scratch
 
-    like = {name: torch.empty(plus.tensor(name).shape, dtype=dtype, device="meta") for name in changed}
+    like = {name: torch.empty(plus[name].shape, dtype=dtype, device="meta") for name in changed}
     with (
         new_folder(Path(out)) as folder,
         ShardWriter(folder, STEM, like, max_shard_size=max_shard_size, metadata=to_metadata(info)) as writer,
@@ -104,13 +104,13 @@ def _differs(name: str, plus: Tensor, minus: Tensor) -> bool:
 
 
 def _precision(
-    plus: Checkpoint, minus: Checkpoint, names: Sequence[str], dtype: torch.dtype
+    plus: Mapping[str, Tensor], minus: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype
 ) -> tuple[dict[str, JsonValue], RoundingStats]:
     """What `VectorInfo.precision` says, from blocks spread evenly over every parameter, as many as its share."""
-    total = sum(plus.tensor(name).numel() for name in names)
+    total = sum(plus[name].numel() for name in names)
     loss, rounding = StorageLoss(), RoundingStats()
     for name in names:
-        pair = [checkpoint.tensor(name).reshape(-1) for checkpoint in (plus, minus)]
+        pair = [state[name].reshape(-1) for state in (plus, minus)]
         blocks = -(-min(SAMPLE, total) * pair[0].numel() // (total * BLOCK))
         last = max(0, pair[0].numel() - BLOCK)
         starts = [i * last // max(1, blocks - 1) for i in range(blocks)]
