@@ -263,6 +263,8 @@ def _scale(config: ServingConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_ongoing_requests": 2 * config.engine.max_batch,
         "max_queued_requests": config.limits.queued_requests,
+        # A replica that must go finishes the answers it has begun.
+        "graceful_shutdown_timeout_s": config.limits.seconds,
         "ray_actor_options": {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
     }
     if wanted.min == wanted.max:

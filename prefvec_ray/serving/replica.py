@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jinja2
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, Request
+from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
 from prefvec_ray.serving.lineup import Lineup, open_registry
-from prefvec_ray.serving.slots import Holder, Merged, SlotEngine, Steered
+from prefvec_ray.serving.slots import SlotEngine
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, load_vector
 
 
@@ -24,8 +26,11 @@ class Replica:
     def __init__(self, config: ServingConfig, lineup: Lineup):
         torch.set_num_threads(config.engine.threads)
         self._config = config
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.base, local_files_only=True)
-        self.engine = build_engine(config, lineup, self.tokenizer)
+        self._tokenizer = load_tokenizer(config)
+        # A long prompt takes its time; meanwhile the answers of others must flow. One thread, because a tokenizer may
+        # be changed by a call; the engine decodes with one of its own.
+        self._encoding = ThreadPoolExecutor(1)
+        self.engine = build_engine(config, lineup)
 
     async def stream(self, job: Job) -> AsyncIterator[Started | list[Event]]:
         """`Started`, then lists of events until every answer has its finish_reason.
@@ -33,7 +38,8 @@ class Replica:
         Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
         prompts that do not fit and chats that the template refuses, EngineError where generation failed.
         """
-        requests = self._requests(job)
+        loop = asyncio.get_running_loop()
+        requests = await loop.run_in_executor(self._encoding, self._requests, job)
         yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         tasks = [asyncio.create_task(self._feed(i, request, events)) for i, request in enumerate(requests)]
@@ -93,16 +99,16 @@ class Replica:
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            return tuple(self.tokenizer(prompt)["input_ids"])
+            return tuple(self._tokenizer(prompt)["input_ids"])
         if all(isinstance(token, int) for token in prompt):
             return tuple(token for token in prompt if isinstance(token, int))
-        if self.tokenizer.chat_template is None:
+        if self._tokenizer.chat_template is None:
             raise InputError("this model has no chat template; use /v1/completions")
         try:
-            text = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def _feed(self, index: int, request: Request, events: "asyncio.Queue[Event | Exception]") -> None:
         try:
@@ -118,7 +124,13 @@ def _event(item: Event | Exception) -> Event:
     return item
 
 
-def build_engine(config: ServingConfig, lineup: Lineup, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:
+    """The base folder's tokenizer."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.base, local_files_only=True)
+    return tokenizer
+
+
+def build_engine(config: ServingConfig, lineup: Lineup) -> Engine:
     """Load the base with its vectors as the config says, generate one token, and start.
 
     Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
@@ -143,6 +155,8 @@ def build_engine(config: ServingConfig, lineup: Lineup, tokenizer: PreTrainedTok
         holder = Steered(Steering(model, vectors, base_fingerprint=base))
     else:
         holder = Merged(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
-    engine = SlotEngine(holder, tokenizer, max_batch=config.engine.max_batch, turn_steps=config.engine.turn_steps)
+    engine = SlotEngine(
+        holder, load_tokenizer(config), max_batch=config.engine.max_batch, turn_steps=config.engine.turn_steps
+    )
     engine.warm_up(lineup.policy.coefficients({}))
     return engine.start()

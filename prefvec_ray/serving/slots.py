@@ -19,9 +19,8 @@ import logging
 import random
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,79 +36,14 @@ from prefvec_ray.serving.engine import (
     PromptTooLongError,
     Request,
 )
+from prefvec_ray.serving.holders import Holder
 from prefvec_ray.serving.kv import SlotCache, context_length
 from prefvec_ray.serving.sampling import choose
 from prefvec_ray.serving.text import TextStream
-from prefvec_ray.vectors import LiveModel, Steering
 
 log = logging.getLogger(__name__)
 
 OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
-
-
-class Holder(Protocol):
-    """How coefficients get into the model."""
-
-    model: PreTrainedModel
-    merges: int
-
-    def group(self, coefficients: Coefficients) -> Hashable:
-        """Requests of one group may be computed in one batch."""
-        ...
-
-    def apply(self, rows: Sequence[Coefficients]) -> None:
-        """Prepare the next forward pass, whose rows are of one group and have these coefficients."""
-        ...
-
-    def forget(self) -> None:
-        """The model may be in any state (an error interrupted it): the next `apply` must not trust it."""
-        ...
-
-
-class Merged:
-    """One set of coefficients at a time, merged into the weights; rewritten only when the set changes."""
-
-    def __init__(self, live: LiveModel):
-        self.live = live
-        self.model = live.model
-        self.merges = 0
-        self._current: Coefficients | None = None
-
-    def group(self, coefficients: Coefficients) -> Hashable:
-        return coefficients
-
-    def apply(self, rows: Sequence[Coefficients]) -> None:
-        if rows[0] != self._current:
-            self._current = None
-            self.live.set_coefficients(dict(rows[0]))
-            self._current = rows[0]
-            self.merges += 1
-
-    def forget(self) -> None:
-        self._current = None
-
-
-class Steered:
-    """Every row's own coefficients, beside the weights: requests of all settings share one batch."""
-
-    merges = 0
-
-    def __init__(self, steering: Steering):
-        self.steering = steering
-        self.model: PreTrainedModel = steering.model
-        self._current: list[Coefficients] | None = None
-
-    def group(self, coefficients: Coefficients) -> Hashable:
-        return None
-
-    def apply(self, rows: Sequence[Coefficients]) -> None:
-        # Columns need no names: coefficients are sorted by preference, as the steering's columns are.
-        if rows != self._current:
-            self.steering.set_coefficients(torch.tensor([[eta for _, eta in row] for row in rows]))
-            self._current = list(rows)
-
-    def forget(self) -> None:
-        self._current = None
 
 
 @dataclass(eq=False)
@@ -457,10 +391,10 @@ def _discard_cancelled(tickets: deque[Ticket]) -> int:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer, by the generation config or, where it names none, the tokenizer."""
+    """Tokens that end an answer: the generation config's, and the tokenizer's, which ends a turn of a chat."""
     named = model.generation_config.eos_token_id if model.generation_config else None
-    named = tokenizer.eos_token_id if named is None else named
-    return frozenset([named] if isinstance(named, int) else named or [])
+    both = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return frozenset(token for token in both if token is not None)
 
 
 def _wants_additive_mask(model: PreTrainedModel) -> bool:

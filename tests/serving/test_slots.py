@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.engine import EngineError, Piece, PromptTooLongError, Request
-from prefvec_ray.serving.slots import Merged, SlotEngine, Steered
+from prefvec_ray.serving.holders import Merged, Steered
+from prefvec_ray.serving.slots import SlotEngine
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint
 
 SETTINGS = [(0.0, 0.0), (0.5, -0.5), (1.0, 1.0), (-1.0, 0.3), (0.0, -1.0)]
