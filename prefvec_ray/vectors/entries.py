@@ -32,7 +32,7 @@ class Full:
         return {"full": self.values}
 
     def squared_norm(self) -> float:
-        return self.values.double().square().sum().item()
+        return _squared(self.values)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Int8:
         return {"int8": self.values, "scale": self.scale}
 
     def squared_norm(self) -> float:
-        return self.dense().double().square().sum().item()
+        return _squared(self.dense())
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ def error_norm(exact: Entry, stored: Entry) -> float:
     roundings of B and A. The entry of lower rank is filled up with zeros.
     """
     if not (isinstance(exact, LowRank) and isinstance(stored, LowRank)):
-        return (exact.dense().double() - stored.dense().double()).square().sum().item()
+        same = isinstance(exact, Full) and isinstance(stored, Full) and exact.values is stored.values
+        return 0.0 if same else _squared(exact.dense() - stored.dense())
     rank = max(exact.rank, stored.rank)
     A_RI, stored_A = (pad(e.A_RI.double(), (0, 0, 0, rank - e.rank)) for e in (exact, stored))
     B_OR, stored_B = (pad(e.B_OR.double(), (0, rank - e.rank)) for e in (exact, stored))
@@ -136,6 +137,11 @@ def error_norm(exact: Entry, stored: Entry) -> float:
     second = ((stored_B.mT @ stored_B) * (dA_RI @ dA_RI.mT)).sum()
     cross = ((dB_OR.mT @ stored_B) * (A_RI @ dA_RI.mT)).sum()
     return (first + second + 2 * cross).clamp(min=0).item()
+
+
+def _squared(values: Tensor) -> float:
+    """|values|^2, accumulated in float64 without a copy in it."""
+    return torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
 
 
 def is_finite(entry: Entry) -> bool:

@@ -22,6 +22,7 @@ class PrecisionWarning(UserWarning):
 
 # Below this expected cosine with the true phi (a fifth of what is stored is noise) a warning is given.
 COSINE_WARNING = 0.9
+BLOCK = 4096
 
 
 @dataclass
@@ -74,15 +75,16 @@ class RoundingStats:
         # A rounded source against an exact one that lies between the rounded numbers: all of its rounding shows.
         between = any(not torch.equal(values, values.to(coarse).to(values.dtype)) for values in (positive, negative))
         bound = (ulp(positive).flatten().square() + ulp(negative).flatten().square()) / 12
-        # Blocks, because rows of a matrix differ in size and one mean over all of them would overstate the
-        # noise.
-        for block, limit in zip(difference.split(4096), bound.split(4096), strict=True):
-            energy = block.double().square().sum().item()
-            mean, size = block.double().abs().mean().item(), block.numel()
-            squared_mean = max(mean**2 - max(energy / size - mean**2, 0) / size, 0)
-            beyond = max(energy - math.pi / 2 * squared_mean * size, 0)
-            self.energy += energy
-            self.noise += min(energy if between else beyond, limit.double().sum().item())
+        # Blocks, because rows of a matrix differ in size and one mean over all of them would overstate the noise.
+        whole = difference.numel() // BLOCK * BLOCK
+        for part, size in ((slice(whole), BLOCK), (slice(whole, None), max(difference.numel() - whole, 1))):
+            blocks, limits = difference[part].view(-1, size), bound[part].view(-1, size).sum(-1).double()
+            energy = blocks.square().sum(-1).double()
+            mean_square = blocks.abs().mean(-1).double().square()
+            mean_square = (mean_square - (energy / size - mean_square) / size).clamp(min=0)  # of a finite sample
+            beyond = energy if between else (energy - math.pi / 2 * mean_square * size).clamp(min=0)
+            self.energy += energy.sum().item()
+            self.noise += torch.minimum(beyond, limits).sum().item()
 
     def report(self) -> dict[str, JsonValue]:
         """source dtype, fraction of entries that are 0, noise over signal (norms), expected cosine with the
