@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 
 
 class Commands(click.Group):
-    """Turns an InputError of any command into one line and exit code 2; lists commands in the order they stand here."""
+    """One line and exit code 2 for an InputError, 1 for a JobError; lists commands in the order of this file."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -18,6 +18,9 @@ class Commands(click.Group):
         except InputError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(2)
+        except JobError as error:
+            click.echo(f"failed: {error}", err=True)
+            sys.exit(1)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
@@ -45,7 +48,7 @@ def main() -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option("--name", default=None, help="Name of the run folder; default: demo, or demo-micro.")
 def demo(world: str, output: Path, name: str | None) -> None:
-    """The whole mission on the embedded tiny world: train, search, serve, report. Interrupted, it goes on from there."""
+    """The whole mission on the embedded tiny world: train, search, serve, report. Interrupted, it goes on."""
     from prefvec_ray.pipeline import MICRO, PipelineConfig, run_pipeline
 
     config = PipelineConfig() if world == "tiny" else MICRO
@@ -130,6 +133,7 @@ def vectors() -> None:
 def list_vectors(registry: str, as_json: bool) -> None:
     """Every version of every vector."""
     import json
+    import time
 
     from rich.table import Table
 
@@ -141,7 +145,7 @@ def list_vectors(registry: str, as_json: bool) -> None:
         click.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=2))
         return
     table = Table()
-    for column in ("vector", "form", "dtype", "base", "held-out accuracy + / -", "created", "aliases"):
+    for column in ("vector", "form", "dtype", "base", "accuracy +/-", "created", "aliases"):
         table.add_column(column)
     for version in found:
         metrics = version.metrics
@@ -151,9 +155,9 @@ def list_vectors(registry: str, as_json: bool) -> None:
             version.ref,
             version.form,
             version.dtype,
-            version.base_fingerprint[:17],
+            version.base_fingerprint.removeprefix("blake3:")[:10],
             " / ".join(f"{value:.2f}" if isinstance(value, float) else "–" for value in accuracy),
-            f"{version.created:%Y-%m-%d %H:%M}" if hasattr(version.created, "strftime") else str(version.created),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created)),
             ", ".join(aliases),
         )
     _console().print(table)
@@ -195,3 +199,7 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="prefvec")

@@ -1,8 +1,8 @@
 """The mission from top to bottom: preference data in, a served answer with chosen coefficients out.
 
 `run_pipeline` is what `prefvec demo` runs on the embedded tiny world; read it first. Each stage is one call into the
-room that does the work. Stages that finished are kept (`stages.py`), so an interrupted run goes on where it stopped, and
-a finished one only reports.
+room that does the work. Stages that finished are kept (`stages.py`): an interrupted run goes on where it stopped, and a
+finished one only reports.
 """
 
 import os
@@ -171,12 +171,18 @@ def train(training: "TrainingConfig", console: Console) -> dict[str, Any]:
 
 
 def publish(training: "TrainingConfig", runs: dict[str, Any], console: Console) -> dict[str, str]:
-    """Publish every vector; `helpful-s0` -> `helpful@1`. The first seed's is `production`."""
+    """Publish every vector; `helpful-s0` -> `helpful@1`. Those of the first seed become `production`."""
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors
 
     connect(console)
-    return publish_vectors(runs, start_registry(training.store))
+    registry = start_registry(training.store)
+    published = publish_vectors(runs, registry)
+    for preference in PREFERENCES:
+        name, number = published[f"{preference}-s{training.seeds[0]}"].split("@")
+        reason = f"the first DPO seed of {training.name}"
+        registry.set_alias(name, "production", int(number), reason, request=f"{training.name} {name}@{number}")
+    return published
 
 
 def evaluate(
@@ -298,7 +304,7 @@ def serve(
     found: dict[str, Any],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Ask one endpoint the same questions at several settings with the `openai` client; print the answers in columns."""
+    """Ask one endpoint the same questions at several settings with the `openai` client; print the answers."""
     from openai import OpenAI
     from rich.table import Table
 

@@ -1,7 +1,8 @@
 """Many DPO runs at once on Ray Train: N preferences x 2 polarities x seeds, each its own TorchTrainer.
 
-A run is controlled by a thread of the driver that waits in `TorchTrainer.fit`. At most as many are started as fit on the
-cluster, so that queued runs cost nothing and none waits for what another holds. A run that fails leaves the others alone.
+A run is controlled by a thread of the driver that waits in `TorchTrainer.fit`. At most as many are started as fit on
+the cluster, so that queued runs cost nothing and none waits for what another holds. A run that fails leaves the others
+alone.
 """
 
 import json
@@ -18,12 +19,13 @@ import ray
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from prefvec_ray.errors import JobError
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
 from prefvec_ray.training.progress import ProgressTable, start_board
 
 
-class RunsFailedError(RuntimeError):
+class RunsFailedError(JobError):
     """Some runs of a plan failed; the finished ones are kept and will be skipped next time."""
 
 
@@ -74,8 +76,8 @@ def _run_waiting(
         try:
             fit(_dpo_worker, config, spec.key, resources, storage, retries=retries)
             ended.put((spec, None))
-        except TrainingFailedError as error:
-            ended.put((spec, failure_reason(error)))
+        except RunsFailedError as error:
+            ended.put((spec, str(error)))
         except Exception as error:  # a thread has nobody above it who would see this
             ended.put((spec, f"{type(error).__name__}: {error}"))
 
@@ -111,7 +113,7 @@ def fit(
     itself would only be raised again, so it ends the run at once.
 
     Raises:
-        TrainingFailedError: the run failed for good.
+        RunsFailedError: the run failed for good; the message is the reason alone.
     """
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -132,7 +134,9 @@ def fit(
             return trainer.fit().return_value
         except WorkerGroupError as error:
             if attempt == retries or not _worker_died(error):
-                raise
+                raise RunsFailedError(failure_reason(error)) from error
+        except TrainingFailedError as error:
+            raise RunsFailedError(failure_reason(error)) from error
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 

@@ -1,7 +1,7 @@
 """From a config to published vectors: data, reference log-probs, parallel DPO runs, extraction.
 
-Every step writes its result under `config.folder` and is skipped when that result is there: an interrupted job is simply
-started again. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
+Every step writes its result under `config.folder` and is skipped when that result is there: an interrupted job is
+simply started again. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
 """
 
 import json
@@ -16,7 +16,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import data_digest, load_preferences, split_by_prompt
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
-from prefvec_ray.training.plan import fit, run_plan, worker_setup
+from prefvec_ray.training.plan import RunsFailedError, fit, run_plan, worker_setup
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
 TRANSCRIPT_TEMPLATE = (
@@ -152,13 +152,11 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
             "dpo": config.dpo,
             "datasets": missing,
         }
-        fit(
-            _reference_worker,
-            job,
-            f"reference-{_key(*missing.values())}",
-            config.resources,
-            config.folder / "ray",
-        )
+        name = f"reference-{_key(*missing.values())}"
+        try:
+            fit(_reference_worker, job, name, config.resources, config.folder / "ray")
+        except RunsFailedError as error:
+            raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
     return references
 
 
@@ -245,7 +243,7 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
 
 
 def publish_vectors(summary: dict[str, Any], registry: Any) -> dict[str, str]:
-    """Publish every vector of `train_vectors`, with the held-out figures of its two runs; the same again changes nothing.
+    """Publish every vector of `train_vectors` with the held-out figures of its two runs; the same again does nothing.
 
     Args:
         registry: a Registry or RegistryClient.

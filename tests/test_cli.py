@@ -1,0 +1,154 @@
+"""What people type: help that answers at once, and mistakes that cost one line and no time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = "name: job\nbase: {base}\npreferences: {{helpful: {{data: {data}}}}}\n"
+
+
+def prefvec(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "prefvec_ray.cli", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def refused(*words: str, cwd: Path | None = None) -> str:
+    done = prefvec(*words, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['prefvec', '--help']\n"
+        "from prefvec_ray.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("demo", "train", "eval", "search", "serve", "export", "vectors"):
+        assert f"  {command} " in done.stdout
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Writes a training config and returns its path."""
+
+    def write(base: str = "base", data: str = "pairs.jsonl", more: str = "") -> str:
+        path = tmp_path / "job.yaml"
+        path.write_text(CONFIG.format(base=base, data=data) + more)
+        return str(path)
+
+    return write
+
+
+def test_config_mistakes_are_one_line_before_any_training(job, tmp_path):
+    assert "no such file" in refused("train", "--config", str(tmp_path / "missing.yaml"))
+    assert "unknown setting 'epochs'" in refused("train", "--config", job(more="epochs: 3\n"))
+    assert "no config.json" in refused("train", "--config", job(base=str(tmp_path)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_data_mistakes_are_one_line_before_any_training(job, tmp_path, demo_run):
+    base = str(demo_run["folder"] / "base")
+    assert "nowhere.jsonl" in refused("train", "--config", job(base, "nowhere.jsonl"), cwd=tmp_path)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"prompt": "Hi", "chosen": "Hello"}) + "\n")
+    assert "bad.jsonl" in refused("train", "--config", job(base, str(bad)), cwd=tmp_path)
+    rows = demo_run["folder"] / "world" / "preferences.jsonl"
+    path = tmp_path / "job.yaml"
+    path.write_text(f"name: job\nbase: {base}\npreferences: {{brave: {{data: {rows}}}}}\n")
+    assert "brave" in refused("train", "--config", str(path), cwd=tmp_path)
+    assert not list((tmp_path / "runs").glob("*/dpo"))
+
+
+def test_a_base_that_does_not_match_a_vector_is_refused_by_name(demo_run, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(demo_run["folder"] / "base")
+    model.model.norm.weight.data += 1
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(demo_run["folder"] / "base").save_pretrained(other)
+    registry = str(demo_run["folder"] / "registry")
+    words = [
+        "export",
+        "--base",
+        str(other),
+        "--registry",
+        registry,
+        "--set",
+        "helpful@1=1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert "helpful" in refused(*words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_vectors_list_and_show(demo_run):
+    registry = str(demo_run["folder"] / "registry")
+    listed = prefvec("vectors", "list", "--registry", registry, "--json")
+    assert {version["name"] for version in json.loads(listed.stdout)} == {"helpful", "harmless"}
+    assert "helpful@1" in prefvec("vectors", "list", "--registry", registry).stdout
+    shown = json.loads(prefvec("vectors", "show", "helpful@production", "--registry", registry).stdout)
+    assert shown["version"] == 1
+    assert "no vector 'kind'" in refused("vectors", "show", "kind", "--registry", registry)
+
+
+def test_export_gives_a_model_that_loads(demo_run, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from prefvec_ray.registry import Registry
+    from prefvec_ray.vectors import load_vector
+
+    base, registry, out = demo_run["folder"] / "base", demo_run["folder"] / "registry", tmp_path / "merged"
+    words = ["export", "--base", str(base), "--registry", str(registry), "--out", str(out)]
+    assert prefvec(*words, "--set", "helpful@1=0.5", "--set", "harmless@1=1").returncode == 0
+    merged = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
+    pristine = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    store = Registry.open(registry)
+    helpful, harmless = (load_vector(store.fetch(ref)) for ref in ("helpful@1", "harmless@1"))
+    for name, weight in pristine.items():
+        expected = weight.double() + 0.5 * helpful.dense(name).double() + harmless.dense(name).double()
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-7)
+    assert "already" in refused(*words, "--set", "helpful@1=0.5") or "exists" in refused(
+        *words, "--set", "helpful@1=0.5"
+    )
+    assert "expected REF=ETA" in refused(*words[:-2], "--out", str(tmp_path / "new"), "--set", "helpful@1")
+
+
+def test_search_and_eval_from_configs(demo_run, tmp_path):
+    common = (
+        f"base: {demo_run['folder'] / 'base'}\nregistry: {demo_run['folder'] / 'registry'}\n"
+        "vectors: {helpful: helpful@1, harmless: harmless@production}\n"
+        "scorer: tiny-world:micro:0\ndraws: 1\nactors: 2\n"
+    )
+    evaluation = tmp_path / "eval.yaml"
+    evaluation.write_text(
+        f"{common}prompts: tiny-world:micro:0:report\noutput: {tmp_path / 'eval'}\n"
+        "settings: {base: {}, both: {helpful: 1, harmless: 1}}\n"
+    )
+    done = prefvec("eval", "--config", str(evaluation))
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "eval" / "evaluation.json").read_text())) == {"base", "both"}
+    search = tmp_path / "search.yaml"
+    search.write_text(
+        f"{common}prompts: tiny-world:micro:0:search\noutput: {tmp_path / 'search'}\n"
+        "objectives: [helpful, harmless]\ntrials: 4\n"
+    )
+    done = prefvec("search", "--config", str(search))
+    assert done.returncode == 0, done.stderr
+    assert "The front" in done.stdout
+    assert len((tmp_path / "search" / "trials.jsonl").read_text().splitlines()) == 4
+    search.write_text(search.read_text().replace("harmless]", "kindness]"))
+    assert "'kindness' is not a metric" in refused("search", "--config", str(search))
