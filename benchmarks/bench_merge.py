@@ -113,7 +113,7 @@ def bench_remerge(folder: Path, size: str, rounds: int, device: str, threads: in
                 if name in phis[key]:
                     parameter.add_(phis[key][name], alpha=eta)
 
-    floats = max(1 << 22, sum(tensor.nbytes for tensor in state.values()) // 4)
+    floats = min(sum(tensor.nbytes for tensor in state.values()) // 4, 1 << 27)  # at most 0.5 GB an array
     triad = triad_of(floats, device, threads)
     variants = {
         "ours": lambda: timed(lambda: live.set_coefficients(ETAS), device),
@@ -304,7 +304,7 @@ def differences(folder: Path, ours: Path, theirs: Path) -> dict[str, float]:
 
 
 def bench_steering(folder: Path, rounds: int, device: str, size: str = "110M", rank: int = 32) -> dict[str, Any]:
-    """A decode step, every row with its own coefficients: 2 vectors of rank 32 on all projections, fp32 (CUDA: bf16)."""
+    """A decode step, each row with its own coefficients: 2 vectors of rank 32, all projections, fp32 (CUDA: bf16)."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     model = LlamaForCausalLM(config_of(size)).to(dtype).eval().to(device)

@@ -24,6 +24,7 @@ from prefvec_ray.vectors import (
     PreferenceVector,
     VectorInfo,
     fingerprint,
+    save_vector,
     vector_from_state,
 )
 from prefvec_ray.vectors.export import export_adapter, export_model
@@ -244,6 +245,35 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_cleans_up(tmp_path: Pa
     out = export_model(base, {}, {}, tmp_path / "out")
     assert fingerprint(out) == fingerprint(base)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+MEASURED = """
+import sys, torch
+from prefvec_ray.vectors import export_model, load_vector
+torch.set_num_threads(2)
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+export_model(sys.argv[1], {}, {}, sys.argv[3])  # warms up what the first call allocates for good
+vector, seen = load_vector(sys.argv[2]), []
+before = anonymous()
+export_model(sys.argv[1], {"x": vector}, {"x": 1.0}, sys.argv[4], progress=lambda done, total: seen.append(anonymous()))
+print(max(seen) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts pages as Linux does")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """128 MB of weights pass through a few megabytes a thread."""
+    (tmp_path / "base").mkdir()
+    weights = {f"{i}.weight": torch.randn(4096, 2048) for i in range(4)}
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    vector = vector_from_state(weights, preference="x", base_fingerprint=fingerprint(tmp_path / "base"))
+    save_vector(vector, tmp_path / "x")
+    folders = [str(tmp_path / name) for name in ("base", "x", "warm", "out")]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *folders], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 32
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(out["3.weight"], weights["3.weight"] * 2)
 
 
 def test_an_adapter_is_exact_at_its_coefficients(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> None:

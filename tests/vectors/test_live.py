@@ -2,6 +2,10 @@
 
 import copy
 import functools
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +125,20 @@ def test_every_element_of_odd_sizes_is_written_and_rounded_to_even(size: int, na
     assert merge.run([0.37]) is None
     eta = torch.tensor(0.37)
     assert torch.equal(out, (base.float() + eta * phi.float()).bfloat16())
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_torchs_for_every_kind_of_number(dtype: torch.dtype, native: bool) -> None:
+    """Subnormals, ties, signed zeros, overflow: random fp32 bits rounded, and every bit pattern of the dtype kept."""
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    ties = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16) + (1 << 15)
+    wide = torch.cat([bits, ties]).view(torch.float32)
+    for base in (wide[wide.isfinite()], torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)):
+        base = base[base.isfinite()]
+        out = torch.empty(len(base), dtype=dtype)
+        FusedMerge([Segment("x", out, base, ())], native=native).run([])
+        assert torch.equal(out.view(torch.int16), base.to(dtype).view(torch.int16))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -271,3 +289,14 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_result(
         assert not torch.equal(model.lm_head.weight, tiny().lm_head.weight)
     finally:
         merge_library.cache_clear()
+
+
+def test_processes_that_compile_at_once_all_get_the_library(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler here")
+    program = "from prefvec_ray.vectors._native import merge_library; assert merge_library() is not None"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    [library] = (tmp_path / "prefvec-ray" / "native").iterdir()
+    assert library.suffix == ".so"
