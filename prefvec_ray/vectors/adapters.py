@@ -98,10 +98,12 @@ def vector_from_adapter(
         shards = Shards(adapter, stem="adapter_model")
         state = {name: shards.tensor(name) for name in shards}
     _check_config(config)
+    checkpoint = Checkpoint(base)
+    if "model_type" not in checkpoint.config():
+        raise InputError(f"{base}: has no config.json with a model_type; give the folder of the base model")
     model, layout, shapes = _skeleton(base, config)
     _check_tensors(state, get_peft_model_state_dict(model, save_embedding_layers=False), source)
 
-    checkpoint = Checkpoint(base)
     entries: dict[str, Entry] = {}
     for parameter, delta in [*_factors(model, state), *_values(state)]:
         if parameter not in layout:
@@ -139,9 +141,7 @@ def _read_config(folder: Path) -> "LoraConfig":
     if kind != "LORA":
         raise InputError(f"{file}: a {kind} adapter; only LoRA can be kept as a preference vector")
     # PEFT drops options that it does not know; here one of them could change what the adapter means.
-    unknown = {name for name, value in fields.items() if value} - {
-        f.name for f in dataclasses.fields(LoraConfig)
-    }
+    unknown = {name for name, value in fields.items() if value} - {f.name for f in dataclasses.fields(LoraConfig)}
     if unknown:
         raise InputError(f"{file}: unknown option '{min(unknown)}'; install the PEFT version that wrote it")
     return LoraConfig(**{name: value for name, value in fields.items() if value is not None})
@@ -154,9 +154,7 @@ def _check_config(config: "LoraConfig") -> None:
             getattr(usual, field.name),
             None,
         ):
-            raise InputError(
-                f"the adapter uses '{field.name}', which is not a plain LoRA; it cannot be kept exactly"
-            )
+            raise InputError(f"the adapter uses '{field.name}', which is not a plain LoRA; it cannot be kept exactly")
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         raise InputError(
@@ -204,9 +202,7 @@ def _factors(model: "PeftModel", state: Mapping[str, Tensor]) -> Iterator[tuple[
         if not isinstance(layer, LoraLayer):
             continue
         module, scale = _live_name(path), layer.scaling["default"]
-        if isinstance(
-            layer, ParamWrapper
-        ):  # a stack of experts: one pair of factors each, laid out side by side
+        if isinstance(layer, ParamWrapper):  # a stack of experts: one pair of factors each, laid out side by side
             A, B = state[f"{path}.lora_A.weight"].float(), state[f"{path}.lora_B.weight"].float()
             stack = layer.num_experts
             entry = LowRank(A.view(stack, -1, A.shape[1]), B.view(len(B), -1, stack).permute(2, 0, 1) * scale)
@@ -217,16 +213,12 @@ def _factors(model: "PeftModel", state: Mapping[str, Tensor]) -> Iterator[tuple[
             A, B = state[f"{path}.lora_embedding_A"].float(), state[f"{path}.lora_embedding_B"].float()
             yield f"{module}.weight", _transposed(LowRank(A, B * scale))
         elif isinstance(layer, Linear):
-            entry = LowRank(
-                state[f"{path}.lora_A.weight"].float(), state[f"{path}.lora_B.weight"].float() * scale
-            )
+            entry = LowRank(state[f"{path}.lora_A.weight"].float(), state[f"{path}.lora_B.weight"].float() * scale)
             yield f"{module}.weight", _transposed(entry) if layer.fan_in_fan_out else entry
             if f"{path}.lora_B.bias" in state:
                 yield f"{module}.bias", Full(state[f"{path}.lora_B.bias"].float() * scale)
         else:
-            raise InputError(
-                f"the adapter changes '{module}' through {type(layer).__name__}, which is not a matrix"
-            )
+            raise InputError(f"the adapter changes '{module}' through {type(layer).__name__}, which is not a matrix")
 
 
 def _values(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

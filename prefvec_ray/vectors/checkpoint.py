@@ -56,7 +56,13 @@ class Checkpoint(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
         file = (self.folder if self.folder.is_dir() else self.folder.parent) / "config.json"
-        return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        try:
+            content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise InputError(f"{file}: not a JSON object; copy the base model again")
+        return content
 
     def _tied_copies(self) -> set[str]:
         """Some trainers write a tied head twice. It counts once, under the embedding's name, if the bytes

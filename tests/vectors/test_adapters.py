@@ -151,6 +151,18 @@ def test_tensors_that_do_not_fit_are_refused(base, tmp_path):
         vector_from_adapter(tmp_path, base=base, preference="p")
 
 
+def test_a_base_that_is_none_is_refused(base, tmp_path):
+    run = trained(base, 1, r=2, target_modules=["q_proj"])
+    with pytest.raises(InputError, match="no such file or folder"):
+        vector_from_adapter(run, base=tmp_path / "nothing", preference="p")
+    (tmp_path / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match=r"no config\.json"):
+        vector_from_adapter(run, base=tmp_path, preference="p")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="not a JSON object"):
+        vector_from_adapter(run, base=tmp_path, preference="p")
+
+
 def test_lora_on_tied_embeddings_is_refused(tiny_model, tmp_path):
     tiny_model("gemma").save_pretrained(tmp_path)
     run = trained(tmp_path, 1, r=2, target_modules=["embed_tokens"])
