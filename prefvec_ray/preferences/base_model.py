@@ -14,7 +14,7 @@ _SHAPES = {
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
     },
-    "micro": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "micro": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3},
 }
 
 

@@ -62,7 +62,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=10000, pairs=1600, test_pairs=256),
+    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=9000, pairs=1600, test_pairs=256),
     "micro": Preset((9, 6, 9), (2, 1, 2), (3, 2, 3), sft_examples=4000, pairs=800, test_pairs=64),
 }
 
