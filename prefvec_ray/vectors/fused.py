@@ -39,11 +39,10 @@ class Segment:
 
 
 class FusedMerge:
-    """A prepared pass over `segments`; `run(eta)` may be called any number of times and allocates next to
-    nothing.
+    """A prepared pass over `segments`; `run(eta)` may be called any number of times and allocates next to nothing.
 
-    `threads` (default `torch.get_num_threads()`) is for the compiled path; the torch path uses torch's own
-    threads. Low-rank terms are multiplied out by torch in either case, a tile of rows at a time.
+    `threads` (default `torch.get_num_threads()`) is for the compiled path; the torch path uses torch's own threads.
+    Low-rank terms are multiplied out by torch in either case, a tile of rows at a time.
     """
 
     def __init__(self, segments: Sequence[Segment], *, threads: int | None = None, native: bool = True):
@@ -87,7 +86,7 @@ class FusedMerge:
         device, columns = segment.out.device, math.prod(segment.out.shape[1:])
         size = TILE.get(device.type, TILE["cuda"])
         sum_, product = self._borrow(device, max(size, columns))
-        active = [(float(np.float32(eta[k])), entry) for k, entry in segment.terms if eta[k] != 0]
+        active = [(float(np.float32(eta[k])), entry) for k, entry in segment.terms if np.float32(eta[k]) != 0]
         factors = {id(entry): entry.A_RI.float() for _, entry in active if isinstance(entry, LowRank)}
         checks, step = [], max(1, size // max(1, columns))
         for start in range(0, len(segment.out), step):
@@ -110,10 +109,8 @@ class FusedMerge:
     def _borrow(self, device: torch.device, size: int) -> tuple[Tensor, Tensor]:
         kept = self._scratch.get(device)
         if kept is None or kept[0].numel() < size:
-            kept = self._scratch[device] = (
-                torch.empty(size, device=device),
-                torch.empty(size, device=device),
-            )
+            kept = (torch.empty(size, device=device), torch.empty(size, device=device))
+            self._scratch[device] = kept
         return kept
 
 

@@ -200,7 +200,7 @@ def new_folder(out: Path, *, replaces: Callable[[Path], bool] | None = None) -> 
     prefix = f".{out.name}.partial-"
     with ExitStack() as held:
         with _locked(out.parent, wait=True):  # so that nobody takes a new folder for one left behind
-            for left in out.parent.glob(f"{prefix}*"):
+            for left in [path for path in out.parent.iterdir() if path.name.startswith(prefix)]:
                 with _locked(left) as mine:
                     if mine:
                         shutil.rmtree(left)
