@@ -1,10 +1,12 @@
 """The report's pictures. Colours are Okabe and Ito's, told apart by the colour-blind; shapes and labels
 repeat what they say."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -109,12 +111,12 @@ def heatmaps(
         etas_p, etas_q = sorted({eta[0] for eta in cells}), sorted({eta[1] for eta in cells})
         table = [[_average(cells.get((a, b), [])) for a in etas_p] for b in etas_q]
         metric = metrics[name]
-        image = panel.imshow(table, origin="lower", cmap="cividis", aspect="auto", vmin=metric.low, vmax=metric.high)
-        low, high = image.get_clim()
+        colours = "cividis_r" if metric.direction == "minimize" else "cividis"
+        image = panel.imshow(table, origin="lower", cmap=colours, aspect="auto", vmin=metric.low, vmax=metric.high)
         for row, values in enumerate(table):
             for column, value in enumerate(values):
-                dark = (value - low) < 0.55 * (high - low)
-                text = "–" if value != value else f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
+                dark = sum(image.to_rgba(np.array([value]))[0, :3]) < 1.5
+                text = "–" if math.isnan(value) else f"{value:.2f}" if abs(value) < 1.005 else f"{value:.1f}"
                 panel.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
         if 0.0 in etas_p:
             _frame(panel, (etas_p.index(0.0) - 0.5, -0.5), 1, len(etas_q))
@@ -128,10 +130,8 @@ def heatmaps(
         panel.set_title(f"{name}" + (f"\n({better})" if better else "\n"), fontsize=10)
         for spine in panel.spines.values():
             spine.set_visible(False)
-    figure.suptitle(
-        f"Over the coefficients, mean of {len(seeds)} DPO seed{'s' if len(seeds) > 1 else ''}; framed: coefficient 0",
-        fontsize=12,
-    )
+    of = f"mean of {len(seeds)} DPO seeds" if len(seeds) > 1 else f"DPO seed {seeds[0].seed}"
+    figure.suptitle(f"Over the coefficients, {of}; brighter is better where marked; framed: coefficient 0", fontsize=12)
     return figure
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import Evaluation, Metric
+from prefvec_ray.evaluation.results import SearchSummary
 from prefvec_ray.search.pareto import Point, compromise, hypervolume, non_dominated
 
 
@@ -138,6 +139,26 @@ class SearchResult(BaseModel):
             coefficients=trial.coefficients,
             reason=f"of the {len(points)} settings on the front{self._limits()}, it gives up least of what each "
             f"objective could gain over the base: {'; '.join(parts)}",
+        )
+
+    def summary(
+        self, *, preset: str | None = None, confirmed: tuple[Evaluation, Evaluation] | None = None
+    ) -> SearchSummary:
+        """What the report shows; `confirmed` are the base and the recommended setting on the report prompts."""
+        chosen = self.recommended
+        return SearchSummary(
+            objectives=list(self.goal.objectives),
+            trials=self.trials,
+            front=self.front,
+            base=self.base,
+            hypervolume_history=self.hypervolume_history,
+            limits=self.goal.limits,
+            failed=len(self.failed),
+            seconds=self.seconds,
+            recommended=chosen.coefficients if chosen else None,
+            reason=chosen.reason if chosen else "",
+            preset=preset,
+            confirmed=confirmed,
         )
 
     def _limits(self) -> str:

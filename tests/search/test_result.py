@@ -61,6 +61,12 @@ def test_an_unbounded_objective_is_measured_from_the_base(result):
     assert goal.reference(result.base) == (0.0, -2.0)
 
 
+def test_a_summary_for_the_report(result):
+    summary = result.summary(preset="balanced@1", confirmed=(result.base, result.front[1]))
+    assert summary.recommended == result.recommended.coefficients
+    assert (summary.preset, summary.failed, len(summary.front)) == ("balanced@1", 0, 3)
+
+
 def test_json_both_ways(result):
     assert SearchResult.model_validate_json(result.model_dump_json()).recommended == result.recommended
 
