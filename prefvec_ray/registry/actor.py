@@ -46,7 +46,7 @@ class RegistryActor:
         context = ray.get_runtime_context()
         self.store = Store.open(root)
         owner = f"actor {context.get_actor_name()} ({context.get_actor_id()})"  # the same after every restart
-        self.lease = Lease(self.store, owner, ttl_s=ttl_s, settle_s=settle_s)
+        self.lease = Lease(self.store, owner, ttl_s=ttl_s, settle_s=settle_s, lasting=True)
         self.node_id = context.get_node_id()
         self.started = time.time()
         self.publishes = 0
@@ -104,7 +104,7 @@ class RegistryActor:
         """
         if self._catalog is None or not self.lease.live:
             self.lease.release()
-            self.lease.acquire(wait_s=5.0)
+            self.lease.acquire(wait_s=5.0 if self.store.folder is not None else self.lease.ttl_s + 5.0)
             self.store.load_mirror()
             self._catalog = Catalog(self.store, self.lease)
             self._count("start")

@@ -16,6 +16,7 @@ finds what went wrong.
 import contextlib
 import fcntl
 import os
+import random
 import socket
 import threading
 import time
@@ -38,8 +39,9 @@ class Lease:
     `with lease.held(wait_s=30):` or `acquire` / `release`. `check` is what `Store.create` asks.
     """
 
-    def __init__(self, store: Store, owner: str, *, ttl_s: float = 15.0, settle_s: float = 1.0):
+    def __init__(self, store: Store, owner: str, *, ttl_s: float = 15.0, settle_s: float = 1.0, lasting: bool = False):
         self.store, self.owner, self.ttl_s, self.settle_s = store, owner, ttl_s, settle_s
+        self.lasting = lasting
         self.epoch = 0
         self._token = ""
         self._lock: IO[bytes] | None = None
@@ -71,30 +73,49 @@ class Lease:
         self.store.begin()
         if self.store.folder is not None:
             self._lock_folder(self.store.folder, deadline)
-        else:
-            self._await_bucket(deadline)
-        last = self.claim()
-        self.epoch = (last.epoch if last else 0) + 1
-        self._token = uuid.uuid4().hex
-        began = time.monotonic()
-        self._write(released=False)
-        if self.store.folder is None:
+            self._write_claim(self.claim())
+            return
+        while not self._try_bucket(deadline):
+            time.sleep(self.settle_s * (1 + random.random()))
+
+    def _try_bucket(self, deadline: float) -> bool:
+        """One round of Fischer's algorithm: see it free, write, pause, and still read one's own token."""
+        seen, last = self._await_bucket(deadline)
+        self._write_claim(last)
+        wrote = time.monotonic()
+        if wrote - seen <= self.settle_s:  # slower, and somebody who saw it free as well may already be inside
             time.sleep(self.settle_s)
-            if time.monotonic() - began > self.settle_s + self.ttl_s / 2 or self._token_now() != self._token:
-                self._token = ""
-                raise InputError(f"{self.store.label}: another writer took the lease at the same moment; try again")
-            self._renewed = began
-            self._stop = threading.Event()
-            threading.Thread(target=self._beat, args=(self._token, self._stop), daemon=True).start()
+            if self._token_now() == self._token:
+                self._renewed, self._stop = wrote, threading.Event()
+                threading.Thread(target=self._beat, args=(self._token, self._stop), daemon=True).start()
+                return True
+        self._token = ""
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{self.store.label}: no lease within the time allowed: others want it too, or requests take longer"
+                f" than settle_s = {self.settle_s}; try again, or with a larger settle_s"
+            )
+        return False
+
+    def _write_claim(self, last: Claim | None) -> None:
+        self.epoch, self._token = (last.epoch if last else 0) + 1, uuid.uuid4().hex
+        try:
+            self._write(released=False)
+        except BaseException:  # a full disk, say
+            self._drop()
+            raise
 
     def release(self) -> None:
         """Give the lease back; the next writer need not wait."""
         if not self._token:
             return
-        self._stop.set()
         with contextlib.suppress(StoreError, OSError):
             if self._token_now() == self._token:
                 self._write(released=True)
+        self._drop()
+
+    def _drop(self) -> None:
+        self._stop.set()
         self._token = ""
         if self._lock is not None:
             self._lock.close()
@@ -112,11 +133,7 @@ class Lease:
             raise LeaseLost(f"{self.store.label}: this process does not hold the writer's lease")
         if not self.live or self._token_now() != self._token:
             holder = self.claim()
-            self._stop.set()
-            self._token = ""
-            if self._lock is not None:
-                self._lock.close()
-                self._lock = None
+            self._drop()
             raise LeaseLost(f"{self.store.label}: the writer's lease passed to {holder.owner if holder else 'nobody'}")
 
     def claim(self) -> Claim | None:
@@ -131,33 +148,40 @@ class Lease:
 
     def _lock_folder(self, folder: Path, deadline: float) -> None:
         make_folder(folder / "lease")
-        lock = (folder / "lease" / "lock").open("ab")
+        lock, began = (folder / "lease" / "lock").open("ab"), time.monotonic()
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._lock = lock
                 return
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > (min(deadline, began + 1.0) if self._others_for_long() else deadline):
                     lock.close()
                     raise self._refusal() from None
                 time.sleep(0.01)
 
-    def _await_bucket(self, deadline: float) -> None:
-        """Until the last claim is released, ours, or silent for ttl_s."""
-        seen, since = None, time.monotonic()
+    def _await_bucket(self, deadline: float) -> tuple[float, Claim | None]:
+        """Until the last claim is released, ours, or silent for ttl_s: when that was seen, and the claim."""
+        state, since = None, time.monotonic()
         while True:
+            now = time.monotonic()
             claim = self.claim()
             if claim is None or claim.released or claim.owner == self.owner:
-                return
-            state = (claim.token, self.store.read_fresh(f"lease/beat-{claim.token}"))
-            if state != seen:
-                seen, since = state, time.monotonic()
-            if time.monotonic() - since > self.ttl_s:
-                return
-            if time.monotonic() > deadline and time.monotonic() - since < self.ttl_s / 2:
+                return now, claim
+            beat = (claim.token, self.store.read_fresh(f"lease/beat-{claim.token}"))
+            if beat != state:
+                if state is not None and claim.lasting:
+                    raise self._refusal()
+                state, since = beat, now
+            if now - since > self.ttl_s:
+                return now, claim
+            if now > deadline:
                 raise self._refusal()
             time.sleep(min(0.2, self.ttl_s / 10))
+
+    def _others_for_long(self) -> bool:
+        claim = self.claim()
+        return claim is not None and claim.lasting and not claim.released and claim.owner != self.owner
 
     def _beat(self, token: str, stop: threading.Event) -> None:
         count = 0
@@ -194,5 +218,6 @@ class Lease:
             pid=os.getpid(),
             token=self._token,
             released=released,
+            lasting=self.lasting,
         )
         self.store.overwrite(CLAIM, encode(claim))

@@ -177,6 +177,8 @@ class Claim(Record):
     pid: int = 0
     token: str = ""
     released: bool = False
+    lasting: bool = False
+    """an actor's: held until it ends, so that there is no use in waiting"""
 
 
 class Hold(Record):

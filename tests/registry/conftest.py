@@ -55,7 +55,7 @@ def open_registry(tmp_path: Path) -> Callable[..., Registry]:
     """Open a root with a cache of its own and a quick lease."""
 
     def open_(root: str | Path, cache: str = "cache", **options: object) -> Registry:
-        return Registry.open(root, cache=NodeCache(tmp_path / cache), ttl_s=1.0, settle_s=0.02, **options)  # type: ignore[arg-type]
+        return Registry.open(root, cache=NodeCache(tmp_path / cache), ttl_s=5.0, settle_s=0.1, **options)  # type: ignore[arg-type]
 
     return open_
 
