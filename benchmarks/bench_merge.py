@@ -158,15 +158,22 @@ def bench_extract(folder: Path, rounds: int, threads: int) -> dict[str, Any]:
     sample = folder / "phi-helpful"
     out = folder / "out"
 
-    def extract() -> None:
-        sources = (folder / "helpful", folder / "harmless", out)
-        extract_from_checkpoints(*sources, base_folder=folder / "base", preference="x", threads=threads)
+    known = load_vector(sample).info
+    parents = {"positive": fingerprint(folder / "helpful"), "negative": fingerprint(folder / "harmless")}
 
-    seconds = rounds_of(
-        {"ours": lambda: written(extract, out), "cp": lambda: written(copier(sample, out), out)}, rounds
-    )
-    say(f"  extract: {seconds['ours']:.2f} s, cp {seconds['cp']:.2f} s")
-    return {"extract_over_copy": seconds["ours"] / seconds["cp"], "extract_seconds": seconds["ours"]}
+    def extract(**options: Any) -> None:
+        sources = (folder / "helpful", folder / "harmless", out)
+        extract_from_checkpoints(*sources, base_folder=folder / "base", preference="x", threads=threads, **options)
+
+    told = partial(extract, base_fingerprint=known.base_fingerprint, parents=parents)
+    works = {"ours": extract, "ours, fingerprints known": told, "cp": copier(sample, out)}
+    seconds = rounds_of({name: partial(written, work, out) for name, work in works.items()}, rounds)
+    say(f"  extract: {', '.join(f'{name} {value:.2f} s' for name, value in seconds.items())}")
+    return {
+        "extract_over_copy": seconds["ours"] / seconds["cp"],
+        "extract_over_copy_fingerprints_known": seconds["ours, fingerprints known"] / seconds["cp"],
+        "extract_seconds": seconds["ours"],
+    }
 
 
 def bench_export(folder: Path, rounds: int, threads: int, mergekit: Path | None) -> dict[str, Any]:

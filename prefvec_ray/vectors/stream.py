@@ -19,6 +19,7 @@ from prefvec_ray.vectors.writer import Index, Progress, ShardWriter, new_folder
 
 SAMPLE = 1 << 20  # numbers that precision is measured on, spread over all parameters
 BLOCK = 4096
+UNKNOWN = f"blake3:{'0' * 64}"  # holds a fingerprint's place in the header until it is computed
 
 
 def extract_from_checkpoints(
@@ -31,6 +32,8 @@ def extract_from_checkpoints(
     dtype: torch.dtype = torch.bfloat16,
     data_digest: str = "",
     recipe: Mapping[str, JsonValue] | None = None,
+    base_fingerprint: str | None = None,
+    parents: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -40,7 +43,8 @@ def extract_from_checkpoints(
     The numbers are those of `vector_from_checkpoints`: one fp32 subtraction and one rounding to `dtype`. Parameters
     that are equal in both checkpoints are left out; how the three folders are sharded makes no difference. Precision is
     measured on a sample of about a million numbers, with a PrecisionWarning where rounding dominates. `out` appears
-    complete or not at all.
+    complete or not at all. `base_fingerprint`, and `parents` ({"positive": fingerprint, "negative": fingerprint}), skip
+    hashing folders whose fingerprints are known.
 
     Raises InputError for parameters that are missing, extra or misshapen against the base, two equal checkpoints, an
     existing `out`, files that cannot be trusted, and (without any output) for NaN, infinity and overflow of `dtype`.
@@ -55,13 +59,12 @@ def extract_from_checkpoints(
     if not changed:
         raise InputError(f"{positive_folder} and {negative_folder} are equal; give checkpoints of two runs")
     precision, rounding = _precision(plus, minus, changed, dtype)
-    unknown = f"blake3:{'0' * 64}"
     info = VectorInfo(
         preference=preference,
         form="full",
         dtype=names[dtype],  # type: ignore[arg-type]
-        base_fingerprint=unknown,
-        parents={"positive": unknown, "negative": unknown},
+        base_fingerprint=base_fingerprint or UNKNOWN,
+        parents=dict(parents or dict.fromkeys(("positive", "negative"), UNKNOWN)),
         data_digest=data_digest,
         recipe=dict(recipe or {}),
         precision=precision,
@@ -81,8 +84,9 @@ def extract_from_checkpoints(
     ):
         writer.write(produce, threads=threads, progress=progress)
         # Hashing the sources takes processors, and syncing the output takes the disk: both at once.
-        parents = {"positive": fingerprint(plus), "negative": fingerprint(minus)}
-        info = info.model_copy(update={"base_fingerprint": fingerprint(base), "parents": parents})
+        origin = base_fingerprint or fingerprint(base)
+        parents = dict(parents or {"positive": fingerprint(plus), "negative": fingerprint(minus)})
+        info = info.model_copy(update={"base_fingerprint": origin, "parents": parents})
         writer.finish(to_metadata(info))
     if rounding.elements:
         rounding.warn(preference)
@@ -94,6 +98,9 @@ def _differs(name: str, plus: Tensor, minus: Tensor) -> bool:
         if not torch.equal(plus, minus):
             raise InputError(f"'{name}' is {plus.dtype} and differs; a vector holds floating-point changes only")
         return False
+    for theta in (plus, minus):
+        if theta.dtype not in FLOAT_DTYPES.values():
+            raise InputError(f"'{name}' is {theta.dtype}; expected checkpoints in {', '.join(FLOAT_DTYPES)}")
     # Almost always the first numbers tell; reading all of both files would cost as much as the extraction.
     first = slice(0, BLOCK)
     return not (

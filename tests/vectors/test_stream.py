@@ -98,6 +98,7 @@ def _infinity(weights: dict[str, torch.Tensor]) -> None:
         (lambda w: w.pop("lm_head.weight"), r"lacks 'lm_head\.weight'"),
         (lambda w: w.update({"extra.weight": torch.ones(2)}), r"has 'extra\.weight'"),
         (lambda w: w.update({"lm_head.weight": torch.ones(64, 31)}), r"'lm_head\.weight' of the negative model"),
+        (lambda w: w.update({"lm_head.weight": w["lm_head.weight"].double()}), r"'lm_head\.weight' is torch\.float64"),
         (_nan, r"'lm_head\.weight' holds NaN or infinity"),
         (_infinity, r"'model\.embed_tokens\.weight' holds NaN or infinity"),
     ],
