@@ -1,5 +1,4 @@
-"""The preference vector: extraction, file format, algebra, live models, steering. Plain torch and
-safetensors.
+"""The preference vector: extraction, file format, algebra, live models, steering. Plain torch and safetensors.
 
 delta -> vector_from_state -> subtract -> save_vector ... load_vector -> LiveModel, Steering, export_model
 """

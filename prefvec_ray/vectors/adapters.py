@@ -2,9 +2,8 @@
 
     phi = vectors_from_adapters("runs/helpful+", "runs/helpful-", base="models/base", preference="helpful")
 
-One adapter's delta is s B A (LoRA, arXiv 2106.09685, section 4.1) with s = alpha / r, or alpha / sqrt(r) for
-rsLoRA (arXiv 2312.03732). The difference of two is one low-rank entry: B = [s+ B+, -s- B-], A = [A+; A-],
-rank r+ + r-.
+One adapter's delta is s B A (LoRA, arXiv 2106.09685, section 4.1) with s = alpha / r, or alpha / sqrt(r) for rsLoRA
+(arXiv 2312.03732). The difference of two is one low-rank entry: B = [s+ B+, -s- B-], A = [A+; A-], rank r+ + r-.
 """
 
 import dataclasses
@@ -79,13 +78,11 @@ def vector_from_adapter(
     data_digest: str = "",
     recipe: Mapping[str, JsonValue] | None = None,
 ) -> PreferenceVector:
-    """One run's delta over the base folder: low-rank entries in fp32; trained norms, heads and biases as full
-    ones.
+    """One run's delta over the base folder: low-rank entries in fp32; trained norms, heads and biases as full ones.
 
-    `adapter` is a PEFT folder or a live PeftModel (unmerged). PEFT's own model, built without memory,
-    resolves target patterns, rank and alpha patterns, rsLoRA and fused experts. Raises InputError for
-    adapters that are not plain LoRA (by the option's name), tensors that are missing, extra or misshapen,
-    LoRA on tied embeddings, and convolutions.
+    `adapter` is a PEFT folder or a live PeftModel (unmerged). PEFT's own model, built without memory, resolves target
+    patterns, rank and alpha patterns, rsLoRA and fused experts. Raises InputError for adapters that are not plain LoRA
+    (by the option's name), tensors that are missing, extra or misshapen, LoRA on tied embeddings, and convolutions.
     """
     from peft import PeftModel, get_peft_model_state_dict
 

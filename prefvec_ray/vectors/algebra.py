@@ -1,9 +1,7 @@
-"""Arithmetic with preference vectors: the readable reference, and the methods that peers propose, each by its
-name.
+"""Arithmetic with preference vectors: the readable reference, and the methods that peers propose, each by its name.
 
-`merge` is the definition that the fast paths (`LiveModel`, `export_model`, steering) are tested against. The
-other functions take vectors and give a vector, so whatever they make can be merged, steered, stored and
-compared.
+`merge` is the definition that the fast paths (`LiveModel`, `export_model`, steering) are tested against. The other
+functions take vectors and give a vector, so whatever they make can be merged, steered, stored and compared.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,14 +23,12 @@ Coefficients = Mapping[str, float]
 
 
 def merge(base: Mapping[str, Tensor], vectors: Vectors, coefficients: Coefficients) -> dict[str, Tensor]:
-    """theta = theta_base + sum_p eta_p phi_p (arXiv 2504.20106, section 3.3) on a state dict under checkpoint
-    names.
+    """theta = theta_base + sum_p eta_p phi_p (arXiv 2504.20106, section 3.3) on a state dict under checkpoint names.
 
-    Per parameter: base in fp32, then eta_p phi_p added in fp32 in the vectors' sorted order (so the caller's
-    order cannot matter), then one rounding to the base's dtype. With every eta 0, or for parameters that no
-    vector changes, the result is the base's own tensor. Raises InputError for unknown names, coefficients
-    that are not finite, another base's vector, parameters that the base lacks or has in another shape, and
-    results that are not finite.
+    Per parameter: base in fp32, then eta_p phi_p added in fp32 in the vectors' sorted order (so the caller's order
+    cannot matter), then one rounding to the base's dtype. With every eta 0, or for parameters that no vector changes,
+    the result is the base's own tensor. Raises InputError for unknown names, coefficients that are not finite, another
+    base's vector, parameters that the base lacks or has in another shape, and results that are not finite.
     """
     eta = check_coefficients(coefficients, vectors)
     base_fingerprint = fingerprint(base)
@@ -60,9 +56,7 @@ def merge(base: Mapping[str, Tensor], vectors: Vectors, coefficients: Coefficien
 def combine(
     vectors: Vectors, coefficients: Coefficients, *, preference: str, dtype: torch.dtype = torch.float32
 ) -> PreferenceVector:
-    """sum_p eta_p phi_p as one vector (task arithmetic, arXiv 2212.04089). Low-rank entries stay exact, ranks
-    add up.
-    """
+    """sum_p eta_p phi_p as one vector (task arithmetic, arXiv 2212.04089). Low-rank entries stay exact; ranks add."""
     eta = check_coefficients(coefficients, vectors)
     entries: dict[str, Entry] = {}
     for key in sorted(vectors):
@@ -75,11 +69,9 @@ def combine(
 def reward_soup(
     deltas: Vectors, weights: Coefficients, *, preference: str, dtype: torch.dtype = torch.float32
 ) -> PreferenceVector:
-    """Rewarded soup (arXiv 2306.04488, equation 1): the convex combination of fine-tuned models, as one
-    delta.
+    """Rewarded soup (arXiv 2306.04488, equation 1): the convex combination of fine-tuned models, as one delta.
 
-    `deltas` are runs' `theta_run - theta_base`. Raises InputError unless the weights are at least 0 and sum
-    to 1.
+    `deltas` are runs' `theta_run - theta_base`. Raises InputError unless the weights are at least 0 and sum to 1.
     """
     eta = check_coefficients(weights, deltas)
     if min(eta.values()) < 0 or abs(sum(eta.values()) - 1) > 1e-6:
@@ -88,11 +80,9 @@ def reward_soup(
 
 
 def keep_largest(vector: PreferenceVector, density: float) -> PreferenceVector:
-    """The share `density` of phi's numbers that is largest in magnitude, the rest 0 (TIES "trim", arXiv
-    2306.01708, 3).
+    """The share `density` of phi's numbers that is largest in magnitude, the rest 0 (TIES "trim", arXiv 2306.01708, 3).
 
-    One threshold over the whole vector, as in the paper. Numbers equal to the threshold are all kept. Full
-    form.
+    One threshold over the whole vector, as in the paper. Numbers equal to the threshold are all kept. Full form.
     """
     threshold = magnitude_threshold(vector, density)
     entries = {name: Full(_trimmed(vector.dense(name), threshold)) for name in vector.names()}
@@ -101,8 +91,7 @@ def keep_largest(vector: PreferenceVector, density: float) -> PreferenceVector:
 
 
 def dare(vector: PreferenceVector, density: float, *, seed: int) -> PreferenceVector:
-    """Drop And REscale (arXiv 2311.03099, equation 2): keep each number with probability `density`, divide by
-    it.
+    """Drop And REscale (arXiv 2311.03099, equation 2): keep each number with probability `density`, divide by it.
 
     The expectation is phi. The draw depends on the seed and the parameter's name alone, on CPU.
     """
@@ -117,15 +106,12 @@ def dare(vector: PreferenceVector, density: float, *, seed: int) -> PreferenceVe
     return _result({vector.info.preference: vector}, entries, vector.info.preference, torch.float32, recipe)
 
 
-def ties(
-    vectors: Vectors, coefficients: Coefficients, *, density: float, preference: str
-) -> PreferenceVector:
-    """TIES (arXiv 2306.01708, algorithm 1): trim each vector, elect a sign per number, average those that
-    agree.
+def ties(vectors: Vectors, coefficients: Coefficients, *, density: float, preference: str) -> PreferenceVector:
+    """TIES (arXiv 2306.01708, algorithm 1): trim each vector, elect a sign per number, average those that agree.
 
-    The trimmed vectors are weighted by their coefficients before the election; with all coefficients 1 this
-    is the paper's own tau_m, and its lambda is the coefficient that the result is merged with. The average is
-    over the vectors that agree with the elected sign and are not trimmed there.
+    The trimmed vectors are weighted by their coefficients before the election; with all coefficients 1 this is the
+    paper's own tau_m, and its lambda is the coefficient that the result is merged with. The average is over the vectors
+    that agree with the elected sign and are not trimmed there.
     """
     eta = check_coefficients(coefficients, vectors)
     thresholds = {key: magnitude_threshold(vectors[key], density) for key in sorted(vectors) if eta[key]}
@@ -147,8 +133,8 @@ def ties(
 def magnitude_threshold(vector: PreferenceVector, density: float) -> float:
     """The magnitude of the ceil(density * count)-th largest number of the entries, exactly, in two passes.
 
-    Positive fp32 numbers sort as their bits do: one histogram of the high 16 bits finds the bucket, one of
-    the low 16 bits the number, so nothing of the model's size is held.
+    Positive fp32 numbers sort as their bits do: one histogram of the high 16 bits finds the bucket, one of the low 16
+    bits the number, so nothing of the model's size is held.
     """
     _check_density(density)
     names = vector.names()
@@ -167,9 +153,7 @@ def _bits(vector: PreferenceVector, name: str) -> Tensor:
 
 
 def _from_the_top(chunks: Iterable[Tensor], wanted: int) -> tuple[int, int]:
-    """The 16-bit value at which `wanted` numbers are reached from the largest down, and how many lie above
-    it.
-    """
+    """The 16-bit value at which `wanted` numbers are reached from the largest down, and how many lie above it."""
     counts = torch.zeros(1 << 16, dtype=torch.int64)
     for chunk in chunks:
         counts += torch.bincount(chunk, minlength=1 << 16)
@@ -207,9 +191,7 @@ def _result(
             "form": "low-rank" if low_rank else "full",
             "dtype": "float32",
             "parents": {key: vector.digest() for key, vector in vectors.items()},
-            "data_digest": sources[0].info.data_digest
-            if len({v.info.data_digest for v in sources}) == 1
-            else "",
+            "data_digest": sources[0].info.data_digest if len({v.info.data_digest for v in sources}) == 1 else "",
             "recipe": recipe,
             "precision": {},
         }

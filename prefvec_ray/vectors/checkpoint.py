@@ -1,8 +1,8 @@
 """A base model under its checkpoint's names: one naming for folders and live models.
 
 transformers 5 renames parameters and fuses experts while loading (`experts.3.w1.weight` becomes a slice of
-`experts.gate_up_proj`). Vectors, fingerprints and merges here always speak the names of the files;
-`checkpoint_state` gives a live model's parameters under those names, as views.
+`experts.gate_up_proj`). Vectors, fingerprints and merges here always speak the names of the files; `checkpoint_state`
+gives a live model's parameters under those names, as views.
 """
 
 import bisect
@@ -26,8 +26,7 @@ RECOMPUTED = ("rotary_emb.inv_freq",)
 class Checkpoint(Mapping[str, Tensor]):
     """A `save_pretrained` folder of safetensors, sharded or not, read lazily. Tied copies are left out.
 
-    Raises InputError for folders without safetensors, with pickles only, or with an index that cannot be
-    trusted.
+    Raises InputError for folders without safetensors, with pickles only, or with an index that cannot be trusted.
     """
 
     def __init__(self, folder: str | Path):
@@ -65,9 +64,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return content
 
     def _tied_copies(self) -> set[str]:
-        """Some trainers write a tied head twice. It counts once, under the embedding's name, if the bytes
-        agree.
-        """
+        """Some trainers write a tied head twice. It counts once, under the embedding's name, if the bytes agree."""
         config = self.config()
         tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
         heads = [name for name in self.shards if name.endswith("lm_head.weight")] if tied else []
@@ -84,8 +81,8 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 class _NoCopies(TorchFunctionMode):
-    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert, and
-    `clone()` every parameter of a flat buffer.
+    """Lets transformers' split of fused weights return views: `contiguous()` would copy every expert, and `clone()`
+    every parameter of a flat buffer.
     """
 
     def __torch_function__(
@@ -100,11 +97,10 @@ class _NoCopies(TorchFunctionMode):
 
 @torch.no_grad()
 def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers of a live model under the names of its checkpoint files; tied weights
-    once.
+    """Parameters and saved buffers of a live model under the names of its checkpoint files; tied weights once.
 
-    The tensors are views of the model's own memory: writing to them changes the model. Raises InputError for
-    a model that wears PEFT adapters or quantised weights, or whose layout has no such views.
+    The tensors are views of the model's own memory: writing to them changes the model. Raises InputError for a model
+    that wears PEFT adapters or quantised weights, or whose layout has no such views.
     """
     live = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     if any(".base_layer." in name for name in live):
@@ -160,9 +156,7 @@ def checkpoint_layout(model: nn.Module) -> dict[str, list[Piece]]:
 
 
 def state_of(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
-    """Tensors under checkpoint names, of a live model (views), a folder (memory-mapped) or a state dict
-    (itself).
-    """
+    """Tensors under checkpoint names, of a live model (views), a folder (memory-mapped) or a state dict (itself)."""
     if isinstance(source, nn.Module):
         return checkpoint_state(source)
     return source if isinstance(source, Mapping) else Checkpoint(source)

@@ -94,9 +94,7 @@ def scaled(entry: Entry, factor: float) -> Entry:
 
 
 def added(left: Entry, right: Entry) -> Entry:
-    """left + right in fp32. Two low-rank entries stay exact: their factors are put side by side, ranks add
-    up.
-    """
+    """left + right in fp32. Two low-rank entries stay exact: their factors are put side by side, ranks add up."""
     if isinstance(left, LowRank) and isinstance(right, LowRank):
         A_RI = torch.cat([left.A_RI.float(), right.A_RI.float()], dim=-2)
         return LowRank(A_RI, torch.cat([left.B_OR.float(), right.B_OR.float()], dim=-1))

@@ -42,10 +42,9 @@ def vector_from_state(
 ) -> PreferenceVector:
     """A full-form vector of `{checkpoint parameter name: change}`, stored in `dtype`.
 
-    Meant for `theta_run - theta_base` in fp32, taken before any rounding. Parameters that did not change are
-    left out. Raises InputError for NaN or infinity, numbers that are not floating, one tensor under two names
-    (tied weights: give them once, as `checkpoint_state` does), a delta that is zero everywhere, or values
-    that overflow `dtype`.
+    Meant for `theta_run - theta_base` in fp32, taken before any rounding. Parameters that did not change are left out.
+    Raises InputError for NaN or infinity, numbers that are not floating, one tensor under two names (tied weights: give
+    them once, as `checkpoint_state` does), a delta that is zero everywhere, or values that overflow `dtype`.
     """
     seen: dict[tuple[int, torch.Size], str] = {}
     for name, tensor in sorted(delta.items()):
@@ -79,10 +78,10 @@ def vector_from_checkpoints(
 ) -> PreferenceVector:
     """phi = theta+ - theta- of two full models (live, folders, or state dicts under checkpoint names).
 
-    With `negative` the base itself this is a run's delta. `info.precision["rounding"]` says how much of phi
-    is the rounding of sources that are not fp32, and a PrecisionWarning is given where that matters.
-    Everything is held in memory; `extract_from_checkpoints` does the same for folders of any size. Raises
-    InputError for parameters that are missing, extra or misshapen against the base, and for NaN or infinity.
+    With `negative` the base itself this is a run's delta. `info.precision["rounding"]` says how much of phi is the
+    rounding of sources that are not fp32, and a PrecisionWarning is given where that matters. Everything is held in
+    memory; `extract_from_checkpoints` does the same for folders of any size. Raises InputError for parameters that are
+    missing, extra or misshapen against the base, and for NaN or infinity.
     """
     base_state, plus, minus = state_of(base), state_of(positive), state_of(negative)
     for which, state in (("positive", plus), ("negative", minus)):
@@ -133,13 +132,12 @@ def subtract(
     preference: str,
     dtype: torch.dtype = torch.bfloat16,
 ) -> PreferenceVector:
-    """phi = theta+ - theta- from the two runs' deltas over one base (arXiv 2504.20106, section 3), stored in
-    `dtype`.
+    """phi = theta+ - theta- from the two runs' deltas over one base (arXiv 2504.20106, section 3), stored in `dtype`.
 
-    A parameter that only one run changed counts as 0 in the other. Two low-rank entries stay exact, with rank
-    r+ + r-. The recipe keeps both runs' recipes; the data digest is kept where both agree. Raises InputError
-    for two bases, shapes that differ, NaN or infinity, and two runs that are equal. Warns (PrecisionWarning)
-    when the deltas were not kept in fp32 and their rounding is a large part of phi.
+    A parameter that only one run changed counts as 0 in the other. Two low-rank entries stay exact, with rank r+ + r-.
+    The recipe keeps both runs' recipes; the data digest is kept where both agree. Raises InputError for two bases,
+    shapes that differ, NaN or infinity, and two runs that are equal. Warns (PrecisionWarning) when the deltas were not
+    kept in fp32 and their rounding is a large part of phi.
     """
     check_same_base([positive, negative])
     entries: dict[str, Entry] = {}

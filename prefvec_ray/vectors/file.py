@@ -4,9 +4,8 @@
     vector.info.preference, vector.names(), vector.dense("model.norm.weight")
     save_vector(vector, "copies/helpful")
 
-A vector is `phi = theta_+ - theta_-` (Preference Vectors, arXiv 2504.20106, section 3): one entry per
-parameter that changed, named as in the base checkpoint's files. A training run's own delta `theta_run -
-theta_base` is the same thing.
+A vector is `phi = theta_+ - theta_-` (Preference Vectors, arXiv 2504.20106, section 3): one entry per parameter that
+changed, named as in the base checkpoint's files. A training run's own delta `theta_run - theta_base` is the same thing.
 """
 
 import json
@@ -53,11 +52,10 @@ class VectorInfo(BaseModel):
 
 
 class PreferenceVector:
-    """phi: parameter name -> `Full`, `Int8` or `LowRank` entry; entries may be memory-mapped and are
-    read-only.
+    """phi: parameter name -> `Full`, `Int8` or `LowRank` entry; entries may be memory-mapped and are read-only.
 
-    `names()` are the parameters that change, sorted; a parameter that is absent has phi = 0. Raises
-    InputError where the entries disagree with `info.form` or `info.dtype`.
+    `names()` are the parameters that change, sorted; a parameter that is absent has phi = 0. Raises InputError where
+    the entries disagree with `info.form` or `info.dtype`.
     """
 
     def __init__(self, info: VectorInfo, entries: Mapping[str, Entry], *, path: Path | None = None):
@@ -101,9 +99,7 @@ class PreferenceVector:
         return self
 
     def digest(self) -> str:
-        """`blake3:<hex>` of the base fingerprint and of all numbers: independent of sharding, lineage and
-        name.
-        """
+        """`blake3:<hex>` of the base fingerprint and of all numbers: independent of sharding, lineage and name."""
         digest = blake3(f"prefvec vector 1\n{self.info.base_fingerprint}\n".encode())
         for name in self.names():
             for part, tensor in sorted(self.entries[name].parts().items()):
@@ -119,9 +115,8 @@ class PreferenceVector:
 def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
     """Write `vector*.safetensors` (and an index if there are several) into `folder`, and return the folder.
 
-    Every file is written under a temporary name, synced and renamed; the index comes last, so a folder that
-    was interrupted never loads. A folder that already holds a vector is refused: a vector's content never
-    changes.
+    Every file is written under a temporary name, synced and renamed; the index comes last, so a folder that was
+    interrupted never loads. A folder that already holds a vector is refused: a vector's content never changes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,12 +147,11 @@ def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size:
 
 
 def load_vector(path: str | Path) -> PreferenceVector:
-    """Open a vector folder or a single `.safetensors` file, memory-mapped: headers are read and checked,
-    numbers are not.
+    """Open a vector folder or a single `.safetensors` file, memory-mapped: headers are read and checked, numbers are
+    not.
 
-    Raises InputError for files that are truncated, tampered with, of a newer format version, sharded
-    inconsistently, or whose entries disagree with their stated form. Call `.validate()` to also look for NaN
-    and infinity.
+    Raises InputError for files that are truncated, tampered with, of a newer format version, sharded inconsistently, or
+    whose entries disagree with their stated form. Call `.validate()` to also look for NaN and infinity.
     """
     shards = Shards(path, stem=STEM)
     per_file = shards.metadata()
@@ -199,8 +193,8 @@ class _FileEntries(Mapping[str, Entry]):
 
 
 def _suffixed(info: VectorInfo) -> bool:
-    """In a plain full vector an entry is stored under the parameter's own name; otherwise a suffix tells the
-    part. So a parameter that is really called `foo.A` can never be taken for a factor.
+    """In a plain full vector an entry is stored under the parameter's own name; otherwise a suffix tells the part. So a
+    parameter that is really called `foo.A` can never be taken for a factor.
     """
     return info.form == "low-rank" or info.dtype == "int8"
 

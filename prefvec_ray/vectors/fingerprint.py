@@ -24,9 +24,9 @@ def tensor_digest(tensor: Tensor) -> str:
 def fingerprint(model: nn.Module | Mapping[str, Tensor] | str | Path) -> str:
     """`blake3:<hex>` of all parameters (and saved buffers): checkpoint names, shapes, dtypes and bytes.
 
-    Sharding, file order and tied copies make no difference. Loading the base in another dtype than it is
-    stored in does: those are other numbers, so take the fingerprint of the folder then. Raises InputError for
-    a folder without safetensors, and for a model that wears adapters.
+    Sharding, file order and tied copies make no difference. Loading the base in another dtype than it is stored in
+    does: those are other numbers, so take the fingerprint of the folder then. Raises InputError for a folder without
+    safetensors, and for a model that wears adapters.
     """
     state = state_of(model)
     digest = blake3(b"prefvec base 1\n")

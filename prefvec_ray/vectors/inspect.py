@@ -1,8 +1,10 @@
 """What is in a preference vector: where it acts, how low its rank is, and how it relates to others.
 
-summary = inspect({"helpful": helpful, "harmless": harmless})
-summary.cosines["helpful", "harmless"], summary.energy_by_rank["helpful"][8]
-plot(summary, "vectors.png")
+    summary = inspect({"helpful": helpful, "harmless": harmless})
+    summary.cosines["helpful", "harmless"], summary.energy_by_rank["helpful"][8]
+    plot(summary, "vectors.png")
+
+Low-rank vectors are never multiplied out.
 """
 
 import math

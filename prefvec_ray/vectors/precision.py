@@ -1,8 +1,8 @@
 """How much of a preference vector survives the path it takes: measured, not assumed.
 
-phi is the small difference of two large numbers. If those were already rounded to bf16, most of phi can be
-rounding; if phi itself is rounded once for storage, next to nothing is lost. Both are counted here and kept
-in `VectorInfo.precision`.
+phi is the small difference of two large numbers. If those were already rounded to bf16, most of phi can be rounding; if
+phi itself is rounded once for storage, next to nothing is lost. Both are counted here and kept in
+`VectorInfo.precision`.
 """
 
 import math
@@ -52,11 +52,11 @@ class StorageLoss:
 class RoundingStats:
     """What fraction of theta+ - theta- is the rounding of theta+ and theta- themselves?
 
-    Feed it matching chunks with `update`; chunks may be a sample of the parameters. The estimate assumes that
-    the exact values lie anywhere between two representable numbers. Then the measured difference m has the
-    exact delta as its mean and never the wrong sign, so mean|m| = mean|delta|; with deltas that are normal
-    within a block the signal energy is pi/2 mean|m|^2 per element, and what was measured beyond it is noise,
-    at most (ulp+^2 + ulp-^2) / 12 per element.
+    Feed it matching chunks with `update`; chunks may be a sample of the parameters. The estimate assumes that the exact
+    values lie anywhere between two representable numbers. Then the measured difference m has the exact delta as its
+    mean and never the wrong sign, so mean|m| = mean|delta|; with deltas that are normal within a block the signal
+    energy is pi/2 mean|m|^2 per element, and what was measured beyond it is noise, at most (ulp+^2 + ulp-^2) / 12 per
+    element.
     """
 
     elements: int = 0
@@ -87,9 +87,7 @@ class RoundingStats:
             self.noise += torch.minimum(beyond, limits).sum().item()
 
     def report(self) -> dict[str, JsonValue]:
-        """source dtype, fraction of entries that are 0, noise over signal (norms), expected cosine with the
-        true phi.
-        """
+        """source dtype, fraction of entries that are 0, noise / signal (norms), expected cosine with the true phi."""
         signal = max(self.energy - self.noise, 0.0)
         return {
             "source_dtype": self.dtype,

@@ -1,8 +1,7 @@
-"""Reading sharded safetensors folders with care: only safetensors, only inside the folder, only what the
-index says.
+"""Reading sharded safetensors folders with care: only safetensors, only inside the folder, only what the index says.
 
-Shared by vector files (`vector*.safetensors`) and base checkpoints (`model*.safetensors`). Tensors are
-memory-mapped (copy on write): opening costs the headers, reading a tensor costs the pages that are touched.
+Shared by vector files (`vector*.safetensors`) and base checkpoints (`model*.safetensors`). Tensors are memory-mapped
+(copy on write): opening costs the headers, reading a tensor costs the pages that are touched.
 """
 
 import json
@@ -20,10 +19,10 @@ PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 class Shards:
     """The tensors of one safetensors file, or of a folder `<stem>.safetensors[.index.json]`, read lazily.
 
-    `links=False` also refuses files that are symbolic links to outside the folder. (The Hugging Face cache is
-    made of such links, so base checkpoints allow them; vectors do not.) Raises InputError for anything that
-    cannot be trusted: no safetensors, pickles, index entries outside the folder, truncated or tampered
-    headers, an index that disagrees with its shards.
+    `links=False` also refuses files that are symbolic links to outside the folder. (The Hugging Face cache is made of
+    such links, so base checkpoints allow them; vectors do not.) Raises InputError for anything that cannot be trusted:
+    no safetensors, pickles, index entries outside the folder, truncated or tampered headers, an index that disagrees
+    with its shards.
     """
 
     def __init__(self, path: str | Path, *, stem: str, links: bool = False):
@@ -38,9 +37,7 @@ class Shards:
                 self._where[name] = file_name
         if weight_map is not None and weight_map != self._where:
             wrong = min({k for k, _ in weight_map.items() ^ self._where.items()})
-            raise InputError(
-                f"{self.path}: the index and the shards disagree about '{wrong}'; copy the folder again"
-            )
+            raise InputError(f"{self.path}: the index and the shards disagree about '{wrong}'; copy the folder again")
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._where))
@@ -68,9 +65,7 @@ class Shards:
 def locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
     """The files to open and, for a sharded folder, the index's map from tensor name to file name."""
     if path.suffix in PICKLES:
-        raise InputError(
-            f"{path}: pickle files can run code and are never read; convert it to safetensors first"
-        )
+        raise InputError(f"{path}: pickle files can run code and are never read; convert it to safetensors first")
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InputError(f"{path}: not a .safetensors file; give a folder or a .safetensors file")
@@ -95,14 +90,10 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         fine = False
     if not fine:
-        raise InputError(
-            f"{index}: not a safetensors index with a 'weight_map' of names; copy the folder again"
-        )
+        raise InputError(f"{index}: not a safetensors index with a 'weight_map' of names; copy the folder again")
     for name in set(weight_map.values()):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise InputError(
-                f"{index}: points to '{name}'; expected names of .safetensors files beside the index"
-            )
+            raise InputError(f"{index}: points to '{name}'; expected names of .safetensors files beside the index")
     return weight_map
 
 

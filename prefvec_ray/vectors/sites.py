@@ -1,9 +1,7 @@
-"""What steering computes inside one layer: each function here wraps a module's forward with the vectors'
-share.
+"""What steering computes inside one layer: each function here wraps a module's forward with the vectors' share.
 
-Rows are the first dimension of everything: row i of the coefficients belongs to the i-th of n equal
-consecutive parts of the positions (batch x sequence) that a layer sees. So (batch, P) steers by request and
-(batch * tokens, P) by token.
+Rows are the first dimension of everything: row i of the coefficients belongs to the i-th of n equal consecutive parts
+of the positions (batch x sequence) that a layer sees. So (batch, P) steers by request and (batch * tokens, P) by token.
 """
 
 import copy
@@ -23,9 +21,7 @@ Terms: TypeAlias = Sequence[tuple[int, Entry]]
 
 
 class Scales:
-    """The coefficients of the batch at hand, (n, P) in fp32, and what the layers need of them, made once per
-    batch.
-    """
+    """The coefficients of the batch at hand, (n, P) in fp32, and what the layers need of them, made once per batch."""
 
     def __init__(self, rows: Tensor):
         self.set(rows)
@@ -76,8 +72,7 @@ class Scales:
 
 
 class SharedInput:
-    """Linear layers that read one input: A of all layers and vectors is one matrix, and x A^T is computed
-    once.
+    """Linear layers that read one input: A of all layers and vectors is one matrix, and x A^T is computed once.
 
     `x` is recognised by identity; a layer that is called with another tensor computes its own product.
     """
@@ -201,8 +196,7 @@ def twin(module: nn.Module, **parameters: Tensor) -> nn.Module:
 def unit_norm(module: nn.Module, which: str) -> nn.Module | None:
     """The norm with the weights (1, or 0 where it adds the 1 itself) that leave its bare normalised input.
 
-    None where the module is not affine in its weight, number by number: that is tried out, not guessed from
-    its name.
+    None where the module is not affine in its weight, number by number: that is tried out, not guessed from its name.
     """
     weight = module.get_parameter(which)
     if weight.dim() != 1 or list(module.children()):

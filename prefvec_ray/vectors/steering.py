@@ -1,13 +1,11 @@
-"""Every row of a batch under its own coefficients, beside the weights: y = x W^T + sum_p eta_p[row] (x A_p^T)
-B_p^T.
+"""Every row of a batch under its own coefficients: y = x W^T + sum_p eta_p[row] (x A_p^T) B_p^T, beside the weights.
 
-    with steer(model, {"helpful": helpful, "harmless": harmless}) as steering:
+    with Steering(model, {"helpful": helpful, "harmless": harmless}) as steering:
         steering.set_coefficients([{"helpful": 1.0}, {"harmless": 0.5}, {}])
         model.generate(**batch_of_three)
 
-Nothing is rounded into the weights and nothing is rewritten between requests. (Punica, arXiv 2310.18547, and
-S-LoRA, arXiv 2311.03285, batch adapters beside the weights; here every row uses every vector, with its own
-scales.)
+Nothing is rounded into the weights and nothing is rewritten between requests. (Punica, arXiv 2310.18547, and S-LoRA,
+arXiv 2311.03285, batch adapters beside the weights; here every row uses every vector, with its own scales.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.vectors.checkpoint import checkpoint_layout
-from prefvec_ray.vectors.entries import Entry, LowRank
+from prefvec_ray.vectors.entries import Entry, LowRank, is_finite
 from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.forms import check_rank, shortened
@@ -44,18 +42,15 @@ Place: TypeAlias = tuple[str, str]
 
 
 class Steering:
-    """Vectors attached to a `transformers` model; `detach()`, or leaving the `with` block, restores it
-    exactly.
+    """Vectors attached to a `transformers` model; `detach()`, or leaving the `with` block, restores it exactly.
 
-    Steered exactly: low-rank entries of linear layers, any entries of embeddings (tied heads need low rank),
-    norms and biases. Full entries of linear layers need `rank` or `energy` (as in `to_low_rank`); `errors`
-    then states by vector
+    Steered exactly: low-rank entries of linear layers, any entries of embeddings (tied heads need low rank), norms and
+    biases. Full entries of linear layers need `rank` or `energy` (as in `to_low_rank`); `errors` then states by vector
     |phi - used| / |phi|. What cannot be steered (fused experts, routers) is an InputError by name: merge such
-    vectors with `LiveModel`. So is another base, and a parameter that the model has not, or not in that
-    shape.
+    vectors with `LiveModel`. So is another base, and a parameter that the model has not, or not in that shape.
 
-    The model is run once on four tokens, to see which layers share an input and that each is reached at all.
-    `names` is the order of coefficient columns: sorted. `base_fingerprint` skips hashing the model.
+    The model is run once on four tokens, to see which layers share an input and that each is reached at all. `names` is
+    the order of coefficient columns: sorted. `base_fingerprint` skips hashing the model.
     """
 
     def __init__(
@@ -91,12 +86,10 @@ class Steering:
         return self._scales.rows_NP.clone()
 
     def set_coefficients(self, coefficients: Coefficients) -> None:
-        """For the next forward passes: one mapping for all rows, one mapping per row, or a tensor of `names`
-        columns.
+        """For the next forward passes: one mapping for all rows, one mapping per row, or a tensor of `names` columns.
 
-        A tensor has one row for all, one per batch row, or one per token of a packed batch (batch * tokens
-        rows). Names that a mapping leaves out are 0. Raises InputError for unknown names, other shapes, NaN
-        and infinity.
+        A tensor has one row for all, one per batch row, or one per token of a packed batch (batch * tokens rows). Names
+        that a mapping leaves out are 0. Raises InputError for unknown names, other shapes, NaN and infinity.
         """
         if not isinstance(coefficients, Tensor):
             known = dict.fromkeys(self.names)
@@ -152,6 +145,8 @@ class Steering:
                     raise InputError(f"vector '{key}': '{name}' has shape {shapes}")
                 if piece.shape != tuple(parameter.shape):
                     raise InputError(f"vector '{key}': '{name}' is fused into '{owner}'; merge it with LiveModel")
+                if not is_finite(exact):
+                    raise InputError(f"vector '{key}': '{name}' holds NaN or infinity; extract it again")
                 used = exact
                 here = places[id(parameter)]
                 if not isinstance(exact, LowRank) and any(is_linear(self._modules[path]) for path, _ in here):
