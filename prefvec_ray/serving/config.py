@@ -45,8 +45,9 @@ class EngineConfig(Config):
     """requests that run at once; the others wait"""
     max_new_tokens: PositiveInt = 512
     """most tokens of one answer, and the number where the caller names none"""
-    turn_steps: PositiveInt = 16
-    """merged: decoding steps before another waiting set of coefficients has its turn"""
+    switch_share: float = Field(default=0.1, gt=0, le=1)
+    """merged: share of time that may go into rewriting the weights while several sets of coefficients take turns;
+    smaller gives more tokens a second and longer pauses within each answer"""
     threads: PositiveInt = 1
     """torch threads; for small models one is fastest"""
 

@@ -1,5 +1,6 @@
 """Two ways to hold coefficients in a model: merged into its weights, or added beside them row by row."""
 
+import time
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
@@ -15,6 +16,8 @@ class Holder(Protocol):
 
     model: PreTrainedModel
     merges: int
+    switch_seconds: float
+    """what the last change of coefficients took"""
 
     def group(self, coefficients: Coefficients) -> Hashable:
         """Requests of one group may be computed in one batch."""
@@ -36,6 +39,7 @@ class Merged:
         self.live = live
         self.model = live.model
         self.merges = 0
+        self.switch_seconds = 0.0
         self._current: Coefficients | None = None
 
     def group(self, coefficients: Coefficients) -> Hashable:
@@ -44,7 +48,11 @@ class Merged:
     def apply(self, rows: Sequence[Coefficients]) -> None:
         if rows[0] != self._current:
             self._current = None
+            start = time.monotonic()
             self.live.set_coefficients(dict(rows[0]))
+            if self.model.device.type != "cpu":
+                torch.accelerator.synchronize()
+            self.switch_seconds = time.monotonic() - start
             self._current = rows[0]
             self.merges += 1
 
@@ -56,6 +64,7 @@ class Steered:
     """Every row's own coefficients, beside the weights: requests of all settings share one batch."""
 
     merges = 0
+    switch_seconds = 0.0
 
     def __init__(self, steering: Steering):
         self.steering = steering

@@ -156,7 +156,7 @@ def build_engine(config: ServingConfig, lineup: Lineup) -> Engine:
     else:
         holder = Merged(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
     engine = SlotEngine(
-        holder, load_tokenizer(config), max_batch=config.engine.max_batch, turn_steps=config.engine.turn_steps
+        holder, load_tokenizer(config), max_batch=config.engine.max_batch, switch_share=config.engine.switch_share
     )
     engine.warm_up(lineup.policy.coefficients({}))
     return engine.start()

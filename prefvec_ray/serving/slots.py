@@ -18,6 +18,7 @@ import contextlib
 import logging
 import random
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ class SlotEngine:
     """Continuous batching over the rows of `SlotCache`s.
 
     max_batch: most requests that run at once, over all batches; the others wait, first come first served.
-    turn_steps: in merged mode, the steps that one batch makes before the next set of coefficients gets its turn.
+    switch_share: in merged mode, the share of time that may go into rewriting the weights while several sets of
+        coefficients take turns. Smaller: longer turns, more tokens a second, longer pauses within each answer.
     prefill_tokens: most prompt tokens (padding included) computed between two steps; one longer prompt goes alone.
 
     Raises InputError for models whose cache is not keys and values by position.
@@ -85,18 +87,18 @@ class SlotEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch: int = 32,
-        turn_steps: int = 16,
+        switch_share: float = 0.1,
         prefill_tokens: int = 2048,
     ):
         self.model = holder.model.eval()
         self.context = context_length(self.model.config)
-        self.max_batch, self.turn_steps, self.prefill_tokens = max_batch, turn_steps, prefill_tokens
+        self.max_batch, self.switch_share, self.prefill_tokens = max_batch, switch_share, prefill_tokens
         self._holder, self._tokenizer = holder, tokenizer
         self._device = self.model.device
         self._additive = _wants_additive_mask(self.model)
         self._ends = _end_tokens(self.model, tokenizer)
         self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
-        self._steps_of_turn = 0
+        self._turn_began = time.monotonic()
         self._waiting: deque[Ticket] = deque()
         self._news = threading.Condition()
         self._closed = False
@@ -298,15 +300,15 @@ class SlotEngine:
             ticket.emit(error)
 
     def _end_turn(self, key: Hashable, batch: _Batch) -> None:
-        """Keep the batches' round: one that is empty goes, one that has had its steps goes to the end."""
+        """Keep the batches' round: one that is empty goes, one that has had its time goes to the end."""
         with self._news:
-            self._steps_of_turn += 1
+            now = time.monotonic()
             if not batch.tickets and not batch.joining:
                 del self._batches[key]
-                self._steps_of_turn = 0
-            elif self._steps_of_turn >= self.turn_steps:
+                self._turn_began = now
+            elif (now - self._turn_began) * self.switch_share >= self._holder.switch_seconds:
                 self._batches.move_to_end(key)
-                self._steps_of_turn = 0
+                self._turn_began = now
 
     # --- in a thread, for asynchronous callers ----------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ def test_weights_are_rewritten_only_when_the_setting_changes(merged):
 
 
 def test_a_hot_setting_does_not_starve_a_cold_one(merged):
-    engine, order = merged(max_batch=4, turn_steps=4), []
+    engine, order = merged(max_batch=4, switch_share=1.0), []
     for i in range(12):
         hot = ask(random_prompt(i, 9), 1.0, max_new_tokens=40)
         engine.submit(hot, lambda piece, i=i: piece.finish_reason and order.append(f"hot {i}"))
