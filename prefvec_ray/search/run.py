@@ -25,7 +25,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search.optuna import OptunaSearch
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.result import FailedTrial, Goal, SearchResult
 from prefvec_ray.search.trial import Task, Trial
 
@@ -115,40 +115,6 @@ def search(
         seconds=time.perf_counter() - began,
         resumed=resumed,
     )
-
-
-class Journal:
-    """The finished trials of one search, one JSON line each, in `trials.jsonl`; a torn last line is cut
-    off."""
-
-    def __init__(self, folder: Path, definition: dict[str, Any]) -> None:
-        self.folder, self.done, self.failed = folder.absolute(), list[Evaluation](), list[FailedTrial]()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        described = self.folder / "search.json"
-        if described.exists():
-            earlier = json.loads(described.read_text())
-            changed = sorted(key for key in definition if definition[key] != earlier.get(key))
-            if changed:
-                raise InputError(
-                    f"{folder} holds a search with other {', '.join(changed)}; give another folder or delete this one"
-                )
-        else:
-            partial = described.with_suffix(".partial")
-            partial.write_text(json.dumps(definition, indent=2))
-            partial.replace(described)
-        self.path = self.folder / "trials.jsonl"
-        self.path.touch()
-        whole = self.path.read_bytes()
-        lines = whole[: whole.rfind(b"\n") + 1]
-        os.truncate(self.path, len(lines))
-        self.done = [Evaluation.model_validate_json(line) for line in lines.splitlines()]
-
-    def add(self, evaluation_json: str) -> None:
-        with self.path.open("a") as file:
-            file.write(evaluation_json + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.done.append(Evaluation.model_validate_json(evaluation_json))
 
 
 class _Watcher(tune.Callback):
