@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.utils import merge_utils
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.vectors import (
@@ -221,3 +222,15 @@ def test_vectors_of_two_bases_do_not_combine():
     ):
         with pytest.raises(InputError, match="is of base"):
             method()
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_ties_is_pefts_ties_on_one_tensor(density):
+    """PEFT trims tensor by tensor where the paper and we trim the whole vector: on one tensor that is the same."""
+    tensors = [torch.randn(40, 30, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    vectors = {
+        key: vector_from_state({"w": tensor}, preference=key, base_fingerprint="blake3:0")
+        for key, tensor in zip("abc", tensors, strict=True)
+    }
+    ours = ties(vectors, dict.fromkeys("abc", 1.0), density=density, preference="ties")
+    torch.testing.assert_close(ours.dense("w"), merge_utils.ties(tensors, torch.ones(3), density))

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.vectors import Steering, checkpoint_state, fingerprint, merge, to_dtype, to_low_rank
+from prefvec_ray.vectors import Full, Steering, checkpoint_state, fingerprint, merge, to_dtype, to_low_rank
 
 DENSE = ["llama", "mistral", "qwen3", "gemma", "gemma3_text", "opt", "phi3"]
 ROWS = [{"a": 1.0, "b": -0.5}, {"a": 0.3}, {}, {"b": 0.8}]
@@ -220,6 +220,11 @@ def test_what_does_not_fit_is_refused(tiny_model, low_rank, random_vector):
     with pytest.raises(InputError, match="steered already"):
         Steering(model, vectors)
     steering.detach()
+    poisoned = vectors["a"].dense("model.norm.weight")
+    poisoned[3] = float("nan")
+    entries = {**vectors["a"].entries, "model.norm.weight": Full(poisoned)}
+    with pytest.raises(InputError, match=r"'model\.norm\.weight' holds NaN"):
+        Steering(model, {"a": vectors["a"].replace(entries)})
     short = tiny_model("llama", num_hidden_layers=1)
     moved = {key: vector.replace(base_fingerprint=fingerprint(short)) for key, vector in vectors.items()}
     with pytest.raises(InputError, match=r"layers\.1\..*which the model does not have"):
