@@ -248,7 +248,6 @@ def search(
     console: Console,
 ) -> dict[str, Any]:
     """Search on the search prompts, confirm on the report prompts, publish what is recommended as a preset."""
-    from prefvec_ray.evaluation.results import SearchSummary
     from prefvec_ray.registry import start_registry
     from prefvec_ray.search import measure
     from prefvec_ray.search import search as run_search
@@ -278,20 +277,7 @@ def search(
             metrics={name: value.model_dump() for name, value in best.metrics.items() if value is not None},
             reason=chosen.reason,
         )
-    summary = SearchSummary(
-        objectives=list(PREFERENCES),
-        trials=result.trials,
-        front=result.front,
-        base=result.base,
-        hypervolume_history=result.hypervolume_history,
-        limits=result.goal.limits,
-        failed=len(result.failed),
-        seconds=result.seconds,
-        recommended=chosen.coefficients if chosen else None,
-        reason=chosen.reason if chosen else "",
-        preset=f"{preset.name}@{preset.version}" if preset else None,
-        confirmed=confirmed,
-    )
+    summary = result.summary(preset=f"{preset.name}@{preset.version}" if preset else None, confirmed=confirmed)
     (folder / "search" / "summary.json").write_text(summary.model_dump_json())
     return {"recommended": summary.recommended, "preset": summary.preset}
 

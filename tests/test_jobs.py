@@ -15,10 +15,16 @@ ROOT = Path(__file__).parents[1]
 def submit(url: str, entrypoint: str, working_dir: Path) -> tuple[JobStatus, str]:
     client = JobSubmissionClient(url)
     environment = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "PATH") if name in os.environ}
-    job = client.submit_job(
-        entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir), "env_vars": environment}
-    )
     until = time.monotonic() + 600
+    runtime_env = {"working_dir": str(working_dir), "env_vars": environment}
+    while True:
+        try:
+            job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+            break
+        except RuntimeError as error:  # a cluster that has just started has no agent yet
+            if "try again later" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(1)
     while not client.get_job_status(job).is_terminal() and time.monotonic() < until:
         time.sleep(0.5)
     return client.get_job_status(job), client.get_job_logs(job)

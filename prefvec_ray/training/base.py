@@ -21,7 +21,7 @@ def sft(
     *,
     seed: int = 0,
     epochs: int = 1,
-    batch_size: int = 4,
+    batch_size: int = 8,
     lr: float = 3e-3,
     progress: Progress | None = None,
 ) -> float:

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.config import Config
 from prefvec_ray.preferences import flip
-from prefvec_ray.vectors import save_vector, vector_from_state
+from prefvec_ray.vectors import checkpoint_state, save_vector, vector_from_state
 
 Polarity = Literal["positive", "negative"]
 SIGN: dict[Polarity, str] = {"positive": "+", "negative": "-"}
@@ -72,7 +72,7 @@ class TokenizedDPOTrainer(DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
-def load_base(base: str | Path) -> torch.nn.Module:
+def load_base(base: str | Path) -> PreTrainedModel:
     """The base model with fp32 master weights, whatever it is stored in: phi must not be rounded as it forms."""
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
@@ -194,11 +194,12 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
     return result
 
 
-def _delta(trained: torch.nn.Module, base: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """theta_run - theta_base in fp32 by parameter name; tied weights appear once, unchanged parameters not at all."""
-    pristine = dict(base.named_parameters())
+def _delta(trained: PreTrainedModel, base: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """theta_run - theta_base in fp32 under the checkpoint's parameter names; tied weights appear once, unchanged
+    parameters not at all."""
+    pristine = checkpoint_state(base)
     delta = {}
-    for name, parameter in trained.named_parameters():
+    for name, parameter in checkpoint_state(trained).items():
         change = parameter.detach().cpu().float() - pristine[name].detach().float()
         if not torch.isfinite(change).all():
             raise FloatingPointError(f"parameter {name} is not finite after training: lower the learning rate")
