@@ -12,7 +12,14 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.config import Config
