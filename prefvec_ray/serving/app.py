@@ -7,6 +7,7 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -15,7 +16,9 @@ from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from openai.types import Model
 from ray import serve
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
@@ -60,6 +63,12 @@ async def _next(items: DeploymentResponseGenerator[Any], deadline: float) -> Any
     """The next item, None at the end; TimeoutError at the deadline."""
     async with asyncio.timeout_at(_loop_time(deadline)):
         return await anext(items, None)
+
+
+def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
+    """End a call's work on its replica. Where no replica took the call, `cancel` raises the reason once more."""
+    with contextlib.suppress(RayServeException, RayError):
+        call.cancel()
 
 
 def _loop_time(deadline: float) -> float:
@@ -145,7 +154,7 @@ class Front:
             async with asyncio.timeout_at(_loop_time(deadline)):
                 prompt_tokens, answers = await response
         except BaseException as error:  # also a cancelled request: its caller has gone
-            response.cancel()
+            _stop(response)
             if isinstance(error, Exception):
                 raise explained(error) from error
             raise
@@ -158,7 +167,7 @@ class Front:
         try:
             started = await _next(items, deadline)
         except BaseException as error:
-            items.cancel()
+            _stop(items)
             if isinstance(error, Exception):
                 raise explained(error) from error
             raise
@@ -183,7 +192,7 @@ class Front:
         except Exception as error:
             yield error_event(explained(error))
         finally:  # also where the caller has gone: nothing more is generated for it
-            items.cancel()
+            _stop(items)
 
     async def _body(self, request: HttpRequest) -> bytes:
         """The request's JSON text. Raises ApiError where it is too large or of another type."""

@@ -48,9 +48,9 @@ def endpoint(ray_cluster, base_folder, registry_root) -> Iterator[Endpoint]:
             "base": base_folder,
             "registry": registry_root,
             "ranges": {"harmless": {"min": 0}},
-            "engine": {"max_new_tokens": 400},
+            "engine": {"max_new_tokens": 400, "max_batch": 8},
             "replicas": {"cpus": 0.5},
-            "limits": {"answers": 20, "body_bytes": 50_000},
+            "limits": {"answers": 20, "body_bytes": 50_000, "queued_requests": 32},
         }
     )
     url = start(config, port=port)
@@ -276,6 +276,24 @@ def wait_until_idle(endpoint: Endpoint) -> dict[str, Any]:
         assert time.monotonic() < deadline, f"still busy: {status}"
         time.sleep(0.05)
     return status
+
+
+def test_beyond_its_queue_the_server_says_at_once_that_it_is_busy(endpoint):
+    long = ASK | {"n": 20, "temperature": 2.0, "max_tokens": 400}
+
+    async def crowd() -> list[httpx.Response | BaseException]:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=4, limits=limits) as client:
+            asking = (client.post("/chat/completions", json=long) for _ in range(100))
+            return await asyncio.gather(*asking, return_exceptions=True)
+
+    told = [response for response in asyncio.run(crowd()) if isinstance(response, httpx.Response)]
+    assert len(told) > 20, "16 at work and 32 waiting: most of a hundred must be turned away"
+    assert {response.status_code for response in told} <= {200, 503}
+    refused = next(response for response in told if response.status_code == 503)
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert refused.headers["retry-after"]
+    wait_until_idle(endpoint)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.engine import EngineError, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Merged, Steered
 from prefvec_ray.serving.slots import SlotEngine
-from prefvec_ray.vectors import LiveModel, Steering, fingerprint
+from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
+
+STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
 
 SETTINGS = [(0.0, 0.0), (0.5, -0.5), (1.0, 1.0), (-1.0, 0.3), (0.0, -1.0)]
 MakeEngine = Callable[..., SlotEngine]
@@ -294,6 +296,27 @@ def test_other_architectures_give_what_generate_gives(kind, tokenizer):
         ids = torch.tensor([request.prompt])
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert tokens(pieces) == alone[0, len(request.prompt) :].tolist()
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the real model is not on this machine")
+def test_a_real_model_at_two_settings():
+    """A trained Llama, with a tokenizer that writes spaces in front of words."""
+    words = AutoTokenizer.from_pretrained(STORIES)
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    name = "model.layers.0.mlp.down_proj.weight"
+    delta = {name: torch.randn(model.get_parameter(name).shape, generator=torch.Generator().manual_seed(0))}
+    vector = vector_from_state(delta, preference="odd", base_fingerprint=fingerprint(STORIES))
+    live = LiveModel(model, {"odd": vector})
+    prompt = tuple(words("Once upon a time").input_ids)
+    asked = [Request(prompt, (("odd", eta),), max_new_tokens=30, temperature=0.0) for eta in (0.0, 0.3)]
+    told = run(SlotEngine(Merged(live), words), asked)
+    assert text(told[0]).startswith(", there was")
+    assert text(told[0]) != text(told[1])
+    for request, pieces in zip(asked, told, strict=True):
+        live.set_coefficients(dict(request.coefficients))
+        ids = torch.tensor([prompt])
+        alone = live.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+        assert tokens(pieces) == alone[0, len(prompt) :].tolist()
 
 
 def test_models_without_keys_and_values_by_position_are_refused(tokenizer):
