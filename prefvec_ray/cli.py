@@ -1,6 +1,8 @@
 """The `prefvec` command: one short function a command. Everything heavy is imported inside, so that --help is quick."""
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,11 @@ registry_option = click.option(
 @click.version_option(package_name="prefvec-ray")
 def main() -> None:
     """Preference vectors on Ray: train each preference once, choose the balance per deployment or per request."""
+    # Bars of our own tell what goes on; those of libraries would only break the lines.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # TRL sets a field of transformers that transformers calls deprecated: nothing that a user could mend.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ def train(config: "TrainingConfig", console: Console) -> None:
     """Train, publish, and show how the held-out pairs separate."""
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors, train_vectors
+    from prefvec_ray.training.dpo import RunSpec
     from prefvec_ray.training.train import prepare_data, working_base
 
     config.check()
@@ -28,28 +30,25 @@ def train(config: "TrainingConfig", console: Console) -> None:
         )
     connect(console)
     summary = train_vectors(config)
+    for name, parts in summary["left_out"].items():
+        for part, count in parts.items():
+            if count:
+                words = f"{name}: {count} {part} pairs left out, their prompt alone fills max_length"
+                console.print(f"{words} {config.dpo.get('max_length', 'of TRL')}", soft_wrap=True)
     published = publish_vectors(summary, start_registry(config.store))
     table = Table(title="Held-out pairs, never flipped: above 0.5 for +, below for -", title_justify="left")
-    for column in (
-        "run",
-        "pairs",
-        "first loss",
-        "last loss",
-        "held-out accuracy",
-        "margin",
-        "held-out pairs",
-        "seconds",
-    ):
+    columns = ("run", "pairs", "loss, first → last fifth", "accuracy", "margin", "held-out pairs", "seconds")
+    for column in columns:
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in summary["runs"]:
+        losses = [log["loss"] for log in run["history"]]
+        fifth = max(1, len(losses) // 5)
         for name, held_out in run["held_out"].items():
-            sign = "+" if run["spec"]["polarity"] == "positive" else "-"
+            spec = RunSpec.model_validate(run["spec"])
             table.add_row(
-                f"{run['spec']['preference']}{sign} seed {run['spec']['seed']}"
-                + (f" on {name}" if len(run["held_out"]) > 1 else ""),
+                spec.label + (f" on {name}" if len(run["held_out"]) > 1 else ""),
                 str(run["pairs"]),
-                f"{run['history'][0]['loss']:.3f}",
-                f"{run['history'][-1]['loss']:.3f}",
+                f"{fmean(losses[:fifth]):.3f} → {fmean(losses[-fifth:]):.3f}",
                 f"{held_out['accuracy']:.3f}",
                 f"{held_out['margin']:+.3f}",
                 str(held_out["pairs"]),

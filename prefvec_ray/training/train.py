@@ -29,11 +29,15 @@ TRANSCRIPT_TEMPLATE = (
 """HH-RLHF's own transcript form, for a base whose tokenizer has no chat template (`chat_template: transcript`)."""
 
 
+PARTS = {"train": "pairs", "test": "test_pairs"}
+
+
 def train_vectors(config: TrainingConfig) -> dict[str, Any]:
     """The whole training job on the connected Ray cluster.
 
     Returns:
-        What `<folder>/training.json` holds: every run's result and every vector's folder.
+        What `<folder>/training.json` holds: every run's result, every vector's folder, and how many pairs of each
+        preference were left out because their prompt alone fills `max_length` (TRL drops them).
 
     Raises:
         InputError: bad config, data or base; before any run starts.
@@ -42,10 +46,14 @@ def train_vectors(config: TrainingConfig) -> dict[str, Any]:
     config.check()
     prepared = prepare_data(config)
     references = compute_references(config, prepared)
+    left_out = {
+        name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
+        for name, data in prepared.items()
+    }
     specs = plan_runs(config, references)
     runs = run_plan(specs, config.resources, config.folder / "ray")
     vectors = extract_vectors(config, specs)
-    summary = {"runs": runs, "vectors": {key: str(folder) for key, folder in vectors.items()}}
+    summary = {"left_out": left_out, "runs": runs, "vectors": {key: str(folder) for key, folder in vectors.items()}}
     (config.folder / "training.json").write_text(json.dumps(summary, indent=2))
     return summary
 
