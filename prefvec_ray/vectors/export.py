@@ -6,6 +6,7 @@ export_model("base", {"helpful": helpful, "harmless": harmless}, {"helpful": 0.7
 import json
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -46,8 +47,9 @@ def export_model(
     which `lineage` adds a line per vector (its registry name and digest, say). `out` appears complete or not at all;
     `overwrite` lets it replace another model folder. `base_fingerprint` skips hashing the base where it is known.
 
-    Raises InputError before any work for what does not fit together (another base, unknown names, shapes, NaN, too
-    little disk), and without any output where a weight is NaN or infinite.
+    Raises InputError before any work for what does not fit together (unknown names, shapes, too little disk), and
+    without any output for another base (it is hashed while the first weights are written) and where a weight is NaN or
+    infinite.
     """
     base_folder, out = Path(base_folder), Path(out)
     checkpoint = Checkpoint(base_folder)
@@ -56,12 +58,19 @@ def export_model(
         raise InputError(f"cannot export in {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
     if out.resolve() == base_folder.resolve():
         raise InputError(f"{out}: is the base model's own folder; choose another")
-    check_fit(checkpoint, vectors, base_fingerprint or fingerprint(base_folder))
+    check_fit(checkpoint, vectors)
     state = dict(checkpoint)
     moved = {name: vectors[name] for name, eta in etas.items() if eta != 0}
     numbers = [etas[name] for name in moved]
 
+    def check_bases() -> None:
+        known = base_fingerprint or fingerprint(state)
+        for vector in vectors.values():
+            check_base(vector, known)
+
     def produce(name: str, index: Index, scratch: Tensor) -> Tensor:
+        if checked.done():
+            checked.result()  # raises at once where the base is another one
         base = state[name][index]
         terms = [(k, part_of(v.entry(name), index)) for k, v in enumerate(moved.values()) if name in v]
         if not terms and base.dtype == scratch.dtype:
@@ -75,19 +84,21 @@ def export_model(
         like = {name: tensor.to(dtype) if tensor.dtype in CODES else tensor for name, tensor in like.items()}
     with (
         new_folder(out, replaces=_is_model if overwrite else None) as folder,
-        ShardWriter(folder, "model", like, max_shard_size=max_shard_size) as writer,
+        ShardWriter(folder, "model", like, max_shard_size=max_shard_size, threads=threads) as writer,
+        ThreadPoolExecutor(1) as aside,  # hashing takes processors where writing waits for the disk
     ):
-        writer.write(produce, threads=threads, progress=progress)
+        checked = aside.submit(check_bases)
+        writer.write(produce, progress)
         _copy_beside(base_folder, folder, dtype)
         write_text(folder / "README.md", model_card(base_folder.name, vectors, etas, lineage or {}))
+        checked.result()
         writer.finish()
     return out
 
 
-def check_fit(checkpoint: Checkpoint, vectors: Mapping[str, PreferenceVector], base_fingerprint: str) -> None:
-    """InputError unless every vector was taken on this base, and changes only what the base has."""
+def check_fit(checkpoint: Checkpoint, vectors: Mapping[str, PreferenceVector]) -> None:
+    """InputError unless every vector changes only what the base has, in the base's shapes."""
     for key, vector in vectors.items():
-        check_base(vector, base_fingerprint)
         for name in vector.names():
             if name not in checkpoint:
                 raise InputError(f"vector '{key}' changes '{name}', which the base {checkpoint.folder} does not have")

@@ -1,6 +1,8 @@
 """phi = theta+ - theta- of two checkpoints of any size, in one streamed pass: as fast as `cp`, in bounded memory."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,17 +79,20 @@ def extract_from_checkpoints(
             raise InputError(f"'{name}' holds NaN or infinity, or its change overflows {dtype}; train the run again")
         return scratch
 
+    def lineage() -> dict[str, object]:
+        sources = dict(parents or {"positive": fingerprint(plus), "negative": fingerprint(minus)})
+        return {"base_fingerprint": base_fingerprint or fingerprint(base), "parents": sources}
+
     like = {name: torch.empty(plus[name].shape, dtype=dtype, device="meta") for name in changed}
+    start = partial(ShardWriter, max_shard_size=max_shard_size, threads=threads, metadata=to_metadata(info))
     with (
         new_folder(Path(out)) as folder,
-        ShardWriter(folder, STEM, like, max_shard_size=max_shard_size, metadata=to_metadata(info)) as writer,
+        start(folder, STEM, like) as writer,
+        ThreadPoolExecutor(1) as aside,  # hashing takes processors where writing waits for the disk
     ):
-        writer.write(produce, threads=threads, progress=progress)
-        # Hashing the sources takes processors, and syncing the output takes the disk: both at once.
-        origin = base_fingerprint or fingerprint(base)
-        parents = dict(parents or {"positive": fingerprint(plus), "negative": fingerprint(minus)})
-        info = info.model_copy(update={"base_fingerprint": origin, "parents": parents})
-        writer.finish(to_metadata(info))
+        hashed = aside.submit(lineage)
+        writer.write(produce, progress)
+        writer.finish(to_metadata(info.model_copy(update=hashed.result())))
     if rounding.elements:
         rounding.warn(preference)
     return load_vector(out)

@@ -24,6 +24,7 @@ from torch import Tensor
 from prefvec_ray.errors import InputError
 
 CHUNK = 4 << 20  # bytes that one thread produces and writes at a time
+SYNC = 512 << 20  # bytes after which the disk is set to work, so that it does not wait for the last byte
 # safetensors' own order of tensors in a file: by dtype, last of this list first, then by name.
 DTYPE_CODES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16"}
 DTYPE_CODES |= {torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64"}
@@ -49,7 +50,8 @@ class _Shard:
 class ShardWriter:
     """Writes `<stem>*.safetensors` into `folder`: `write(produce)`, then `finish()`, then `close()`.
 
-    `tensors` are meta tensors that give shapes and dtypes; `metadata` goes into every file. Raises InputError for a
+    `tensors` are meta tensors that give shapes and dtypes; `metadata` goes into every file; `threads` (default
+    `torch.get_num_threads()`) produce and write. Raises InputError for a
     dtype that safetensors cannot store, and where the disk is too small.
     """
 
@@ -60,6 +62,7 @@ class ShardWriter:
         tensors: Mapping[str, Tensor],
         *,
         max_shard_size: int | str,
+        threads: int | None = None,
         metadata: Mapping[str, str] = {"format": "pt"},
     ):
         for name, tensor in tensors.items():
@@ -80,7 +83,7 @@ class ShardWriter:
         )
         self._shards = [self._open(file, names) for file, names in self._split.filename_to_tensors.items()]
         self._syncs: list[Future[None]] = []
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool, self._syncer = ThreadPoolExecutor(threads or torch.get_num_threads()), ThreadPoolExecutor(1)
 
     def _open(self, file: str, names: list[str]) -> _Shard:
         header: dict[str, dict[str, object]] = {}
@@ -94,9 +97,10 @@ class ShardWriter:
         os.truncate(descriptor, start + offset)
         return _Shard(file, descriptor, start, header)
 
-    def write(self, produce: Produce, *, threads: int | None = None, progress: Progress | None = None) -> None:
+    def write(self, produce: Produce, progress: Progress | None = None) -> None:
         """Produce and write every tensor. Returns while the disk is still being synced; `finish` waits for that."""
         scratch = threading.local()
+        writing = threading.Lock()  # a file's inode takes one write at a time, and the kernel would spin for it
 
         def chunk(shard: _Shard, name: str, index: Index, offset: int) -> int:
             like = self._tensors[name][index]
@@ -105,19 +109,21 @@ class ShardWriter:
             out = produce(name, index, scratch.bytes[: like.nbytes].view(like.dtype).view(like.shape))
             view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             written = 0
-            while written < len(view):
-                written += os.pwrite(shard.descriptor, view[written:], offset + written)
+            with writing:
+                while written < len(view):
+                    written += os.pwrite(shard.descriptor, view[written:], offset + written)
             return written
 
-        self._pool = ThreadPoolExecutor(threads or torch.get_num_threads())
-        done = 0
+        done = synced = 0
         for shard in self._shards:
             jobs = [self._pool.submit(chunk, shard, *job) for job in self._chunks(shard)]
             for job in jobs:
                 done += job.result()
                 if progress is not None:
                     progress(done, self.total)
-            self._syncs.append(self._pool.submit(os.fsync, shard.descriptor))
+                if job is jobs[-1] or done - synced >= SYNC:
+                    synced = done
+                    self._syncs.append(self._syncer.submit(os.fsync, shard.descriptor))
 
     def _chunks(self, shard: _Shard) -> Iterator[tuple[str, Index, int]]:
         for name, entry in shard.header.items():
@@ -144,8 +150,8 @@ class ShardWriter:
 
     def close(self) -> None:
         """Let go of threads and files, finished or not."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._syncer):
+            pool.shutdown(wait=True, cancel_futures=True)
         for shard in self._shards:
             os.close(shard.descriptor)
         self._shards = []
