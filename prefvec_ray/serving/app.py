@@ -8,7 +8,6 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -60,8 +59,8 @@ def _takes(model: type[Body]) -> dict[str, Any]:
 
 
 async def _next(items: DeploymentResponseGenerator[Any], deadline: float) -> Any:
-    """The next item, None at the end; TimeoutError at the deadline."""
-    async with asyncio.timeout_at(_loop_time(deadline)):
+    """The next item, None at the end; TimeoutError at the deadline, by the event loop's clock."""
+    async with asyncio.timeout_at(deadline):
         return await anext(items, None)
 
 
@@ -69,10 +68,6 @@ def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> N
     """End a call's work on its replica. Where no replica took the call, `cancel` raises the reason once more."""
     with contextlib.suppress(RayServeException, RayError):
         call.cancel()
-
-
-def _loop_time(deadline: float) -> float:
-    return asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
 @serve.ingress(api)
@@ -134,24 +129,26 @@ class Front:
 
     @api.get("/healthz")
     async def health(self) -> dict[str, Any]:
-        """200 while a replica answers; its engine's counters."""
+        """200 while every replica answers, with their engines' counters; asked past the queue, so also under load."""
         try:
-            status = await asyncio.wait_for(self._replicas.status.remote(), HEALTH_SECONDS)
+            replicas = await self._replicas.broadcast("status").results_async(timeout_s=HEALTH_SECONDS)
         except Exception as error:
-            raise explained(error) from error
-        return {"status": "ok", "replica": status}
+            raise ApiError(503, "a replica does not answer", code="unavailable") from error
+        if not replicas:
+            raise ApiError(503, "no replica is running", code="unavailable")
+        return {"status": "ok", "replicas": replicas}
 
     async def _complete(self, body: Body) -> Response:
         coefficients = await self._coefficients(body.model, body.preferences)
         job = body.job(coefficients)
         self._check_size(job, body)
         writer = Writer(body, coefficients, self._lineup.fingerprint(coefficients))
-        deadline = time.monotonic() + self._config.limits.seconds
+        deadline = asyncio.get_running_loop().time() + self._config.limits.seconds
         if body.stream:
             return await self._stream(job, writer, deadline)
         response = self._replicas.answer.remote(job)
         try:
-            async with asyncio.timeout_at(_loop_time(deadline)):
+            async with asyncio.timeout_at(deadline):
                 prompt_tokens, answers = await response
         except BaseException as error:  # also a cancelled request: its caller has gone
             _stop(response)
@@ -224,7 +221,7 @@ class Front:
                 version = await asyncio.to_thread(self._registry.resolve_preset, preset)
             except InputError:
                 served = await asyncio.to_thread(self._presets)
-                raise no_model(model, [name, *(f"{name}@{preset}" for preset in served)]) from None
+                raise no_model(model, [name, *(f"{name}@{other}" for other in served)]) from None
             return self._lineup.preset(version)
         except InputError as error:
             raise explained(error) from None

@@ -3,7 +3,7 @@
 import time
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import THROUGH_RAY, ServingConfig
 
 APP = "prefvec"
 
@@ -21,9 +21,12 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
 
     from prefvec_ray.serving.app import build_app
 
-    app = build_app(config)
+    # A mistake in the config is told before the seconds that a cluster takes, unless the registry is an actor of it.
+    through_ray = config.registry.startswith(THROUGH_RAY)
+    app = None if through_ray else build_app(config)
     if not ray.is_initialized():
         ray.init(namespace="prefvec", log_to_driver=False)
+    app = app or build_app(config)
     serve.start(http_options={"host": host, "port": port})
     serve.run(app, name=APP, route_prefix="/")
     url = f"http://{host}:{port}/v1"

@@ -34,7 +34,8 @@ class Endpoint:
         return httpx.post(self.url + path, content=body, headers=headers, timeout=60)
 
     def status(self) -> dict[str, Any]:
-        return httpx.get(self.url.removesuffix("/v1") + "/healthz").json()["replica"]
+        (status,) = httpx.get(self.url.removesuffix("/v1") + "/healthz").json()["replicas"]
+        return status
 
 
 @pytest.fixture(scope="module")
@@ -282,9 +283,12 @@ def test_beyond_its_queue_the_server_says_at_once_that_it_is_busy(endpoint):
     long = ASK | {"n": 20, "temperature": 2.0, "max_tokens": 400}
 
     async def crowd() -> list[httpx.Response | BaseException]:
-        limits = httpx.Limits(max_connections=100)
+        limits = httpx.Limits(max_connections=101)
         async with httpx.AsyncClient(base_url=endpoint.url, timeout=4, limits=limits) as client:
-            asking = (client.post("/chat/completions", json=long) for _ in range(100))
+            asking = [asyncio.create_task(client.post("/chat/completions", json=long)) for _ in range(100)]
+            await asyncio.sleep(1)
+            health = await client.get(endpoint.url.removesuffix("/v1") + "/healthz")
+            assert health.json()["replicas"][0]["running"], "busy is not unhealthy"
             return await asyncio.gather(*asking, return_exceptions=True)
 
     told = [response for response in asyncio.run(crowd()) if isinstance(response, httpx.Response)]
