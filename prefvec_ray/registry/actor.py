@@ -157,6 +157,12 @@ class RegistryClient(Registry):
             ) from None
         return cls(actor, cache=cache, transport=transport, timeout_s=timeout_s)
 
+    def fetch(self, ref: str) -> Path:
+        misses = self.cache.misses
+        folder = super().fetch(ref)
+        _cache_counter("misses" if self.cache.misses > misses else "hits").inc()
+        return folder
+
     def health(self) -> dict[str, Any]:
         """What `RegistryActor.health` says."""
         return self._ask(self.actor.health.remote())
@@ -253,6 +259,12 @@ def start_registry(
             f"registry actor '{name}' serves {client.store.label}, not {store.label}; use that root or another name"
         )
     return client
+
+
+@functools.cache
+def _cache_counter(kind: str) -> metrics.Counter:
+    """Counters of this process: how often a fetch found its version on the node."""
+    return metrics.Counter(f"prefvec_registry_cache_{kind}", f"cache {kind} of fetches on this node")
 
 
 def _reaches(store: Store, uid: str) -> bool:

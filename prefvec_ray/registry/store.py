@@ -296,8 +296,11 @@ class Store:
                         file.write(chunk)
             self.step("copied")
             temporary.chmod(0o444)
-            _sync(temporary)
-            if temporary.stat().st_size != size or hash_file(temporary) != digest:
+            with ThreadPoolExecutor(1) as pool:  # the disk writes while the processor reads back
+                synced = pool.submit(_sync, temporary)
+                whole = temporary.stat().st_size == size and hash_file(temporary) == digest
+                synced.result()
+            if not whole:
                 raise StoreError(f"{source if isinstance(source, str | Path) else digest}: changed while it was copied")
             self.step("verified")
             gate()

@@ -20,16 +20,17 @@ BASE = "blake3:" + "b" * 64
 @pytest.fixture
 def full(registry: Registry, make_vector: Make) -> Registry:
     """A registry with one of every kind of file."""
-    registry.publish_vector(make_vector("helpful", 1))
-    registry.publish_vector(make_vector("helpful", 2))
-    registry.publish_vector(make_vector("harmless", 3))
-    registry.set_alias("helpful", "production", 1, "good")
-    registry.set_alias("helpful", "production", 2, "better")
-    registry.set_tags("helpful@1", {"stage": "shipped"}, "it is")
-    registry.publish_preset("cautious", {"helpful@2": 0.5}, reason="knee")
-    registry.record_served({"helpful@2": 0.1}, base_fingerprint=BASE)
-    registry.hold("replica-1", ["helpful@2"])
-    registry.retire("harmless@1", "it was not")
+    with registry.lease.held():
+        registry.publish_vector(make_vector("helpful", 1))
+        registry.publish_vector(make_vector("helpful", 2))
+        registry.publish_vector(make_vector("harmless", 3))
+        registry.set_alias("helpful", "production", 1, "good")
+        registry.set_alias("helpful", "production", 2, "better")
+        registry.set_tags("helpful@1", {"stage": "shipped"}, "it is")
+        registry.publish_preset("cautious", {"helpful@2": 0.5}, reason="knee")
+        registry.record_served({"helpful@2": 0.1}, base_fingerprint=BASE)
+        registry.hold("replica-1", ["helpful@2"])
+        registry.retire("harmless@1", "it was not")
     return registry
 
 
