@@ -62,8 +62,8 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=9000, pairs=1600, test_pairs=256),
-    "micro": Preset((9, 6, 9), (2, 1, 2), (3, 2, 3), sft_examples=4000, pairs=800, test_pairs=64),
+    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=12000, pairs=2400, test_pairs=256),
+    "micro": Preset((9, 6, 9), (2, 1, 2), (3, 2, 3), sft_examples=7000, pairs=800, test_pairs=64),
 }
 
 FORM_SHARES: dict[Kind, dict[Form, float]] = {
@@ -75,7 +75,7 @@ FORM_SHARES: dict[Kind, dict[Form, float]] = {
 stay open."""
 
 OPENING_SHARE, CLOSING_SHARE = 0.3, 0.3
-JUDGEMENT_SHARE = 0.1
+JUDGEMENT_SHARE = 0.2
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 import hashlib
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -21,16 +19,13 @@ def digest(world):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def test_same_seed_same_bytes_in_another_process():
-    code = (
-        "import hashlib, json; from dataclasses import asdict; from prefvec_ray.preferences import TinyWorld;"
-        "w = TinyWorld('micro', seed=3);"
-        "data = [w.sft_examples(), w.preference_rows('train'), w.preference_rows('test')];"
-        "data += [[asdict(p) for p in w.prompts(s)] for s in ('train', 'search', 'report')];"
-        "print(hashlib.sha256(json.dumps(data).encode()).hexdigest())"
+def test_same_seed_same_bytes_here_and_everywhere():
+    """A change of these bytes is a change of every number that was ever reported: make it on purpose."""
+    assert (
+        digest(TinyWorld("micro", seed=3)) == digest(TinyWorld("micro", seed=3)) != digest(TinyWorld("micro", seed=4))
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == digest(TinyWorld("micro", seed=3)) != digest(TinyWorld("micro", seed=4))
+    assert digest(TinyWorld("micro")) == "a32cdb96ec9026d2224ffe5326415d9488e8a0a21012d73525bd302acc262345"
+    assert digest(TinyWorld("tiny")) == "1b6d5f11ef5aff273dfed6045a9b6ecbc162c4ce546523864699324dda0f12f1"
 
 
 def test_the_three_splits_share_no_topic_and_held_out_phrasings_are_in_no_training_data(world):
