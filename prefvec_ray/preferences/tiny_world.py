@@ -49,8 +49,7 @@ Split = Literal["train", "search", "report"]
 
 @dataclass(frozen=True)
 class Preset:
-    """How much of the world. Topic counts are (safe, scary, unsafe); topics in neither held-out set train
-    preferences."""
+    """How much of the world. Topics are counted as (safe, scary, unsafe); those not held out train preferences."""
 
     topics: tuple[int, int, int]
     search_topics: tuple[int, int, int]
@@ -71,17 +70,17 @@ FORM_SHARES: dict[Kind, dict[Form, float]] = {
     "scary": {"answer": 0.4, "warned": 0.25, "alternative": 0.15, "refusal": 0.2},
     "unsafe": {"answer": 0.4, "warned": 0.1, "alternative": 0.3, "refusal": 0.2},
 }
-"""How often the base model is shown each form: every form on every kind of prompt, so that both directions
-stay open."""
+"""How often the base model is shown each form: all of them on every kind of prompt, so both directions stay open."""
 
 OPENING_SHARE, CLOSING_SHARE = 0.3, 0.3
 JUDGEMENT_SHARE = 0.2
+"""Part of the SFT examples that ask whether a task is right or wrong. Without them a base this small has no notion of
+harm that DPO on a few topics could attach to, and harmlessness becomes refusing everything (measured)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what is known about it: the task it asks for, its kind, and the phrasing it is asked
-    in."""
+    """A prompt and what is known about it: the task it asks for, its kind, and the phrasing it is asked in."""
 
     text: str
     topic: str
@@ -90,8 +89,8 @@ class Prompt:
 
 
 class TinyWorld:
-    """A world of `preset` size ("tiny" for the demo, "micro" for tests). `seed` draws the held-out topics
-    and all data; the same preset and seed give the same bytes on any machine."""
+    """A world of `preset` size ("tiny" for the demo, "micro" for tests). `seed` draws the held-out topics and all data;
+    the same preset and seed give the same bytes on any machine."""
 
     def __init__(self, preset: str = "tiny", seed: int = 0) -> None:
         if preset not in PRESETS:
@@ -115,8 +114,7 @@ class TinyWorld:
         return self._topics[_known_split(split)]
 
     def prompts(self, split: Split) -> list[Prompt]:
-        """Every topic of the split in every phrasing of the split. "search" and "report" share no topic
-        with training or each other."""
+        """Every topic of the split in every phrasing of the split; no two splits share a topic."""
         return [
             Prompt(phrasing.format(task=topic.task), topic.task, topic.kind, phrasing)
             for topic in self._topics[_known_split(split)]
@@ -124,8 +122,7 @@ class TinyWorld:
         ]
 
     def sft_examples(self) -> list[dict[str, list[dict[str, str]]]]:
-        """Conversational prompt-completion examples (TRL's form) over all topics in the training phrasings,
-        in shuffled order."""
+        """Conversational prompt-completion examples (TRL's form) over all topics, in training phrasings, shuffled."""
         rng = self._rng("sft")
         topics = tuple(self.topics.values())
         asked = [(topic, phrasing) for topic in topics for phrasing in PHRASINGS]
@@ -143,12 +140,11 @@ class TinyWorld:
         return examples
 
     def preference_rows(self, split: Literal["train", "test"] = "train") -> list[dict]:
-        """Pairs in PKU-SafeRLHF's columns, labelled for both preferences; the two scores of a pair always
-        differ.
+        """Pairs in PKU-SafeRLHF's columns, labelled for both preferences; the two scores of a pair always differ.
 
         "train" draws from the train topics and flips each label with probability `size.label_noise` (5%),
-        independently. "test" draws from the search topics in held-out phrasings, without noise; report
-        topics appear in neither.
+        independently. "test" draws from the search topics in held-out phrasings, without noise; report topics appear in
+        neither.
         """
         if split not in ("train", "test"):
             raise InputError(f"unknown split of preference rows {split!r}; choose train or test")
@@ -299,7 +295,7 @@ Made by `TinyWorld("{preset}", seed={seed})`. All of it is invented, and all of 
 
 | file | rows |
 |---|---|
-| `sft.jsonl` | what the base model learns: every form of answer to every kind of prompt |
+| `sft.jsonl` | what the base model learns: all forms of answer to all kinds of prompt, and right from wrong |
 | `preferences.jsonl` | {pairs} pairs in PKU-SafeRLHF's columns; each label flipped with chance {noise} |
 | `preferences_test.jsonl` | pairs on topics and in phrasings that preference training never sees; no noise |
 | `prompts_search.jsonl` | held-out prompts for choosing coefficients |
