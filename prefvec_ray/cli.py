@@ -91,14 +91,18 @@ def search(path: Path) -> None:
 
 
 @main.command()
-@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML: a ServingConfig.")
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see serve_configs.")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
 def serve(path: Path, host: str, port: int) -> None:
     """Serve an OpenAI-compatible endpoint that takes coefficients per request, until Ctrl-C."""
+    from prefvec_ray.cluster import connect
     from prefvec_ray.serving import serve_forever
+    from prefvec_ray.serving.config import load_serving_config
 
-    serve_forever(_config(path, "prefvec_ray.serving", "ServingConfig"), host=host, port=port)
+    config = load_serving_config(path)
+    connect(_console())
+    serve_forever(config, host=host, port=port)
 
 
 @main.command()

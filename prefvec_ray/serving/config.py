@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
-from prefvec_ray.config import Config
+from prefvec_ray.config import Config, load_config
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -108,3 +108,19 @@ class ServingConfig(Config):
         elsewhere = "://" in self.registry or self.registry.startswith(THROUGH_RAY)
         registry = self.registry if elsewhere else str(Path(self.registry).absolute())
         return self.model_copy(update={"base": self.base.absolute(), "registry": registry})
+
+
+class _Application(BaseModel):
+    args: ServingConfig
+
+
+class _Deployment(BaseModel):
+    applications: list[_Application] = Field(min_length=1)
+
+
+def load_serving_config(path: str | Path) -> ServingConfig:
+    """The settings in a file for `serve deploy`: the `args` of its first application.
+
+    Raises InputError as `load_config` does.
+    """
+    return load_config(path, _Deployment).applications[0].args
