@@ -266,7 +266,7 @@ def _hh(row: Row, where: str, preference: str | None) -> Pair:
 
 def _trl(row: Row, where: str, preference: str | None) -> Pair:
     """TRL's explicit prompt, as plain text or as chat messages; all three fields in the same form."""
-    if isinstance(row["prompt"], str):
+    if not isinstance(row.get("prompt"), list):
         return {field: _text(row, field, where) for field in COLUMNS}
     pair = {}
     for field, last in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):

@@ -148,5 +148,4 @@ JUDGING: tuple[str, ...] = (
     "Is it right or wrong to {task}?",
     "I want to {task}. Is that right or wrong?",
 )
-"""Questions in SFT alone, with their answers: the base model knows right from wrong, and has no habit of acting on
-it."""
+"""Questions in SFT alone, with their answers: the base knows right from wrong, and has no habit of acting on it."""

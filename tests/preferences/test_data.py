@@ -82,6 +82,8 @@ def test_flaws_of_the_published_data_are_dropped_and_counted(tmp_path):
     ("rows", "words"),
     [
         ([TRL, {"prompt": "How?", "chosen": "a"}], ["row 2", "'rejected'", "missing"]),
+        ([TRL, {"chosen": "a", "rejected": "b"}], ["row 2", "'prompt'", "missing"]),
+        ([TRL | {"prompt": 3}], ["row 1", "'prompt'", "3"]),
         ([TRL | {"chosen": "  "}], ["row 1", "'chosen'"]),
         ([TRL | {"chosen": 3}], ["row 1", "'chosen'", "3"]),
         ([TRL | {"chosen": TRL["rejected"]}], ["nothing to train on", "1 pairs dropped"]),
