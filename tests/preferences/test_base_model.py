@@ -15,7 +15,7 @@ def test_seeded_and_without_a_trace_in_the_callers_random_state():
 
 
 def test_sizes_and_special_tokens():
-    for preset, parameters in (("tiny", 800_000), ("micro", 300_000)):
+    for preset, parameters in (("tiny", 800_000), ("micro", 320_000)):
         world = TinyWorld(preset)
         tokenizer = build_tokenizer(world)
         model = new_model(world, tokenizer)
