@@ -9,7 +9,7 @@ export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test lint clean help
+.PHONY: env demo test lint clean help bench-registry bench-merge bench-engine
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,3 +39,12 @@ lint: env ## ruff and mypy only
 
 clean: ## Remove run folders and caches, keep .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+bench-registry: env ## The registry against copying, hashing and reading the same bytes
+	$(BIN)/python benchmarks/bench_registry.py
+
+bench-merge: env ## Vectors against memory triad, cp, mergekit and PEFT
+	$(BIN)/python benchmarks/bench_merge.py
+
+bench-engine: env ## Serving engine: steered and merged against plain and serial
+	$(BIN)/python benchmarks/bench_engine.py

@@ -184,6 +184,134 @@ def show_vector(ref: str, registry: str) -> None:
     click.echo(Registry.open(registry).resolve(ref).model_dump_json(indent=2))
 
 
+@main.group("registry", cls=Commands)
+def registry_group() -> None:
+    """Names, presets and care of a registry."""
+
+
+@registry_group.command()
+@registry_option
+@click.argument("name")
+@click.argument("alias")
+@click.argument("version", type=int)
+@click.option("--reason", required=True, help="Kept in the alias's history.")
+@click.option("--preset", is_flag=True, help="An alias of a preset instead of a vector.")
+def alias(registry: str, name: str, alias: str, version: int, reason: str, preset: bool) -> None:
+    """Point NAME@ALIAS at VERSION: `prefvec registry alias helpful production 3 --reason "passed review"`."""
+    from prefvec_ray.registry import Registry
+
+    store = Registry.open(registry)
+    move = store.set_alias(name, alias, version, reason, subject="presets" if preset else "vectors")
+    click.echo(f"{name}@{alias} -> {move.version}")
+
+
+@registry_group.command()
+@registry_option
+def presets(registry: str) -> None:
+    """The newest version of every preset, as JSON."""
+    import json
+
+    from prefvec_ray.registry import Registry
+
+    found = Registry.open(registry).list_presets()
+    click.echo(json.dumps([preset.model_dump(mode="json") for preset in found], indent=2))
+
+
+@registry_group.command()
+@registry_option
+@click.argument("what")
+def lineage(registry: str, what: str) -> None:
+    """Where WHAT comes from, as a Mermaid graph: a vector, `preset:<name>`, or the fingerprint of an answer."""
+    from prefvec_ray.registry import Registry
+
+    click.echo(Registry.open(registry).lineage(what).to_mermaid())
+
+
+@registry_group.command()
+@registry_option
+@click.option("--quick", is_flag=True, help="Names and sizes only; do not read the bytes.")
+def verify(registry: str, quick: bool) -> None:
+    """Find every corrupt, missing or orphaned file. Changes nothing; exit code 1 where something is wrong."""
+    from prefvec_ray.registry import Registry
+
+    found = Registry.open(registry).verify(read_bytes=not quick)
+    for finding in found.findings:
+        click.echo(finding)
+    click.echo("sound" if found.sound else "not sound")
+    sys.exit(0 if found.sound else 1)
+
+
+@registry_group.command()
+@registry_option
+@click.option("--apply", is_flag=True, help="Delete; without it only say what would be deleted.")
+def gc(registry: str, apply: bool) -> None:
+    """Bytes that no version, alias, preset or running replica needs."""
+    from prefvec_ray.registry import Registry
+
+    found = Registry.open(registry).gc(apply=apply)
+    for digest, size in found.blobs.items():
+        click.echo(f"{digest} {size} bytes")
+    for digest, why in found.spared.items():
+        click.echo(f"{digest} kept: {why}")
+    total = f"{len(found.blobs)} blobs, {sum(found.blobs.values())} bytes"
+    click.echo(f"deleted {total}" if apply else f"nothing was deleted; --apply would delete {total}")
+
+
+@registry_group.command()
+@registry_option
+@click.argument("ref")
+@click.option("--reason", required=True)
+def retire(registry: str, ref: str, reason: str) -> None:
+    """Allow `gc` to delete the bytes of the pinned version REF; refused while something needs it."""
+    from prefvec_ray.registry import Registry
+
+    Registry.open(registry).retire(ref, reason)
+
+
+@registry_group.command()
+@registry_option
+def doctor(registry: str) -> None:
+    """What may be wrong with the store and with this machine's cache, a line each."""
+    from prefvec_ray.registry import Registry
+
+    checks = Registry.open(registry).doctor()
+    for check in checks:
+        click.echo(f"{check.level}: {check.what}: {check.detail}")
+
+
+@registry_group.command("export")
+@registry_option
+@click.argument("refs", nargs=-1)
+@click.option("--preset", "presets", multiple=True, help="A preset, with the vectors it needs.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--huggingface", is_flag=True, help="One vector as a folder with a model card, for huggingface_hub.")
+def export_registry(
+    registry: str, refs: tuple[str, ...], presets: tuple[str, ...], out: Path, huggingface: bool
+) -> None:
+    """Write REFS as one bundle file for another registry."""
+    from prefvec_ray.registry import Registry
+
+    store = Registry.open(registry)
+    if not huggingface:
+        click.echo(store.export_bundle(out, refs, presets=presets))
+    elif len(refs) == 1:
+        click.echo(store.export_huggingface(refs[0], out))
+    else:
+        raise InputError(f"--huggingface writes one vector, {len(refs)} were named")
+
+
+@registry_group.command("import")
+@registry_option
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--renumber", is_flag=True, help="Give versions that are taken the next free number.")
+def import_registry(registry: str, bundle: Path, renumber: bool) -> None:
+    """Publish what BUNDLE holds."""
+    from prefvec_ray.registry import Registry
+
+    for there, here in Registry.open(registry).import_bundle(bundle, renumber=renumber).items():
+        click.echo(f"{there} -> {here}")
+
+
 def _coefficients(settings: tuple[str, ...]) -> dict[str, float]:
     """`("helpful@1=0.7",)` as `{"helpful@1": 0.7}`."""
     chosen = {}

@@ -1,6 +1,7 @@
 """What people type: help that answers at once, and mistakes that cost one line and no time."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,28 @@ def test_search_and_eval_from_configs(demo_run, tmp_path):
     assert len((tmp_path / "search" / "trials.jsonl").read_text().splitlines()) == 4
     search.write_text(search.read_text().replace("harmless]", "kindness]"))
     assert "'kindness' is not a metric" in refused("search", "--config", str(search))
+
+
+def test_the_registry_is_looked_after_from_the_command_line(demo_run, tmp_path):
+    registry = str(tmp_path / "registry")
+    shutil.copytree(demo_run["folder"] / "registry", registry)
+    on = ["--registry", registry]
+    assert prefvec("registry", "verify", *on).stdout.splitlines()[-1] == "sound"
+    assert (
+        "helpful@reviewed -> 1" in prefvec("registry", "alias", *on, "helpful", "reviewed", "1", "--reason", "r").stdout
+    )
+    assert "nothing was deleted" in prefvec("registry", "gc", *on).stdout
+    assert "graph TD" in prefvec("registry", "lineage", *on, "preset:balanced").stdout
+    assert json.loads(prefvec("registry", "presets", *on).stdout)[0]["name"] == "balanced"
+    assert "production" in refused("registry", "retire", *on, "helpful@1", "--reason", "old")
+
+    bundle, other = str(tmp_path / "bundle"), ["--registry", str(tmp_path / "other")]
+    assert prefvec("registry", "export", *on, "--preset", "balanced", "--out", bundle).returncode == 0
+    assert "helpful@1 -> helpful@1" in prefvec("registry", "import", *other, bundle).stdout
+
+    blob = max((tmp_path / "registry" / "blobs").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes()[:-1])
+    damaged = prefvec("registry", "verify", *on)
+    assert damaged.returncode == 1
+    assert blob.name in damaged.stdout

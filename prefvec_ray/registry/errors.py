@@ -1,7 +1,9 @@
 """What can go wrong in a store through no fault of the caller's input."""
 
+from prefvec_ray.errors import JobError
 
-class StoreError(RuntimeError):
+
+class StoreError(JobError):
     """The store is damaged, out of reach or out of space. Names the file and what to do; nothing was
     changed.
     """

@@ -144,9 +144,9 @@ def _squared(values: Tensor) -> float:
 
 
 def is_finite(entry: Entry) -> bool:
-    """One NaN or infinity makes a sum NaN or infinite; only where the sum is, every number is looked at."""
-    parts = [part for part in entry.parts().values() if part.is_floating_point()]
-    return all(bool(torch.isfinite(part.sum(dtype=torch.float32)) or torch.isfinite(part).all()) for part in parts)
+    """The smallest and the largest number tell it, in one pass at the speed of a read: aminmax hands NaN on."""
+    parts = [part for part in entry.parts().values() if part.is_floating_point() and part.numel()]
+    return all(bool(torch.isfinite(torch.stack(torch.aminmax(part))).all()) for part in parts)
 
 
 def from_parts(parts: Mapping[str, Tensor]) -> Entry | None:

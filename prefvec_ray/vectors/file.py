@@ -137,13 +137,28 @@ def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size:
     metadata = to_metadata(vector.info)
     for file_name, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        write_atomically(folder / file_name, lambda tmp, shard=shard: save_file(shard, tmp, metadata))  # type: ignore[misc]
+        write_atomically(folder / file_name, lambda tmp, shard=shard: _save_shard(shard, tmp, metadata))  # type: ignore[misc]
     if split.is_sharded:
         text = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=1, sort_keys=True
         )
         write_atomically(index, lambda tmp: tmp.write_text(text, "utf-8"))
     return folder
+
+
+def _save_shard(shard: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """safetensors writes `__metadata__` in an order of chance. In order of its keys, equal vectors are equal files, and
+    a store that knows files by their bytes knows a vector again."""
+    save_file(shard, path, metadata)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise AssertionError(f"the header of {path} grew from {size} to {len(text)} bytes as it was put in order")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load_vector(path: str | Path) -> PreferenceVector:

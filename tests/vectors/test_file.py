@@ -278,3 +278,15 @@ def test_entries_must_fit_the_form():
     assert to_full(to_low_rank(vector, rank=4)).info.form == "full"
     with pytest.raises(InputError, match="does not change 'elsewhere'"):
         vector.dense("elsewhere")
+
+
+def test_equal_vectors_are_equal_files(tmp_path):
+    delta = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.weight": torch.ones(3)}
+    recipe = {f"setting {i}": "é\n" * i for i in range(9)}
+    folders = []
+    for i in range(4):
+        vector = vector_from_state(delta, preference="helpful", base_fingerprint="blake3:00", recipe=recipe)
+        folders.append(save_vector(vector, tmp_path / str(i)))
+    contents = {(folder / "vector.safetensors").read_bytes() for folder in folders}
+    assert len(contents) == 1
+    assert load_vector(folders[0]).info.recipe == recipe
