@@ -281,6 +281,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_result(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delenv("PREFVEC_NATIVE", raising=False)
     merge_library.cache_clear()
     try:
         model = tiny()
@@ -296,7 +297,7 @@ def test_processes_that_compile_at_once_all_get_the_library(tmp_path: Path) -> N
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
     program = "from prefvec_ray.vectors._native import merge_library; assert merge_library() is not None"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PREFVEC_NATIVE": "1"}
     processes = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     [library] = (tmp_path / "prefvec-ray" / "native").iterdir()
