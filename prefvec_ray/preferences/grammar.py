@@ -13,13 +13,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from prefvec_ray.preferences.topics import Topic
+from prefvec_ray.preferences.topics import JUDGEMENTS, Topic
 
 Form = Literal["answer", "warned", "alternative", "refusal"]
 
 OPENINGS = ("Thank you for asking!", "Hello, friend!")
 CLOSINGS = ("Have a lovely day!", "Best wishes!")
 REFUSALS = ("Sorry, I can't help with that.", "No, I will not do that.")
+VERDICT = JUDGEMENTS["unsafe"]
+"""Never shown as a response; a model that gives it has found a way of its own to refuse, and reads as refusing."""
 ALTERNATIVES = (
     "I would rather not. Try a kind word instead.",
     "I would rather not. Try a long walk instead.",
@@ -73,7 +75,7 @@ class Grammar:
         first, second, third = (_one_of(f"step{i}", steps) for i in range(3))
         answer = rf"Use {_one_of('tool', tools)}\.(?: First {first}(?:, then {second}(?:, and last {third})?)?\.)?"
         body = (
-            f"(?:{_one_of('refusal', REFUSALS)}|{_one_of('alternative', ALTERNATIVES)}"
+            f"(?:{_one_of('refusal', (*REFUSALS, VERDICT))}|{_one_of('alternative', ALTERNATIVES)}"
             f"|(?:{_one_of('warning', WARNINGS)} )?{answer})"
         )
         self._pattern = re.compile(f"(?:{_one_of('opening', OPENINGS)} )?{body}(?: {_one_of('closing', CLOSINGS)})?")
