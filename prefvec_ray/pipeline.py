@@ -29,8 +29,8 @@ PREFERENCES = ("helpful", "harmless")
 LIBRARIES = ("prefvec-ray", "ray", "torch", "transformers", "trl", "datasets", "safetensors", "optuna")
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "tiny": {"learning_rate": 2.5e-5, "per_device_train_batch_size": 16, "num_train_epochs": 1, "beta": 0.1},
-    "micro": {"learning_rate": 5e-5, "per_device_train_batch_size": 16, "num_train_epochs": 1, "beta": 0.1},
+    "tiny": {"learning_rate": 2e-5, "per_device_train_batch_size": 16, "num_train_epochs": 1, "beta": 0.1},
+    "micro": {"learning_rate": 4e-5, "per_device_train_batch_size": 16, "num_train_epochs": 1, "beta": 0.1},
 }
 """The DPO recipe of each world."""
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -40,12 +41,16 @@ def test_train_vectors_as_a_ray_job(ray_cluster, demo_run, tmp_path):
         f"preferences: {{helpful: {{data: {pairs}, rows: 64}}}}\n"
         "dpo: {learning_rate: 1.0e-4, per_device_train_batch_size: 16, num_train_epochs: 1}\n"
     )
-    status, logs = submit(ray_cluster, "python jobs/train_vectors.py --config jobs/configs/job.yaml", project)
+    status, logs = submit(
+        ray_cluster, f"{sys.executable} jobs/train_vectors.py --config jobs/configs/job.yaml", project
+    )
     assert status == JobStatus.SUCCEEDED, logs
     assert "DPO runs: " in logs  # progress reached the job's log
     assert [version.ref for version in Registry.open(tmp_path / "job" / "registry").list_vectors()] == ["helpful@1"]
 
     config.write_text(config.read_text().replace("learning_rate", "learning_rat"))
-    status, logs = submit(ray_cluster, "python jobs/train_vectors.py --config jobs/configs/job.yaml", project)
+    status, logs = submit(
+        ray_cluster, f"{sys.executable} jobs/train_vectors.py --config jobs/configs/job.yaml", project
+    )
     assert status == JobStatus.FAILED
     assert "did you mean 'learning_rate'?" in logs
