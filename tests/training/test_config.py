@@ -60,7 +60,7 @@ def test_variables_are_replaced(tmp_path, monkeypatch):
 
 
 def test_an_unknown_field_of_the_recipe_is_refused_with_the_closest_one(config):
-    with pytest.raises(InputError, match="learning_rat .*did you mean 'learning_rate'"):
+    with pytest.raises(InputError, match=r"learning_rat .*did you mean 'learning_rate'"):
         config.model_copy(update={"dpo": {"learning_rat": 1e-4}}).check()
 
 
