@@ -160,6 +160,7 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
             "dpo": config.dpo,
             "datasets": missing,
         }
+        print(f"   reference log-probs of {len(missing)} sets of pairs, once for all runs", flush=True)
         name = f"reference-{_key(*missing.values())}"
         try:
             fit(_reference_worker, job, name, config.resources, config.folder / "ray")
