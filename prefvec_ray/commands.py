@@ -88,9 +88,13 @@ def evaluate(config: "EvalConfig", console: Console) -> None:
 def search(config: "SearchConfig", console: Console) -> None:
     """Search, print the front and the recommendation, publish it where the config names a preset."""
     from prefvec_ray.registry import start_registry
+    from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
 
     task = config.task()
+    Goal(
+        objectives=tuple(config.objectives), metrics=dict(task.load_scorer().metrics), limits=dict(config.limits)
+    ).check()
     connect(console)
     with progress_bar(console, "settings tried") as tell:
         result = run_search(

@@ -128,31 +128,28 @@ def test_export_gives_a_model_that_loads(demo_run, tmp_path):
     assert "expected REF=ETA" in refused(*words[:-2], "--out", str(tmp_path / "new"), "--set", "helpful@1")
 
 
-def test_search_and_eval_from_configs(demo_run, tmp_path):
-    common = (
-        f"base: {demo_run['folder'] / 'base'}\nregistry: {demo_run['folder'] / 'registry'}\n"
-        "vectors: {helpful: helpful@1, harmless: harmless@production}\n"
-        "scorer: tiny-world:micro:0\ndraws: 1\nactors: 2\n"
-    )
-    evaluation = tmp_path / "eval.yaml"
-    evaluation.write_text(
-        f"{common}prompts: tiny-world:micro:0:report\noutput: {tmp_path / 'eval'}\n"
-        "settings: {base: {}, both: {helpful: 1, harmless: 1}}\n"
-    )
-    done = prefvec("eval", "--config", str(evaluation))
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads((tmp_path / "eval" / "evaluation.json").read_text())) == {"base", "both"}
-    search = tmp_path / "search.yaml"
-    search.write_text(
-        f"{common}prompts: tiny-world:micro:0:search\noutput: {tmp_path / 'search'}\n"
-        "objectives: [helpful, harmless]\ntrials: 4\n"
-    )
-    done = prefvec("search", "--config", str(search))
-    assert done.returncode == 0, done.stderr
-    assert "The front" in done.stdout
-    assert len((tmp_path / "search" / "trials.jsonl").read_text().splitlines()) == 4
-    search.write_text(search.read_text().replace("harmless]", "kindness]"))
-    assert "'kindness' is not a metric" in refused("search", "--config", str(search))
+def test_measuring_configs_are_refused_before_anything_is_measured(demo_run, tmp_path):
+    """That they work is seen in test_readme.py, which runs the README's own commands."""
+    good = {
+        "base": str(demo_run["folder"] / "base"),
+        "registry": str(demo_run["folder"] / "registry"),
+        "vectors": {"helpful": "helpful@1"},
+        "prompts": "tiny-world:micro:0:search",
+        "scorer": "tiny-world:micro:0",
+        "objectives": ["helpful", "harmless"],
+        "output": str(tmp_path / "search"),
+    }
+    path = tmp_path / "search.yaml"
+    for change, message in [
+        ({"vectors": {"helpful": "helpful@9"}}, "helpful@9"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"scorer": "no_such_module:score"}, "cannot import no_such_module"),
+    ]:
+        path.write_text(json.dumps({**good, **change}))
+        assert message in refused("search", "--config", str(path))
+    path.write_text(json.dumps({**good, "objectives": ["kindness"]}))
+    assert "'kindness' is not a metric" in refused("search", "--config", str(path))
+    assert not (tmp_path / "search" / "trials.jsonl").exists()
 
 
 def test_the_registry_is_looked_after_from_the_command_line(demo_run, tmp_path):

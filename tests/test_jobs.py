@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 def submit(url: str, entrypoint: str, working_dir: Path) -> tuple[JobStatus, str]:
     client = JobSubmissionClient(url)
     environment = {name: os.environ[name] for name in ("HF_HUB_OFFLINE", "PATH") if name in os.environ}
-    until = time.monotonic() + 600
+    agent_until, until = time.monotonic() + 60, time.monotonic() + 600
     runtime_env = {"working_dir": str(working_dir), "env_vars": environment}
     while True:
         try:
             job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
             break
-        except RuntimeError as error:  # a cluster that has just started has no agent yet
-            if "try again later" not in str(error) or time.monotonic() > until:
+        except RuntimeError as error:  # No agent yet; or never, where another cluster of this machine has its port.
+            if "try again later" not in str(error) or time.monotonic() > agent_until:
                 raise
             time.sleep(1)
     while not client.get_job_status(job).is_terminal() and time.monotonic() < until:

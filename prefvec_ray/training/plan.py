@@ -132,17 +132,17 @@ def fit(
         )
         try:
             return trainer.fit().return_value
-        except WorkerGroupError as error:
+        except TrainingFailedError as error:
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error
-        except TrainingFailedError as error:
-            raise RunsFailedError(failure_reason(error)) from error
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _worker_died(error: WorkerGroupError) -> bool:
-    failures = [getattr(failure, "health_check_failure", failure) for failure in error.worker_failures.values()]
-    return any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures)
+def _worker_died(error: TrainingFailedError) -> bool:
+    """Whether a process was lost: while it trained (a worker group's failures), or while it was being set up."""
+    failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    return any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes)
 
 
 def failure_reason(error: TrainingFailedError) -> str:

@@ -14,25 +14,51 @@ from datasets import load_from_disk
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import Registry
-from prefvec_ray.training import RunsFailedError, publish_vectors, train_vectors
+from prefvec_ray.training import PreferenceData, RunsFailedError, TrainingConfig, publish_vectors, train_vectors
 from prefvec_ray.training.plan import is_finished, run_plan
 from prefvec_ray.training.train import compute_references, plan_runs, prepare_data
 from prefvec_ray.vectors import load_vector
 
 
-def test_a_job_trains_publishes_and_is_not_done_twice(ray_cluster, config, tmp_path):
-    config = config.model_copy(update={"mixed": True})
-    summary = train_vectors(config)
+@pytest.fixture(scope="module")
+def job(world_folder, tmp_path_factory) -> TrainingConfig:
+    """One preference over 64 pairs, four steps a run; the tests of this file share its folder and reference pass."""
+    pairs = PreferenceData(
+        data=str(world_folder / "preferences.jsonl"), test=str(world_folder / "preferences_test.jsonl"), rows=64
+    )
+    return TrainingConfig(
+        name="job",
+        output=tmp_path_factory.mktemp("runs"),
+        base=world_folder / "base",
+        preferences={"helpful": pairs},
+        dpo={"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
+    )
 
-    labels = [f"{run['spec']['preference']}{run['spec']['polarity'][0]}" for run in summary["runs"]]
-    assert labels == ["helpfulp", "helpfuln", "harmlessp", "harmlessn", "mixedp"]
-    for run in summary["runs"]:
-        assert run["steps"] == 4
-        # Held-out pairs are never flipped, so a run and its flipped twin are judged by the same pairs.
-        assert all(0 <= figures["accuracy"] <= 1 for figures in run["held_out"].values())
-    positive, negative = summary["runs"][:2]
+
+def written(folder: Path, pattern: str) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+
+
+def test_a_failing_run_leaves_the_other_and_mended_only_it_is_trained(ray_cluster, job, tmp_path):
+    specs = plan_runs(job, compute_references(job, prepare_data(job)))
+    diverging = {**job.dpo, "learning_rate": 1e30, "max_grad_norm": 0.0}
+    broken = [specs[0].model_copy(update={"dpo": diverging}), specs[1]]
+    with pytest.raises(RunsFailedError, match=r"1 of 2 runs failed.*: helpful\+ seed 0: .*(loss is|not finite)"):
+        run_plan(broken, job.resources, job.folder / "ray")
+    assert [is_finished(spec) for spec in specs] == [False, True]
+
+    # The mistake mended. What a killed run left behind is in nobody's way, and what is finished is not done again.
+    out = Path(specs[0].out)
+    out.with_name(f".{out.name}.partial").mkdir()
+    before = written(job.folder, "run.json") | written(job.folder / "reference", "*.arrow")
+    assert len(before) > 1
+    summary = train_vectors(job)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    positive, negative = summary["runs"]
+    assert [run["steps"] for run in summary["runs"]] == [4, 4]
     assert positive["spec"]["train"] == negative["spec"]["train"]  # one reference pass for both polarities
-
+    assert positive["held_out"]["helpful"]["pairs"] == negative["held_out"]["helpful"]["pairs"] > 0
     phi = load_vector(summary["vectors"]["helpful-s0"])
     plus, minus = (load_vector(Path(run["spec"]["out"]) / "delta") for run in (positive, negative))
     name = phi.names()[0]
@@ -40,60 +66,27 @@ def test_a_job_trains_publishes_and_is_not_done_twice(ray_cluster, config, tmp_p
     assert (phi.dense(name) - difference).norm() <= 0.01 * difference.norm()  # stored in bf16
 
     registry = Registry.open(tmp_path / "registry")
-    assert publish_vectors(summary, registry) == {"helpful-s0": "helpful@1", "harmless-s0": "harmless@1"}
-    assert publish_vectors(summary, registry) == {"helpful-s0": "helpful@1", "harmless-s0": "harmless@1"}
+    assert publish_vectors(summary, registry) == {"helpful-s0": "helpful@1"}
+    assert publish_vectors(summary, registry) == {"helpful-s0": "helpful@1"}
     assert "held_out_accuracy_negative" in registry.resolve("helpful").metrics
 
-    finished = {path: path.stat().st_mtime_ns for path in config.folder.rglob("run.json")}
-    references = {path: path.stat().st_mtime_ns for path in (config.folder / "reference").rglob("*.arrow")}
-    assert len(finished) == 5
-    assert train_vectors(config) == summary
-    assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert {path: path.stat().st_mtime_ns for path in references} == references
-
-    # A run whose folder is not whole is trained again, alone, and comes out the same.
-    out = Path(positive["spec"]["out"])
-    (out / "run.json").unlink()
-    (out / "delta").rename(out.with_name(f".{out.name}.partial"))
-    out.rmdir()
-    again = train_vectors(config)
-    assert again["runs"][0]["history"] == positive["history"]
-    assert sum(path.stat().st_mtime_ns != when for path, when in finished.items()) == 1
+    everything = written(job.folder, "run.json")
+    assert train_vectors(job) == summary
+    assert written(job.folder, "run.json") == everything
 
 
-def test_one_failing_run_is_named_and_leaves_the_other(ray_cluster, config):
-    config = config.model_copy(update={"preferences": {"helpful": config.preferences["helpful"]}})
-    specs = plan_runs(config, compute_references(config, prepare_data(config)))
-    diverging = {**config.dpo, "learning_rate": 1e30, "max_grad_norm": 0.0}
-    broken = [specs[0].model_copy(update={"dpo": diverging}), specs[1]]
-    with pytest.raises(RunsFailedError, match=r"1 of 2 runs failed.*: helpful\+ seed 0: .*(loss is|not finite)"):
-        run_plan(broken, config.resources, config.folder / "ray")
-    assert [is_finished(spec) for spec in specs] == [False, True]
-    # The mistake mended, only the missing run is trained.
-    before = Path(specs[1].out, "run.json").stat().st_mtime_ns
-    assert len(train_vectors(config)["runs"]) == 2
-    assert Path(specs[1].out, "run.json").stat().st_mtime_ns == before
-
-
-def test_a_killed_worker_is_replaced(ray_cluster, config):
-    longer = config.model_copy(
-        update={
-            "preferences": {"helpful": config.preferences["helpful"].model_copy(update={"rows": 400})},
-            "dpo": {**config.dpo, "num_train_epochs": 3},
-        }
-    )
+def test_a_killed_worker_is_replaced(ray_cluster, job):
+    longer = job.model_copy(update={"dpo": {**job.dpo, "num_train_epochs": 40}})
     killed = []
 
     def kill_one() -> None:
-        """The first process that trains, as soon as there is one."""
+        """One of the two processes that train, a few seconds after it appears."""
         until = time.monotonic() + 120
         while not killed and time.monotonic() < until:
             for process in psutil.process_iter(["cmdline"]):
                 if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                    if not list(longer.folder.glob("reference/*/test")):
-                        break  # still the reference pass
-                    time.sleep(3)
-                    with suppress(ProcessLookupError):  # it was the reference pass after all
+                    time.sleep(6)
+                    with suppress(ProcessLookupError):
                         os.kill(process.pid, signal.SIGKILL)
                         killed.append(process.pid)
                     break
@@ -104,7 +97,7 @@ def test_a_killed_worker_is_replaced(ray_cluster, config):
     summary = train_vectors(longer)
     killer.join()
     assert killed
-    assert [run["steps"] for run in summary["runs"]] == [75, 75]
+    assert [run["steps"] for run in summary["runs"]] == [160, 160]
 
 
 def test_conversations_need_a_chat_template(config, tmp_path):
