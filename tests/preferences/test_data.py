@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import TinyWorld, data_digest, flip, load_preferences, split_by_prompt
 
-REAL = Path("/work/shared/data/preference")
+REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data files are not here")
 
 TRL = {"prompt": "How?", "chosen": "Like this.", "rejected": "No."}
