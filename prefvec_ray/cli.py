@@ -23,6 +23,9 @@ class Commands(click.Group):
         except JobError as error:
             click.echo(f"failed: {error}", err=True)
             sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command goes on from what is finished", err=True)
+            sys.exit(130)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)

@@ -110,11 +110,37 @@ def fit(
     """One Ray Train run of `worker(config)`; what its rank 0 returned.
 
     It is started again up to `retries` times after a worker or its node died. An exception that the worker raised
-    itself would only be raised again, so it ends the run at once.
+    itself would only be raised again, so it ends the run at once. Ctrl-C works while it waits: in the main thread Ray
+    Train would take that signal over and never give it back, so the run is watched from a thread of its own.
 
     Raises:
         RunsFailedError: the run failed for good; the message is the reason alone.
     """
+    ended: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def watch() -> None:
+        try:
+            ended.put((_fit(worker, config, name, resources, storage, retries), None))
+        except Exception as error:  # raised again where `fit` was called
+            ended.put((None, error))
+
+    threading.Thread(target=watch, daemon=True).start()
+    while True:
+        with suppress(queue.Empty):
+            value, error = ended.get(timeout=0.5)
+            if error is not None:
+                raise error
+            return value
+
+
+def _fit(
+    worker: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    name: str,
+    resources: Resources,
+    storage: Path,
+    retries: int,
+) -> Any:
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
