@@ -74,7 +74,7 @@ def _run_waiting(
     def control(spec: RunSpec) -> None:
         config = {"spec": spec.model_dump(), "board": board}
         try:
-            fit(_dpo_worker, config, spec.key, resources, storage, retries=retries)
+            _fit(_dpo_worker, config, spec.key, resources, storage, retries)
             ended.put((spec, None))
         except RunsFailedError as error:
             ended.put((spec, str(error)))
@@ -141,6 +141,7 @@ def _fit(
     storage: Path,
     retries: int,
 ) -> Any:
+    """`fit` for a caller that is not the main thread."""
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
