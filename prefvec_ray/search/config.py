@@ -1,7 +1,5 @@
 """What `prefvec eval` and `prefvec search` are given: published vectors, prompts, a scorer."""
 
-import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ from pydantic import Field, FiniteFloat
 
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import TinyWorldScorer, load_scorer
+from prefvec_ray.evaluation import TinyWorldScorer, load_prompts, load_scorer
 from prefvec_ray.preferences import TinyWorld
 from prefvec_ray.registry import Registry
 from prefvec_ray.search.trial import Task
@@ -89,22 +87,7 @@ def _prompts(source: str) -> list[Any]:
     if source.startswith(TINY_WORLD):
         world, split = _tiny_world(source, 3)
         return list(world.prompts(split))  # type: ignore[arg-type]
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(f"prompts {source}: no such file")
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
-        elif path.suffix == ".csv":
-            with path.open(newline="") as file:
-                rows = [row["prompt"] for row in csv.DictReader(file)]
-        else:
-            rows = [line for line in path.read_text().splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"prompts {source}: every row needs a `prompt`: {type(error).__name__} {error}") from error
-    if not rows or not all(isinstance(row, str) and row.strip() for row in rows):
-        raise InputError(f"prompts {source}: expected at least one prompt, each a text that is not empty")
-    return rows
+    return list(load_prompts(source))
 
 
 def _tiny_world(source: str, parts: int) -> tuple[TinyWorld, str]:
