@@ -7,16 +7,18 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.generate import Conversation, encode, sample_ids
-from prefvec_ray.evaluation.scorers import Metric, Scorer, run_scorer
+from prefvec_ray.evaluation.generate import Conversation, Steer, encode, sample_ids
+from prefvec_ray.evaluation.likelihood import MEASURES, Margins, TokenPair, Use, answer_measures, check_measures
+from prefvec_ray.evaluation.scorers import Metric, Scorer, run_scorer, scorer_digest
 
 if TYPE_CHECKING:
-    from prefvec_ray.vectors import LiveModel
+    from prefvec_ray.vectors import LiveModel, Steering
 
 
 class Estimate(BaseModel):
@@ -78,6 +80,10 @@ class Evaluator:
     `prompts` are texts, objects with a `text` (the tiny world's `Prompt`), both asked as one user turn, or
     lists of chat messages; the scorer gets them as they are. `template=False` gives texts to the model as
     they are, for a base model that does not chat.
+
+    `measures` (of `likelihood.MEASURES`: kl, perplexity) are taken on the sampled answers; `pairs` are held-out
+    preference pairs whose implicit margins are taken beside them (`likelihood.Margins`). Both are metrics like the
+    scorer's.
     """
 
     def __init__(
@@ -94,10 +100,13 @@ class Evaluator:
         batch_size: int = 384,
         template: bool = True,
         keep_samples: int = 5,
+        measures: Sequence[str] = (),
+        pairs: Mapping[str, Sequence[TokenPair]] | None = None,
     ) -> None:
         if not prompts:
             raise InputError("no prompts to evaluate on; give at least one")
-        self.live, self.tokenizer, self.scorer = live, tokenizer, scorer
+        check_measures(measures, temperature)
+        self.live, self.tokenizer, self.scorer, self.measures = live, tokenizer, scorer, list(measures)
         self.prompts, self.draws, self.keep_samples = list(prompts), draws, keep_samples
         self.texts = [_conversation(prompt, template) for prompt in self.prompts]
         self._ids = encode(tokenizer, self.texts)
@@ -108,8 +117,11 @@ class Evaluator:
             "seed": seed,
         }
         self._batch_size = batch_size
-        content = json.dumps([self._ids, self._sampling], sort_keys=True)
-        self.digest = blake3(content.encode()).hexdigest()[:16]
+        self._steerable: bool | None = None
+        self._margins = Margins(live.model, live.set_coefficients, pairs) if pairs else None
+        content = json.dumps([self._ids, self._sampling, self.measures, scorer_digest(scorer)], sort_keys=True)
+        self.digest = blake3((content + json.dumps(pairs)).encode()).hexdigest()[:16]
+        self.metrics = all_metrics(scorer, self.measures, self._margins.metrics if self._margins else {})
 
     def evaluate(self, coefficients: Mapping[str, float]) -> Evaluation:
         """Merge, sample and score one setting (missing names are 0).
@@ -118,32 +130,123 @@ class Evaluator:
             InputError: an unknown vector or a coefficient that is not finite.
             ValueError: the scorer returned something that is no score (see `run_scorer`).
         """
+        return self._evaluate([coefficients], self.live.set_coefficients, None)[0]
+
+    def evaluate_many(self, settings: Sequence[Mapping[str, float]], *, steer: bool | None = None) -> list[Evaluation]:
+        """Every setting, in order: each row of a batch under its own coefficients (`vectors.Steering`), or a merge
+        for each setting. Both are the same policy; in floating point they differ by rounding.
+
+        `steer` None chooses: rows of several settings share a batch where the vectors can be steered exactly (low
+        rank in every linear layer) and one setting alone fills less than half of a batch; else merging is as fast or
+        faster (docs/evaluation.md has the measurement). True insists, and is an InputError where it cannot be.
+        """
+        from prefvec_ray.vectors.live import check_coefficients
+
+        names = self.live.vectors
+        etas = torch.tensor([list(check_coefficients(s, names).values()) for s in settings])
+        few = 2 * len(self.prompts) * self.draws <= self._batch_size
+        if steer is None:
+            steer = len(settings) > 1 and few and self._can_steer()
+        if not steer:
+            return [self.evaluate(coefficients) for coefficients in settings]
+        with self._steering() as steering:
+
+            def per_row(places: torch.Tensor) -> None:
+                steering.set_coefficients(etas[places // len(self.prompts)])
+
+            return self._evaluate(settings, steering.set_coefficients, per_row)
+
+    def _steering(self) -> "Steering":
+        """The base, with the vectors beside the weights; sorted names, as the live model's."""
+        from prefvec_ray.vectors import Steering
+
+        self.live.set_coefficients({})
+        return Steering(self.live.model, self.live.vectors, base_fingerprint=self.live.base_fingerprint)
+
+    def _can_steer(self) -> bool:
+        if self._steerable is None:
+            try:
+                with self._steering():
+                    self._steerable = True
+            except InputError:
+                self._steerable = False
+        return self._steerable
+
+    def _evaluate(self, settings: Sequence[Mapping[str, float]], use: Use, steer: Steer | None) -> list[Evaluation]:
+        """`use` puts the whole model at a setting; `steer`, where there is one, rows at theirs while sampling."""
         start = time.perf_counter()
-        self.live.set_coefficients(coefficients)
-        rows = sample_ids(self.live.model, self.tokenizer, self._ids, batch_size=self._batch_size, **self._sampling)
-        texts = [self.tokenizer.batch_decode(answers, skip_special_tokens=True) for answers in rows]
-        per_prompt = self._score(texts)
-        step = max(1, len(self.prompts) // max(1, self.keep_samples))
-        return Evaluation(
-            coefficients=dict(coefficients),
-            metrics={name: estimate(values) for name, values in per_prompt.items()},
-            per_prompt=per_prompt,
-            prompts_digest=self.digest,
-            samples=[
-                Sample(prompt=_last_turn(self.texts[i]), answer=texts[i][0])
-                for i in range(0, len(texts), step)[: self.keep_samples]
-            ],
-            seconds=time.perf_counter() - start,
-            tokens=sum(len(answer) for answers in rows for answer in answers),
+        if steer is None:
+            (only,) = settings
+            use(only)
+        sampled = sample_ids(
+            self.live.model,
+            self.tokenizer,
+            self._ids,
+            batch_size=self._batch_size,
+            copies=len(settings),
+            steer=steer,
+            **self._sampling,
         )
+        found = []
+        for number, coefficients in enumerate(settings):
+            rows = sampled[number * len(self._ids) : (number + 1) * len(self._ids)]
+            texts = [self.tokenizer.batch_decode(answers, skip_special_tokens=True) for answers in rows]
+            per_prompt = self._score(texts) | self._measure(rows, use, coefficients)
+            step = max(1, len(self.prompts) // max(1, self.keep_samples))
+            found.append(
+                Evaluation(
+                    coefficients=dict(coefficients),
+                    metrics={name: estimate(values) for name, values in per_prompt.items()},
+                    per_prompt=per_prompt,
+                    prompts_digest=self.digest,
+                    samples=[
+                        Sample(prompt=_last_turn(self.texts[i]), answer=texts[i][0])
+                        for i in range(0, len(texts), step)[: self.keep_samples]
+                    ],
+                    seconds=0.0,
+                    tokens=sum(len(answer) for answers in rows for answer in answers),
+                )
+            )
+        seconds = (time.perf_counter() - start) / len(settings)
+        return [evaluation.model_copy(update={"seconds": seconds}) for evaluation in found]
 
     def _score(self, texts: list[list[str]]) -> dict[str, list[float | None]]:
         repeated = [prompt for prompt in self.prompts for _ in range(self.draws)]
         scores = run_scorer(self.scorer, repeated, [text for answers in texts for text in answers])
-        return {
-            name: [_mean(values[i : i + self.draws]) for i in range(0, len(values), self.draws)]
-            for name, values in scores.items()
-        }
+        return {name: self._over_draws(values) for name, values in scores.items()}
+
+    def _measure(
+        self, rows: list[list[list[int]]], use: Use, coefficients: Mapping[str, float]
+    ) -> dict[str, list[float | None]]:
+        """The model's own measures of the answers and of the pairs, prompt by prompt."""
+        found: dict[str, list[float | None]] = {}
+        if self._margins:
+            use(coefficients)
+            found |= self._margins.measure()
+        if self.measures:
+            values = answer_measures(
+                self.live.model,
+                use,
+                coefficients,
+                [ids for ids in self._ids for _ in range(self.draws)],
+                [answer for answers in rows for answer in answers],
+                measures=self.measures,
+                temperature=self._sampling["temperature"],
+            )
+            found |= {name: self._over_draws(column) for name, column in values.items()}
+        return found
+
+    def _over_draws(self, values: Sequence[float | None]) -> list[float | None]:
+        return [_mean(values[i : i + self.draws]) for i in range(0, len(values), self.draws)]
+
+
+def all_metrics(scorer: Scorer, measures: Sequence[str], margins: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The scorer's metrics, those of the measures, and those of the pairs; InputError where names clash."""
+    own = {name: MEASURES[name] for name in measures} | dict(margins)
+    clash = sorted(set(scorer.metrics) & set(own))
+    if clash:
+        raise InputError(f"the scorer states a metric {clash[0]!r}, which is measured by the model too; rename it")
+    return dict(scorer.metrics) | own
 
 
 def estimate(per_prompt: Sequence[float | None]) -> Estimate | None:

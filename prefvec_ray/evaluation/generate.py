@@ -10,7 +10,8 @@ to the end of the batch. On the tiny world this loop takes less than a third of 
 (docs/evaluation.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from prefvec_ray.errors import InputError
 
 Conversation = str | Sequence[dict[str, str]]
 """Messages for the tokenizer's chat template, or a plain text that the model goes on from."""
+
+Steer = Callable[[torch.Tensor], None]
+"""Told before every forward pass which prompt each row of the batch answers: (rows,), int64, on the CPU."""
 
 
 def sample(
@@ -62,12 +66,18 @@ def sample_ids(
     max_new_tokens: int = 64,
     seed: int = 0,
     batch_size: int = 384,
+    copies: int = 1,
+    steer: Steer | None = None,
 ) -> list[list[list[int]]]:
     """Sample `draws` answers to every prompt, all as token ids, indexed [prompt][draw].
 
     A decoder-only `model` is expected. Temperature 0 is greedy. An answer ends with one of the model's end
     tokens or after `max_new_tokens`. At most `batch_size` rows (a row is one draw) run at once, and never
     less than one prompt with its draws.
+
+    With `copies` the whole list of prompts is answered that often, each time with the same random numbers;
+    prompt i of copy c is number c * len(prompts) + i, in the result and for `steer`, which can so give every
+    copy coefficients of its own in one batch.
 
     Raises:
         InputError: a number out of range, a prompt that is empty or does not fit the model's context.
@@ -82,6 +92,7 @@ def sample_ids(
             raise InputError(f"{name} is {value}; expected a number of at least {low}")
     _check_lengths(model, prompts, max_new_tokens)
     noise_NDT = _uniforms(len(prompts), draws, max_new_tokens, seed)
+    distinct, prompts = len(prompts), [*prompts] * copies
     stop = _end_tokens(model, tokenizer)
     was_training = model.training
     model.eval()
@@ -89,7 +100,9 @@ def sample_ids(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     step = max(1, batch_size // draws)
     for chunk in (order[i : i + step] for i in range(0, len(order), step)):
-        rows = _decode_batch(model, [prompts[i] for i in chunk], noise_NDT[chunk], temperature, stop)
+        noise = noise_NDT[[i % distinct for i in chunk]]
+        tell = partial(_tell, steer, torch.tensor(chunk)) if steer else None
+        rows = _decode_batch(model, [prompts[i] for i in chunk], noise, temperature, stop, tell)
         for place, i in enumerate(chunk):
             answers[i] = rows[place * draws : (place + 1) * draws]
     model.train(was_training)
@@ -121,15 +134,18 @@ def _decode_batch(
     noise_NDT: torch.Tensor,
     temperature: float,
     stop: torch.Tensor,
+    steer: Steer | None = None,
 ) -> list[list[int]]:
     """Answers of a batch as token ids, row n * draws + d, each up to its end token. Prompts are prefilled
-    once and shared by their draws; rows that have ended leave the batch."""
+    once and shared by their draws; rows that have ended leave the batch. `steer` gets places in `prompts`."""
     device = model.device
     _, draws, steps = noise_NDT.shape
     width = max(map(len, prompts))
     ids_NL = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask_NL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     positions_NL = (mask_NL.cumsum(-1) - 1).clamp(min=0)
+    if steer:
+        steer(torch.arange(len(prompts)))
     out = model(input_ids=ids_NL, attention_mask=mask_NL, position_ids=positions_NL, use_cache=True, logits_to_keep=1)
     cache: Any = out.past_key_values
     cache.batch_repeat_interleave(draws)
@@ -150,6 +166,8 @@ def _decode_batch(
             cache.batch_select_indices(keep)
             rows, token_B, mask_BL = rows[keep], token_B[keep], mask_BL[keep]
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
+        if steer:
+            steer(rows.cpu() // draws)
         logits_BV = model(
             input_ids=token_B[:, None],
             attention_mask=mask_BL,
@@ -158,6 +176,10 @@ def _decode_batch(
             use_cache=True,
         ).logits[:, -1]
     return [[token for token in row if token >= 0] for row in answers.tolist()]
+
+
+def _tell(steer: Steer, chunk: torch.Tensor, places: torch.Tensor) -> None:
+    steer(chunk[places])
 
 
 def _pick(logits_BV: torch.Tensor, noise_B: torch.Tensor, temperature: float) -> torch.Tensor:

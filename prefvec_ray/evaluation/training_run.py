@@ -1,0 +1,80 @@
+"""What a finished training job left in its folder: the vectors and deltas of one seed, and the held-out pairs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation.likelihood import TokenPair, cut_pairs
+from prefvec_ray.evaluation.settings import MIXED
+
+
+class TrainingRun:
+    """The folder of a training job (`prefvec train`), read through its `training.json`.
+
+    Raises:
+        InputError: there is no finished job in the folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        record = self.folder / "training.json"
+        if not record.is_file():
+            raise InputError(f"runs {folder}: no training.json there; give the folder of a finished `prefvec train`")
+        self.summary: dict[str, Any] = json.loads(record.read_text())
+        self.specs: list[dict[str, Any]] = [run["spec"] for run in self.summary["runs"]]
+
+    @property
+    def preferences(self) -> list[str]:
+        """In the order of the job's config."""
+        return [name for name in dict.fromkeys(spec["preference"] for spec in self.specs) if name != MIXED]
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(spec["seed"] for spec in self.specs))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a run on all preferences' pairs was made."""
+        return any(spec["preference"] == MIXED for spec in self.specs)
+
+    def vectors(self, seed: int) -> dict[str, Path]:
+        """By the names that `settings.baselines` uses: every phi (`helpful`), every positive run's own delta
+        (`helpful+`) and `mixed`.
+
+        Raises:
+            InputError: no run has that seed.
+        """
+        if seed not in self.seeds:
+            raise InputError(f"runs {self.folder}: no run of seed {seed}; there are: {', '.join(map(str, self.seeds))}")
+        found = {p: self._at(self.summary["vectors"][f"{p}-s{seed}"]) for p in self.preferences}
+        for spec in self.specs:
+            if spec["seed"] == seed and spec["polarity"] == "positive":
+                name = spec["preference"] + ("" if spec["preference"] == MIXED else "+")
+                found[name] = self._at(spec["out"]) / "delta"
+        return found
+
+    def pairs(self) -> dict[str, list[TokenPair]]:
+        """The held-out pairs of every preference, tokenized and cut as the job's own evaluation saw them."""
+        from datasets import load_from_disk
+        from trl import DPOConfig
+
+        found = {}
+        default = DPOConfig.__dataclass_fields__["max_length"].default
+        for spec in self.specs:
+            for name, folder in spec["test"].items():
+                if name not in found:
+                    rows = load_from_disk(str(self._at(folder)))
+                    pairs = (TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows)
+                    found[name] = cut_pairs(pairs, spec["dpo"].get("max_length", default))
+        return found
+
+    def _at(self, recorded: str) -> Path:
+        """A recorded path, or the same place under this folder where the job's folder has been moved."""
+        path = Path(recorded)
+        if not path.exists():
+            for depth in range(1, len(path.parts)):
+                here = self.folder.joinpath(*path.parts[depth:])
+                if here.exists():
+                    return here
+        return path
