@@ -92,9 +92,7 @@ def search(config: "SearchConfig", console: Console) -> None:
     from prefvec_ray.search import search as run_search
 
     task = config.task()
-    Goal(
-        objectives=tuple(config.objectives), metrics=dict(task.load_scorer().metrics), limits=dict(config.limits)
-    ).check()
+    Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits)).check()
     connect(console)
     with progress_bar(console, "settings tried") as tell:
         result = run_search(

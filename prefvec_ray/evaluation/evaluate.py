@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.generate import Conversation, Steer, encode, sample_ids
-from prefvec_ray.evaluation.likelihood import MEASURES, Margins, TokenPair, Use, answer_measures, check_measures
+from prefvec_ray.evaluation.likelihood import (
+    MEASURES,
+    Margins,
+    TokenPair,
+    Use,
+    answer_measures,
+    check_measures,
+    margin_metrics,
+)
 from prefvec_ray.evaluation.scorers import Metric, Scorer, run_scorer, scorer_digest
 
 if TYPE_CHECKING:
@@ -121,7 +129,7 @@ class Evaluator:
         self._margins = Margins(live.model, live.set_coefficients, pairs) if pairs else None
         content = json.dumps([self._ids, self._sampling, self.measures, scorer_digest(scorer)], sort_keys=True)
         self.digest = blake3((content + json.dumps(pairs)).encode()).hexdigest()[:16]
-        self.metrics = all_metrics(scorer, self.measures, self._margins.metrics if self._margins else {})
+        self.metrics = all_metrics(scorer, self.measures, margin_metrics(pairs or {}))
 
     def evaluate(self, coefficients: Mapping[str, float]) -> Evaluation:
         """Merge, sample and score one setting (missing names are 0).

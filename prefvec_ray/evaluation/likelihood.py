@@ -133,17 +133,6 @@ class Margins:
         use({})
         self._base = {name: self._log_ratio(name) for name in self.pairs}
 
-    @property
-    def metrics(self) -> dict[str, Metric]:
-        found = {}
-        for name in self.pairs:
-            words = f"by which {name!r} pairs are ranked better than by the base, in nats"
-            found[f"margin_{name}"] = Metric(direction="maximize", meaning=f"log-probability {words}")
-            found[f"accuracy_{name}"] = Metric(
-                direction="maximize", low=0, high=1, meaning=f"share of held-out {name!r} pairs moved the right way"
-            )
-        return found
-
     def measure(self) -> dict[str, list[float | None]]:
         """Metric -> one value a distinct prompt, of the model as it stands."""
         found: dict[str, list[float | None]] = {}
@@ -162,6 +151,19 @@ class Margins:
         prompts = [pair.prompt for pair in pairs] * 2
         both = log_probs(self.model, prompts, [p.chosen for p in pairs] + [p.rejected for p in pairs])
         return [chosen - rejected for chosen, rejected in zip(both[: len(pairs)], both[len(pairs) :], strict=True)]
+
+
+def margin_metrics(preferences: Iterable[str]) -> dict[str, Metric]:
+    """The metrics of held-out pairs of these preferences."""
+    found = {}
+    for name in preferences:
+        found[f"margin_{name}"] = Metric(
+            direction="maximize", meaning=f"nats by which {name!r} pairs are ranked better than by the base"
+        )
+        found[f"accuracy_{name}"] = Metric(
+            direction="maximize", low=0, high=1, meaning=f"share of held-out {name!r} pairs moved the right way"
+        )
+    return found
 
 
 def token_pairs(

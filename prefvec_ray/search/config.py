@@ -1,14 +1,16 @@
 """What `prefvec eval` and `prefvec search` are given: published vectors, prompts, a scorer."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import TinyWorldScorer, load_prompts, load_scorer
-from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.evaluation.likelihood import TokenPair, token_pairs
+from prefvec_ray.evaluation.training_run import TrainingRun
+from prefvec_ray.preferences import TinyWorld, load_preferences
 from prefvec_ray.registry import Registry
 from prefvec_ray.search.trial import Task
 
@@ -33,6 +35,15 @@ class MeasureConfig(Config):
     temperature: float = Field(default=0.7, ge=0)
     max_new_tokens: int = Field(default=64, ge=1)
     seed: int = 0
+    measures: list[Literal["kl", "perplexity"]] = []
+    """What the model itself measures of the answers, as metrics beside the scorer's."""
+    pairs: dict[str, str] = {}
+    """Preference -> file of held-out pairs: metrics `margin_<preference>` and `accuracy_<preference>`, without
+    generation."""
+    runs: Path | None = None
+    """Folder of a finished `prefvec train`: its held-out pairs, and in `prefvec eval` its single and mixed runs."""
+    runs_seed: int | None = None
+    """Which seed of `runs`; its first one when left out."""
     actors: int = Field(default=2, ge=1)
     """Processes that measure at once, each with `cpus` and `gpus`."""
     cpus: float = Field(default=1, ge=0)
@@ -53,20 +64,45 @@ class MeasureConfig(Config):
         return Task(
             base=self.base,
             vectors={name: registry.fetch(ref) for name, ref in self.vectors.items()},
-            prompts=_prompts(self.prompts),
+            prompts=read_prompts(self.prompts),
             scorer=TinyWorldScorer(scorer[0]) if scorer else load_scorer(self.scorer),
             draws=self.draws,
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
             seed=self.seed,
+            measures=tuple(self.measures),
+            pairs=self._pairs(),
         )
+
+    def training_run(self) -> TrainingRun | None:
+        """The job at `runs`; InputError where it is none, or has not trained all of `vectors`."""
+        if self.runs is None:
+            return None
+        run = TrainingRun(self.runs)
+        strangers = sorted(set(self.vectors) - set(run.preferences))
+        if strangers:
+            raise InputError(f"runs {self.runs} trained {', '.join(run.preferences)}, not {', '.join(strangers)}")
+        return run
+
+    def _pairs(self) -> dict[str, list[TokenPair]]:
+        run = self.training_run()
+        found = {name: pairs for name, pairs in run.pairs().items() if name in self.vectors} if run else {}
+        if self.pairs:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(self.base)
+            for name, file in self.pairs.items():
+                rows = load_preferences(file, preference=name).dataset
+                found[name] = token_pairs(tokenizer, rows.to_list())
+        return found
 
 
 class EvalConfig(MeasureConfig):
     """`prefvec eval --config FILE`: a table of settings."""
 
-    settings: dict[str, dict[str, FiniteFloat]] = Field(min_length=1)
-    """Name -> coefficients; vectors left out are 0."""
+    settings: dict[str, dict[str, FiniteFloat]] = {}
+    """Name -> coefficients; vectors left out are 0. With `runs`, every baseline and the usual settings of the
+    vectors stand before these."""
 
 
 class SearchConfig(MeasureConfig):
@@ -79,11 +115,20 @@ class SearchConfig(MeasureConfig):
     ranges: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
     """Vector -> [low, high]; default [-1, 1]."""
     trials: int = Field(default=40, ge=2)
+    report_prompts: str | None = None
+    """As `prompts`, and sharing none with them: what is recommended is measured again on these, and reported."""
+    report_draws: int | None = Field(default=None, ge=1)
+    """Draws on the report prompts; as many as in the search when left out."""
+    control_steps: int = Field(default=5, ge=0)
+    """Settings along each coefficient, the others 0, measured on the report prompts; 0 for none."""
     preset: str | None = None
     """Publish the recommended setting under this name."""
+    presets: dict[str, str] = {}
+    """Name -> rule: `compromise`, or an objective: the best of it with every other objective at least the base's.
+    Measured on `report_prompts`, and published unless those refute them."""
 
 
-def _prompts(source: str) -> list[Any]:
+def read_prompts(source: str) -> list[Any]:
     if source.startswith(TINY_WORLD):
         world, split = _tiny_world(source, 3)
         return list(world.prompts(split))  # type: ignore[arg-type]

@@ -86,8 +86,7 @@ def search(
         RuntimeError: no trial gave a result.
     """
     began = time.perf_counter()
-    scorer = task.load_scorer()
-    goal = Goal(objectives=tuple(objectives), metrics=dict(scorer.metrics), limits=dict(limits or {}))
+    goal = Goal(objectives=tuple(objectives), metrics=task.metrics, limits=dict(limits or {}))
     goal.check()
     bounds = _ranges(task, ranges)
     points = [dict.fromkeys(bounds, 0.0), *(_within(point, bounds) for point in start)]
@@ -304,6 +303,7 @@ def _definition(task: Task, goal: Goal, bounds: dict[str, tuple[float, float]], 
         "vectors": {name: load_vector(folder).digest() for name, folder in task.vectors.items()},
         "prompts": blake3(prompts.encode()).hexdigest(),
         "sampling": [task.draws, task.temperature, task.max_new_tokens, task.seed, task.template],
+        "pairs": blake3(json.dumps(dict(task.pairs)).encode()).hexdigest(),
         "objectives": list(goal.objectives),
         "metrics": {name: metric.model_dump() for name, metric in goal.metrics.items()},
         "ranges": {name: list(bound) for name, bound in bounds.items()},

@@ -1,14 +1,16 @@
 """What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and
 score."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from prefvec_ray.evaluation import Scorer, load_scorer
+from prefvec_ray.evaluation import Metric, Scorer, load_scorer
+from prefvec_ray.evaluation.evaluate import all_metrics
+from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 
 if TYPE_CHECKING:
     from prefvec_ray.evaluation import Evaluator
@@ -36,6 +38,15 @@ class Task:
     """Of the base; the driver fills it in, so that the actors need not hash the model."""
     threads: int = 1
     """Torch threads of an actor."""
+    measures: tuple[str, ...] = ()
+    """`likelihood.MEASURES` of the answers: kl, perplexity."""
+    pairs: Mapping[str, Sequence[TokenPair]] = field(default_factory=dict)
+    """Held-out pairs by preference, for their implicit margins."""
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """Everything that is measured: the scorer's metrics, those of `measures` and those of `pairs`."""
+        return all_metrics(self.load_scorer(), self.measures, margin_metrics(self.pairs))
 
     def load_scorer(self) -> Scorer:
         return load_scorer(self.scorer) if isinstance(self.scorer, str) else self.scorer
@@ -70,6 +81,8 @@ class Task:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             template=self.template,
+            measures=self.measures,
+            pairs=self.pairs,
         )
 
 
