@@ -2,28 +2,32 @@
 a seed."""
 
 from prefvec_ray.preferences.base_model import new_model
-from prefvec_ray.preferences.data import (
-    Preferences,
-    data_digest,
-    flip,
-    load_preferences,
-    split_by_prompt,
-)
+from prefvec_ray.preferences.check import DataCheck, Finding, PreferenceCheck, check_splits
+from prefvec_ray.preferences.data import Preferences, data_digest, flip, load_preferences
+from prefvec_ray.preferences.formats import FORMATS
 from prefvec_ray.preferences.scoring import METRICS, Metric, Scores
+from prefvec_ray.preferences.splits import Split, load_split, split_by_prompt
 from prefvec_ray.preferences.tiny_world import Prompt, TinyWorld
 from prefvec_ray.preferences.tokenizer import build_tokenizer
 
 __all__ = [
+    "FORMATS",
     "METRICS",
+    "DataCheck",
+    "Finding",
     "Metric",
+    "PreferenceCheck",
     "Preferences",
     "Prompt",
     "Scores",
+    "Split",
     "TinyWorld",
     "build_tokenizer",
+    "check_splits",
     "data_digest",
     "flip",
     "load_preferences",
+    "load_split",
     "new_model",
     "split_by_prompt",
 ]

@@ -1,37 +1,42 @@
-"""Preference pairs from a file, in the form that TRL trains on: prompt, chosen, rejected.
+"""Preference pairs from wherever they lie, in the form that TRL trains on: prompt, chosen, rejected.
 
-A format is a small class with the columns it is known by and a function from one row to one pair; the
-format is found by its columns. What cannot be read is refused with file and row before anything is trained.
+Rows stream through the format's function into one memory-mapped Arrow file, so the size of the data is no matter of
+memory. What cannot be read is refused with file and row before anything is trained.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import math
-import random
-import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import pyarrow as pa
 from blake3 import blake3
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets.table import InMemoryTable
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.preferences.formats import (
+    COLUMNS,
+    FORMATS,
+    PKU_LABELS,
+    Format,
+    Pair,
+    Row,
+    UnusableError,
+    find_format,
+)
+from prefvec_ray.preferences.sources import Numbered, label, read_rows
 
-Row = Mapping[str, Any]
-Pair = dict[str, Any]
+System = Literal["keep", "fold"]
 
-COLUMNS = ("prompt", "chosen", "rejected")
-PKU_LABELS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-
-
-class _UnusableError(Exception):
-    """This pair says nothing, for a reason known to occur in the published data: drop it and count it."""
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_FEATURES = {form: Features(dict.fromkeys(COLUMNS, kind)) for form, kind in ((str, Value("string")), (list, _MESSAGES))}
+_BATCH_ROWS, _BATCH_CHARACTERS = 1000, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,14 @@ class Preferences:
     source: str
     digest: str
     notes: tuple[str, ...] = ()
+    why: str = ""
+    """What made it this format: the fields it was known by, or that it was given."""
+    rows: int = 0
+    """Rows read, those included that were dropped or cannot be read."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Rows left out, by reason."""
+    labels: Mapping[str, int] = field(default_factory=dict)
+    """Of data whose two answers have places (PKU-SafeRLHF): how often each place was the chosen one."""
 
 
 def load_preferences(
@@ -55,55 +68,176 @@ def load_preferences(
     preference: str | None = None,
     format: str | None = None,
     rows: int | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    revision: str | None = None,
+    system: System = "keep",
+    flaws: list[str] | None = None,
 ) -> Preferences:
     """Read preference pairs and check every one of them.
 
     Args:
-        source: a JSON or JSONL file, gzipped or not, or the rows themselves.
-        preference: which label orders a pair that is labelled for several ("helpful" or "harmless" in
-        PKU-SafeRLHF); other
-            formats carry one label and do not look at it.
-        format: "pku-saferlhf", "hh-rlhf" or "trl"; found by the columns of the first row when left out.
+        source: what `read_rows` reads (a file, a folder, a bucket, a hub dataset), or the rows themselves.
+        preference: which label orders a pair that is labelled for several ("helpful" or "harmless" in PKU-SafeRLHF);
+            other formats carry one label and do not look at it.
+        format: a name of `FORMATS`; found by the fields of the first row when left out.
         rows: read only the first so many rows.
+        split, subset, revision: see `read_rows`.
+        system: "fold" puts a system message at the top of the first user message, for a base whose chat template
+            takes no system messages. "keep" leaves it.
+        flaws: a list that takes the rows that cannot be used, one line each, in place of an error at the first.
 
-    Pairs with two identical answers say nothing: they are dropped, counted and noted. So are two flaws that
-    HH-RLHF's own files have: a transcript that ends in an empty answer, and two transcripts of different
-    conversations. Everything else that is wrong is refused.
+    Pairs with two identical answers say nothing: they are dropped, counted and noted. So are flaws that published
+    files have: an empty prompt or answer, and two transcripts of different conversations. Everything else that is
+    wrong is refused.
 
     Raises:
         InputError: naming the file, the row (from 1) and what to do.
     """
-    name = str(source) if isinstance(source, str | Path) else "the given rows"
+    name = label(str(source)) if isinstance(source, str | Path) else "the given rows"
     if rows is not None and rows < 1:
         raise InputError(f"rows={rows}: ask for at least one row, or leave it out to read all")
-    found: str | None = format
-    if format is not None and format not in _FORMATS:
-        raise InputError(f"unknown preference format {format!r}; choose one of: {', '.join(_FORMATS)}")
-    pairs: list[Pair] = []
-    dropped: Counter[str] = Counter()
-    for number, row in enumerate(_read(source), start=1):
-        if rows is not None and number > rows:
-            break
-        where = f"{name}, row {number}"
-        if not isinstance(row, Mapping):
-            raise InputError(f"{where}: expected an object with named fields, found {type(row).__name__}")
-        found = found or _find_format(row, name)
-        try:
-            pair = _FORMATS[found](row, where, preference)
-            if pair["chosen"] == pair["rejected"]:
-                raise _UnusableError("the two answers are identical")
-            pairs.append(pair)
-        except _UnusableError as reason:
-            dropped[str(reason)] += 1
-    notes = tuple(f"{count} pairs dropped: {reason}" for reason, count in dropped.items())
-    if not pairs or found is None:
-        why = "; ".join(notes) or "it holds no rows"
+    if format is not None and format not in FORMATS:
+        raise InputError(f"unknown preference format {format!r}; choose one of: {', '.join(FORMATS)}")
+    numbered: Iterable[Numbered]
+    if isinstance(source, str | Path):
+        numbered = read_rows(source, split=split, subset=subset, revision=revision)
+    else:
+        numbered = (Numbered(name, number, row) for number, row in enumerate(source, start=1))
+    reader = _Pairs(name, FORMATS[format] if format else None, preference, rows, system, flaws)
+    dataset, digest = _to_dataset(reader.read(numbered))
+    notes = [f"{count} pairs dropped: {reason}" for reason, count in reader.dropped.items()]
+    if reader.folded:
+        notes.append(f"{reader.folded} system messages folded into the first user message")
+    if dataset is None or reader.format is None:
+        why = "; ".join(notes + (flaws or [])[:1]) or "it holds no rows"
         raise InputError(f"{name}: nothing to train on ({why}); give a file with at least one preference pair")
-    try:
-        dataset = Dataset.from_list(pairs)
-    except (ValueError, TypeError) as error:  # pyarrow refuses columns of mixed types
-        raise InputError(f"{name}: plain-text and conversational rows are mixed; use one form ({error})") from error
-    return Preferences(dataset, found, name, data_digest(dataset), notes)
+    why = "given" if format else f"its first row has the fields {', '.join(reader.fields)}"
+    return Preferences(
+        dataset,
+        reader.format.name,
+        name,
+        digest,
+        tuple(notes),
+        why,
+        reader.rows,
+        dict(reader.dropped),
+        dict(reader.labels),
+    )
+
+
+class _Pairs:
+    """Rows to pairs, counting what happens to them on the way."""
+
+    def __init__(
+        self,
+        name: str,
+        format: Format | None,
+        preference: str | None,
+        limit: int | None,
+        system: System,
+        flaws: list[str] | None,
+    ) -> None:
+        self.name, self.format, self.preference, self.limit = name, format, preference, limit
+        self.system, self.flaws = system, flaws
+        self.rows = self.folded = 0
+        self.fields: list[str] = []
+        self.chats: bool | None = None
+        self.dropped: Counter[str] = Counter()
+        self.labels: Counter[str] = Counter()
+
+    def read(self, numbered: Iterable[Numbered]) -> Iterator[Pair]:
+        for at in numbered:
+            if self.rows == self.limit:
+                return
+            self.rows += 1
+            try:
+                yield self._pair(at)
+            except UnusableError as reason:
+                self.dropped[str(reason)] += 1
+            except InputError as error:
+                if self.flaws is None or self.format is None:
+                    raise
+                self.flaws.append(str(error))
+
+    def _pair(self, at: Numbered) -> Pair:
+        row = at.row
+        if not isinstance(row, Mapping):
+            raise InputError(f"{at.where}: expected an object with named fields, found {type(row).__name__}")
+        if self.format is None:
+            self.format = find_format(row, self.name)
+        self.fields = self.fields or [str(name) for name in row]
+        pair = self.format.pair(row, at.where, self.preference)
+        if pair["chosen"] == pair["rejected"]:
+            raise UnusableError("the two answers are identical")
+        chat = isinstance(pair["prompt"], list)
+        self.chats = chat if self.chats is None else self.chats
+        if chat is not self.chats:
+            raise InputError(f"{at.where}: plain-text and conversational rows are mixed; use one form")
+        if self.format.name == "pku-saferlhf":
+            self.labels[f"response_{row[PKU_LABELS[str(self.preference)]]}"] += 1
+        if self.system == "fold" and chat and pair["prompt"][0]["role"] == "system":
+            pair["prompt"] = _fold(pair["prompt"], at.where)
+            self.folded += 1
+        return pair
+
+
+def _fold(prompt: list[dict[str, str]], where: str) -> list[dict[str, str]]:
+    system, *turns = prompt
+    if not turns or turns[0]["role"] != "user":
+        raise InputError(f"{where}: a system message can be folded only into a user message right after it")
+    first = {"role": "user", "content": f"{system['content']}\n\n{turns[0]['content']}"}
+    return [first, *turns[1:]]
+
+
+def _to_dataset(pairs: Iterator[Pair]) -> tuple[Dataset | None, str]:
+    """All pairs in one Arrow file that is mapped into memory and already has no name, and their digest.
+
+    The file vanishes with the last reader; None where there are no pairs.
+    """
+    hasher = blake3()
+    first = next(pairs, None)
+    if first is None:
+        return None, ""
+    features = _FEATURES[type(first["prompt"])]
+    schema = features.arrow_schema
+    with tempfile.NamedTemporaryFile(prefix="prefvec-pairs-", suffix=".arrow") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            batch: list[Pair] = [first]
+            size = _add(hasher, first)
+            for pair in pairs:
+                if len(batch) >= _BATCH_ROWS or size > _BATCH_CHARACTERS:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                    batch, size = [], 0
+                batch.append(pair)
+                size += _add(hasher, pair)
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+        file.flush()
+        table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+    digest = f"blake3:{hasher.hexdigest()}"
+    return Dataset(InMemoryTable(table), fingerprint=hasher.hexdigest()[:16]), digest
+
+
+def _add(hasher: Any, pair: Mapping[str, Any]) -> int:
+    """Add a pair to a digest; returns the length of what was added, in bytes."""
+    line = json.dumps([pair[name] for name in COLUMNS], ensure_ascii=False, sort_keys=True)
+    data = line.encode("utf-8", "surrogatepass") + b"\n"
+    hasher.update(data)
+    return len(data)
+
+
+def data_digest(dataset: Dataset) -> str:
+    """`blake3:<hex>` of prompt, chosen and rejected of every row, in order. Other columns do not count."""
+    hasher = blake3()
+    for row in iter_rows(dataset):
+        _add(hasher, row)
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def iter_rows(dataset: Dataset, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
+    """Rows as dicts, a batch of Arrow at a time: several times faster than one by one."""
+    for batch in dataset.select_columns(list(columns)).with_format("arrow").iter(_BATCH_ROWS):
+        yield from batch.to_pylist()
 
 
 def flip(dataset: Dataset) -> Dataset:
@@ -120,171 +254,3 @@ def flip(dataset: Dataset) -> Dataset:
     if "chosen" not in swap and "chosen_ids" not in swap:
         raise InputError(f"cannot flip: no chosen and rejected columns among {', '.join(dataset.column_names)}")
     return dataset.rename_columns(swap)
-
-
-def split_by_prompt(dataset: Dataset, test_fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Train and test rows that share no prompt: at least `test_fraction` of the distinct prompts (rounded
-    up) go to test."""
-    if not 0 < test_fraction < 1:
-        raise InputError(f"test_fraction is {test_fraction}; give a number between 0 and 1, such as 0.1")
-    keys = [json.dumps(prompt, ensure_ascii=False) for prompt in dataset["prompt"]]
-    prompts = sorted(set(keys))
-    if len(prompts) < 2:
-        raise InputError("cannot split by prompt: all rows share one prompt; give a test file instead")
-    random.Random(seed).shuffle(prompts)
-    test = set(prompts[: min(math.ceil(test_fraction * len(prompts)), len(prompts) - 1)])
-    return (
-        dataset.select([i for i, key in enumerate(keys) if key not in test]),
-        dataset.select([i for i, key in enumerate(keys) if key in test]),
-    )
-
-
-def data_digest(dataset: Dataset) -> str:
-    """`blake3:<hex>` of prompt, chosen and rejected of every row, in order. Other columns do not count."""
-    hasher = blake3()
-    for row in dataset.select_columns(list(COLUMNS)):
-        line = json.dumps([row[name] for name in COLUMNS], ensure_ascii=False, sort_keys=True)
-        hasher.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    return f"blake3:{hasher.hexdigest()}"
-
-
-def _read(source: str | Path | Sequence[Row]) -> Iterator[Any]:
-    """Rows one by one. A JSON file is one list of rows; a JSONL file has a row a line."""
-    if not isinstance(source, str | Path):
-        yield from source
-        return
-    path = Path(source)
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: cannot read this kind of file; give one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            if ".jsonl" in path.suffixes:
-                yield from _json_lines(lines, path)
-            else:
-                yield from _json_list(lines.read(), path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); write the file again") from error
-
-
-def _json_lines(lines: Iterable[str], path: Path) -> Iterator[Any]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}); write one object a line") from error
-
-
-def _json_list(text: str, path: Path) -> list[Any]:
-    if not text.strip():
-        return []
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not JSON ({error}); if it has one object a line, name it .jsonl") from error
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a JSON list of rows, found {type(rows).__name__}")
-    return rows
-
-
-def _find_format(row: Row, name: str) -> str:
-    fields = set(row)
-    if set(COLUMNS) <= fields:
-        return "trl"
-    if {"response_0", "response_1"} <= fields:
-        return "pku-saferlhf"
-    if {"chosen", "rejected"} <= fields and isinstance(row["chosen"], str):
-        return "hh-rlhf"
-    raise InputError(
-        f"{name}: unknown format, the first row has the fields {', '.join(map(str, row)) or '(none)'}; "
-        "expected prompt, chosen, rejected (trl), prompt, response_0, response_1 (pku-saferlhf), "
-        "or chosen, rejected as transcripts (hh-rlhf)"
-    )
-
-
-def _text(row: Row, field: str, where: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        found = "is missing" if value is None else f"is {value!r:.40}"
-        raise InputError(f"{where}: field {field!r} {found}; every row needs a text there")
-    return value
-
-
-def _messages(role: str, content: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": content}]
-
-
-def _pku(row: Row, where: str, preference: str | None) -> Pair:
-    """PKU-SafeRLHF (arXiv 2310.12773): one pair of responses, ordered once by helpfulness and once by
-    safety."""
-    if preference not in PKU_LABELS:
-        raise InputError(
-            f"{where}: this data is labelled for {' and '.join(PKU_LABELS)}, not for {preference!r}; say "
-            "which of them to use"
-        )
-    responses = [_text(row, "response_0", where), _text(row, "response_1", where)]
-    better = row.get(PKU_LABELS[preference])
-    if better not in (0, 1) or isinstance(better, bool):
-        raise InputError(f"{where}: field {PKU_LABELS[preference]!r} is {better!r}; expected 0 or 1")
-    return {
-        "prompt": _messages("user", _text(row, "prompt", where)),
-        "chosen": _messages("assistant", responses[better]),
-        "rejected": _messages("assistant", responses[1 - better]),
-    }
-
-
-_TURN = re.compile(r"\n\n(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def _transcript(row: Row, field: str, where: str) -> list[dict[str, str]]:
-    text = _text(row, field, where)
-    before, *turns = _TURN.split(text)
-    messages = [
-        {"role": _ROLES[speaker], "content": said.strip()}
-        for speaker, said in zip(turns[::2], turns[1::2], strict=True)
-    ]
-    if before.strip() or not messages or messages[0]["role"] != "user" or messages[-1]["role"] != "assistant":
-        raise InputError(
-            f"{where}: field {field!r} is no transcript; expected '\\n\\nHuman: …' first and '\\n\\nAssistant: …' last"
-        )
-    if not messages[-1]["content"]:
-        raise _UnusableError("an answer is empty")
-    return messages
-
-
-def _hh(row: Row, where: str, preference: str | None) -> Pair:
-    """HH-RLHF (arXiv 2204.05862): two transcripts that differ in the last answer only."""
-    chosen, rejected = _transcript(row, "chosen", where), _transcript(row, "rejected", where)
-    if chosen[:-1] != rejected[:-1]:
-        raise _UnusableError("the two transcripts differ before the last answer")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
-
-
-def _trl(row: Row, where: str, preference: str | None) -> Pair:
-    """TRL's explicit prompt, as plain text or as chat messages; all three fields in the same form."""
-    if not isinstance(row.get("prompt"), list):
-        return {field: _text(row, field, where) for field in COLUMNS}
-    pair = {}
-    for field, last in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        messages = row.get(field)
-        if (
-            not isinstance(messages, list)
-            or not messages
-            or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in messages)
-            or messages[-1]["role"] != last
-        ):
-            raise InputError(
-                f"{where}: field {field!r} must be a list of messages {{role, content}} that ends with "
-                f"the {last}, as prompt is a list"
-            )
-        pair[field] = [
-            {"role": turn["role"], "content": _text(turn, "content", f"{where}, {field}")} for turn in messages
-        ]
-    return pair
-
-
-_FORMATS = {"pku-saferlhf": _pku, "hh-rlhf": _hh, "trl": _trl}

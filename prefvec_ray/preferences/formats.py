@@ -1,0 +1,335 @@
+"""What preference data looks like in the field, and how one row of it becomes one pair: prompt, chosen, rejected.
+
+A format is the fields that it is known by and a function from a row to a pair. What a user can mend is refused with
+file and row; what is known to occur in published files and says nothing (an empty answer) is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefvec_ray.errors import InputError
+
+Row = Mapping[str, Any]
+Pair = dict[str, Any]
+
+COLUMNS = ("prompt", "chosen", "rejected")
+PKU_LABELS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
+
+
+class UnusableError(Exception):
+    """This pair says nothing, for a reason known to occur in published data: drop it and count it."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form of preference data.
+
+    `pair(row, where, preference)` gives {"prompt", "chosen", "rejected"}, texts or lists of chat messages; it raises
+    InputError naming `where`, or UnusableError.
+    """
+
+    name: str
+    fields: str
+    """The fields it is known by, for people."""
+    about: str
+    recognise: Callable[[Row], bool]
+    pair: Callable[[Row, str, str | None], Pair]
+
+
+def find_format(row: Row, source: str) -> Format:
+    """The one format whose fields the row has.
+
+    Raises:
+        InputError: none fits, or several do; names the fields found and the candidates.
+    """
+    found = [format for format in FORMATS.values() if format.recognise(row)]
+    if len(found) == 1:
+        return found[0]
+    fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in row.items()) or "(none)"
+    if found:
+        names = ", ".join(format.name for format in found)
+        raise InputError(f"{source}: the fields {fields} fit several formats: {names}; say which with format")
+    known = "; ".join(f"{format.name}: {format.fields}" for format in FORMATS.values())
+    raise InputError(f"{source}: unknown format, the first row has the fields {fields}; expected one of {known}")
+
+
+def _text(row: Row, field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        found = "is missing" if value is None else f"is {value!r:.40}"
+        raise InputError(f"{where}: field {field!r} {found}; every row needs a text there")
+    if "\0" in value:
+        raise InputError(
+            f"{where}: field {field!r} holds a NUL character; the file is damaged: write it again as UTF-8"
+        )
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); mend the row") from None
+    if not value.strip():
+        raise UnusableError("an answer is empty" if field not in _ASKED else "the prompt is empty")
+    return value
+
+
+_ASKED = ("prompt", "instruction")
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str]]:
+    """A list of {role, content} that ends with a turn of `last`."""
+    messages = row.get(field)
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in messages)
+        or messages[-1]["role"] != last
+    ):
+        raise InputError(
+            f"{where}: field {field!r} must be a list of messages {{role, content}} that ends with the {last}"
+        )
+    return [_message(turn["role"], _text(turn, "content", f"{where}, {field}")) for turn in messages]
+
+
+def _trl(row: Row, where: str, preference: str | None) -> Pair:
+    """TRL's explicit prompt, as plain text or as chat messages; all three fields in the same form."""
+    if isinstance(row.get("prompt"), list):
+        lasts = zip(COLUMNS, ("user", "assistant", "assistant"), strict=True)
+        return {field: _messages(row, field, last, where) for field, last in lasts}
+    return {field: _text(row, field, where) for field in COLUMNS}
+
+
+def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
+    """TRL's implicit prompt: what the two have in common at the start, in whole messages or up to a blank."""
+    if isinstance(row.get("chosen"), list):
+        chosen, rejected = (_messages(row, field, "assistant", where) for field in ("chosen", "rejected"))
+        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+        if same is None:
+            raise UnusableError("the two answers are identical")
+        if not same:
+            raise InputError(f"{where}: chosen and rejected share no first message: where is the prompt?")
+        return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+    from trl.data_utils import extract_prompt
+
+    texts = {field: _text(row, field, where) for field in ("chosen", "rejected")}
+    if texts["chosen"] == texts["rejected"]:
+        raise UnusableError("the two answers are identical")
+    pair = extract_prompt(texts)
+    if not pair["prompt"].strip():
+        raise InputError(f"{where}: chosen and rejected have no common beginning, and there is no field 'prompt'")
+    return {field: _text(pair, field, where) for field in COLUMNS}
+
+
+def _ultrafeedback(row: Row, where: str, preference: str | None) -> Pair:
+    """UltraFeedback-binarized (arXiv 2310.01377): the prompt as text, both answers as whole conversations, scores."""
+    prompt = _text(row, "prompt", where)
+    chosen, rejected = (_messages(row, field, "assistant", where) for field in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise UnusableError("the two conversations differ before the last answer")
+    if not any(turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in chosen[:-1]):
+        raise InputError(f"{where}: the text in 'prompt' is no user message of 'chosen'; which one is the prompt?")
+    above, below = row.get("score_chosen"), row.get("score_rejected")
+    if above is not None and below is not None:
+        if above == below:
+            raise UnusableError("both answers have the same score")
+        if not above > below:
+            raise InputError(f"{where}: score_chosen {above} is not above score_rejected {below}")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def _pku(row: Row, where: str, preference: str | None) -> Pair:
+    """PKU-SafeRLHF (arXiv 2310.12773): one pair of responses, ordered once by helpfulness and once by safety."""
+    if preference not in PKU_LABELS:
+        raise InputError(
+            f"{where}: this data is labelled for {' and '.join(PKU_LABELS)}, not for {preference!r}; say which of "
+            "them to use (label)"
+        )
+    better = row.get(PKU_LABELS[preference])
+    if better not in (0, 1) or isinstance(better, bool):
+        raise InputError(f"{where}: field {PKU_LABELS[preference]!r} is {better!r}; expected 0 or 1")
+    responses = [_text(row, "response_0", where), _text(row, "response_1", where)]
+    return {
+        "prompt": [_message("user", _text(row, "prompt", where))],
+        "chosen": [_message("assistant", responses[better])],
+        "rejected": [_message("assistant", responses[1 - better])],
+    }
+
+
+def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
+    """A prompt and [safe answer, unsafe answer]."""
+    if preference == "helpful":
+        raise InputError(f"{where}: the answers are ordered [safe, unsafe], which says nothing of {preference!r}")
+    answers = row.get("response")
+    if not isinstance(answers, list) or len(answers) != 2:
+        raise InputError(f"{where}: field 'response' must be a list of two texts, [safe, unsafe]")
+    safe, unsafe = (_text({"response": answer}, "response", where) for answer in answers)
+    return {
+        "prompt": [_message("user", _text(row, "prompt", where))],
+        "chosen": [_message("assistant", safe)],
+        "rejected": [_message("assistant", unsafe)],
+    }
+
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+def _transcript(row: Row, field: str, where: str) -> list[dict[str, str]]:
+    before, *turns = _TURN.split(_text(row, field, where))
+    messages = [
+        _message(_SPEAKERS[speaker], said.strip()) for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    if before.strip() or not messages or messages[0]["role"] != "user" or messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"{where}: field {field!r} is no transcript; expected '\\n\\nHuman: …' first and '\\n\\nAssistant: …' last"
+        )
+    if not messages[-1]["content"]:
+        raise UnusableError("an answer is empty")
+    return messages
+
+
+def _hh(row: Row, where: str, preference: str | None) -> Pair:
+    """HH-RLHF (arXiv 2204.05862): two transcripts that differ in the last answer only."""
+    chosen, rejected = _transcript(row, "chosen", where), _transcript(row, "rejected", where)
+    if chosen[:-1] != rejected[:-1]:
+        raise UnusableError("the two transcripts differ before the last answer")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def _sharegpt(row: Row, where: str, preference: str | None) -> Pair:
+    """ShareGPT ranking as in LLaMA-Factory: conversations [{from, value}], chosen and rejected {from, value}."""
+
+    def turn(value: Any, field: str) -> dict[str, str]:
+        if not isinstance(value, Mapping) or value.get("from") not in _SHAREGPT_ROLES:
+            speaker = value.get("from") if isinstance(value, Mapping) else value
+            known = ", ".join(_SHAREGPT_ROLES)
+            raise InputError(f"{where}: {field} has a turn from {speaker!r:.40}; expected {{from, value}} of {known}")
+        return _message(_SHAREGPT_ROLES[value["from"]], _text(value, "value", f"{where}, {field}"))
+
+    turns = row.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{where}: field 'conversations' must be a list of {{from, value}}")
+    prompt = [*_system(row, where), *(turn(value, "conversations") for value in turns)]
+    answers = {
+        field: _message("assistant", _text(row, field, where))
+        if isinstance(row.get(field), str)
+        else turn(row.get(field), field)
+        for field in ("chosen", "rejected")
+    }
+    if prompt[-1]["role"] != "user" or any(answer["role"] != "assistant" for answer in answers.values()):
+        raise InputError(f"{where}: conversations must end with human, chosen and rejected must be from gpt")
+    return {"prompt": prompt, **{field: [answer] for field, answer in answers.items()}}
+
+
+def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
+    """Alpaca ranking as in LLaMA-Factory: instruction, input, chosen, rejected; system and history where given."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, Sequence) and len(turn) == 2 for turn in history):
+        raise InputError(f"{where}: field 'history' must be a list of [instruction, answer]")
+    prompt = _system(row, where)
+    for asked, answered in history:
+        prompt.append(_message("user", _text({"history": asked}, "history", where)))
+        prompt.append(_message("assistant", _text({"history": answered}, "history", where)))
+    asked = _text(row, "instruction", where)
+    if row.get("input"):
+        asked += "\n" + _text(row, "input", where)
+    return {
+        "prompt": [*prompt, _message("user", asked)],
+        **{field: [_message("assistant", _text(row, field, where))] for field in ("chosen", "rejected")},
+    }
+
+
+def _system(row: Row, where: str) -> list[dict[str, str]]:
+    if row.get("tools"):
+        raise InputError(f"{where}: conversations with tools are not supported; leave such rows out")
+    return [_message("system", _text(row, "system", where))] if row.get("system") else []
+
+
+def _fields(*names: str) -> Callable[[Row], bool]:
+    return lambda row: set(names) <= set(row)
+
+
+def _is_transcript(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("\n\nHuman:")
+
+
+def _both(row: Row, kind: type) -> bool:
+    return all(isinstance(row.get(field), kind) for field in ("chosen", "rejected"))
+
+
+_ELSEWHERE = {"prompt", "instruction", "conversations"}
+
+FORMATS = {
+    format.name: format
+    for format in (
+        Format(
+            "trl",
+            "prompt, chosen, rejected, all three texts or all three lists of {role, content}",
+            "TRL's preference format with an explicit prompt",
+            lambda row: set(COLUMNS) <= set(row) and not (isinstance(row["prompt"], str) and _both(row, list)),
+            _trl,
+        ),
+        Format(
+            "trl-implicit",
+            "chosen, rejected, as texts or lists of {role, content} that begin with the same prompt",
+            "TRL's preference format with an implicit prompt",
+            lambda row: (
+                not _ELSEWHERE & set(row)
+                and (_both(row, list) or (_both(row, str) and not any(_is_transcript(row[f]) for f in COLUMNS[1:])))
+            ),
+            _trl_implicit,
+        ),
+        Format(
+            "hh-rlhf",
+            "chosen, rejected, as transcripts '\\n\\nHuman: … \\n\\nAssistant: …'",
+            "Anthropic's HH-RLHF",
+            lambda row: any(_is_transcript(row.get(field)) for field in ("chosen", "rejected")),
+            _hh,
+        ),
+        Format(
+            "pku-saferlhf",
+            f"prompt, response_0, response_1, {', '.join(PKU_LABELS.values())}",
+            "PKU-SafeRLHF: a label for helpful and one for harmless on every pair",
+            _fields("response_0", "response_1"),
+            _pku,
+        ),
+        Format(
+            "ultrafeedback",
+            "prompt as text, chosen and rejected as lists of {role, content}, score_chosen and score_rejected if any",
+            "UltraFeedback-binarized",
+            lambda row: isinstance(row.get("prompt"), str) and _both(row, list),
+            _ultrafeedback,
+        ),
+        Format(
+            "sharegpt",
+            "conversations [{from, value}], chosen and rejected {from, value}, system if any",
+            "ShareGPT ranking, as in LLaMA-Factory",
+            _fields("conversations", "chosen", "rejected"),
+            _sharegpt,
+        ),
+        Format(
+            "alpaca",
+            "instruction, chosen, rejected, and input, system, history if any",
+            "Alpaca ranking, as in LLaMA-Factory",
+            _fields("instruction", "chosen", "rejected"),
+            _alpaca,
+        ),
+        Format(
+            "safe-unsafe",
+            "prompt, response [safe, unsafe]",
+            "pairs ordered by safety alone, the safe answer first",
+            lambda row: isinstance(row.get("response"), list) and "prompt" in row,
+            _safe_unsafe,
+        ),
+    )
+}
