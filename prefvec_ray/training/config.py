@@ -1,6 +1,8 @@
 """What a training job is given: the base, the preferences' data, the DPO recipe and the resources of a run."""
 
 import dataclasses
+import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +20,29 @@ OWNED = {
     "seed": "give `seeds`",
     "data_seed": "give `seeds`",
     "precompute_ref_log_probs": "reference log-probs are always computed once and shared",
-    "save_strategy": "a run keeps its fp32 delta",
+    "save_strategy": "give `checkpoint_every`; a finished run keeps its fp32 delta",
+    "save_steps": "give `checkpoint_every`",
+    "save_total_limit": "a run keeps its newest checkpoint while it trains, and none when it has finished",
+    "eval_strategy": "give `watch.evaluations`",
+    "eval_steps": "give `watch.evaluations`",
+    "report_to": "TensorBoard is always written; give `watch.report_to` for others",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run, it is not averaged away",
+    "resume_from_checkpoint": "a run goes on from its own checkpoint by itself",
     "sync_ref_model": "the reference is the base model and stays fixed",
+    "deepspeed": "give `deepspeed` beside `dpo`",
+    "fsdp": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
+    "fsdp_config": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
+    "parallelism_config": "give `resources`, and `deepspeed` for a model larger than one device",
 }
+
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+"""Every loss of TRL's DPOTrainer; none of them asks for more columns than a pair and its reference log-probs."""
+F_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+"""Those that depend on the reference through the difference of the two rewards only, as f-divergences need it."""
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 class PreferenceData(Config):
@@ -46,6 +68,24 @@ class Resources(Config):
     gpus_per_worker: float = Field(default=0, ge=0)
 
 
+class Watch(Config):
+    """What is seen of a run while it trains, and when it is stopped. It changes no result and is no part of a key."""
+
+    evaluations: int = Field(default=8, ge=0)
+    """How often a run is measured on held-out pairs while it trains; at its end it is measured on all of them."""
+    held_out_pairs: int = Field(default=64, ge=1)
+    """At most this many held-out pairs each time."""
+    kl_samples: int = Field(default=16, ge=0)
+    """Answers that the base gives to held-out prompts, two a prompt, by which KL(base || run) is estimated; 0: none."""
+    kl_tokens: int = Field(default=64, ge=1)
+    """Length of those answers, at most, in tokens."""
+    wrong_way: float | None = Field(default=3, gt=0)
+    """A run is stopped when its held-out accuracy is on the wrong side of 0.5 by more than this many standard errors,
+    twice in a row; null: never."""
+    report_to: list[Literal["wandb", "mlflow"]] = []
+    """Trackers to write to beside TensorBoard; each has to be installed and configured where the workers run."""
+
+
 class TrainingConfig(Config):
     """`prefvec train --config FILE`: train each preference in both polarities and publish the vectors."""
 
@@ -57,6 +97,15 @@ class TrainingConfig(Config):
     output: Path = Path("runs")
     dpo: dict[str, Any] = {}
     """Any field of TRL's `DPOConfig`."""
+    method: Literal["full", "lora"] = "full"
+    """Train every parameter, or LoRA adapters; both give vectors over the same base."""
+    lora: dict[str, Any] = {}
+    """Any field of PEFT's `LoraConfig`: r, lora_alpha, target_modules …"""
+    deepspeed: str | dict[str, Any] | None = None
+    """zero1, zero2, zero3, zero2-offload, zero3-offload, a JSON file, or DeepSpeed's own settings; else DDP."""
+    global_batch_size: int | None = Field(default=None, gt=0)
+    """Pairs per optimizer step over all workers: gradient accumulation follows from it, so that the number of workers
+    changes the speed and not the result. If left out, a step takes what `dpo` says, times the workers."""
     seeds: list[int] = Field(default=[0], min_length=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     mixed: bool = False
@@ -64,6 +113,11 @@ class TrainingConfig(Config):
     chat_template: str | None = None
     """A Jinja chat template file, or `transcript`, for a base whose tokenizer brings none."""
     resources: Resources = Resources()
+    watch: Watch = Watch()
+    checkpoint_every: float | None = Field(default=0.25, gt=0)
+    """Steps between two checkpoints of a run, or below 1 a share of its steps; null: none, a lost run starts over."""
+    retries: int = Field(default=2, ge=0)
+    """How often a run is started again, from its checkpoint, after a process or node of it was lost."""
     vector_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     registry: str | None = None
     """Folder or bucket of the vector registry; `<output>/<name>/registry` when left out."""
@@ -75,6 +129,13 @@ class TrainingConfig(Config):
             if name == MIXED or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"{name!r} cannot name a preference: letters, digits, - and _, and not {MIXED!r}")
         return preferences
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _whole_steps(cls, every: float | None) -> float | None:
+        if every is not None and every >= 1 and every != int(every):
+            raise ValueError(f"{every} steps: give a whole number, or a share of the run below 1")
+        return every
 
     @field_validator("dpo")
     @classmethod
@@ -91,6 +152,17 @@ class TrainingConfig(Config):
         return self
 
     @property
+    def accumulation(self) -> int:
+        """Gradient accumulation steps of a worker."""
+        if self.global_batch_size is None:
+            return int(self.dpo.get("gradient_accumulation_steps", 1))
+        return self.global_batch_size // (self._pairs_at_once * self.resources.workers)
+
+    @property
+    def _pairs_at_once(self) -> int:
+        return int(self.dpo.get("per_device_train_batch_size", 8))
+
+    @property
     def folder(self) -> Path:
         return (self.output / self.name).absolute()
 
@@ -102,27 +174,93 @@ class TrainingConfig(Config):
         """Everything that can be known to fail before a cluster is asked for anything.
 
         Raises:
-            InputError: an unknown DPO field, a base that is no model folder, a chat template that is missing.
+            InputError: an unknown DPO field, a base that is no model folder, a chat template that is missing, a method
+                that contradicts the recipe, the resources or what is installed.
         """
+        self._check_method()
         from trl import DPOConfig
 
         known = {field.name for field in dataclasses.fields(DPOConfig)}
         for field in self.dpo:
             if field not in known:
-                raise InputError(f"dpo.{field} is not a field of TRL's DPOConfig{_closest(field, known)}")
+                raise InputError(f"dpo.{field} is not a field of TRL's DPOConfig{closest(field, known)}")
+        # What depends on the device is decided where the workers are: this machine may have none.
+        here = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True, "ddp_backend": None}
         try:
-            DPOConfig(output_dir="unused", **{"bf16": False, "use_cpu": True, **self.dpo})
+            DPOConfig(output_dir="unused", **{**self.dpo, **here})
         except (ValueError, TypeError) as error:
             raise InputError(f"dpo: TRL's DPOConfig refuses the recipe: {error}") from error
+        self._check_loss()
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
         if self.chat_template not in (None, "transcript") and not Path(str(self.chat_template)).is_file():
             raise InputError(f"chat_template {self.chat_template}: neither a file nor 'transcript'")
+        for tracker in self.watch.report_to:
+            if not importlib.util.find_spec(tracker):
+                raise InputError(f"watch.report_to names {tracker}, which is not installed here: pip install {tracker}")
         if not any(self.base.glob("*.safetensors")):
             raise InputError(f"base {self.base}: no *.safetensors there; convert the weights with save_pretrained")
 
+        if self.method == "lora":
+            from prefvec_ray.training.lora import check_lora
 
-def _closest(word: str, known: set[str]) -> str:
+            check_lora(self.base, self.lora, deepspeed=self.deepspeed is not None)
+
+    def _check_loss(self) -> None:
+        """What TRL would only find out on the workers."""
+        given = self.dpo.get("loss_type", "sigmoid")
+        losses = [given] if isinstance(given, str) else list(given)
+        for loss in losses:
+            if loss not in LOSS_TYPES:
+                raise InputError(f"dpo.loss_type {loss!r} is not one of TRL's{closest(str(loss), LOSS_TYPES)}")
+        if "exo_pair" in losses and not self.dpo.get("label_smoothing"):
+            raise InputError("dpo.loss_type exo_pair needs dpo.label_smoothing above 0; its paper recommends 1e-3")
+        divergence = self.dpo.get("f_divergence_type", "reverse_kl")
+        if divergence not in DIVERGENCES:
+            raise InputError(f"dpo.f_divergence_type {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
+        outside = sorted(set(losses) - F_LOSSES)
+        if divergence != "reverse_kl" and outside:
+            raise InputError(f"dpo.f_divergence_type {divergence} is not defined for loss_type {outside[0]}")
+        if self.dpo.get("use_weighting") and {"aot", "aot_unpaired"} & set(losses):
+            raise InputError(
+                "dpo.use_weighting cannot be used with the aot losses: they sort pairs, weights would not follow"
+            )
+
+    def _check_method(self) -> None:
+        from prefvec_ray.training.zero import check_installed, deepspeed_config
+
+        gpus, workers = self.resources.gpus_per_worker, self.resources.workers
+        if self.lora and self.method != "lora":
+            raise InputError("lora is set, but method is 'full': set method to 'lora', or remove lora")
+        if gpus > 1:
+            raise InputError(f"resources.gpus_per_worker is {gpus:g}: a worker drives one GPU; give more workers")
+        if 0 < gpus < 1 and workers > 1:
+            raise InputError("workers of one run cannot share a GPU (NCCL refuses it): give gpus_per_worker 1")
+        if not gpus:
+            for field, value in (("ddp_backend", "nccl"), ("fp16", True), ("use_cpu", False)):
+                if self.dpo.get(field) == value:
+                    raise InputError(
+                        f"dpo.{field} is {value!r}, but resources.gpus_per_worker is 0: no worker has a GPU"
+                    )
+        if self.dpo.get("fp16") and self.dpo.get("bf16"):
+            raise InputError("dpo: bf16 and fp16 are both on; choose one")
+        if "dtype" in (self.dpo.get("model_init_kwargs") or {}):
+            raise InputError("dpo.model_init_kwargs: dtype is decided here (fp32 master weights); set dpo.bf16 instead")
+        if self.deepspeed is not None:
+            deepspeed_config(self.deepspeed)
+            check_installed()
+        if self.global_batch_size is not None:
+            if "gradient_accumulation_steps" in self.dpo:
+                raise InputError("dpo.gradient_accumulation_steps follows from global_batch_size: remove one of them")
+            at_once = self._pairs_at_once * workers
+            if self.global_batch_size % at_once:
+                raise InputError(
+                    f"global_batch_size {self.global_batch_size} is no multiple of the {at_once} pairs that {workers} "
+                    f"workers take at once (dpo.per_device_train_batch_size {self._pairs_at_once})"
+                )
+
+
+def closest(word: str, known: Collection[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1)

@@ -94,11 +94,11 @@ def vector_from_adapter(
         config, source = _read_config(Path(adapter)), str(adapter)
         shards = Shards(adapter, stem="adapter_model")
         state = {name: shards.tensor(name) for name in shards}
-    _check_config(config)
+    check_adapter_config(config)
     checkpoint = Checkpoint(base)
     if "model_type" not in checkpoint.config():
         raise InputError(f"{base}: has no config.json with a model_type; give the folder of the base model")
-    model, layout, shapes = _skeleton(base, config)
+    model, layout, shapes = skeleton(base, config)
     _check_tensors(state, get_peft_model_state_dict(model, save_embedding_layers=False), source)
 
     entries: dict[str, Entry] = {}
@@ -144,7 +144,8 @@ def _read_config(folder: Path) -> "LoraConfig":
     return LoraConfig(**{name: value for name, value in fields.items() if value is not None})
 
 
-def _check_config(config: "LoraConfig") -> None:
+def check_adapter_config(config: "LoraConfig") -> None:
+    """InputError by the option's name for an adapter that is more than plain LoRA, so that s B A is not its delta."""
     usual = type(config)()
     for field in dataclasses.fields(config):
         if field.name not in UNDERSTOOD and getattr(config, field.name) not in (
@@ -171,7 +172,7 @@ def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
             raise InputError(f"the adapter {source}: '{name}' has shape {shapes}")
 
 
-def _skeleton(
+def skeleton(
     base: str | Path, config: "LoraConfig"
 ) -> tuple["PeftModel", dict[str, list[Piece]], dict[str, torch.Size]]:
     """PEFT's model of this adapter without memory; the base's layout without tied parameters; all shapes."""
