@@ -4,8 +4,9 @@ No Ray in here: `run_dpo` and `reference_logps` work in one process, and as the 
 """
 
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +19,38 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
 )
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.config import Config
 from prefvec_ray.preferences import flip
+from prefvec_ray.training.checkpoints import (
+    CompleteCheckpoints,
+    checkpoint_folder,
+    newest_checkpoint,
+    partial_folder,
+    remove_checkpoints,
+    told_when_full,
+)
+from prefvec_ray.training.config import Watch
+from prefvec_ray.training.watch import (
+    BASE_ANSWERS,
+    Clock,
+    Report,
+    RunStoppedError,
+    Watcher,
+    few,
+    peak_memory,
+    tensorboard,
+    training_log,
+    whole_batches,
+)
 from prefvec_ray.vectors import checkpoint_state, save_vector, vector_from_state
 
 Polarity = Literal["positive", "negative"]
 SIGN: dict[Polarity, str] = {"positive": "+", "negative": "-"}
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
-
-Report = Callable[[dict[str, Any]], None]
 
 
 class RunSpec(Config):
@@ -51,6 +70,13 @@ class RunSpec(Config):
     dpo: dict[str, Any] = {}
     out: str
     """Folder that appears, complete, when the run has finished."""
+    answers: list[str] = []
+    """Folders of answers of the base, scored by it, on which the drift from it is measured."""
+    watch: Watch = Watch()
+    checkpoint_every: float | None = None
+    """As in TrainingConfig."""
+    tensorboard: str | None = None
+    """Folder of the run's event files."""
 
     @property
     def name(self) -> str:
@@ -65,8 +91,13 @@ class RunSpec(Config):
 class TokenizedDPOTrainer(DPOTrainer):
     """DPOTrainer that takes pairs already tokenized and scored by the reference model as they are.
 
-    The stock trainer would tokenize them again and refuse the reference columns as duplicates.
+    The stock trainer would tokenize them again and refuse the reference columns as duplicates. It also keeps a clock,
+    and logs the figures of each held-out set under that set's name.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.clock = Clock()
+        super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         if set(TOKENIZED) <= set(dataset.column_names):
@@ -77,6 +108,23 @@ class TokenizedDPOTrainer(DPOTrainer):
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.spent_on("watching"):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.spent_on("checkpoints"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            tokens = self._metrics["train"]["num_tokens"][-1]
+            logs.update(tokens_per_s=self.clock.tokens_per_second(tokens), memory=peak_memory())
+        for name in [key[len("eval_") : -len("_loss")] for key in logs if key.startswith("eval_") and "_loss" in key]:
+            figures = {f"{name}/{key}": values for key, values in self._metrics["eval"].items()}
+            self._metrics["eval"] = defaultdict(list, figures)
+        super().log(logs, start_time)
 
 
 def load_base(base: str | Path) -> PreTrainedModel:
@@ -110,6 +158,7 @@ def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0,
         "seed": seed,
         "precompute_ref_log_probs": True,
         "save_strategy": "no",
+        "logging_nan_inf_filter": False,
     }
     return DPOConfig(**{**defaults, **recipe, **owned, **overrides})
 
@@ -147,58 +196,93 @@ def mix_equally(parts: list[Dataset], seed: int) -> Dataset:
 def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, Any] | None:
     """Train one run and write its folder: `delta/` (theta_run - theta_base in fp32, vector file format) and `run.json`.
 
-    `report` gets {"step", "total", "loss", "accuracy"} as training goes on. Every rank calls this; rank 0 writes and
-    returns the content of run.json, the others return None.
+    It goes on from its newest whole checkpoint, where it has one, and then equals a run that was never interrupted
+    (bit by bit on CPU). `report` gets what `Watcher` measures as training goes on. Every rank calls this; rank 0 writes
+    and returns the content of run.json, the others return None.
 
     Raises:
-        FloatingPointError: the loss or a parameter became NaN or infinite; nothing is written.
+        RunStoppedError: a figure is not finite or held-out accuracy moves the wrong way; nothing is written.
+        DiskFullError: nothing half-written is kept.
     """
     started = time.perf_counter()
     train = mix_equally([load_from_disk(folder) for folder in spec.train], spec.seed)
     if spec.polarity == "negative":
         train = flip(train)
     model = load_base(spec.base)
+    checkpoints = checkpoint_folder(spec.out)
+    args = dpo_config(
+        spec.dpo, checkpoints if spec.checkpoint_every else work_dir, seed=spec.seed, **_watch_arguments(spec)
+    )
+    full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
+    watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, watched)
     trainer = TokenizedDPOTrainer(
         model=model,
-        args=dpo_config(spec.dpo, work_dir, seed=spec.seed),
+        args=args,
         train_dataset=train,
-        eval_dataset={name: load_from_disk(folder) for name, folder in spec.test.items()},
+        eval_dataset=watched,
         processing_class=load_tokenizer(spec.base),
-        callbacks=[_Reporter(report)],
+        callbacks=[watcher],
     )
     trainer.remove_callback(PrinterCallback)  # the report says it better
-    trainer.train()
-    held_out = {name: trainer.evaluate(name, metric_key_prefix=f"eval_{name}") for name in spec.test}
-    if not trainer.is_world_process_zero():
-        return None
+    resumed = newest_checkpoint(checkpoints, args.world_size) if spec.checkpoint_every else None
+    if spec.checkpoint_every:
+        trainer.add_callback(CompleteCheckpoints())
+    if spec.tensorboard and trainer.is_world_process_zero():
+        trainer.add_callback(tensorboard(spec.tensorboard, resumed[1] if resumed else None))
 
-    result = {
-        "spec": spec.model_dump(),
-        "steps": trainer.state.global_step,
-        "pairs": len(train),
-        "seconds": round(time.perf_counter() - started, 2),
-        "history": [
-            {
-                "step": log["step"],
-                "loss": log["loss"],
-                "accuracy": log["rewards/accuracies"],
-                "margin": log["rewards/margins"],
-            }
-            for log in trainer.state.log_history
-            if "loss" in log
-        ],
-        "held_out": {
-            name: {
-                "accuracy": metrics["eval_rewards/accuracies"],
-                "margin": metrics["eval_rewards/margins"],
-                "loss": metrics[f"eval_{name}_loss"],
-                "pairs": len(trainer.eval_dataset[name]),
-            }
-            for name, metrics in held_out.items()
-        },
-    }
-    _write_run(spec, _delta(model, load_base(spec.base)), result)
+    # At most two checkpoints at a time, 12 bytes a parameter each, and then the delta.
+    with told_when_full(spec.out, needed=28 * model.num_parameters()):
+        try:
+            trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+            seen = watcher.history(trainer.state.log_history)
+            watcher.watch_the_end(full)
+            trainer.eval_dataset = full
+            for name in full:
+                trainer.evaluate(name, metric_key_prefix=f"eval_{name}")
+            if not trainer.is_world_process_zero():
+                return None
+            held_out = watcher.history(trainer.state.log_history[-len(full) :])
+            delta = _delta(model, load_base(spec.base))
+        except RunStoppedError:
+            remove_checkpoints(spec.out)
+            raise
+        kl = held_out.pop("kl", None)
+        result = {
+            "spec": spec.model_dump(),
+            "steps": trainer.state.global_step,
+            "pairs": len(train),
+            "seconds": round(time.perf_counter() - started, 2),
+            "seconds_in": trainer.clock.seconds(),
+            "resumed_at": resumed[1] if resumed else None,
+            "memory": peak_memory(),
+            "history": [training_log(log, args.beta) for log in trainer.state.log_history if "loss" in log],
+            "watched": seen,
+            "held_out": {name: points[-1] for name, points in held_out.items()},
+            "kl": kl[-1]["kl"] if kl else None,
+        }
+        _write_run(spec, delta, result)
+    remove_checkpoints(spec.out)
     return result
+
+
+def _watch_arguments(spec: RunSpec) -> dict[str, Any]:
+    """When to measure and when to write a checkpoint, in the trainer's words."""
+    arguments: dict[str, Any] = {"report_to": list(spec.watch.report_to) or "none"}
+    if spec.watch.evaluations:
+        arguments |= {"eval_strategy": "steps", "eval_steps": min(1 / spec.watch.evaluations, 0.999)}
+    if every := spec.checkpoint_every:
+        arguments |= {"save_strategy": "steps", "save_steps": every if every < 1 else int(every)}
+    return arguments
+
+
+def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
+    """What a run is measured on at its end, and the few of it that it is measured on while it trains."""
+    full = {name: whole_batches(load_from_disk(folder), batch) for name, folder in spec.test.items()}
+    watched = {name: few(pairs, spec.watch.held_out_pairs, batch) for name, pairs in full.items()}
+    if spec.answers:
+        answers = whole_batches(concatenate_datasets([load_from_disk(folder) for folder in spec.answers]), batch)
+        full[BASE_ANSWERS] = watched[BASE_ANSWERS] = answers
+    return full, watched
 
 
 def _delta(trained: PreTrainedModel, base: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -209,7 +293,7 @@ def _delta(trained: PreTrainedModel, base: PreTrainedModel) -> dict[str, torch.T
     for name, parameter in checkpoint_state(trained).items():
         change = parameter.detach().cpu().float() - pristine[name].detach().float()
         if not torch.isfinite(change).all():
-            raise FloatingPointError(f"parameter {name} is not finite after training: lower the learning rate")
+            raise RunStoppedError(f"parameter {name} is not finite after training: lower learning_rate")
         if change.any():
             delta[name] = change
     return delta
@@ -218,11 +302,8 @@ def _delta(trained: PreTrainedModel, base: PreTrainedModel) -> dict[str, torch.T
 def _write_run(spec: RunSpec, delta: dict[str, torch.Tensor], result: dict[str, Any]) -> None:
     """Write beside `spec.out` and rename, so that a run folder is complete or absent."""
     out = Path(spec.out)
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        import shutil
-
-        shutil.rmtree(partial)
+    partial = partial_folder(out)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     vector = vector_from_state(
         delta,
@@ -235,31 +316,3 @@ def _write_run(spec: RunSpec, delta: dict[str, torch.Tensor], result: dict[str, 
     save_vector(vector, partial / "delta")
     (partial / "run.json").write_text(json.dumps(result, indent=2))
     partial.rename(out)
-
-
-class _Reporter(TrainerCallback):
-    """Hands every log line on, and the step at most twice a second; stops a run whose loss is not finite."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.last = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and time.monotonic() - self.last > 0.5:
-            self.last = time.monotonic()
-            self.report({"step": state.global_step, "total": state.max_steps})
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        if not torch.isfinite(torch.tensor(float(logs["loss"]))):
-            raise FloatingPointError(f"loss is {logs['loss']} at step {state.global_step}: lower the learning rate")
-        if state.is_world_process_zero:
-            self.report(
-                {
-                    "step": state.global_step,
-                    "total": state.max_steps,
-                    "loss": float(logs["loss"]),
-                    "accuracy": float(logs.get("rewards/accuracies", float("nan"))),
-                }
-            )

@@ -1,0 +1,60 @@
+"""Answers of the base to held-out prompts: the sample by which a run's drift from it is measured."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig
+
+from prefvec_ray.training.dpo import load_base, load_tokenizer
+
+
+def base_answers(
+    base: str | Path, pairs: Dataset, *, samples: int, tokens: int, max_length: int | None, seed: int = 0
+) -> Dataset:
+    """Two answers of the base to each of `samples / 2` prompts, sampled from its whole distribution at temperature 1.
+
+    Args:
+        pairs: tokenized (`prompt_ids`); the first distinct prompts that leave room for `tokens` are taken.
+        max_length: of prompt and answer together, from the recipe.
+
+    Returns:
+        `prompt_ids`, `chosen_ids` (one answer), `rejected_ids` (another); the end-of-text token is part of an answer.
+        Empty where no prompt leaves room.
+    """
+    model = load_base(base)
+    limit = min(size for size in (max_length, getattr(model.config, "max_position_embeddings", None)) if size)
+    distinct = dict.fromkeys(tuple(ids) for ids in pairs["prompt_ids"] if len(ids) + tokens <= limit)
+    prompts = [list(ids) for ids in distinct][: samples // 2]
+    empty: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    if not prompts:
+        return Dataset.from_dict(empty)
+    tokenizer = load_tokenizer(base)
+    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    # Set on the model, since generate fills what it is not given from the base's own sampling settings.
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    torch.manual_seed(seed)
+    width = max(len(ids) for ids in prompts)
+    ids_BL = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])
+    mask_BL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    with torch.inference_mode():
+        out = model.generate(ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), num_return_sequences=2)
+    answers = [_until_end(row, set(ends)) for row in out[:, width:].tolist()]
+    return Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": answers[0::2], "rejected_ids": answers[1::2]})
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in ends:
+            return ids[: position + 1]
+    return ids

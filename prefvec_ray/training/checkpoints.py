@@ -1,0 +1,126 @@
+"""Checkpoints of a run that is under way, and what a full disk says.
+
+They are transformers' own checkpoint folders (weights, optimizer, scheduler, random state; DeepSpeed's shards where it
+trains) on the storage that all nodes share, beside the run's folder: `.<run>.checkpoints/checkpoint-<step>`. One is
+whole when it holds `complete.json`, written last, which lists every file with its size; a torn one is never resumed.
+The newest whole one is kept until the next is whole, and none outlives its run.
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from prefvec_ray.errors import JobError
+
+COMPLETE = "complete.json"
+
+
+class DiskFullError(JobError):
+    """A folder of the run had no space left; nothing half-written is kept."""
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks each checkpoint as whole once every rank has written its part, then removes the older ones."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+            marker = {"step": state.global_step, "workers": args.world_size, "files": files}
+            partial = folder / f".{COMPLETE}"
+            partial.write_text(json.dumps(marker))
+            partial.rename(folder / COMPLETE)
+            _remove(folder.parent, keep=folder)
+        _barrier()
+
+
+def checkpoint_folder(out: str | Path) -> Path:
+    """Where the run that will appear at `out` keeps its checkpoints."""
+    return Path(out).with_name(f".{Path(out).name}.checkpoints")
+
+
+def partial_folder(out: str | Path) -> Path:
+    """Where the run's result is written before it is renamed to `out`."""
+    return Path(out).with_name(f".{Path(out).name}.partial")
+
+
+def newest_checkpoint(folder: Path, workers: int) -> tuple[Path, int] | None:
+    """The newest whole checkpoint and its step; None where there is none that `workers` processes wrote.
+
+    With another number of workers a step sees other pairs, and DeepSpeed's shards do not fit: such a run starts over.
+    """
+    whole = []
+    for marker in folder.glob(f"checkpoint-*/{COMPLETE}"):
+        content = json.loads(marker.read_text())
+        paths = {marker.parent / file: size for file, size in content["files"].items()}
+        intact = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+        if intact and content["workers"] == workers:
+            whole.append((int(content["step"]), marker.parent))
+    return max(whole)[::-1] if whole else None
+
+
+def remove_checkpoints(out: str | Path) -> None:
+    """All of them: the run has finished, or was stopped for a reason that its checkpoint would only repeat."""
+    shutil.rmtree(checkpoint_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def told_when_full(out: str | Path, needed: int) -> Iterator[None]:
+    """Turns the many ways in which libraries report a full disk into one DiskFullError that names the folder.
+
+    What the run half-wrote is removed first, so that the runs beside it can go on.
+
+    Args:
+        out: the run's folder, which is not there yet.
+        needed: bytes that the run writes, at most, for the message.
+    """
+    folder = Path(out).parent
+    try:
+        yield
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
+        for checkpoint in checkpoint_folder(out).glob("checkpoint-*"):
+            if not (checkpoint / COMPLETE).is_file():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        free = shutil.disk_usage(folder).free
+        raise DiskFullError(
+            f"no space left in {folder}: {gigabytes(free)} free, a run takes up to {gigabytes(needed)}; "
+            "free some and start the same command again, or set checkpoint_every: null"
+        ) from error
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for a reader: `3.6 GB`, `12 MB`."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of space: safetensors says it in words, torch's zip writer that it failed."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _remove(folder: Path, keep: Path) -> None:
+    for old in folder.glob("checkpoint-*"):
+        if old != keep:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
