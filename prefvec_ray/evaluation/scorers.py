@@ -108,7 +108,7 @@ class TinyWorldScorer:
         """Of the world and of the rules, which are code."""
         from prefvec_ray.preferences import grammar, scoring, topics
 
-        rules = [Path(module.__file__).read_text() for module in (grammar, scoring, topics)]
+        rules = [Path(str(module.__file__)).read_text() for module in (grammar, scoring, topics)]
         return content_digest(["tiny-world", self.world.preset, self.world.seed, rules])
 
     def __reduce__(self) -> tuple[Any, ...]:
