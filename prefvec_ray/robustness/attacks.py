@@ -1,0 +1,139 @@
+"""Strong attacks, from torchattacks: APGD and FAB (arXiv 2003.01690, 1907.02044) and Square (1912.00049), the parts
+of AutoAttack.
+
+The library takes 4-D images in [0, 1], resets the global random state, leaves the model in another mode, and raises
+IndexError below three or four classes. Here it is given what it wants, and everything is put back.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.robustness.threat import Ball, attacked, correct
+
+Attack = Literal["apgd-ce", "apgd-t", "fab", "square"]
+TARGETED_CLASSES = 4
+"""The targeted DLR loss of APGD compares four logits."""
+
+
+def strong_attack(
+    name: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    classes: int,
+    steps: int,
+    seed: int = 0,
+    batch: int = 256,
+) -> Tensor:
+    """An attacked copy of `x`, every row inside the ball. Rows that the attack gave up on come back unchanged.
+
+    `steps` are gradient steps for each target, or queries for Square. Works for inputs of any shape and limits: they
+    are mapped to a square image in [0, 1] and back. With two or three classes, `apgd-t` (whose loss needs four) is
+    APGD on the cross-entropy with five restarts.
+
+    The global random state and the model's mode are left as they were; the same seed gives the same answer.
+
+    Raises:
+        InputError: the attack is unknown, or torchattacks is not installed.
+    """
+    found = x.clone()
+    if not len(x):
+        return found
+    frame = _Frame.of(x, ball)
+    devices = [x.device] if x.device.type == "cuda" else []
+    with attacked(model), torch.random.fork_rng(devices=devices):
+        viewed = _Viewed(model, frame, x.device).eval()
+        attack = _build(name, viewed, ball.epsilon / frame.scale, classes, steps, seed)
+        for i in range(0, len(x), batch):
+            part = x[i : i + batch]
+            with torch.enable_grad():
+                moved = attack(frame.to_image(part), y[i : i + batch])
+            found[i : i + batch] = ball.project(frame.to_input(moved), part)
+    return found
+
+
+def ensemble(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    classes: int,
+    steps: int,
+    fab_steps: int,
+    seed: int,
+    batch: int,
+) -> Tensor:
+    """Which rows stand after APGD-CE, targeted APGD and FAB, each on what the former left: (N,) bool."""
+    standing = correct(model, x, y, batch)
+    plan: list[tuple[Attack, int]] = [("apgd-ce", steps), ("apgd-t", steps), ("fab", fab_steps)]
+    for name, count in plan:
+        rows = standing.nonzero().flatten()
+        moved = strong_attack(name, model, x[rows], y[rows], ball, classes=classes, steps=count, seed=seed, batch=batch)
+        standing[rows] = correct(model, moved, y[rows], batch)
+    return standing
+
+
+def _build(name: Attack, model: nn.Module, epsilon: float, classes: int, steps: int, seed: int) -> Any:
+    try:
+        import torchattacks  # type: ignore[import-untyped]
+    except ImportError:
+        raise InputError(
+            "strong attacks need torchattacks: pip install --no-deps torchattacks==3.5.1 (torchvision is not needed)"
+        ) from None
+    common = {"norm": "Linf", "eps": epsilon, "seed": seed}
+    if name == "apgd-ce" or (name == "apgd-t" and classes < TARGETED_CLASSES):
+        restarts = 1 if name == "apgd-ce" else 5
+        return torchattacks.APGD(model, steps=steps, loss="ce", n_restarts=restarts, **common)
+    if name == "apgd-t":
+        return torchattacks.APGDT(model, steps=steps, n_classes=classes, **common)
+    if name == "fab":
+        return torchattacks.FAB(model, steps=steps, multi_targeted=True, n_classes=classes, **common)
+    if name == "square":
+        return torchattacks.Square(model, n_queries=steps, **common)
+    raise InputError(f"unknown attack {name!r}; choose one of: apgd-ce, apgd-t, fab, square")
+
+
+class _Frame:
+    """Inputs (N, ...) as square images in [0, 1], and back: u = (x - low) / scale, rows flattened and padded where
+    they are no square image. Without limits the frame is wide enough that none of the ball is cut off."""
+
+    def __init__(self, shape: torch.Size, low: float, scale: float) -> None:
+        self.shape, self.low, self.scale = shape, low, scale
+        self.size = math.prod(shape)
+        self.image = (
+            tuple(shape) if len(shape) == 3 and shape[1] == shape[2] else (1, *(math.isqrt(self.size - 1) + 1,) * 2)
+        )
+
+    @classmethod
+    def of(cls, x: Tensor, ball: Ball) -> "_Frame":
+        low = float(x.min()) - ball.epsilon if ball.low is None else ball.low
+        high = float(x.max()) + ball.epsilon if ball.high is None else ball.high
+        return cls(x.shape[1:], low, high - low)
+
+    def to_image(self, x: Tensor) -> Tensor:
+        flat = ((x.float() - self.low) / self.scale).clamp(0, 1).flatten(1)
+        padded = nn.functional.pad(flat, (0, math.prod(self.image) - self.size), value=0.5)
+        return padded.reshape(len(x), *self.image)
+
+    def to_input(self, image: Tensor) -> Tensor:
+        flat = image.flatten(1)[:, : self.size]
+        return (self.low + self.scale * flat).reshape(len(image), *self.shape)
+
+
+class _Viewed(nn.Module):
+    """The model over framed images. The parameter tells the library the device."""
+
+    def __init__(self, model: nn.Module, frame: _Frame, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.frame = model, frame
+        self.device_marker = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(self.frame.to_input(image))

@@ -1,0 +1,210 @@
+"""The audit: a ladder of attacks that tells a weak attack from masked gradients, and the card that says what it found.
+
+    PGD-10  ->  PGD-100 with restarts  ->  black box alone  ->  full ensemble
+
+Where PGD-100 closes the gap, PGD-10 was weak. Where an attack without gradients beats PGD-100 with restarts, the
+gradients lie.
+"""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prefvec_ray.config import Config
+from prefvec_ray.robustness.attacks import ensemble, strong_attack
+from prefvec_ray.robustness.intervals import Gap, Rate
+from prefvec_ray.robustness.losses import pgd
+from prefvec_ray.robustness.metrics import probe
+from prefvec_ray.robustness.threat import Ball, check_data, correct, count_classes
+
+Verdict = Literal["pass", "fail", "inconclusive"]
+Finding = Literal["sound", "masked gradients", "weak attack", "overestimated", "not robust", "undecided"]
+FORMAT = 1
+
+
+class Ladder(Config):
+    """How hard each rung attacks, and what the verdict tolerates. Step sizes are shares of epsilon."""
+
+    pgd_steps: int = Field(default=10, ge=1)
+    pgd_step_size: float = Field(default=0.25, gt=0)
+    strong_steps: int = Field(default=100, ge=1)
+    strong_step_size: float = Field(default=0.1, gt=0)
+    restarts: int = Field(default=5, ge=1)
+    apgd_steps: int = Field(default=50, ge=1)
+    fab_steps: int = Field(default=10, ge=1)
+    square_queries: int = Field(default=1000, ge=1)
+    batch: int = Field(default=256, ge=1)
+    tolerance: float = Field(default=0.05, ge=0, lt=1)
+    """PGD-10 may be above the ensemble by so much."""
+    floor: float | None = Field(default=None, ge=0, le=1)
+    """The ensemble must leave at least so much; None: any honest figure passes."""
+
+
+class Audit(Config):
+    """What the ladder found. Written as JSON it is the audit card; `words` is filled in for scorers of text."""
+
+    format: int = FORMAT
+    verdict: Verdict
+    finding: Finding
+    reason: str
+    created: str
+    model_digest: str = ""
+    space: str
+    epsilon: float
+    clean: Rate
+    rungs: tuple[Rate, ...]
+    gaps: tuple[Gap, ...]
+    """Paired, over the same inputs: `pgd10 - ensemble`, `pgd10 - pgd100`, `pgd100 - black box`."""
+    probe: dict[str, float]
+    words: dict[str, Any] | None = None
+    ladder: Ladder
+    seed: int
+    seconds: float
+
+    def rung(self, name: str) -> Rate:
+        return next(rate for rate in (self.clean, *self.rungs) if rate.name == name)
+
+    def gap(self, name: str) -> Gap:
+        return next(gap for gap in self.gaps if gap.name == name)
+
+
+CLEAN, PGD, STRONG, BLACK_BOX, ENSEMBLE = "clean", "pgd-10", "pgd-100 restarts", "black box", "ensemble"
+OVERESTIMATE, WEAKNESS, MASKING = "pgd-10 - ensemble", "pgd-10 - pgd-100", "pgd-100 - black box"
+
+
+def climb(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    ladder: Ladder,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Which inputs stand on each rung: name -> (N,) bool.
+
+    PGD-100 takes what PGD-10 left, the black box (Square) takes all that is right without an attack, and the ensemble
+    is the worst of everything: the rungs before, then APGD-CE, targeted APGD and FAB.
+    """
+    classes = count_classes(model, x)
+    check_data(x, y, ball, classes)
+    told = progress or (lambda done, total: None)
+    standing = {CLEAN: correct(model, x, y, ladder.batch)}
+    told(1, 5)
+
+    def take(rows: Tensor, attack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        left, index = rows.clone(), rows.nonzero().flatten()
+        if len(index):
+            left[index] = correct(model, attack(x[index], y[index]), y[index], ladder.batch)
+        return left
+
+    def white(steps: int, step_size: float, restarts: int) -> Callable[[Tensor, Tensor], Tensor]:
+        size = step_size * ball.epsilon
+        return lambda a, b: pgd(
+            model, a, b, ball, steps=steps, step_size=size, restarts=restarts, seed=seed, batch=ladder.batch
+        )
+
+    standing[PGD] = take(standing[CLEAN], white(ladder.pgd_steps, ladder.pgd_step_size, 1))
+    told(2, 5)
+    standing[STRONG] = take(standing[PGD], white(ladder.strong_steps, ladder.strong_step_size, ladder.restarts))
+    told(3, 5)
+    standing[BLACK_BOX] = take(
+        standing[CLEAN],
+        lambda a, b: strong_attack(
+            "square", model, a, b, ball, classes=classes, steps=ladder.square_queries, seed=seed, batch=ladder.batch
+        ),
+    )
+    told(4, 5)
+    left = standing[STRONG] & standing[BLACK_BOX]
+    rows = left.nonzero().flatten()
+    if len(rows):
+        left[rows] = ensemble(
+            model, x[rows], y[rows], ball,
+            classes=classes, steps=ladder.apgd_steps, fab_steps=ladder.fab_steps, seed=seed, batch=ladder.batch,
+        )  # fmt: skip
+    standing[ENSEMBLE] = left
+    told(5, 5)
+    return standing
+
+
+def audit(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    ladder: Ladder | None = None,
+    *,
+    space: str = "inputs",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Audit:
+    """Climb the ladder and judge. The same seed and device give the same card, but for its times.
+
+    Args:
+        x, y: inputs (N, ...) and labels (N,), held out from training; some hundreds, since the intervals decide.
+        space: what the inputs are and in which units epsilon counts, for the card's reader.
+
+    Raises:
+        InputError: as `check_data`.
+    """
+    ladder, started = ladder or Ladder(), time.monotonic()
+    standing = climb(model, x, y, ball, ladder, seed=seed, progress=progress)
+    gaps = (
+        Gap.paired(OVERESTIMATE, standing[PGD], standing[ENSEMBLE]),
+        Gap.paired(WEAKNESS, standing[PGD], standing[STRONG]),
+        Gap.paired(MASKING, standing[STRONG], standing[BLACK_BOX]),
+    )
+    rates = [Rate.of(name, hits) for name, hits in standing.items()]
+    verdict, finding, reason = judge(rates, gaps, ladder)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: ladder.batch].to(x.device)
+    measured = probe(model, x[rows], y[rows], ball, steps=ladder.pgd_steps, seed=seed)
+    return Audit(
+        verdict=verdict,
+        finding=finding,
+        reason=reason,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        space=space,
+        epsilon=ball.epsilon,
+        clean=rates[0],
+        rungs=tuple(rates[1:]),
+        gaps=gaps,
+        probe={name: round(value, 6) for name, value in vars(measured).items()},
+        ladder=ladder,
+        seed=seed,
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def judge(rates: list[Rate], gaps: tuple[Gap, Gap, Gap], ladder: Ladder) -> tuple[Verdict, Finding, str]:
+    """The verdict. Every comparison is made with an interval's end, so noise alone neither fails a model nor passes
+    it."""
+    clean, pgd10, strong, black, full = rates
+    over, weak, masking = gaps
+    if masking.low > 0:
+        return "fail", "masked gradients", (
+            f"an attack without gradients leaves {black}, PGD-100 with restarts {strong}: the gradients mislead, "
+            f"and {full} is what stands"
+        )  # fmt: skip
+    if over.low > ladder.tolerance:
+        words = f"PGD-10 reads {pgd10}, the ensemble leaves {full}: overestimated by {over} points"
+        # Most of the gap is what more steps and restarts take: the attack was weak, the gradients are not shown to lie.
+        if weak.mean >= over.mean / 2:
+            return "fail", "weak attack", f"{words}, {100 * weak.mean:.1f} of them closed by PGD-100 with restarts"
+        return "fail", "overestimated", f"{words}, and PGD-100 with restarts closes only {100 * weak.mean:.1f}"
+    if ladder.floor is not None and full.high < ladder.floor:
+        return "fail", "not robust", f"the ensemble leaves {full}, below the floor of {100 * ladder.floor:.1f}%"
+    if over.high > ladder.tolerance:
+        return "inconclusive", "undecided", (
+            f"PGD-10 minus ensemble is {over} points, the tolerance {100 * ladder.tolerance:g}: too few inputs to tell "
+            f"({full.n})"
+        )  # fmt: skip
+    if ladder.floor is not None and full.low < ladder.floor:
+        words = f"the ensemble leaves {full}, the floor is {100 * ladder.floor:.1f}%"
+        return "inconclusive", "undecided", f"{words}: too few inputs to tell ({full.n})"
+    return "pass", "sound", f"PGD-10 reads {pgd10}, the ensemble leaves {full} of {clean} clean"

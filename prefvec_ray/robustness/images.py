@@ -1,0 +1,119 @@
+"""The study's images and networks: scikit-learn's digits, which come with it, CIFAR-10 from a file, three sizes of
+network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prefvec_ray.errors import InputError
+
+Network = Literal["tiny", "small", "resnet18"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Float images in [0, 1], (N, C, H, W), and labels (N,), in three parts that share no image: to train on, to
+    watch the training with, and to report on."""
+
+    train: tuple[Tensor, Tensor]
+    watch: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: int
+
+
+def load_images(data: str, classes: int, *, train: int | None = None, watch: int = 200, test: int = 300) -> Images:
+    """`data` is "digits", or a .npz file of CIFAR-10 (x_train, y_train, x_test, y_test; uint8, N x 32 x 32 x 3).
+
+    Only the first `classes` labels are kept. The split is fixed: runs that differ in their seed alone are reported on
+    the same images.
+
+    Raises:
+        InputError: no such file or arrays, values that are not 0 to 255, more classes than there are, or too few
+        images for the parts.
+    """
+    if data == "digits":
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+        found = load_digits()
+        x, y = torch.from_numpy(found.images).float().unsqueeze(1) / 16, torch.from_numpy(found.target).long()
+        x_test = y_test = None
+    else:
+        x, y, x_test, y_test = _read_npz(Path(data))
+    known = int(y.max()) + 1
+    if not 2 <= classes <= known:
+        raise InputError(f"{classes} classes of {data}: expected 2 to {known}")
+    x, y = _shuffled(x, y, classes)
+    if x_test is None or y_test is None:
+        x_test, y_test, x, y = x[:test], y[:test], x[test:], y[test:]
+    else:
+        x_test, y_test = (part[:test] for part in _shuffled(x_test, y_test, classes))
+    if len(x) <= watch or len(x_test) < test:
+        raise InputError(
+            f"{data} has {len(x)} and {len(x_test)} images of {classes} classes: fewer than {watch} + {test}"
+        )
+    end = None if train is None else watch + train
+    return Images((x[watch:end], y[watch:end]), (x[:watch], y[:watch]), (x_test, y_test), classes)
+
+
+def _read_npz(path: Path) -> tuple[Tensor, ...]:
+    if not path.is_file():
+        raise InputError(f"images {path}: no such file; give `digits` or a .npz of CIFAR-10")
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = sorted({"x_train", "y_train", "x_test", "y_test"} - set(arrays.files))
+        if missing:
+            raise InputError(f"images {path}: has no {', '.join(missing)}; expected x_train, y_train, x_test, y_test")
+        x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    for images in (x, x_test):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+            raise InputError(f"images {path}: {images.dtype} of shape {images.shape}; expected uint8, N x H x W x 3")
+    pictures = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 for images in (x, x_test))
+    labels = (torch.from_numpy(part).long().flatten() for part in (y, y_test))
+    (a, b), (c, d) = pictures, labels
+    return a, c, b, d
+
+
+def _shuffled(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    kept = (y < classes).nonzero().flatten()
+    kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))]
+    return x[kept].contiguous(), y[kept]
+
+
+def build_network(name: Network, channels: int, classes: int) -> nn.Module:
+    """A fresh network, drawn from torch's random state. `tiny` is for 8 x 8 digits (7,000 parameters), `small` for
+    CIFAR on a CPU (100,000), `resnet18` is the paper's size (11 million, transformers' ResNet with a 3 x 3 stem, as
+    CIFAR needs)."""
+    if name == "resnet18":
+        return _ResNet18(channels, classes)
+    a, b, c = (8, 16, 32) if name == "tiny" else (16, 32, 64)
+
+    def block(into: int, out: int, stride: int) -> list[nn.Module]:
+        return [nn.Conv2d(into, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+    pool = [nn.Flatten()] if name == "tiny" else [*block(c, 2 * c, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    last = 4 * c if name == "tiny" else 2 * c
+    return nn.Sequential(
+        *block(channels, a, 1), *block(a, b, 2), *block(b, c, 2), *pool, nn.Linear(last, classes)
+    )  # fmt: skip
+
+
+class _ResNet18(nn.Module):
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        from transformers import ResNetConfig, ResNetModel
+
+        config = ResNetConfig(
+            num_channels=channels, embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
+            layer_type="basic",
+        )  # fmt: skip
+        self.body = ResNetModel(config)
+        stem = self.body.embedder.embedder
+        stem.convolution = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
+        self.body.embedder.pooler = nn.Identity()
+        self.head = nn.Linear(512, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).pooler_output.flatten(1))

@@ -1,0 +1,73 @@
+"""The intervals behind every verdict. All are of 95%."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+Z = 1.959964
+
+
+class Rate(BaseModel):
+    """A share of `n` inputs, with Wilson's score interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, name: str, hits: Tensor) -> "Rate":
+        return cls.counted(name, int(hits.sum()), len(hits))
+
+    @classmethod
+    def counted(cls, name: str, k: int, n: int) -> "Rate":
+        p, zz = k / n, Z * Z
+        centre = (p + zz / (2 * n)) / (1 + zz / n)
+        half = Z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+        return cls(name=name, mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+class Gap(BaseModel):
+    """A difference, with its interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def paired(cls, name: str, first: Tensor, second: Tensor) -> "Gap":
+        """Share of `first` minus share of `second` over the same inputs: the adjusted Wald interval for paired
+        proportions (Bonett and Price, 2012), which has a width also where the two agree on every input."""
+        n = len(first)
+        only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+        a, b = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+        half = Z * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+        mean = (only_first - only_second) / n
+        return cls(name=name, mean=mean, low=max(-1.0, a - b - half), high=min(1.0, a - b + half), n=n)
+
+    @classmethod
+    def over_runs(cls, name: str, values: Sequence[float]) -> "Gap":
+        """Mean over training runs with Student's t interval; one run has no interval (-inf to inf)."""
+        from scipy.stats import t  # type: ignore[import-untyped]
+
+        data = torch.tensor(list(values), dtype=torch.float64)
+        n, mean = len(data), float(data.mean())
+        half = float(t.ppf(0.975, n - 1)) * float(data.std()) / math.sqrt(n) if n > 1 else math.inf
+        return cls(name=name, mean=mean, low=mean - half, high=mean + half, n=n)
+
+    def __str__(self) -> str:
+        points = f"{100 * self.mean:+.1f}"
+        return f"{points} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]" if math.isfinite(self.low) else points

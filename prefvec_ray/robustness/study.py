@@ -1,0 +1,268 @@
+"""The study: does TRADES overestimate robustness, how often, and more than plain adversarial training does? Many runs
+on Ray.
+
+A run is one cell and one seed, with its own curve and its own audit. Finished runs are lines of `runs.jsonl`: the
+same command goes on from them.
+"""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from prefvec_ray.config import Config
+from prefvec_ray.errors import InputError
+from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
+from prefvec_ray.robustness.images import Network
+from prefvec_ray.robustness.train import Method, Moment, Recipe, Remedy
+
+
+class Cell(Config):
+    """One point of the study: a recipe and how many classes it is to tell apart."""
+
+    recipe: Recipe
+    classes: int = 10
+
+    @property
+    def factors(self) -> dict[str, Any]:
+        """What distinguishes cells, in the words of the tables. Plain adversarial training has no beta."""
+        recipe = self.recipe
+        return {
+            "method": recipe.method,
+            "epsilon": recipe.epsilon,
+            "beta": recipe.beta if recipe.method == "trades" else None,
+            "lr": recipe.lr,
+            "batch": recipe.batch,
+            "classes": self.classes,
+            "noise": f"{recipe.remedy.sigma:g} above {recipe.remedy.threshold:g}" if recipe.remedy else None,
+        }
+
+    @property
+    def name(self) -> str:
+        f = self.factors
+        method = "TRADES" if f["method"] == "trades" else "adversarial"
+        beta = f" beta {f['beta']:g}" if f["beta"] is not None else ""
+        noise = f", noise {f['noise']}" if f["noise"] else ""
+        return (
+            f"{method}{beta}, eps {f['epsilon']:.3g}, lr {f['lr']:g}, batch {f['batch']}, {f['classes']} classes{noise}"
+        )
+
+
+class Grid(Config):
+    """Cells: the product of the lists, with `seeds` runs each. Cells named twice are run once, with the larger number
+    of seeds."""
+
+    methods: tuple[Method, ...] = ("trades",)
+    epsilon: tuple[float, ...]
+    beta: tuple[float, ...] = (1.0,)
+    lr: tuple[float, ...] = (0.1,)
+    batch: tuple[int, ...] = (32,)
+    classes: tuple[int, ...] = (10,)
+    remedy: Remedy | None = None
+    seeds: int = Field(default=3, ge=1)
+
+
+class StudyConfig(Config):
+    """What `prefvec robustness study` runs."""
+
+    data: str = "digits"
+    """"digits", or a .npz of CIFAR-10."""
+    network: Network = "tiny"
+    grids: tuple[Grid, ...] = Field(min_length=1)
+    train: int | None = None
+    """How many images to train on; all by default."""
+    watch: int = 200
+    test: int = 300
+    epochs: int = 20
+    weight_decay: float = 0.0
+    drops: tuple[float, ...] = ()
+    augment: bool = False
+    watch_every: int = 2
+    ladder: Ladder = Ladder()
+    resources: dict[str, float] = {"cpu": 1.0}
+    """What one run occupies on the cluster."""
+
+    def cells(self) -> dict[Cell, int]:
+        """Every cell and its number of seeds."""
+        found: dict[str, tuple[Cell, int]] = {}
+        for grid in self.grids:
+            product = itertools.product(grid.methods, grid.epsilon, grid.beta, grid.lr, grid.batch, grid.classes)
+            for method, epsilon, beta, lr, batch, classes in product:
+                recipe = Recipe(
+                    method=method, epsilon=epsilon, beta=beta if method == "trades" else 1.0, lr=lr, batch=batch,
+                    epochs=self.epochs, weight_decay=self.weight_decay, drops=self.drops, augment=self.augment,
+                    remedy=grid.remedy, watch_every=self.watch_every,
+                )  # fmt: skip
+                cell = Cell(recipe=recipe, classes=classes)
+                key = cell.model_dump_json()
+                found[key] = (cell, max(grid.seeds, found.get(key, (cell, 0))[1]))
+        return dict(found.values())
+
+    def runs(self) -> list[tuple[Cell, int]]:
+        """Every run, the first seed of all cells first: an interrupted study has seen everything once."""
+        counts = self.cells()
+        return [(cell, seed) for seed in range(max(counts.values())) for cell, n in counts.items() if seed < n]
+
+
+PRESETS: dict[str, StudyConfig] = {
+    "quick": StudyConfig(
+        grids=(Grid(methods=("trades", "adversarial"), epsilon=(0.3,), seeds=2, batch=(64,), classes=(4,)),),
+        train=256, watch=60, test=80, epochs=3,
+        ladder=Ladder(strong_steps=20, restarts=2, apgd_steps=10, fab_steps=2, square_queries=100),
+    ),
+    "digits": StudyConfig(
+        grids=(
+            Grid(methods=("trades", "adversarial"), epsilon=(0.1, 0.3), beta=(1.0, 6.0), seeds=5),
+            Grid(epsilon=(0.3,), lr=(0.02, 0.2)),
+            Grid(epsilon=(0.3,), batch=(16, 128)),
+            Grid(epsilon=(0.3,), remedy=Remedy(threshold=1.0, sigma=0.2), seeds=5),
+            Grid(methods=("trades", "adversarial"), epsilon=(0.3,), classes=(5,)),
+            Grid(methods=("adversarial",), epsilon=(0.3,), lr=(0.2,)),
+            Grid(methods=("adversarial",), epsilon=(0.3,), batch=(16,)),
+        ),
+    ),
+    "cifar": StudyConfig(
+        data="", network="small", train=1500, epochs=15,
+        grids=(
+            Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0, 6.0), batch=(64,)),
+            Grid(epsilon=(8 / 255,), batch=(32,)),
+        ),
+        ladder=Ladder(square_queries=500),
+    ),
+    "paper": StudyConfig(
+        data="", network="resnet18", watch=500, test=1000, epochs=110, weight_decay=5e-4, drops=(0.68, 0.82, 0.91),
+        augment=True, watch_every=5, resources={"cpu": 2.0, "gpu": 1.0},
+        grids=(
+            Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0, 3.0, 6.0), batch=(128, 256, 512),
+            seeds=5), Grid(epsilon=(8 / 255,), lr=(0.01, 0.05), batch=(128,), seeds=5), Grid(epsilon=(8 / 255,),
+            batch=(128,), remedy=Remedy(threshold=0.1, sigma=8 / 255), seeds=5),
+        ),
+        ladder=Ladder(apgd_steps=100, square_queries=5000, batch=500),
+    ),
+}  # fmt: skip
+"""`quick` is a minute, for tests. `digits` is the default. `cifar` wants a file; so does `paper`, and a GPU: it has
+not been run."""
+
+
+class Run(Config):
+    """One finished run."""
+
+    cell: Cell
+    seed: int
+    curve: tuple[Moment, ...]
+    audit: Audit
+    seconds: float
+
+    @property
+    def overestimated(self) -> bool:
+        """The interval of PGD-10 minus ensemble lies above the tolerance."""
+        return self.audit.gap(OVERESTIMATE).low > self.audit.ladder.tolerance
+
+
+def run_cell(config: StudyConfig, cell: Cell, seed: int) -> Run:
+    """Train and audit one run, on a GPU where torch sees one. Plain torch; the same seed gives the same run on the
+    same device."""
+    import torch
+
+    from prefvec_ray.robustness.audit import audit
+    from prefvec_ray.robustness.images import build_network, load_images
+    from prefvec_ray.robustness.threat import Ball
+    from prefvec_ray.robustness.train import train_classifier
+
+    started = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)
+    images = load_images(config.data, cell.classes, train=config.train, watch=config.watch, test=config.test)
+    train, watch, test = ((x.to(device), y.to(device)) for x, y in (images.train, images.watch, images.test))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_network(config.network, train[0].shape[1], cell.classes).to(device)
+    curve = train_classifier(model, train, watch, cell.recipe, seed=seed)
+    found = audit(model, *test, Ball(cell.recipe.epsilon), config.ladder, space="images in [0, 1]", seed=seed)
+    return Run(cell=cell, seed=seed, curve=tuple(curve), audit=found, seconds=round(time.monotonic() - started, 2))
+
+
+class Study:
+    """The finished runs of one study in a folder: `study.json` says what it is, `runs.jsonl` holds a line a run; a
+    torn last line is cut off.
+
+    Raises:
+        InputError: the folder holds another study.
+    """
+
+    def __init__(self, folder: str | Path, config: StudyConfig | None = None) -> None:
+        self.folder = Path(folder).absolute()
+        described = self.folder / "study.json"
+        if config is None:
+            if not described.is_file():
+                raise InputError(f"{folder} holds no study: no study.json")
+            config = StudyConfig.model_validate_json(described.read_bytes())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config = config
+        if described.exists():
+            there, wanted = json.loads(described.read_text()), config.model_dump(mode="json")
+            changed = sorted(key for key in wanted if wanted[key] != there.get(key))
+            if changed:
+                raise InputError(
+                    f"{folder} holds a study with other {', '.join(changed)}; give another folder or delete it"
+                )
+        else:
+            partial = described.with_suffix(".partial")
+            partial.write_text(config.model_dump_json(indent=2))
+            partial.replace(described)
+        self.path = self.folder / "runs.jsonl"
+        self.path.touch()
+        whole = self.path.read_bytes()
+        lines = whole[: whole.rfind(b"\n") + 1]
+        os.truncate(self.path, len(lines))
+        self.runs = [Run.model_validate_json(line) for line in lines.splitlines()]
+
+    def add(self, run: Run) -> None:
+        with self.path.open("a") as file:
+            file.write(run.model_dump_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.runs.append(run)
+
+    @property
+    def missing(self) -> list[tuple[Cell, int]]:
+        done = {(run.cell.model_dump_json(), run.seed) for run in self.runs}
+        return [(cell, seed) for cell, seed in self.config.runs() if (cell.model_dump_json(), seed) not in done]
+
+
+def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
+    """Run what is missing, up to `workers` runs at once on the cluster that Ray is joined to; every finished run is
+    on disk at once.
+
+    Returns the runs that failed, name to reason. They are not written: the same call tries them again.
+    """
+    import ray
+
+    needs = dict(study.config.resources)
+    task: Any = ray.remote(run_cell).options(
+        num_cpus=needs.pop("cpu", 1), num_gpus=needs.pop("gpu", 0), resources=needs, max_retries=2
+    )
+    waiting, failed = study.missing[::-1], dict[str, str]()
+    under_way: dict[Any, str] = {}
+    total, config = len(study.config.runs()), ray.put(study.config)
+    while waiting or under_way:
+        while waiting and len(under_way) < workers:
+            cell, seed = waiting.pop()
+            under_way[task.remote(config, cell, seed)] = f"{cell.name}, seed {seed}"
+        ready, _ = ray.wait(list(under_way), num_returns=1)
+        name = under_way.pop(ready[0])
+        try:
+            study.add(ray.get(ready[0]))
+        except ray.exceptions.RayTaskError as error:
+            failed[name] = str(error.cause or error).strip().splitlines()[-1]
+        except ray.exceptions.RayError as error:
+            failed[name] = f"{type(error).__name__}: its process was lost three times"
+        if progress:
+            progress(len(study.runs), total)
+    return failed

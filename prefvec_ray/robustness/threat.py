@@ -1,0 +1,119 @@
+"""The threat model: an L-infinity ball, perhaps inside a box of allowed values; and what may enter it.
+
+Everything in this room works on a *classifier*: a `torch.nn.Module` that turns inputs of any shape (N, ...) into
+logits (N, classes). Images, features and token embeddings differ in their ball alone.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefvec_ray.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ball:
+    """All x' with |x' - x| <= epsilon in every coordinate and low <= x' <= high.
+
+    `low` and `high` are None together where inputs have no limits, as embeddings. Images live in [0, 1], the default.
+    """
+
+    epsilon: float
+    low: float | None = 0.0
+    high: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float):
+            raise InputError(f"epsilon {self.epsilon!r}: expected a number, the radius of the ball in input units")
+        if not math.isfinite(self.epsilon) or self.epsilon <= 0:
+            raise InputError(f"epsilon {self.epsilon}: expected more than 0; at 0 there is nothing to attack")
+        if (self.low is None) != (self.high is None):
+            raise InputError(f"limits {self.low} to {self.high}: give both, or None for both")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise InputError(f"limits {self.low} to {self.high}: the lower must be below the upper")
+
+    def project(self, moved: Tensor, x: Tensor) -> Tensor:
+        """The point of the ball around `x` that is nearest to `moved`."""
+        moved = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon)
+        return moved if self.low is None else moved.clamp(self.low, self.high)
+
+    def around(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """A point of the ball, uniform before the limits are applied. `generator` lives on the CPU, so that a seed
+        means the same on every device."""
+        noise = torch.rand(x.shape, generator=generator) * 2 - 1
+        return self.project(x + self.epsilon * noise.to(x), x)
+
+
+def check_data(x: Tensor, y: Tensor, ball: Ball, classes: int) -> None:
+    """Refuse inputs and labels that an attack or a training would take silently, or die from far below.
+
+    Raises:
+        InputError: not (N, ...) floats with N integer labels; NaN or infinity; values outside the ball's limits; a
+        label outside [0, classes); fewer
+            than two classes in the classifier or in the labels.
+    """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise InputError(f"inputs of shape {tuple(x.shape)}, {x.dtype}: expected floats of shape (N, ...)")
+    if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
+        raise InputError(f"labels of shape {tuple(y.shape)}, {y.dtype}: expected {len(x)} integers, one an input")
+    if len(x) == 0:
+        raise InputError("no inputs: expected at least two, of different classes")
+    if not x.isfinite().all():
+        bad = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise InputError(f"input {bad} holds NaN or infinity; leave it out or mend it")
+    if ball.low is not None and ball.high is not None:
+        smallest, largest = float(x.min()), float(x.max())
+        if smallest < ball.low or largest > ball.high:
+            found = f"inputs lie in [{smallest:g}, {largest:g}], the limits are [{ball.low:g}, {ball.high:g}]"
+            raise InputError(f"{found}; scale the inputs (images of 0 to 255: divide by 255) or state other limits")
+    if classes < 2:
+        raise InputError(f"the classifier gives {classes} logit: expected two or more (two for yes and no)")
+    low, high = int(y.min()), int(y.max())
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise InputError(f"label {wrong} is out of range: the classifier knows 0 to {classes - 1}")
+    if low == high:
+        raise InputError(f"all labels are {low}: a single class cannot be told apart; give inputs of two or more")
+
+
+def count_classes(model: nn.Module, x: Tensor) -> int:
+    """The number of logits that `model` gives for the inputs `x`."""
+    with attacked(model), torch.no_grad():
+        logits = model(x[:1])
+    if logits.ndim != 2:
+        raise InputError(f"the classifier gives shape {tuple(logits.shape)} for one input: expected (1, classes)")
+    return logits.shape[1]
+
+
+@contextmanager
+def attacked(model: nn.Module) -> Iterator[None]:
+    """The model as an attacker sees it: in evaluation mode, its parameters fixed. Every flag is as before
+    afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = 512) -> Tensor:
+    """Which inputs the model, in evaluation mode, gives their label: (N,) bool. A NaN logit counts as wrong."""
+    with attacked(model):
+        answers = [_right(model(x[i : i + batch]), y[i : i + batch]) for i in range(0, len(x), batch)]
+    return torch.cat(answers) if answers else torch.zeros(0, dtype=torch.bool)
+
+
+def _right(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
