@@ -8,11 +8,12 @@ from prefvec_ray.preferences.formats import FORMATS
 from prefvec_ray.preferences.scoring import METRICS, Metric, Scores
 from prefvec_ray.preferences.splits import Split, load_split, split_by_prompt
 from prefvec_ray.preferences.tiny_world import Prompt, TinyWorld
-from prefvec_ray.preferences.tokenizer import build_tokenizer
+from prefvec_ray.preferences.tokenizer import TRANSCRIPT_TEMPLATE, build_tokenizer
 
 __all__ = [
     "FORMATS",
     "METRICS",
+    "TRANSCRIPT_TEMPLATE",
     "DataCheck",
     "Finding",
     "Metric",

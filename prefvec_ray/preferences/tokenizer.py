@@ -19,6 +19,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+TRANSCRIPT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ('user', 'assistant') %}"
+    "{{ raise_exception('a transcript knows only user and assistant messages, not ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '\\n\\n' + ('Human' if message['role'] == 'user' else 'Assistant') + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+"""HH-RLHF's own transcript form, for a base whose tokenizer has no chat template (`chat_template: transcript`)."""
+
 
 def build_tokenizer(world: TinyWorld, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Train the tokenizer on the world's SFT text. Deterministic. A turn is `<|role|>text<|end|>`;
