@@ -85,7 +85,7 @@ def _run_waiting(
     failures: dict[str, str] = {}
     running = 0
     while waiting or running:
-        while waiting and running < max(1, _slots(resources)):
+        while waiting and running < max(1, slots(resources)):
             threading.Thread(target=control, args=[waiting.pop()], daemon=True).start()
             running += 1
         with suppress(queue.Empty):
@@ -200,10 +200,10 @@ def worker_setup() -> None:
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
 
 
-def _slots(resources: Resources) -> int:
-    """How many runs the cluster holds at once, by its total CPUs and GPUs."""
-    total = ray.cluster_resources()
-    slots = total.get("CPU", 0) / (resources.cpus_per_worker * resources.workers)
+def slots(resources: Resources, *, free: bool = False) -> int:
+    """How many runs the cluster holds at once, by its CPUs and GPUs: all of them, or only those free right now."""
+    total = ray.available_resources() if free else ray.cluster_resources()
+    count = total.get("CPU", 0) / (resources.cpus_per_worker * resources.workers)
     if resources.gpus_per_worker:
-        slots = min(slots, total.get("GPU", 0) / (resources.gpus_per_worker * resources.workers))
-    return int(slots)
+        count = min(count, total.get("GPU", 0) / (resources.gpus_per_worker * resources.workers))
+    return int(count)

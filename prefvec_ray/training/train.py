@@ -9,31 +9,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
+from trl import DPOConfig
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.preferences import data_digest, load_preferences, split_by_prompt
+from prefvec_ray.preferences import TRANSCRIPT_TEMPLATE, DataCheck, Split, check_splits, data_digest, load_split
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
-from prefvec_ray.training.plan import RunsFailedError, fit, run_plan, worker_setup
+from prefvec_ray.training.plan import run_plan
+from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
-TRANSCRIPT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '\\n\\n' + ('Human' if message['role'] == 'user' else 'Assistant') + ': ' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
-"""HH-RLHF's own transcript form, for a base whose tokenizer has no chat template (`chat_template: transcript`)."""
-
-
-PARTS = {"train": "pairs", "test": "test_pairs"}
-
-
-def train_vectors(config: TrainingConfig) -> dict[str, Any]:
+def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """The whole training job on the connected Ray cluster.
+
+    Args:
+        prepared: what `prepare_data` gave, where it was already called.
 
     Returns:
         What `<folder>/training.json` holds: every run's result, every vector's folder, and how many pairs of each
@@ -44,14 +35,14 @@ def train_vectors(config: TrainingConfig) -> dict[str, Any]:
         RunsFailedError: some runs failed; the others are kept and skipped next time.
     """
     config.check()
-    prepared = prepare_data(config)
+    prepared = prepare_data(config) if prepared is None else prepared
     references = compute_references(config, prepared)
     left_out = {
         name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
         for name, data in prepared.items()
     }
     specs = plan_runs(config, references)
-    runs = run_plan(specs, config.resources, config.folder / "ray")
+    runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries)
     vectors = extract_vectors(config, specs)
     summary = {"left_out": left_out, "runs": runs, "vectors": {key: str(folder) for key, folder in vectors.items()}}
     (config.folder / "training.json").write_text(json.dumps(summary, indent=2))
@@ -63,35 +54,45 @@ def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
 
     Returns:
         By preference: {"train": folder, "test": folder, "digest": of the training pairs, "pairs", "test_pairs",
-        "format", "notes"}.
+        "format", "why", "notes", "warnings"}.
+
+    Raises:
+        InputError: data that cannot be read, or that would train on garbage (`check_splits`).
     """
-    chats = config.chat_template is not None or load_tokenizer(config.base).chat_template is not None
-    splits = {name: _load_split(config, name, source) for name, source in config.preferences.items()}
-    for name, (train, test, _) in splits.items():
-        if not chats and not isinstance(train[0]["prompt"], str):
-            raise InputError(
-                f"base {config.base}: its tokenizer has no chat template, and the pairs of {name!r} are conversations; "
-                "set chat_template to a Jinja file or to 'transcript'"
-            )
-        if not len(test):
-            raise InputError(f"preference {name!r}: no held-out pairs left; give a test file or raise test_fraction")
+    splits, found = check_data(config)
+    if found.errors:
+        raise InputError("; ".join(found.errors))
     if config.chat_template is not None:
         _write_templated_base(config)
     prepared = {}
-    for name, (train, test, info) in splits.items():
-        folder = config.folder / "data" / f"{name}-{_key(info['digest'], data_digest(test))}"
+    for name, split in splits.items():
+        info = {
+            "digest": data_digest(split.train),
+            "pairs": len(split.train),
+            "test_pairs": len(split.test),
+            "format": split.loaded.format,
+            "why": split.loaded.why,
+            "notes": list(split.loaded.notes),
+            "warnings": [f.text for f in found.findings if f.level == "warning" and f.preference == name],
+        }
+        folder = config.folder / "data" / f"{name}-{key_of(info['digest'], data_digest(split.test))}"
         if not (folder / "info.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            train.save_to_disk(folder / "train")
-            test.save_to_disk(folder / "test")
+            split.train.save_to_disk(folder / "train")
+            split.test.save_to_disk(folder / "test")
             (folder / "info.json").write_text(json.dumps(info))
         prepared[name] = {"train": str(folder / "train"), "test": str(folder / "test"), **info}
     return prepared
 
 
-def working_base(config: TrainingConfig) -> Path:
-    """The base with the chat template that it is trained with: what to evaluate, search and serve with."""
-    return config.folder / "base" if config.chat_template is not None else config.base.absolute()
+def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[dict[str, Split], DataCheck]:
+    """Read and split every preference's pairs, and check them with the tokenizer and length of the training."""
+    tokenizer = load_tokenizer(config.base)
+    if config.chat_template is not None:
+        tokenizer.chat_template = _template(config)
+    splits = {name: _load_split(config, name, source, collect_flaws) for name, source in config.preferences.items()}
+    max_length = config.dpo.get("max_length", DPOConfig.max_length)
+    return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length)
 
 
 def _write_templated_base(config: TrainingConfig) -> None:
@@ -100,10 +101,7 @@ def _write_templated_base(config: TrainingConfig) -> None:
     if folder.resolve() == config.base.resolve():
         raise InputError(f"base {folder}: a chat_template would overwrite this base; choose another name or output")
     tokenizer = load_tokenizer(config.base)
-    if config.chat_template == "transcript":
-        tokenizer.chat_template = TRANSCRIPT_TEMPLATE
-    else:
-        tokenizer.chat_template = Path(str(config.chat_template)).read_text()
+    tokenizer.chat_template = _template(config)
     folder.mkdir(parents=True, exist_ok=True)
     for file in config.base.iterdir():
         link = folder / file.name
@@ -114,78 +112,19 @@ def _write_templated_base(config: TrainingConfig) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _load_split(config: TrainingConfig, name: str, source: PreferenceData) -> tuple[Dataset, Dataset, dict[str, Any]]:
-    loaded = load_preferences(source.data, preference=source.label or name, format=source.format)
-    if source.test is not None:
-        train = loaded.dataset
-        test = load_preferences(source.test, preference=source.label or name, format=source.format).dataset
-    else:
-        train, test = split_by_prompt(loaded.dataset, config.test_fraction, seed=0)
-    if source.rows is not None:
-        train = train.select(range(min(source.rows, len(train))))
-    info = {
-        "digest": data_digest(train),
-        "pairs": len(train),
-        "test_pairs": len(test),
-        "format": loaded.format,
-        "notes": list(loaded.notes),
-    }
-    return train, test, info
+def _template(config: TrainingConfig) -> str:
+    return TRANSCRIPT_TEMPLATE if config.chat_template == "transcript" else Path(str(config.chat_template)).read_text()
 
 
-def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Reference log-probs of every split, once per base x data x tokenization, in one Ray Train run on all workers.
-
-    Returns:
-        By preference: {"train": folder, "test": folder, "digest"} of the tokenized pairs with reference columns.
-    """
-    base = fingerprint(config.base)
-    tokenizer = load_tokenizer(working_base(config))
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    shape = {field: config.dpo.get(field) for field in ("max_length", "truncation_mode", "ld_alpha", "pad_token")}
-    key = _key(base, vocabulary, tokenizer.chat_template or "", json.dumps(shape))
-    references = {}
-    missing = {}
-    for name, split in prepared.items():
-        folder = config.folder / "reference" / f"{Path(split['train']).parent.name}-{key}"
-        references[name] = {
-            "train": str(folder / "train"),
-            "test": str(folder / "test"),
-            "digest": split["digest"],
-        }
-        missing.update({split[part]: str(folder / part) for part in ("train", "test") if not (folder / part).is_dir()})
-    if missing:
-        job = {
-            "base": str(working_base(config)),
-            "dpo": config.dpo,
-            "datasets": missing,
-        }
-        print(f"   reference log-probs of {len(missing)} sets of pairs, once for all runs", flush=True)
-        name = f"reference-{_key(*missing.values())}"
-        try:
-            fit(_reference_worker, job, name, config.resources, config.folder / "ray")
-        except RunsFailedError as error:
-            raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
-    return references
-
-
-def _reference_worker(config: dict[str, Any]) -> None:
-    import tempfile
-
-    import torch.distributed as dist
-
-    from prefvec_ray.training.dpo import reference_logps
-
-    worker_setup()
-    for source, target in config["datasets"].items():
-        with tempfile.TemporaryDirectory() as work_dir:
-            pairs = load_from_disk(source)
-            scored = reference_logps(config["base"], pairs, config["dpo"], work_dir)
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                partial = Path(target).with_name(f".{Path(target).name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                scored.save_to_disk(partial)
-                partial.rename(target)
+def _load_split(config: TrainingConfig, name: str, source: PreferenceData, collect_flaws: bool) -> Split:
+    given = source.model_dump(exclude={"data", "label"})
+    return load_split(
+        source.data,
+        preference=source.label or name,
+        test_fraction=config.test_fraction,
+        collect_flaws=collect_flaws,
+        **given,
+    )
 
 
 def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> list[RunSpec]:
@@ -200,9 +139,9 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
             preference = names[0] if len(names) == 1 else MIXED
             train = [references[name]["train"] for name in names]
             digest = (
-                references[names[0]]["digest"] if len(names) == 1 else _key(*(references[n]["digest"] for n in names))
+                references[names[0]]["digest"] if len(names) == 1 else key_of(*(references[n]["digest"] for n in names))
             )
-            key = f"{preference}-{polarity}-s{seed}-{_key(base, *train, json.dumps(config.dpo, sort_keys=True))}"
+            key = f"{preference}-{polarity}-s{seed}-{key_of(base, *train, json.dumps(config.dpo, sort_keys=True))}"
             specs.append(
                 RunSpec(
                     key=key,
@@ -216,6 +155,10 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
                     test={name: references[name]["test"] for name in names},
                     dpo=config.dpo,
                     out=str(config.folder / "dpo" / key),
+                    answers=[references[name]["answers"] for name in names if "answers" in references[name]],
+                    watch=config.watch,
+                    checkpoint_every=config.checkpoint_every,
+                    tensorboard=str(config.folder / "tensorboard" / key),
                 )
             )
     return specs
@@ -237,7 +180,9 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
     for (preference, seed), runs in pairs.items():
         positive, negative = runs["positive"], runs["negative"]
         folder = (
-            config.folder / "vectors" / f"{preference}-s{seed}-{_key(positive.key, negative.key, config.vector_dtype)}"
+            config.folder
+            / "vectors"
+            / f"{preference}-s{seed}-{key_of(positive.key, negative.key, config.vector_dtype)}"
         )
         folders[f"{preference}-s{seed}"] = folder
         if not folder.is_dir():
@@ -271,13 +216,3 @@ def publish_vectors(summary: dict[str, Any], registry: Any) -> dict[str, str]:
         version = registry.publish_vector(folder, metrics=metrics)
         published[key] = f"{version.name}@{version.version}"
     return published
-
-
-def _key(*parts: str | bytes) -> str:
-    """Ten hex digits that stand for all the parts."""
-    digest = blake3()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()[:10]
