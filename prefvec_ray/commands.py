@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prefvec_ray.cluster import connect, progress_bar
@@ -23,13 +24,16 @@ def train(config: "TrainingConfig", console: Console) -> None:
     from prefvec_ray.training.train import prepare_data, working_base
 
     config.check()
-    for name, data in prepare_data(config).items():
+    prepared = prepare_data(config)
+    for name, data in prepared.items():
         notes = "".join(f"; {note}" for note in data["notes"])
         console.print(
             f"{name}: {data['pairs']} pairs ({data['format']}), {data['test_pairs']} held out{notes}", soft_wrap=True
         )
+        for warning in data["warnings"]:
+            console.print(f"[yellow]warning[/]: {escape(warning)}", soft_wrap=True)
     connect(console)
-    summary = train_vectors(config)
+    summary = train_vectors(config, prepared)
     for name, parts in summary["left_out"].items():
         for part, count in parts.items():
             if count:

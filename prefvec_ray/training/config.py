@@ -49,15 +49,32 @@ class PreferenceData(Config):
     """Where the pairs of one preference come from."""
 
     data: str
-    """A file: PKU-SafeRLHF rows, HH-RLHF transcripts, or TRL prompt/chosen/rejected, as JSON or JSONL(.gz)."""
+    """A file or a folder of shards (JSONL, JSON, CSV, Parquet), here or in a bucket (`s3://…`), or a dataset of the
+    hub, `org/name` or `org/name:subset`. `prefvec data formats` lists what the rows may look like."""
     format: str | None = None
     """The format's name; found by itself when left out."""
+    split: str | None = None
+    """Of a hub dataset or a folder with several: the split to train on."""
+    test_split: str | None = None
+    """Another split of `data` to hold out."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    system: Literal["keep", "fold"] = "keep"
+    """fold: system messages go to the top of the first user message, for a base whose chat template takes none."""
     label: Literal["helpful", "harmless"] | None = None
     """In data labelled for both (PKU-SafeRLHF), which label orders the pair; the preference's own name if left out."""
     test: str | None = None
-    """A file of held-out pairs; when left out, `test_fraction` of the prompts is held out."""
+    """A source of held-out pairs; when left out, `test_fraction` of the prompts is held out."""
     rows: int | None = Field(default=None, gt=0)
     """Use at most this many pairs for training, the first ones."""
+
+    @model_validator(mode="after")
+    def _one_test(self) -> "PreferenceData":
+        if self.test is not None and self.test_split is not None:
+            raise ValueError("test and test_split both say what is held out: give one of them")
+        return self
 
 
 class Resources(Config):

@@ -1,0 +1,204 @@
+"""Figures of preference data: counts, lengths in tokens, what two preferences have in common. No opinions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from datasets import Dataset
+from jinja2.exceptions import TemplateError
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from prefvec_ray.preferences.data import iter_rows
+from prefvec_ray.preferences.splits import Split, text_key
+
+SAMPLE = 2000
+"""Pairs of a split that are tokenized for lengths, evenly spaced over the rows; smaller splits are tokenized whole."""
+
+
+class Plain(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Lengths(Plain):
+    """Tokens after the chat template, of the sampled pairs, as {"p50", "p90", "p99", "max"}."""
+
+    sampled: int
+    prompt: dict[str, int]
+    chosen: dict[str, int]
+    rejected: dict[str, int]
+    whole: dict[str, int]
+    """Prompt and the longer answer."""
+    max_length: int | None
+    truncated: int
+    left_out: int
+    cut_equal: int
+    prompt_changes: int
+    """Pairs whose tokenized prompt is no beginning of prompt and answer together."""
+    refused: int
+    """Pairs that the chat template does not take."""
+    refusal: str
+    """What it says to the first of them."""
+
+
+class PreferenceCheck(Plain):
+    source: str
+    format: str
+    why: str
+    conversational: bool
+    rows: int
+    unreadable: int
+    dropped: dict[str, int]
+    pairs: int
+    held_out: int
+    prompts: int
+    """Distinct prompts, white space aside, of training and held-out pairs together."""
+    shared_prompts: int
+    """Distinct held-out prompts that are also trained on."""
+    held_out_prompts: int
+    duplicates: int
+    contradictions: int
+    chosen_longer: float
+    """Share of training pairs whose chosen answer has more characters; equal lengths count half."""
+    labels: dict[str, int]
+    system_messages: int
+    lengths: Lengths | None
+
+
+class Overlap(Plain):
+    """Pairs that two preferences both have, and how many of them they order in opposite ways."""
+
+    preferences: tuple[str, str]
+    shared: int
+    opposite: int
+
+
+Facts = dict[str, np.ndarray]
+
+
+def pair_facts(dataset: Dataset) -> Facts:
+    """Per pair: hashes of the prompt, of the pair whichever way round, its order, of the ordered pair; characters."""
+    n = len(dataset)
+    facts = {name: np.zeros(n, np.uint64) for name in ("prompt", "pair", "exact")}
+    facts |= {name: np.zeros(n, np.int64) for name in ("chosen", "rejected")}
+    facts |= {"order": np.zeros(n, bool), "system": np.zeros(n, bool)}
+    for i, row in enumerate(iter_rows(dataset)):
+        prompt, chosen, rejected = (row[name] for name in ("prompt", "chosen", "rejected"))
+        facts["prompt"][i] = text_key(prompt)
+        facts["system"][i] = not isinstance(prompt, str) and any(turn["role"] == "system" for turn in prompt)
+        parts = [blake3(repr(text).encode("utf-8", "surrogatepass")).digest(16) for text in (prompt, chosen, rejected)]
+        facts["exact"][i] = _key(*parts)
+        facts["pair"][i] = _key(parts[0], *sorted(parts[1:]))
+        facts["order"][i] = parts[1] < parts[2]
+        facts["chosen"][i], facts["rejected"][i] = _characters(chosen), _characters(rejected)
+    return facts
+
+
+def _key(*parts: bytes) -> int:
+    return int.from_bytes(blake3(b"".join(parts)).digest(8), "little")
+
+
+def _characters(answer: Any) -> int:
+    return len(answer) if isinstance(answer, str) else sum(len(turn["content"]) for turn in answer)
+
+
+def measure(split: Split, train: Facts, test: Facts, lengths: Lengths | None) -> PreferenceCheck:
+    """Count; `train` and `test` are the `pair_facts` of the two parts."""
+    loaded, loaded_test = split.loaded, split.loaded_test
+    both = {name: np.concatenate([train[name], test[name]]) for name in ("prompt", "exact", "pair", "order", "system")}
+    distinct = np.unique(both["exact"], return_index=True)[1]
+    _, times = np.unique(both["pair"][distinct], return_counts=True)
+    dropped = dict(loaded.dropped)
+    for reason, count in (loaded_test.dropped if loaded_test else {}).items():
+        dropped[reason] = dropped.get(reason, 0) + count
+    longer = np.sign(train["chosen"] - train["rejected"])
+    return PreferenceCheck(
+        source=loaded.source,
+        format=loaded.format,
+        why=loaded.why,
+        conversational=not isinstance(loaded.dataset[0]["prompt"], str),
+        rows=loaded.rows + (loaded_test.rows if loaded_test else 0),
+        unreadable=len(split.flaws),
+        dropped=dropped,
+        pairs=len(split.train),
+        held_out=len(split.test),
+        prompts=len(np.unique(both["prompt"])),
+        shared_prompts=len(np.intersect1d(train["prompt"], test["prompt"])),
+        held_out_prompts=len(np.unique(test["prompt"])),
+        duplicates=len(both["exact"]) - len(distinct),
+        contradictions=int((times > 1).sum()),
+        chosen_longer=round(float((longer.mean() + 1) / 2), 4) if len(longer) else 0.5,
+        labels=dict(loaded.labels),
+        system_messages=int(both["system"].sum()),
+        lengths=lengths,
+    )
+
+
+def measure_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Lengths:
+    """Tokenize a sample of the pairs as TRL does."""
+    count = min(len(dataset), SAMPLE)
+    sample = dataset.select(np.linspace(0, len(dataset) - 1, count).astype(int))
+    tokens: dict[str, list[int]] = {key: [] for key in ("prompt", "chosen", "rejected", "whole")}
+    truncated = left_out = cut_equal = prompt_changes = refused = 0
+    refusal = ""
+    for row in iter_rows(sample):
+        try:
+            prompt, chosen, rejected = _tokenize(row, tokenizer)
+        except TemplateError as error:
+            refused, refusal = refused + 1, refusal or str(error)
+            continue
+        shared = min(_common(prompt, chosen), _common(prompt, rejected))
+        whole = max(len(chosen), len(rejected))
+        prompt_changes += shared < len(prompt)
+        for key, length in zip(tokens, (shared, len(chosen) - shared, len(rejected) - shared, whole), strict=True):
+            tokens[key].append(length)
+        if max_length is not None:
+            truncated += whole > max_length
+            left_out += shared >= max_length
+            cut_equal += shared < max_length and chosen[:max_length] == rejected[:max_length]
+    return Lengths(
+        sampled=len(tokens["whole"]),
+        **{key: _percentiles(values) for key, values in tokens.items()},
+        max_length=max_length,
+        truncated=truncated,
+        left_out=left_out,
+        cut_equal=cut_equal,
+        prompt_changes=prompt_changes,
+        refused=refused,
+        refusal=refusal,
+    )
+
+
+def _tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the prompt, of prompt and chosen, of prompt and rejected: what TRL's DPOTrainer cuts apart."""
+    if tokenizer.chat_template is None and not isinstance(row["prompt"], str):
+        raise TemplateError("there is no chat template; set chat_template to a Jinja file or to 'transcript'")
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        texts = [prompt, *(prompt + row[side] + (tokenizer.eos_token or "") for side in ("chosen", "rejected"))]
+        return tokenizer(texts, verbose=False)["input_ids"]
+    texts = [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)]
+    texts += [tokenizer.apply_chat_template(prompt + row[side], tokenize=False) for side in ("chosen", "rejected")]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Length of the common beginning."""
+    if first == second[: len(first)]:
+        return len(first)
+    return next(i for i, (a, b) in enumerate(zip([*first, None], [*second, None], strict=False)) if a != b)
+
+
+def _percentiles(values: list[int]) -> dict[str, int]:
+    if not values:
+        return {}
+    return {f"p{q}": int(np.percentile(values, q, method="higher")) for q in (50, 90, 99)} | {"max": max(values)}
+
+
+def measure_overlap(names: tuple[str, str], first: Facts, second: Facts) -> Overlap:
+    """Pairs that both have, whichever way round."""
+    _, i, j = np.intersect1d(first["pair"], second["pair"], return_indices=True)
+    return Overlap(preferences=names, shared=len(i), opposite=int((first["order"][i] != second["order"][j]).sum()))
