@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig
 
-from prefvec_ray.training.dpo import load_base, load_tokenizer
+from prefvec_ray.training.model import load_base, load_tokenizer
 
 
 def base_answers(

@@ -85,6 +85,16 @@ class Resources(Config):
     gpus_per_worker: float = Field(default=0, ge=0)
 
 
+class Method(Config):
+    """How a run changes the model, as its workers are told."""
+
+    kind: Literal["full", "lora"] = "full"
+    lora: dict[str, Any] = {}
+    """Fields of PEFT's LoraConfig."""
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's settings in full; None: plain DDP."""
+
+
 class Watch(Config):
     """What is seen of a run while it trains, and when it is stopped. It changes no result and is no part of a key."""
 
@@ -167,6 +177,12 @@ class TrainingConfig(Config):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds contain one number twice")
         return self
+
+    @property
+    def run_method(self) -> Method:
+        from prefvec_ray.training.zero import deepspeed_config
+
+        return Method(kind=self.method, lora=self.lora, deepspeed=deepspeed_config(self.deepspeed))
 
     @property
     def accumulation(self) -> int:

@@ -13,13 +13,8 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pydantic import Field
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-)
+from transformers import PrinterCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.config import Config
@@ -32,7 +27,18 @@ from prefvec_ray.training.checkpoints import (
     remove_checkpoints,
     told_when_full,
 )
-from prefvec_ray.training.config import Watch
+from prefvec_ray.training.config import Method, Watch
+from prefvec_ray.training.delta import (
+    Layout,
+    adapter_vector,
+    full_delta,
+    full_vector,
+    parameter_layout,
+    save_adapter,
+    trained_numbers,
+)
+from prefvec_ray.training.lora import lora_config
+from prefvec_ray.training.model import compute_dtype, load_model, load_tokenizer
 from prefvec_ray.training.watch import (
     BASE_ANSWERS,
     Clock,
@@ -45,11 +51,13 @@ from prefvec_ray.training.watch import (
     training_log,
     whole_batches,
 )
-from prefvec_ray.vectors import checkpoint_state, save_vector, vector_from_state
+from prefvec_ray.training.zero import start_deepspeed
+from prefvec_ray.vectors import PreferenceVector, save_vector
 
 Polarity = Literal["positive", "negative"]
 SIGN: dict[Polarity, str] = {"positive": "+", "negative": "-"}
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
+FULL = Method()
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
 
 
@@ -68,6 +76,7 @@ class RunSpec(Config):
     test: dict[str, str] = Field(min_length=1)
     """Held-out pairs by preference, never flipped."""
     dpo: dict[str, Any] = {}
+    method: Method = Method()
     out: str
     """Folder that appears, complete, when the run has finished."""
     answers: list[str] = []
@@ -127,23 +136,15 @@ class TokenizedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
-def load_base(base: str | Path) -> PreTrainedModel:
-    """The base model with fp32 master weights, whatever it is stored in: phi must not be rounded as it forms."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-
-
-def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0, **overrides: Any) -> DPOConfig:
     """The user's recipe over defaults that hold on CPU and GPU alike, with what the plan owns on top."""
     gpu = torch.cuda.is_available()
+    if overrides.get("deepspeed"):
+        start_deepspeed()
+    else:
+        unset_hf_deepspeed_config()  # of an earlier run in this process
     defaults: dict[str, Any] = {
-        "bf16": gpu,
+        "bf16": gpu and torch.cuda.is_bf16_supported() and not recipe.get("fp16"),
         "activation_checkpointing": False,
         "use_cpu": not gpu,
         "dataloader_pin_memory": gpu,
@@ -163,18 +164,22 @@ def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0,
     return DPOConfig(**{**defaults, **recipe, **owned, **overrides})
 
 
-def reference_logps(base: str, pairs: Dataset, recipe: dict[str, Any], work_dir: str | Path) -> Dataset:
+def reference_logps(
+    base: str, pairs: Dataset, recipe: dict[str, Any], work_dir: str | Path, method: Method = FULL
+) -> Dataset:
     """Tokenize `pairs` and add the base model's summed log-probability of each answer (DPO, eq. 7: pi_ref).
 
     Args:
         pairs: columns prompt, chosen, rejected, plain or conversational.
+        method: of the runs that will use them, so that both compute with the same numbers.
 
     Returns:
         One row a pair: TOKENIZED and REFERENCE columns. On several workers every rank returns the whole of it.
     """
+    args = dpo_config(recipe, work_dir, deepspeed=method.deepspeed)
     trainer = TokenizedDPOTrainer(
-        model=load_base(base),
-        args=dpo_config(recipe, work_dir),
+        model=load_model(base, method, args),
+        args=args,
         train_dataset=pairs,
         processing_class=load_tokenizer(base),
     )
@@ -208,20 +213,25 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
     train = mix_equally([load_from_disk(folder) for folder in spec.train], spec.seed)
     if spec.polarity == "negative":
         train = flip(train)
-    model = load_base(spec.base)
+    layout = parameter_layout(spec.base)
     checkpoints = checkpoint_folder(spec.out)
     args = dpo_config(
-        spec.dpo, checkpoints if spec.checkpoint_every else work_dir, seed=spec.seed, **_watch_arguments(spec)
+        spec.dpo,
+        checkpoints if spec.checkpoint_every else work_dir,
+        seed=spec.seed,
+        deepspeed=spec.method.deepspeed,
+        **_watch_arguments(spec),
     )
     full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
     watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, watched)
     trainer = TokenizedDPOTrainer(
-        model=model,
+        model=load_model(spec.base, spec.method, args),
         args=args,
         train_dataset=train,
         eval_dataset=watched,
         processing_class=load_tokenizer(spec.base),
         callbacks=[watcher],
+        peft_config=lora_config(spec.method.lora) if spec.method.kind == "lora" else None,
     )
     trainer.remove_callback(PrinterCallback)  # the report says it better
     resumed = newest_checkpoint(checkpoints, args.world_size) if spec.checkpoint_every else None
@@ -231,7 +241,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
         trainer.add_callback(tensorboard(spec.tensorboard, resumed[1] if resumed else None))
 
     # At most two checkpoints at a time, 12 bytes a parameter each, and then the delta.
-    with told_when_full(spec.out, needed=28 * model.num_parameters()):
+    with told_when_full(spec.out, needed=28 * trained_numbers(trainer.model)):
         try:
             trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
             seen = watcher.history(trainer.state.log_history)
@@ -239,13 +249,13 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
             trainer.eval_dataset = full
             for name in full:
                 trainer.evaluate(name, metric_key_prefix=f"eval_{name}")
-            if not trainer.is_world_process_zero():
-                return None
             held_out = watcher.history(trainer.state.log_history[-len(full) :])
-            delta = _delta(model, load_base(spec.base))
+            vector = _collect(spec, trainer, layout)
         except RunStoppedError:
             remove_checkpoints(spec.out)
             raise
+        if vector is None:
+            return None
         kl = held_out.pop("kl", None)
         result = {
             "spec": spec.model_dump(),
@@ -259,8 +269,9 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
             "watched": seen,
             "held_out": {name: points[-1] for name, points in held_out.items()},
             "kl": kl[-1]["kl"] if kl else None,
+            "precision": vector.info.precision,
         }
-        _write_run(spec, delta, result)
+        _write_run(spec, vector, result)
     remove_checkpoints(spec.out)
     return result
 
@@ -285,34 +296,42 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
     return full, watched
 
 
-def _delta(trained: PreTrainedModel, base: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """theta_run - theta_base in fp32 under the checkpoint's parameter names; tied weights appear once, unchanged
-    parameters not at all."""
-    pristine = checkpoint_state(base)
-    delta = {}
-    for name, parameter in checkpoint_state(trained).items():
-        change = parameter.detach().cpu().float() - pristine[name].detach().float()
-        if not torch.isfinite(change).all():
-            raise RunStoppedError(f"parameter {name} is not finite after training: lower learning_rate")
-        if change.any():
-            delta[name] = change
-    return delta
+def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout) -> PreferenceVector | None:
+    """The run's delta, on rank 0; the others help to gather it. A LoRA run's adapter is written beside it for PEFT."""
+    args, main = trainer.args, trainer.is_world_process_zero()
+    labels: dict[str, Any] = {
+        "preference": spec.name,
+        "data_digest": spec.data_digest,
+        "recipe": {
+            "method": "dpo",
+            "parameters": spec.method.kind,
+            "polarity": spec.polarity,
+            "seed": spec.seed,
+            **spec.dpo,
+            "loss_type": args.loss_type,
+            "pairs_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "compute": str(compute_dtype(args)).removeprefix("torch."),
+            **({"lora": spec.method.lora} if spec.method.kind == "lora" else {}),
+            **({"zero_stage": trainer.accelerator.deepspeed_plugin.zero_stage} if spec.method.deepspeed else {}),
+        },
+    }
+    if spec.method.kind == "full":
+        start = compute_dtype(args) if spec.method.deepspeed else torch.float32
+        delta = full_delta(trainer.model, layout, spec.base, start=start, keep=main)
+        return full_vector(delta, spec.base, base_fingerprint=spec.base_fingerprint, **labels) if main else None
+    adapter = partial_folder(spec.out) / "adapter"
+    if main:
+        shutil.rmtree(adapter.parent, ignore_errors=True)
+    save_adapter(trainer.model, adapter, keep=main)
+    return adapter_vector(adapter, spec.base, **labels) if main else None
 
 
-def _write_run(spec: RunSpec, delta: dict[str, torch.Tensor], result: dict[str, Any]) -> None:
+def _write_run(spec: RunSpec, vector: PreferenceVector, result: dict[str, Any]) -> None:
     """Write beside `spec.out` and rename, so that a run folder is complete or absent."""
-    out = Path(spec.out)
-    partial = partial_folder(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    vector = vector_from_state(
-        delta,
-        preference=spec.name,
-        base_fingerprint=spec.base_fingerprint,
-        dtype=torch.float32,
-        data_digest=spec.data_digest,
-        recipe={"method": "dpo", "polarity": spec.polarity, "seed": spec.seed, **spec.dpo},
-    )
+    partial = partial_folder(spec.out)
+    if spec.method.kind == "full":  # a LoRA run has put its adapter there
+        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
     save_vector(vector, partial / "delta")
     (partial / "run.json").write_text(json.dumps(result, indent=2))
-    partial.rename(out)
+    partial.rename(spec.out)

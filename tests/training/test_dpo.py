@@ -9,12 +9,11 @@ from prefvec_ray.training.dpo import (
     TOKENIZED,
     RunSpec,
     dpo_config,
-    load_base,
-    load_tokenizer,
     mix_equally,
     reference_logps,
     run_dpo,
 )
+from prefvec_ray.training.model import load_base, load_tokenizer
 from prefvec_ray.vectors import fingerprint, load_vector
 
 RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1, "logging_steps": 1}
