@@ -20,6 +20,7 @@ from prefvec_ray.training.plan import run_plan
 from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
+
 def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     """The whole training job on the connected Ray cluster.
 
@@ -66,7 +67,7 @@ def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
         _write_templated_base(config)
     prepared = {}
     for name, split in splits.items():
-        info = {
+        info: dict[str, Any] = {
             "digest": data_digest(split.train),
             "pairs": len(split.train),
             "test_pairs": len(split.test),
