@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
@@ -185,15 +186,22 @@ class TrainingConfig(Config):
         return Method(kind=self.method, lora=self.lora, deepspeed=deepspeed_config(self.deepspeed))
 
     @property
-    def accumulation(self) -> int:
-        """Gradient accumulation steps of a worker."""
+    def recipe(self) -> dict[str, Any]:
+        """DPOConfig's fields for a run, gradient accumulation by `global_batch_size` included."""
         if self.global_batch_size is None:
-            return int(self.dpo.get("gradient_accumulation_steps", 1))
-        return self.global_batch_size // (self._pairs_at_once * self.resources.workers)
+            return self.dpo
+        return {**self.dpo, "gradient_accumulation_steps": self.global_batch_size // self._at_once}
 
     @property
-    def _pairs_at_once(self) -> int:
-        return int(self.dpo.get("per_device_train_batch_size", 8))
+    def recipe_key(self) -> str:
+        """All that a run's result depends on beside base, data, polarity and seed, as JSON."""
+        pairs = self._at_once * int(self.recipe.get("gradient_accumulation_steps", 1))
+        return json.dumps([self.dpo, self.run_method.model_dump(), pairs], sort_keys=True)
+
+    @property
+    def _at_once(self) -> int:
+        """Pairs in a forward pass of all workers together."""
+        return int(self.dpo.get("per_device_train_batch_size", 8)) * self.resources.workers
 
     @property
     def folder(self) -> Path:
@@ -285,11 +293,10 @@ class TrainingConfig(Config):
         if self.global_batch_size is not None:
             if "gradient_accumulation_steps" in self.dpo:
                 raise InputError("dpo.gradient_accumulation_steps follows from global_batch_size: remove one of them")
-            at_once = self._pairs_at_once * workers
-            if self.global_batch_size % at_once:
+            if self.global_batch_size % self._at_once:
                 raise InputError(
-                    f"global_batch_size {self.global_batch_size} is no multiple of the {at_once} pairs that {workers} "
-                    f"workers take at once (dpo.per_device_train_batch_size {self._pairs_at_once})"
+                    f"global_batch_size {self.global_batch_size} is no multiple of the {self._at_once} pairs that "
+                    f"{workers} worker(s) take at once (dpo.per_device_train_batch_size x resources.workers)"
                 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 from datasets import load_from_disk
 
-from prefvec_ray.training.config import TrainingConfig
+from prefvec_ray.training.config import Method, TrainingConfig
 from prefvec_ray.training.dpo import load_tokenizer
 from prefvec_ray.training.plan import RunsFailedError, fit, slots, worker_setup
 from prefvec_ray.vectors import fingerprint
@@ -37,6 +37,9 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
     tokenizer = load_tokenizer(working_base(config))
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     shape = {field: config.dpo.get(field) for field in ("max_length", "truncation_mode", "ld_alpha", "pad_token")}
+    half = [config.dpo.get("bf16", config.resources.gpus_per_worker > 0), config.dpo.get("fp16", False)]
+    if any(half):  # rounded in another way under DeepSpeed, and over a frozen base in bf16
+        shape["half"] = [*half, config.deepspeed is not None, config.method]
     key = key_of(base, vocabulary, tokenizer.chat_template or "", json.dumps(shape))
     watch = config.watch
     references = {}
@@ -55,7 +58,8 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
             wanted.append({"target": target, "source": str(folder / "test"), "pairs": watch.kl_samples, **answers})
     missing = [task for task in wanted if not Path(task["target"]).is_dir()]
     if missing:
-        job = {"base": str(working_base(config)), "dpo": config.dpo, "tasks": missing}
+        method = config.run_method.model_dump()
+        job = {"base": str(working_base(config)), "dpo": config.dpo, "method": method, "tasks": missing}
         print(f"   reference log-probs of {len(missing)} sets of pairs, once for all runs", flush=True)
         times = max(
             1, min(slots(config.resources, free=True), sum(task["pairs"] for task in missing) // PAIRS_PER_WORKER)
@@ -77,6 +81,7 @@ def _reference_worker(config: dict[str, Any]) -> None:
     from prefvec_ray.training.dpo import dpo_config, reference_logps
 
     worker_setup()
+    method = Method.model_validate(config["method"])
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for task in config["tasks"]:
         started = time.perf_counter()
@@ -99,7 +104,7 @@ def _reference_worker(config: dict[str, Any]) -> None:
                 if dist.is_initialized():
                     dist.barrier()
             pairs = load_from_disk(source)
-            scored = reference_logps(config["base"], pairs, config["dpo"], work_dir) if len(pairs) else pairs
+            scored = reference_logps(config["base"], pairs, config["dpo"], work_dir, method) if len(pairs) else pairs
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 scored.save_to_disk(partial)

@@ -13,10 +13,12 @@ from datasets import load_from_disk
 from trl import DPOConfig
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.preferences import TRANSCRIPT_TEMPLATE, DataCheck, Split, check_splits, data_digest, load_split
+from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
+from prefvec_ray.training.checkpoints import check_space
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
-from prefvec_ray.training.plan import run_plan
+from prefvec_ray.training.plan import is_finished, run_plan, slots
+from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
@@ -37,17 +39,32 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
     """
     config.check()
     prepared = prepare_data(config) if prepared is None else prepared
-    references = compute_references(config, prepared)
-    left_out = {
-        name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
-        for name, data in prepared.items()
-    }
-    specs = plan_runs(config, references)
-    runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries)
-    vectors = extract_vectors(config, specs)
+    with job_board(config.folder) as board:
+        references = compute_references(config, prepared)
+        left_out = {
+            name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
+            for name, data in prepared.items()
+        }
+        specs = plan_runs(config, references)
+        _check_space(config, specs)
+        runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries, board=board)
+        vectors = extract_vectors(config, specs)
     summary = {"left_out": left_out, "runs": runs, "vectors": {key: str(folder) for key, folder in vectors.items()}}
     (config.folder / "training.json").write_text(json.dumps(summary, indent=2))
     return summary
+
+
+def _check_space(config: TrainingConfig, specs: list[RunSpec]) -> None:
+    unfinished = [spec for spec in specs if not is_finished(spec)]
+    if config.method == "full" and unfinished:  # what LoRA writes is small beside its base
+        check_space(
+            config.folder,
+            config.base,
+            runs=len(unfinished),
+            at_once=slots(config.resources),
+            vectors=len(config.preferences) * len(config.seeds),
+            checkpoints=config.checkpoint_every is not None,
+        )
 
 
 def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
@@ -90,7 +107,7 @@ def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[
     """Read and split every preference's pairs, and check them with the tokenizer and length of the training."""
     tokenizer = load_tokenizer(config.base)
     if config.chat_template is not None:
-        tokenizer.chat_template = _template(config)
+        tokenizer.chat_template = read_template(config.chat_template)
     splits = {name: _load_split(config, name, source, collect_flaws) for name, source in config.preferences.items()}
     max_length = config.dpo.get("max_length", DPOConfig.max_length)
     return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length)
@@ -102,7 +119,7 @@ def _write_templated_base(config: TrainingConfig) -> None:
     if folder.resolve() == config.base.resolve():
         raise InputError(f"base {folder}: a chat_template would overwrite this base; choose another name or output")
     tokenizer = load_tokenizer(config.base)
-    tokenizer.chat_template = _template(config)
+    tokenizer.chat_template = read_template(str(config.chat_template))
     folder.mkdir(parents=True, exist_ok=True)
     for file in config.base.iterdir():
         link = folder / file.name
@@ -111,10 +128,6 @@ def _write_templated_base(config: TrainingConfig) -> None:
     for file in folder.glob("*token*"):
         file.unlink()  # never write through a link into the base itself
     tokenizer.save_pretrained(folder)
-
-
-def _template(config: TrainingConfig) -> str:
-    return TRANSCRIPT_TEMPLATE if config.chat_template == "transcript" else Path(str(config.chat_template)).read_text()
 
 
 def _load_split(config: TrainingConfig, name: str, source: PreferenceData, collect_flaws: bool) -> Split:
@@ -142,7 +155,7 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
             digest = (
                 references[names[0]]["digest"] if len(names) == 1 else key_of(*(references[n]["digest"] for n in names))
             )
-            key = f"{preference}-{polarity}-s{seed}-{key_of(base, *train, json.dumps(config.dpo, sort_keys=True))}"
+            key = f"{preference}-{polarity}-s{seed}-{key_of(base, *train, config.recipe_key)}"
             specs.append(
                 RunSpec(
                     key=key,
@@ -154,7 +167,8 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
                     data_digest=digest,
                     train=train,
                     test={name: references[name]["test"] for name in names},
-                    dpo=config.dpo,
+                    dpo=config.recipe,
+                    method=config.run_method,
                     out=str(config.folder / "dpo" / key),
                     answers=[references[name]["answers"] for name in names if "answers" in references[name]],
                     watch=config.watch,
