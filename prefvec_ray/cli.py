@@ -137,6 +137,52 @@ def export(
 
 
 @main.group(cls=Commands)
+def data() -> None:
+    """Look at preference data before training on it."""
+
+
+@data.command("check")
+@click.argument("sources", nargs=-1, metavar="[[NAME=]SOURCE]...")
+@click.option("--config", "path", type=click.Path(path_type=Path), help="A training config instead of sources.")
+@click.option("--test", help="Source of held-out pairs; default: a tenth of the prompts.")
+@click.option("--format", help="Name of the format; default: found by itself, see `prefvec data formats`.")
+@click.option("--split", help="Split of a hub dataset or of a folder.")
+@click.option(
+    "--system", type=click.Choice(["keep", "fold"]), default="keep", help="fold: into the first user message."
+)
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base: measures lengths in its tokens.")
+@click.option("--chat-template", help="A Jinja file, or `transcript`, where the base has no chat template.")
+@click.option("--max-length", type=click.IntRange(min=1), default=1024, show_default=True, help="In tokens.")
+@click.option("--json", "as_json", is_flag=True)
+def check_data(sources: tuple[str, ...], path: Path | None, as_json: bool, **options: Any) -> None:
+    """What SOURCEs hold and what is wrong with them; exit code 2 where training on them would be garbage.
+
+    A source is a file, a folder, s3://…, or org/name of the hub. NAME says which preference it is for.
+    """
+    from prefvec_ray import commands
+
+    config = _config(path, "prefvec_ray.training", "TrainingConfig") if path else None
+    found = commands.check_data(sources, config, **options)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+        for error in found.errors:
+            click.echo(f"error: {error}", err=True)
+    else:
+        from prefvec_ray.preferences.show import print_check
+
+        print_check(found, _console())
+    sys.exit(2 if found.errors else 0)
+
+
+@data.command("formats")
+def data_formats() -> None:
+    """The forms of preference data that can be read."""
+    from prefvec_ray.preferences.show import formats_table
+
+    _console().print(formats_table())
+
+
+@main.group(cls=Commands)
 def vectors() -> None:
     """Look at published vectors."""
 

@@ -1,6 +1,8 @@
 """What the commands of `cli.py` do where it is more than one call. Each takes a checked config and a console."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from rich.table import Table
 from prefvec_ray.cluster import connect, progress_bar
 
 if TYPE_CHECKING:
+    from prefvec_ray.preferences import DataCheck
     from prefvec_ray.search import EvalConfig, SearchConfig
     from prefvec_ray.training import TrainingConfig
 
@@ -61,6 +64,50 @@ def train(config: "TrainingConfig", console: Console) -> None:
     console.print(table)
     console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
     console.print(f"base to evaluate, export and serve with: {working_base(config)}", soft_wrap=True)
+
+
+def check_data(
+    sources: Sequence[str],
+    config: "TrainingConfig | None",
+    *,
+    base: Path | None,
+    chat_template: str | None,
+    max_length: int,
+    format: str | None,
+    split: str | None,
+    **options: Any,
+) -> "DataCheck":
+    """Check the data of a config as its training would, or of sources given by hand as `[NAME=]SOURCE`."""
+    from prefvec_ray.errors import InputError
+    from prefvec_ray.preferences import PKU_LABELS, check_splits, first_format, load_split, read_template
+
+    if (config is None) == (not sources):
+        raise InputError("give either sources of preference data or --config FILE")
+    if config is not None:
+        from prefvec_ray.training.train import check_data as check_config
+
+        config.check()
+        return check_config(config, collect_flaws=True)[1]
+    splits = {}
+    for given in sources:
+        named = re.fullmatch(r"([\w-]+)=(.+)", given)
+        source = named[2] if named else given
+        found = format or first_format(source, split=split)
+        stem = Path(source.partition("?")[0]).name.partition(".")[0]
+        names = [named[1]] if named else list(PKU_LABELS) if found == "pku-saferlhf" else [stem]
+        for name in names:
+            key = name if name not in splits else f"{name} {len(splits) + 1}"
+            splits[key] = load_split(source, preference=name, format=format, split=split, collect_flaws=True, **options)
+    tokenizer = None
+    if base is not None:
+        if not base.is_dir():
+            raise InputError(f"base {base}: no such folder; give the folder of a Hugging Face model")
+        from prefvec_ray.training.model import load_tokenizer
+
+        tokenizer = load_tokenizer(base)
+        if chat_template is not None:
+            tokenizer.chat_template = read_template(chat_template)
+    return check_splits(splits, tokenizer=tokenizer, max_length=max_length)
 
 
 def evaluate(config: "EvalConfig", console: Console) -> None:

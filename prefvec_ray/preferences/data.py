@@ -126,6 +126,14 @@ def load_preferences(
     )
 
 
+def first_format(source: str | Path, **options: Any) -> str:
+    """Name of the format of the first row of a source; `options` are those of `read_rows`."""
+    at = next(iter(read_rows(source, **options)), None)
+    if at is None or not isinstance(at.row, Mapping):
+        raise InputError(f"{label(str(source))}: nothing to train on (the first row is no object with named fields)")
+    return find_format(at.row, at.file).name
+
+
 class _Pairs:
     """Rows to pairs, counting what happens to them on the way."""
 

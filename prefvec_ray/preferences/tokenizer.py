@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from prefvec_ray.errors import InputError
 from prefvec_ray.preferences.tiny_world import TinyWorld
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -30,6 +33,15 @@ TRANSCRIPT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 """HH-RLHF's own transcript form, for a base whose tokenizer has no chat template (`chat_template: transcript`)."""
+
+
+def read_template(name: str) -> str:
+    """The chat template that a config's `chat_template` names: a Jinja file, or `transcript`."""
+    if name == "transcript":
+        return TRANSCRIPT_TEMPLATE
+    if not Path(name).is_file():
+        raise InputError(f"chat_template {name}: neither a file nor 'transcript'")
+    return Path(name).read_text(encoding="utf-8")
 
 
 def build_tokenizer(world: TinyWorld, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
