@@ -1,10 +1,17 @@
-"""What all tests share: one Ray cluster and an offline, quiet environment for every process it starts."""
+"""What all tests share: a Ray cluster, one finished micro demo, and an offline, quiet environment for every process.
 
+The suite mostly waits (for processes to start, mostly), so `make test` runs it in three processes of pytest-xdist.
+Tests that share what is dear stay together: those of one Ray cluster, those around the demo, else those of a file.
+"""
+
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch, transformers or ray are imported by any test: their processes inherit it.
@@ -13,31 +20,73 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["RAY_ADDRESS"] = "local"  # a process that a test starts never joins another cluster of this machine
 
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which tests stay together (`--dist loadgroup`)."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    for item in items:
+        group = str(item.path.relative_to(item.config.rootpath))
+        if "ray_cluster" in files[item.path]:
+            group = "training" if "training" in item.path.parts or item.path.parent.name == "tests" else "ray"
+        elif "demo_run" in files[item.path]:
+            group = "demo"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """One cluster of 4 logical CPUs for the whole suite, in namespace `prefvec`; the value is its dashboard's URL."""
-    import ray
+    """One cluster of 4 logical CPUs for all tests of a process, in namespace `prefvec`; the value: its dashboard's URL.
 
-    context = ray.init(num_cpus=4, namespace="prefvec", include_dashboard=True, log_to_driver=False)
+    Its job agent listens on a port of its own: another cluster of this machine may have the usual one.
+    """
+    import ray
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    context = ray.init(cluster.address, namespace="prefvec", log_to_driver=False)
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{context.dashboard_url}"  # what a job is submitted to
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture(scope="session")
-def demo_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def demo_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Any]:
     """The micro demo as its user runs it, in a process of its own: killed in the middle with SIGKILL, run again, and
     run a third time when it was finished.
 
-    {"cwd", "folder", "killed", "resumed", "again"}: the folders, and what the three runs printed.
+    {"cwd", "folder", "killed", "resumed", "again"}: the folders, and what the three runs printed. All processes of the
+    suite share one.
     """
-    cwd = tmp_path_factory.mktemp("demo")
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
+    told = shared / "demo_run.json"
+    with FileLock(f"{told}.lock"):
+        if not told.is_file():
+            (shared / "demo").mkdir()
+            told.write_text(json.dumps(_run_demo(shared / "demo")))
+    run = json.loads(told.read_text())
+    return run | {"cwd": Path(run["cwd"]), "folder": Path(run["folder"])}
+
+
+def _run_demo(cwd: Path) -> dict[str, str]:
     command = [sys.executable, "-m", "prefvec_ray.cli", "demo", "--world", "micro"]
     folder = cwd / "runs" / "demo-micro"
     environment = {**os.environ, "COLUMNS": "150"}
@@ -56,4 +105,4 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         process.wait()
     killed = (cwd / "killed.txt").read_text()
     assert (folder / "dpo").is_dir(), killed
-    return {"cwd": cwd, "folder": folder, "killed": killed, "resumed": run(), "again": run()}
+    return {"cwd": str(cwd), "folder": str(folder), "killed": killed, "resumed": run(), "again": run()}
