@@ -8,6 +8,7 @@ The newest whole one is kept until the next is whole, and none outlives its run.
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import safe_open
 from transformers import TrainerCallback
 
-from prefvec_ray.errors import JobError
+from prefvec_ray.errors import InputError, JobError
 
 COMPLETE = "complete.json"
 
@@ -97,6 +99,31 @@ def told_when_full(out: str | Path, needed: int) -> Iterator[None]:
             f"no space left in {folder}: {gigabytes(free)} free, a run takes up to {gigabytes(needed)}; "
             "free some and start the same command again, or set checkpoint_every: null"
         ) from error
+
+
+def check_space(folder: Path, base: Path, *, runs: int, at_once: int, vectors: int, checkpoints: bool) -> None:
+    """Refuse a job that would fill the disk: before it starts, by what full-parameter runs write at most.
+
+    A run leaves its delta (4 bytes a parameter of the base); while it trains, for a moment, two checkpoints (12 bytes
+    each: weights and both moments of Adam). A vector is written beside the runs and into the registry (2 bytes each).
+
+    Raises:
+        InputError: `folder` has less space than that.
+    """
+    parameters = 0
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            parameters += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    kept = (4 * runs + 4 * vectors) * parameters
+    passing = 24 * min(runs, at_once) * parameters if checkpoints else 0
+    free = shutil.disk_usage(folder).free
+    if kept + passing > free:
+        advice = "set checkpoint_every: null, " if kept < free else ""
+        raise InputError(
+            f"{folder} has {gigabytes(free)} free; {runs} runs of {parameters:,} parameters leave {gigabytes(kept)} "
+            f"and take {gigabytes(passing)} more for checkpoints while they train: {advice}free some or choose another "
+            "output"
+        )
 
 
 def gigabytes(count: float) -> str:

@@ -8,6 +8,7 @@ alone.
 import json
 import os
 import queue
+import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -16,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.errors import JobError
+from prefvec_ray.training.checkpoints import remove_checkpoints
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
-from prefvec_ray.training.progress import ProgressTable, start_board
+from prefvec_ray.training.progress import ProgressTable, job_board
+
+COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL Error", "DistBackendError")
+"""How gloo and NCCL say, on the workers that are left, that another one died."""
+
+OWN = "prefvec_ray."
 
 
 class RunsFailedError(JobError):
@@ -38,12 +45,17 @@ def read_run(spec: RunSpec) -> dict[str, Any]:
     return json.loads((Path(spec.out) / "run.json").read_text())
 
 
-def run_plan(specs: list[RunSpec], resources: Resources, storage: Path, *, retries: int = 1) -> list[dict[str, Any]]:
+def run_plan(
+    specs: list[RunSpec], resources: Resources, storage: Path, *, retries: int = 2, board: Any = None
+) -> list[dict[str, Any]]:
     """Run what is not finished yet, as many at once as the cluster holds, with one live table for all.
+
+    A run that was interrupted, in this job or an earlier one, goes on from its checkpoint.
 
     Args:
         storage: Ray Train's own files go here (shared by all nodes).
-        retries: how often a run is started again after its worker died.
+        retries: how often a run is started again after a process or node of it was lost.
+        board: of `job_board`; one for this plan alone is made where it is left out.
 
     Returns:
         run.json of every spec, in order.
@@ -51,13 +63,17 @@ def run_plan(specs: list[RunSpec], resources: Resources, storage: Path, *, retri
     Raises:
         RunsFailedError: names every run that failed and its first line of reason, after all others have ended.
     """
+    if board is None:
+        with job_board(storage) as board:
+            return run_plan(specs, resources, storage, retries=retries, board=board)
     labels = [spec.label for spec in specs]
     waiting = [spec for spec in specs if not is_finished(spec)]
     with ProgressTable(labels, title="DPO runs") as table:
         for spec in specs:
             if is_finished(spec):
+                remove_checkpoints(spec.out)  # of a run whose driver was killed as it finished
                 table.finish(spec.label, "finished")
-        failures = _run_waiting(waiting, resources, storage, retries, table)
+        failures = _run_waiting(waiting, resources, storage, retries, board, table) if waiting else {}
     if failures:
         reasons = "; ".join(f"{key}: {reason}" for key, reason in failures.items())
         raise RunsFailedError(f"{len(failures)} of {len(specs)} runs failed, the others are kept: {reasons}")
@@ -65,10 +81,9 @@ def run_plan(specs: list[RunSpec], resources: Resources, storage: Path, *, retri
 
 
 def _run_waiting(
-    waiting: list[RunSpec], resources: Resources, storage: Path, retries: int, table: ProgressTable
+    waiting: list[RunSpec], resources: Resources, storage: Path, retries: int, board: Any, table: ProgressTable
 ) -> dict[str, str]:
     """Drive the runs until all have ended; the reasons of those that failed, by label."""
-    board = start_board()
     ended: queue.Queue[tuple[RunSpec, str | None]] = queue.Queue()
 
     def control(spec: RunSpec) -> None:
@@ -81,10 +96,14 @@ def _run_waiting(
         except Exception as error:  # a thread has nobody above it who would see this
             ended.put((spec, f"{type(error).__name__}: {error}"))
 
+    if not slots(resources):
+        _say_too_small(resources)
     waiting = list(reversed(waiting))
     failures: dict[str, str] = {}
     running = 0
     while waiting or running:
+        # Counted anew each time: a cluster may grow. Workers of one run are reserved all together or not at all
+        # (a placement group), so that runs which wait for each other's rest cannot be.
         while waiting and running < max(1, slots(resources)):
             threading.Thread(target=control, args=[waiting.pop()], daemon=True).start()
             running += 1
@@ -93,9 +112,20 @@ def _run_waiting(
             running -= 1
             if reason is not None:
                 failures[spec.label] = reason
-            table.finish(spec.label, "failed" if reason else "finished")
-        table.update(ray.get(board.read.remote()))
+            table.finish(spec.label, "failed" if reason else "finished", reason or "")
+        with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs go on without it
+            table.update(ray.get(board.read.remote()))
     return failures
+
+
+def _say_too_small(resources: Resources) -> None:
+    total = ray.cluster_resources()
+    needs = f"{resources.workers} x {resources.cpus_per_worker:g} CPUs"
+    has = f"{total.get('CPU', 0):g} CPUs"
+    if resources.gpus_per_worker:
+        needs += f" and {resources.gpus_per_worker:g} GPUs"
+        has += f" and {total.get('GPU', 0):g} GPUs"
+    print(f"   a run takes {needs}, the cluster has {has}: waiting for it to grow (Ctrl-C ends the job)", flush=True)
 
 
 def fit(
@@ -105,7 +135,7 @@ def fit(
     resources: Resources,
     storage: Path,
     *,
-    retries: int = 1,
+    retries: int = 2,
 ) -> Any:
     """One Ray Train run of `worker(config)`; what its rank 0 returned.
 
@@ -166,17 +196,35 @@ def _fit(
 
 
 def _worker_died(error: TrainingFailedError) -> bool:
-    """Whether a process was lost: while it trained (a worker group's failures), or while it was being set up."""
+    """Whether a process was lost: while it trained (a worker group's failures), or while it was being set up.
+
+    Where one worker of several dies, the others may be the first to notice, as a connection that was closed; and where
+    one of them stops the run for a reason, the others notice that in the same way.
+    """
+    if OWN in failure_reason(error, full=True):
+        return False
     failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
-    return any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes)
+    if isinstance(error, PreemptionError) or any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes):
+        return True
+    return any(sign in str(failure) for failure in failures for sign in COLLATERAL)
 
 
-def failure_reason(error: TrainingFailedError) -> str:
-    """The last line of the first worker's traceback: the exception itself, without the stacks around it."""
+def failure_reason(error: TrainingFailedError, *, full: bool = False) -> str:
+    """The last line of a worker's traceback: the exception itself, without the stacks around it.
+
+    Of several workers the one that raised an error of ours knows the reason; the others only lost their connection.
+
+    Args:
+        full: with the exception's module before its name.
+    """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    lines = [line.strip() for line in str(failures[0] if failures else error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    last = [
+        [line.strip() for line in str(failure).splitlines() if line.strip()][-1:] for failure in failures or [error]
+    ]
+    reasons = [line for lines in last for line in lines] or [type(error).__name__]
+    reason = next((line for line in reasons if line.startswith(OWN)), reasons[0])
+    return reason if full else re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
 
 
 def _dpo_worker(config: dict[str, Any]) -> None:

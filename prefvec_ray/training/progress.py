@@ -1,17 +1,30 @@
 """Many runs, one table: workers tell a board actor where they are, the driver draws it.
 
-On a terminal the table is live; in a job's log it becomes one line every few seconds.
+On a terminal the table is live; in a job's log it becomes a line a run for each measurement, and now and then one for
+all of them.
 """
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+from blake3 import blake3
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from prefvec_ray.cluster import NAMESPACE
+from prefvec_ray.errors import JobError
+
+COLUMNS = ("run", "state", "step", "loss", "margin", "acc", "held out", "KL", "Δ chosen", "|grad|", "tok/s", "left")
+NARROW = ("run", "state", "step", "loss", "held out", "left")
+"""What a terminal of 80 columns shows."""
+
+LONGEST_SILENCE = 600.0
 
 
 class Board:
@@ -40,17 +53,43 @@ class Board:
         return rows
 
 
-def start_board() -> Any:
-    """A board actor of this job; it takes no CPU."""
-    return ray.remote(num_cpus=0)(Board).remote()
+@contextmanager
+def job_board(folder: Path, *, patience: float = 30) -> Iterator[Any]:
+    """The board actor of the one job that trains into `folder`; it takes no CPU, and dies with its driver.
+
+    Its name is the lock: two jobs that trained the same runs would write over each other.
+
+    Args:
+        patience: seconds to wait for the board of a driver that was killed, until Ray has noticed.
+
+    Raises:
+        JobError: another job of this cluster is training into the folder.
+    """
+    name = f"training-{blake3(str(folder.resolve()).encode()).hexdigest()[:16]}"
+    until = time.monotonic() + patience
+    while True:
+        try:
+            board = ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE).remote()
+            break
+        except ValueError as error:  # the name is taken
+            if time.monotonic() > until:
+                raise JobError(
+                    f"another job of this cluster is training into {folder}: wait for it, or choose another name"
+                ) from error
+            time.sleep(0.5)
+    try:
+        yield board
+    finally:
+        ray.kill(board)
 
 
 class ProgressTable:
-    """The table of all runs: state, step, loss, accuracy, time left. Use as a context manager and `update` it.
+    """The table of all runs: state, step, figures, time left. Use as a context manager and `update` it.
 
     Args:
         names: the runs, in the order of the rows.
-        interval: seconds between two lines where the output is no terminal.
+        interval: seconds from one line on all runs to the next where the output is no terminal; it doubles each time
+            until ten minutes, so that a job of a day leaves some hundred of them.
     """
 
     def __init__(
@@ -58,12 +97,14 @@ class ProgressTable:
     ) -> None:
         self.names = list(names)
         self.states = dict.fromkeys(self.names, "queued")
+        self.reasons: dict[str, str] = {}
         self.rows: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, int] = {}
         self.title = title
         self.interval = interval
         self.console = console or Console(file=sys.stdout)
         self.live = Live(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
-        self.last_line = 0.0
+        self.next_line = 0.0
 
     def __enter__(self) -> "ProgressTable":
         if self.live:
@@ -71,59 +112,95 @@ class ProgressTable:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._draw(final=True)
         if self.live:
+            self.live.update(self._table())
             self.live.stop()
+        else:
+            self.console.print(self._table())
+        for name, reason in self.reasons.items():
+            self._say(f"{name} {self.states[name]}: {reason}")
 
     def update(self, rows: dict[str, dict[str, Any]]) -> None:
         self.rows = rows
         for name in rows:
             if self.states.get(name) == "queued":
                 self.states[name] = "running"
-        self._draw()
-
-    def finish(self, name: str, state: str) -> None:
-        self.states[name] = state
-        self._draw()
-
-    def _draw(self, *, final: bool = False) -> None:
         if self.live:
             self.live.update(self._table())
-        elif final:
-            self.console.print(self._table())
-        elif time.monotonic() - self.last_line >= self.interval:
-            self.last_line = time.monotonic()
-            self.console.print(self._line(), soft_wrap=True)
+            return
+        for name, row in rows.items():
+            if "held_out" in row and row["step"] > self.measured.get(name, -1):
+                self.measured[name] = row["step"]
+                self._say(f"{name}: {self._details(name)}")
+        if time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + self.interval
+            self.interval = min(2 * self.interval, LONGEST_SILENCE)
+            self._say(self._summary())
+
+    def finish(self, name: str, state: str, reason: str = "") -> None:
+        """A run has ended; `reason`: why, where it failed."""
+        self.states[name] = state
+        if reason:
+            self.reasons[name] = reason
+        if self.live:
+            self.live.update(self._table())
+        elif reason:
+            self._say(f"{name} {state}: {reason}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _cells(self, name: str) -> list[str]:
         row = self.rows.get(name, {})
+
+        def figure(key: str, form: str) -> str:
+            return format(row[key], form) if row.get(key) is not None else ""
+
+        held_out = " ".join(f"{measured['accuracy']:.2f}" for measured in row.get("held_out", {}).values())
         step = f"{row['step']}/{row['total']}" if "step" in row else ""
-        loss = f"{row['loss']:.4f}" if "loss" in row else ""
-        accuracy = f"{row['accuracy']:.2f}" if "accuracy" in row else ""
-        eta = f"{row['eta']:.0f} s" if row.get("eta") and self.states[name] == "running" else ""
-        return [name, self.states[name], step, loss, accuracy, eta]
+        left = _duration(row["eta"]) if row.get("eta") and self.states[name] == "running" else ""
+        return [
+            name,
+            self.states[name],
+            step,
+            figure("loss", ".4f"),
+            figure("margin", "+.3f"),
+            figure("accuracy", ".2f"),
+            held_out,
+            figure("kl", ".3f"),
+            figure("chosen_shift", "+.2f"),
+            figure("grad_norm", ".2g"),
+            figure("tokens_per_s", ",.0f"),
+            left,
+        ]
+
+    def _details(self, name: str) -> str:
+        cells = dict(zip(COLUMNS, self._cells(name), strict=True))
+        return ", ".join(f"{column} {text}" for column, text in cells.items() if text and column not in COLUMNS[:2])
 
     def _table(self) -> Table:
+        columns = COLUMNS if self.console.width >= 110 else NARROW
         table = Table(title=self.title, title_justify="left")
-        for column in ("run", "state", "step", "loss", "accuracy", "time left"):
-            table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="left" if column in COLUMNS[:2] else "right", no_wrap=True)
         for name in self.names:
-            table.add_row(*self._cells(name))
+            cells = dict(zip(COLUMNS, self._cells(name), strict=True))
+            table.add_row(*(cells[column] for column in columns))
         return table
 
-    def _line(self) -> str:
-        count = {
-            state: list(self.states.values()).count(state) for state in ("finished", "running", "queued", "failed")
-        }
+    def _summary(self) -> str:
+        states = list(self.states.values())
+        count = {state: states.count(state) for state in ("finished", "running", "queued", "failed")}
         parts = [f"{number} {state}" for state, number in count.items() if number]
         for name, state in self.states.items():
             if state == "running":
-                _, _, step, loss, accuracy, eta = self._cells(name)
-                detail = [
-                    step,
-                    f"loss {loss}" if loss else "",
-                    f"acc {accuracy}" if accuracy else "",
-                    eta and f"{eta} left",
-                ]
-                parts.append(f"{name} " + " ".join(item for item in detail if item))
+                cells = dict(zip(COLUMNS, self._cells(name), strict=True))
+                parts.append(f"{name} {cells['step']}" + (f" ({cells['left']} left)" if cells["left"] else ""))
         return f"{self.title}: " + " | ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

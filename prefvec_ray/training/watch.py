@@ -37,16 +37,20 @@ class Clock:
     def __init__(self) -> None:
         self.start = self.mark = time.perf_counter()
         self.away = {"watching": 0.0, "checkpoints": 0.0}
+        self.steps = True
         self.away_then = 0.0
         self.tokens_then = 0.0
 
     @contextmanager
     def spent_on(self, what: Literal["watching", "checkpoints"]) -> Iterator[None]:
+        outermost, self.steps = self.steps, False  # an evaluation of several sets is one of each set inside
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.away[what] += time.perf_counter() - start
+            self.steps = outermost
+            if outermost:
+                self.away[what] += time.perf_counter() - start
 
     def tokens_per_second(self, tokens: float) -> float:
         """Tokens a second since the last call, prompt and both answers, all ranks; watching and checkpoints aside."""
