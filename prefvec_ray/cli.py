@@ -361,6 +361,71 @@ def import_registry(registry: str, bundle: Path, renumber: bool) -> None:
         click.echo(f"{there} -> {here}")
 
 
+@main.group(cls=Commands)
+def robustness() -> None:
+    """Robustness that is not overestimated: train a harm classifier, audit a scorer, study TRADES."""
+
+
+labels_option = click.option("--label", help="Column of the labels in a file; default: label.")
+texts_option = click.option(
+    "--data", required=True, help="`tiny`, `micro`, or a .csv, .jsonl or .json of labelled texts."
+)
+
+
+@robustness.command("train")
+@texts_option
+@labels_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option("--config", "path", type=click.Path(path_type=Path), help="YAML of the recipe, see jobs/configs.")
+@click.option("--seed", default=0, show_default=True)
+def train_harm_scorer(data: str, label: str | None, out: Path, path: Path | None, seed: int) -> None:
+    """Train a harm classifier with TRADES in embedding space, as a scorer folder."""
+    from prefvec_ray.config import load_config
+    from prefvec_ray.robustness import commands
+    from prefvec_ray.robustness.scorer import ScorerRecipe
+
+    recipe = load_config(path, ScorerRecipe) if path else ScorerRecipe()
+    commands.train(_console(), data=data, label=label, out=out, recipe=recipe, seed=seed)
+
+
+@robustness.command("audit")
+@click.argument("folder", type=click.Path(path_type=Path))
+@texts_option
+@labels_option
+@click.option("--inputs", "count", type=click.IntRange(min=2), default=300, show_default=True, help="Held-out texts.")
+@click.option("--epsilon", type=float, help="Default: what the scorer was trained with.")
+@click.option("--config", "path", type=click.Path(path_type=Path), help="YAML of the ladder, see jobs/configs.")
+@click.option("--seed", default=0, show_default=True)
+def audit_scorer(
+    folder: Path, data: str, label: str | None, count: int, epsilon: float | None, path: Path | None, seed: int
+) -> None:
+    """Attack the scorer in FOLDER harder and harder, and store the card beside it. Exit code 1 where it fails."""
+    from prefvec_ray.config import load_config
+    from prefvec_ray.robustness import Ladder, commands
+
+    ladder = load_config(path, Ladder) if path else Ladder()
+    card = commands.audit(
+        _console(), folder=folder, data=data, label=label, count=count, epsilon=epsilon, ladder=ladder, seed=seed
+    )
+    sys.exit(1 if card.verdict == "fail" else 0)
+
+
+@robustness.command("study")
+@click.option("--preset", type=click.Choice(["quick", "digits", "cifar", "paper"]), help="Default: digits.")
+@click.option("--config", "path", type=click.Path(path_type=Path), help="YAML of a study of your own instead.")
+@click.option("--data", help="A .npz of CIFAR-10 instead of the digits.")
+@click.option("--output", type=click.Path(path_type=Path), default=Path("runs/robustness"), show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown file; default: robustness.md in --output.")
+@click.option("--workers", type=click.IntRange(min=1), default=4, show_default=True, help="Runs at once.")
+def robustness_study(
+    preset: str | None, path: Path | None, data: str | None, output: Path, out: Path | None, workers: int
+) -> None:
+    """How often TRADES overestimates robustness, beyond plain adversarial training. Interrupted, it goes on."""
+    from prefvec_ray.robustness import commands
+
+    commands.study(_console(), preset=preset, config=path, data=data, output=output, out=out, workers=workers)
+
+
 def _coefficients(settings: tuple[str, ...]) -> dict[str, float]:
     """`("helpful@1=0.7",)` as `{"helpful@1": 0.7}`."""
     chosen = {}

@@ -1,4 +1,5 @@
-"""Robustness that is not overestimated: TRADES, FOSC, strong attacks, the audit of a classifier, and the study of TRADES.
+"""Robustness that is not overestimated: TRADES, FOSC, strong attacks, the audit of a classifier, and the study of
+TRADES.
 
     found = audit(model, images, labels, Ball(8 / 255))
     found.verdict, found.reason

@@ -1,0 +1,110 @@
+"""What `prefvec robustness ...` does."""
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from rich.console import Console
+from rich.table import Table
+
+from prefvec_ray.cluster import connect, progress_bar
+from prefvec_ray.config import load_config
+from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.evaluation.plots import STYLE
+from prefvec_ray.robustness.audit import Audit, Ladder
+from prefvec_ray.robustness.intervals import Rate
+from prefvec_ray.robustness.report import ladder_plot, write_study
+from prefvec_ray.robustness.scorer import ScorerRecipe, audit_scorer, train_scorer
+from prefvec_ray.robustness.study import PRESETS, Study, StudyConfig, run_study
+from prefvec_ray.robustness.texts import load_texts
+
+
+def study(
+    console: Console,
+    *,
+    preset: str | None,
+    config: Path | None,
+    data: str | None,
+    output: Path,
+    out: Path | None,
+    workers: int,
+) -> None:
+    """Run what is missing of a study, then write its tables and plots."""
+    from prefvec_ray.robustness.images import load_images
+
+    if config and preset:
+        raise InputError(f"--preset {preset} and --config {config}: give one of the two")
+    wanted = load_config(config, StudyConfig) if config else PRESETS[preset or "digits"]
+    if data:
+        wanted = wanted.model_copy(update={"data": data if data == "digits" else str(Path(data).absolute())})
+    if not wanted.data:
+        raise InputError(f"preset {preset} wants --data: a .npz of CIFAR-10")
+    for classes in {cell.classes for cell in wanted.cells()}:
+        load_images(wanted.data, classes, train=wanted.train, watch=wanted.watch, test=wanted.test)
+    found = Study(output, wanted)
+    failed: dict[str, str] = {}
+    if found.missing:
+        connect(console)
+        with progress_bar(console, "runs") as tell:
+            failed = run_study(found, workers=workers, progress=tell)
+    path = out or output / "robustness.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_study(found, path)
+    console.print(f"{len(found.runs)} runs in {output}: {path}", soft_wrap=True)
+    if failed:
+        name, reason = next(iter(failed.items()))
+        raise JobError(f"{len(failed)} runs failed, such as {name}: {reason}; the same command tries them again")
+
+
+def train(
+    console: Console,
+    *,
+    data: str,
+    label: str | None,
+    out: Path,
+    recipe: ScorerRecipe,
+    seed: int,
+) -> None:
+    """Train a harm classifier on labelled texts."""
+    train, held = load_texts(data, label)
+    console.print(f"{len(train.rows)} texts, {len(held.rows)} held out; labels: {', '.join(train.names)}")
+    with progress_bar(console, "steps") as tell:
+        about = train_scorer(train, held, recipe, out, seed=seed, progress=tell)
+    accuracy = Rate.model_validate(about["held_out_accuracy"])
+    largest = f"always the largest class: {100 * about['largest_class']:.1f}%"
+    console.print(f"held-out accuracy {accuracy}; {largest}", soft_wrap=True)
+    console.print(f"{out}: audit it with `prefvec robustness audit {out} --data {data}`", soft_wrap=True)
+
+
+def audit(
+    console: Console,
+    *,
+    folder: Path,
+    data: str,
+    label: str | None,
+    count: int,
+    epsilon: float | None,
+    ladder: Ladder,
+    seed: int,
+) -> Audit:
+    """Audit a scorer on held-out texts; write `audit.json` and `audit.png` into its folder."""
+    _, held = load_texts(data, label)
+    with progress_bar(console, "rungs") as tell:
+        card = audit_scorer(folder, held.sample(count, seed), epsilon=epsilon, ladder=ladder, seed=seed, progress=tell)
+    table = Table(title=f"{folder.name} under attack, epsilon {card.epsilon:g} ({card.space})", title_justify="left")
+    table.add_column("rung")
+    table.add_column("accuracy [95%]", justify="right")
+    rates = [card.clean, *card.rungs]
+    if card.words:
+        edits = f"{card.words['edits']} words"
+        rates += [
+            Rate(name=f"{edits}, random slips", **card.words["random"]),
+            Rate(name=f"{edits}, greedy", **{key: card.words[key] for key in ("mean", "low", "high", "n")}),
+        ]
+    for rate in rates:
+        table.add_row(rate.name, str(rate))
+    console.print(table)
+    console.print(f"{card.verdict}: {card.reason}", soft_wrap=True)
+    with rc_context(STYLE):
+        ladder_plot(card, folder.name).savefig(folder / "audit.png", dpi=110, metadata={"Software": None})
+    console.print(f"{folder / 'audit.json'}, {folder / 'audit.png'}", soft_wrap=True)
+    return card

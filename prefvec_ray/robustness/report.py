@@ -1,0 +1,363 @@
+"""The study as tables and plots. What it says is computed from the runs, whatever they show."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from prefvec_ray.evaluation.plots import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, MASKING, OVERESTIMATE, PGD, STRONG, Audit
+from prefvec_ray.robustness.intervals import Gap, Rate
+from prefvec_ray.robustness.study import Cell, Run, Study
+from prefvec_ray.robustness.train import healed
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+PAPER = {"batch": "smaller", "beta": "smaller", "lr": "larger", "classes": "larger"}
+"""Which way overestimation grows, by arXiv 2410.07675."""
+Runs = Mapping[Cell, Sequence[Run]]
+
+
+def by_cell(study: Study) -> dict[Cell, list[Run]]:
+    """The finished runs of every cell that learned, in the order of the study and of their seeds."""
+    found: dict[Cell, list[Run]] = {cell: [] for cell in study.config.cells()}
+    for run in sorted(study.runs, key=lambda run: run.seed):
+        if learned(run):
+            found[run.cell].append(run)
+    return {cell: runs for cell, runs in found.items() if runs}
+
+
+def learned(run: Run) -> bool:
+    """Better than chance without an attack. The gap of a run that collapsed is 0, and says nothing."""
+    return run.audit.clean.low > 1 / run.cell.classes
+
+
+def gap_of(run: Run) -> float:
+    return run.audit.gap(OVERESTIMATE).mean
+
+
+def control_of(cell: Cell, runs: Runs) -> Cell | None:
+    """The cell of plain adversarial training that differs in the method alone."""
+    wanted = {**cell.factors, "method": "adversarial", "beta": None, "noise": None}
+    return next((other for other in runs if other.factors == wanted and other != cell), None)
+
+
+def paired(name: str, cell: Cell, other: Cell, runs: Runs, value: Callable[[Run], float]) -> Gap | None:
+    """`value` in `cell` minus in `other`, over the seeds that both have; None below two."""
+    there = {run.seed: value(run) for run in runs[other]}
+    values = [value(run) - there[run.seed] for run in runs[cell] if run.seed in there]
+    return Gap.over_runs(name, values) if len(values) > 1 else None
+
+
+def study_markdown(study: Study, images: str = "images") -> str:
+    """The block of tables. `images` is where the plots lie, seen from the file that the block goes into."""
+    runs = by_cell(study)
+    if not runs:
+        return "No run has finished yet.\n"
+    parts = [_summary(study, runs), _cells(runs), _claims(runs), _remedy(runs), _signals(runs), _pictures(images)]
+    return "\n".join(part for part in parts if part)
+
+
+def write_study(study: Study, out: Path) -> None:
+    """Write the plots beside `out` in `images/`, and the tables into `out`: between its marks where it has them, so
+    that the text around them stays; as the whole file where it is not there yet."""
+    images = out.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    runs = by_cell(study)
+    with rc_context(STYLE):
+        for name, figure in (("gaps", gaps_plot(runs)), ("curves", curves_plot(runs))):
+            figure.savefig(images / f"robustness-{name}.png", dpi=110, metadata={"Software": None})
+    block = f"{BEGIN}\n{study_markdown(study)}{END}"
+    text = out.read_text("utf-8") if out.is_file() else ""
+    if BEGIN in text and END in text:
+        text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)
+    else:
+        text = f"{text}\n{block}\n".lstrip()
+    out.write_text(text, "utf-8")
+
+
+def _summary(study: Study, runs: Runs) -> str:
+    config, wanted = study.config, len(study.config.runs())
+    minutes = sum(run.seconds for run in study.runs) / 60
+    data = "the digits" if config.data == "digits" else "CIFAR-10"
+    tolerance = 100 * config.ladder.tolerance
+    lines = [
+        f"{len(study.runs)} of {wanted} runs of {config.epochs} epochs on {data} with the {config.network} network, "
+        f"{minutes:.0f} minutes of run time in all; {config.test} test images, the same for every run. Accuracies in "
+        "per cent, gaps in points; `±` and `[ ]` are 95% intervals, over seeds unless said otherwise. A run counts as "
+        f"overestimated where the interval (over images) of PGD-10 minus ensemble lies above {tolerance:g} points.",
+        "",
+    ]
+    for method, name in (("trades", "TRADES"), ("adversarial", "Plain adversarial training")):
+        for epsilon in sorted({cell.recipe.epsilon for cell in runs}):
+            cells = [cell for cell in runs if (cell.recipe.method, cell.recipe.epsilon) == (method, epsilon)]
+            group = [run for cell in cells if not cell.recipe.remedy for run in runs[cell]]
+            if group:
+                over = sum(run.overestimated for run in group)
+                masking = Gap.over_runs("", [run.audit.gap(MASKING).mean for run in group])
+                lines.append(
+                    f"- {name}, epsilon {epsilon:.3g}: overestimated in {over} of {len(group)} runs "
+                    f"({Rate.counted('', over, len(group))}); masked gradients shown in {_masked(group)}; PGD-100 with "
+                    f"restarts minus black box is {masking}."
+                )
+    collapsed = [f"{run.cell.name} (seed {run.seed})" for run in study.runs if not learned(run)]
+    if collapsed:
+        lines.append(f"- Left out of everything below, since they did not learn: {'; '.join(collapsed)}.")
+    return "\n".join(lines) + "\n"
+
+
+def _masked(group: Sequence[Run]) -> str:
+    return f"{sum(run.audit.finding == 'masked gradients' for run in group)}/{len(group)}"
+
+
+def _cells(runs: Runs) -> str:
+    rows = []
+    for cell, found in runs.items():
+        control = control_of(cell, runs)
+        beyond = paired("beyond", cell, control, runs, gap_of) if control else None
+        over = sum(run.overestimated for run in found)
+        rows.append(
+            [
+                cell.name,
+                len(found),
+                *(_percent(fmean(run.audit.rung(rung).mean for run in found)) for rung in _RUNGS),
+                _plus_minus(Gap.over_runs("", [gap_of(run) for run in found])),
+                _spread([gap_of(run) for run in found]),
+                f"{over}/{len(found)}",
+                _interval(beyond) if control else "–",
+                _masked(found),
+                f"{sum(healed(list(run.curve)) for run in found)}/{len(found)}",
+            ]
+        )
+    head = [
+        "cell", "runs", "clean", "PGD-10", "PGD-100 x5", "black box", "ensemble", "gap", "s.d. of seeds",
+        "overestimated", "gap beyond control", "masked", "healed itself",
+    ]  # fmt: skip
+    note = (
+        "*gap*: PGD-10 minus ensemble. *gap beyond control*: minus that of plain adversarial training in the same "
+        "setting, paired by seed. *masked*: the black box beats PGD-100 with restarts, by its interval over images. "
+        "*healed itself*: overestimated at some epoch, not at the last, and the strong accuracy did not fall (on the "
+        "watched images, with a shorter attack).\n"
+    )
+    return f"### Cells\n\n{_table(head, rows)}\n{note}"
+
+
+_RUNGS = (CLEAN, PGD, STRONG, BLACK_BOX, ENSEMBLE)
+
+
+def _neighbours(runs: Runs, method: str) -> Iterator[tuple[str, Cell, Cell]]:
+    """Pairs of cells without noise that differ in one factor alone: (factor, where it is lower, where it is higher)."""
+    cells = [cell for cell in runs if cell.recipe.method == method and not cell.recipe.remedy]
+    for a in cells:
+        for b in cells:
+            differing = [name for name, value in a.factors.items() if value != b.factors[name]]
+            if len(differing) == 1 and a.factors[differing[0]] < b.factors[differing[0]]:
+                yield differing[0], a, b
+
+
+def _claims(runs: Runs) -> str:
+    rows = []
+    for factor, a, b in _neighbours(runs, "trades"):
+        towards, away = (a, b) if PAPER.get(factor) == "smaller" else (b, a)
+        change = paired("change", towards, away, runs, gap_of)
+        if change is None:
+            continue
+        controls = control_of(towards, runs), control_of(away, runs)
+        plain = None
+        if controls[0] and controls[1] and controls[0] != controls[1]:
+            plain = paired("control", controls[0], controls[1], runs, gap_of)
+        fixed = ", ".join(f"{k} {v:g}" for k, v in a.factors.items() if isinstance(v, int | float) and k != factor)
+        rows.append(
+            [
+                f"{factor} {away.factors[factor]:g} → {towards.factors[factor]:g}",
+                fixed,
+                "grows" if factor in PAPER else "–",
+                f"{_interval(change)} ({change.n})",
+                f"{_interval(plain)} ({plain.n})" if plain else "–",
+                _seen(change, factor in PAPER),
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["change", "at", "paper: gap", "TRADES' gap changes by (pairs)", "control's", "seen here"]
+    note = "Paired by seed. Intervals are not corrected for there being several rows.\n"
+    return f"### What moves the gap\n\n{_table(head, rows)}\n{note}"
+
+
+def _seen(change: Gap, claimed: bool) -> str:
+    if change.low > 0:
+        return "yes" if claimed else "grows"
+    if change.high < 0:
+        return "the opposite" if claimed else "shrinks"
+    return "not told apart from noise"
+
+
+def _remedy(runs: Runs) -> str:
+    rows = []
+    for cell in (cell for cell in runs if cell.recipe.remedy):
+        without = next((other for other in runs if other.factors == {**cell.factors, "noise": None}), None)
+        if without is None:
+            continue
+        gap = paired("gap", cell, without, runs, gap_of)
+        strong = paired("ensemble", cell, without, runs, lambda run: run.audit.rung(ENSEMBLE).mean)
+        clean = paired("clean", cell, without, runs, lambda run: run.audit.clean.mean)
+        if gap is None or strong is None or clean is None:
+            continue
+        noisy = fmean(moment.noise for run in runs[cell] for moment in run.curve)
+        if gap.high >= 0:
+            verdict = "no: the gap is not shown to shrink"
+        elif strong.mean < 0:
+            verdict = "no: the gap shrinks, and so does what stands under the ensemble"
+        else:
+            verdict = "yes"
+        rows.append([cell.name, gap.n, _interval(gap), _interval(strong), _interval(clean), _percent(noisy), verdict])
+    if not rows:
+        return ""
+    head = ["cell", "pairs", "gap", "ensemble", "clean", "noisy epochs, %", "healing?"]
+    note = (
+        "Against the same cell without noise, paired by seed. Healing: the gap shrinks, the ensemble's accuracy does "
+        "not fall.\n"
+    )
+    return f"### The noise remedy\n\n{_table(head, rows)}\n{note}"
+
+
+def _signals(runs: Runs) -> str:
+    """Does what can be measured cheaply tell which runs are overestimated?"""
+    rows = []
+    epsilons = sorted({cell.recipe.epsilon for cell in runs})
+    for epsilon in epsilons:
+        group = [run for cell, found in runs.items() if cell.recipe.epsilon == epsilon for run in found]
+        gaps = [gap_of(run) for run in group]
+        if len(group) < 5:
+            continue
+        signals = {
+            "FOSC": [run.audit.probe["fosc"] for run in group],
+            "FOSC / (eps L1)": [run.audit.probe["fosc_relative"] for run in group],
+            "the same, within [0, 1]": [run.audit.probe["fosc_within"] for run in group],
+            "SGCS": [run.audit.probe["sgcs"] for run in group],
+            "PGD-100 minus black box": [run.audit.gap(MASKING).mean for run in group],
+        }
+        for name, values in signals.items():
+            rows.append([f"{epsilon:.3g}", name, f"{fmean(values):.2f}", *_correlation(values, gaps)])
+    if not rows:
+        return ""
+    head = ["epsilon", "signal", "mean", "r with the gap", "95% interval", "runs"]
+    return f"### Do the signals tell?\n\nOver all runs at one epsilon.\n\n{_table(head, rows)}\n"
+
+
+def _correlation(a: Sequence[float], b: Sequence[float]) -> list[str]:
+    """Pearson's r, Fisher's interval, number of pairs."""
+    n = len(a)
+    if n < 5 or stdev(a) == 0 or stdev(b) == 0:
+        return ["–", "–", str(n)]
+    ma, mb = fmean(a), fmean(b)
+    r = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True)) / ((n - 1) * stdev(a) * stdev(b))
+    z, half = math.atanh(max(-0.999999, min(0.999999, r))), 1.96 / math.sqrt(n - 3)
+    return [f"{r:+.2f}", f"[{math.tanh(z - half):+.2f}, {math.tanh(z + half):+.2f}]", str(n)]
+
+
+def _pictures(images: str) -> str:
+    return (
+        f"![The gap of every run, by cell]({images}/robustness-gaps.png)\n\n"
+        f"![FOSC, SGCS and the gap through training]({images}/robustness-curves.png)\n"
+    )
+
+
+def gaps_plot(runs: Runs) -> Figure:
+    """Every run a dot, a row a cell; the bar is the mean with its interval over seeds."""
+    figure = Figure(figsize=(9, 1.2 + 0.34 * len(runs)), layout="constrained")
+    panel = figure.subplots()
+    for row, (cell, found) in enumerate(reversed(list(runs.items()))):
+        colour = _colour(cell)
+        gaps = [100 * gap_of(run) for run in found]
+        mean = Gap.over_runs("", gaps)
+        if len(gaps) > 1:
+            panel.plot([mean.low, mean.high], [row, row], color=colour, lw=2, alpha=0.5)
+        panel.plot([mean.mean], [row], "|", color=colour, ms=14, mew=2)
+        panel.scatter(gaps, [row] * len(gaps), color=colour, s=22, zorder=3)
+    panel.axvline(0, color=GREY, lw=0.8)
+    panel.set_yticks(range(len(runs)), [cell.name for cell in reversed(list(runs))], fontsize=8)
+    panel.set_xlabel("PGD-10 minus ensemble, points (blue: TRADES, orange: plain adversarial training, green: noise)")
+    return figure
+
+
+def curves_plot(runs: Runs) -> Figure:
+    """Watched images: the gap, relative FOSC and SGCS through training, mean over the seeds, in the cells with most
+    runs."""
+    most = max(len(found) for found in runs.values())
+    cells = [cell for cell, found in runs.items() if len(found) == most]
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    measures: list[tuple[str, Callable[[Any], float | None]]] = [
+        ("PGD-10 minus strong, points", lambda moment: None if moment.gap is None else 100 * moment.gap),
+        ("FOSC / (epsilon x gradient's L1)", lambda moment: moment.fosc_relative),
+        ("SGCS", lambda moment: moment.sgcs),
+    ]
+    for panel, (title, measure) in zip(panels, measures, strict=True):
+        for cell in cells:
+            columns: dict[int, list[float]] = {}
+            for run in runs[cell]:
+                for moment in run.curve:
+                    value = measure(moment)
+                    if value is not None:
+                        columns.setdefault(moment.epoch, []).append(value)
+            style = {0.1: ":"}.get(cell.recipe.epsilon, "-" if cell.recipe.beta == 1 else "--")
+            means = [fmean(values) for values in columns.values()]
+            panel.plot(list(columns), means, style, color=_colour(cell), label=cell.name, marker=".", ms=4)
+        panel.set_xlabel("epoch")
+        panel.set_title(title)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def ladder_plot(card: Audit, title: str) -> Figure:
+    """The rungs of one audit with their intervals; words at the end where they were attacked."""
+    rates = [card.clean, *card.rungs]
+    if card.words:
+        for name, found in (("words, random", card.words["random"]), ("words, greedy", card.words)):
+            rates.append(Rate(name=name, **{key: found[key] for key in ("mean", "low", "high", "n")}))
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    panel = figure.subplots()
+    colours = {BLACK_BOX: ORANGE, ENSEMBLE: RED, CLEAN: BLACK}
+    for place, rate in enumerate(rates):
+        error = [[max(0.0, rate.mean - rate.low)], [max(0.0, rate.high - rate.mean)]]
+        panel.errorbar(place, rate.mean, yerr=error, fmt="o", capsize=4, color=colours.get(rate.name, BLUE))
+    if card.ladder.floor is not None:
+        panel.axhline(card.ladder.floor, color=GREY, lw=0.8, ls="--")
+    panel.set_xticks(range(len(rates)), [rate.name.replace(" ", "\n") for rate in rates])
+    panel.set_ylim(0, 1)
+    panel.set_ylabel("accuracy")
+    panel.set_title(f"{title}: {card.verdict} ({card.finding}), epsilon {card.epsilon:g}")
+    return figure
+
+
+def _colour(cell: Cell) -> str:
+    if cell.recipe.remedy:
+        return GREEN
+    return BLUE if cell.recipe.method == "trades" else ORANGE
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _plus_minus(gap: Gap) -> str:
+    return f"{100 * gap.mean:.1f} ± {50 * (gap.high - gap.low):.1f}" if gap.n > 1 else f"{100 * gap.mean:.1f}"
+
+
+def _interval(gap: Gap | None) -> str:
+    return str(gap) if gap else "–"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{100 * stdev(values):.1f}" if len(values) > 1 else "–"

@@ -1,0 +1,303 @@
+"""A harm classifier trained with TRADES in embedding space, and its audit. The folder is a Hugging Face sequence
+classifier with `scorer.json`, as `evaluation.ClassifierScorer` reads it; the audit puts `audit.json` beside it.
+
+Epsilon counts in units of the root mean square of the embedding table, so a model gains nothing from growing its
+embeddings.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from prefvec_ray.config import Config
+from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.evaluation.classifiers import AUDIT_FILE, SCORER_FILE, classifier_folder, model_digest
+from prefvec_ray.robustness.audit import Audit, Ladder, audit
+from prefvec_ray.robustness.intervals import Rate
+from prefvec_ray.robustness.texts import SAFE, Texts
+from prefvec_ray.robustness.threat import Ball
+from prefvec_ray.robustness.train import Recipe, robust_loss
+from prefvec_ray.robustness.words import WordAttack, attack_words
+
+MARK = 64.0
+"""What the two side channels hold, plus or minus: far out of reach of any epsilon, so an attack cannot touch the
+mask."""
+SPACE = "token embeddings, L-infinity, in units of their root mean square"
+
+
+class ScorerRecipe(Config):
+    """How a harm classifier is built and trained."""
+
+    encoder: str | None = None
+    """Folder or name of a Hugging Face encoder to start from; None: a small BERT of its own, from nothing."""
+    width: int = Field(default=64, ge=8)
+    layers: int = Field(default=2, ge=1)
+    vocabulary: int = Field(default=2000, ge=64)
+    max_length: int = Field(default=96, ge=8, le=512)
+    method: str = Field(default="trades", pattern="^(trades|adversarial|none)$")
+    """`none` trains on clean texts alone, the control."""
+    epsilon: float = Field(default=0.5, gt=0, lt=MARK)
+    beta: float = Field(default=1.0, gt=0)
+    inner_steps: int = Field(default=3, ge=1)
+    epochs: int = Field(default=4, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    batch: int = Field(default=32, ge=2)
+    metric: str = "harmless"
+    safe: tuple[str, ...] = ()
+    """The labels whose probability is the metric; default: those of `texts.SAFE` that the data has."""
+
+
+class EmbeddingClassifier(nn.Module):
+    """A sequence classifier over (N, L, D + 2): the token embeddings in units of their root mean square, and two
+    channels of +/- MARK: real token or padding, first or second text. What an attack moves is the embeddings
+    alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.typed = getattr(model.config, "type_vocab_size", 0) > 1
+
+    @property
+    def rms(self) -> Tensor:
+        return self.model.get_input_embeddings().weight.detach().square().mean().sqrt()
+
+    def embed(self, ids_NL: Tensor, mask_NL: Tensor, types_NL: Tensor) -> Tensor:
+        """Token ids as this module's input, with the graph to the embedding table. Padding is 0."""
+        embedded_NLD = self.model.get_input_embeddings()(ids_NL) / self.rms * mask_NL.unsqueeze(-1)
+        marks = torch.stack([mask_NL, types_NL], dim=-1).to(embedded_NLD) * 2 - 1
+        return torch.cat([embedded_NLD, MARK * marks], dim=-1)
+
+    def forward(self, x_NLF: Tensor) -> Tensor:
+        mask_NL, types_NL = (x_NLF[..., -2] > 0).long(), (x_NLF[..., -1] > 0).long()
+        sides = {"token_type_ids": types_NL} if self.typed else {}
+        embedded_NLD = x_NLF[..., :-2] * self.rms
+        return self.model(inputs_embeds=embedded_NLD, attention_mask=mask_NL, **sides).logits
+
+
+class Encoder:
+    """Texts as token ids of one length: (N, L) ids, mask and types."""
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, rows: Sequence[tuple[str, ...]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [list(column) for column in zip(*rows, strict=True)]
+        batch = self.tokenizer(
+            *parts, truncation=True, max_length=self.max_length, padding="longest", return_tensors="pt"
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        types = batch.get("token_type_ids", torch.zeros_like(ids))
+        return ids.to(device), mask.to(device), types.to(device)
+
+
+def train_scorer(
+    train: Texts,
+    held: Texts,
+    recipe: ScorerRecipe,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Train a harm classifier and write it to the folder `out`: weights, tokenizer and `scorer.json`, which is also
+    returned.
+
+    The held-out texts are only counted at the end. The same seed gives the same weights on the same device.
+
+    Raises:
+        InputError: `out` exists; labels of the held-out texts are unknown; no label counts as safe, or all do.
+        JobError: the run diverged.
+    """
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists; give another folder or delete it")
+    names = train.names
+    safe = recipe.safe or tuple(name for name in names if name in SAFE)
+    _check_labels(names, held, safe)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model, tokenizer = _build(train, recipe, names)
+    encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(device))
+    y = torch.tensor([names.index(label) for label in train.labels], device=device)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)
+    steps = recipe.epochs * math.ceil(len(y) / recipe.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps + 1), (steps - step) / steps)
+    )
+    step, losses = 0, list[float]()
+    for _ in range(recipe.epochs):
+        model.train()
+        for rows in torch.randperm(len(y), generator=generator).split(recipe.batch):
+            x = view.embed(*encoder([train.rows[i] for i in rows.tolist()], device))
+            loss = _loss(view, x, y[rows], recipe, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise JobError(f"the loss is {losses[-1]} at step {step}; lower the learning rate {recipe.lr}")
+            if progress:
+                progress(step, steps)
+    right = _right(view, encoder, held, names, device)
+    about = {
+        "kind": "classifier",
+        "metric": recipe.metric,
+        "direction": "maximize",
+        "encoding": train.encoding,
+        "labels": list(safe),
+        "safety": True,
+        "max_length": recipe.max_length,
+        "recipe": recipe.model_dump(),
+        "seed": seed,
+        "data_digest": train.digest,
+        "held_out_digest": held.digest,
+        "rows": len(train.rows),
+        "held_out_accuracy": Rate.of("clean", right).model_dump(),
+        "largest_class": max(held.labels.count(name) for name in names) / len(held.labels),
+        "loss": losses[-1],
+    }
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / SCORER_FILE).write_text(json.dumps(about, indent=2) + "\n")
+    return about
+
+
+def audit_scorer(
+    folder: str | Path,
+    texts: Texts,
+    *,
+    epsilon: float | None = None,
+    ladder: Ladder | None = None,
+    words: WordAttack | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Audit:
+    """Audit the scorer in `folder` on held-out `texts` and store the card beside it as `audit.json`.
+
+    Any Hugging Face sequence classifier with two labels or more; the texts' labels are its labels. `epsilon` defaults
+    to the one that it was trained with. The ladder's floor defaults to the share of an answer that is always the
+    largest class: a scorer that does worse under attack is not robust, however honest its figure.
+
+    Raises:
+        InputError: not a classifier folder; a label that it does not know; no epsilon; as `check_data`.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = classifier_folder(folder)
+    stated = json.loads((folder / SCORER_FILE).read_text()) if (folder / SCORER_FILE).is_file() else {}
+    epsilon = epsilon if epsilon is not None else stated.get("recipe", {}).get("epsilon")
+    if epsilon is None:
+        raise InputError(f"{folder} does not say which epsilon it was trained with; give one, in {SPACE}")
+    if epsilon >= MARK:
+        raise InputError(f"epsilon {epsilon}: expected less than {MARK:g} {SPACE}")
+    ball = Ball(epsilon, None, None)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    unknown = sorted(set(texts.labels) - set(names))
+    if unknown:
+        raise InputError(f"texts labelled {', '.join(unknown)}: {folder.name} knows only {', '.join(names)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    view = EmbeddingClassifier(model.to(device)).eval()
+    length = stated.get("max_length") or min(512, getattr(model.config, "max_position_embeddings", 512))
+    encoder = Encoder(AutoTokenizer.from_pretrained(folder, truncation_side="left"), length)
+    y = torch.tensor([names.index(label) for label in texts.labels], device=device)
+    with torch.no_grad():
+        x = view.embed(*encoder(texts.rows, device))
+    ladder = ladder or Ladder()
+    if ladder.floor is None:
+        largest = max(texts.labels.count(name) for name in names) / len(texts.labels)
+        ladder = ladder.model_copy(update={"floor": largest})
+    card = audit(view, x, y, ball, ladder, space=SPACE, seed=seed, progress=progress)
+    found = attack_words(
+        lambda rows: _logits(view, encoder, rows, device), texts.rows, y.cpu(), words or WordAttack(), seed=seed
+    )
+    card = card.model_copy(update={"words": found, "model_digest": model_digest(folder)})
+    partial = folder / f"{AUDIT_FILE}.partial"
+    partial.write_text(card.model_dump_json(indent=2) + "\n")
+    partial.replace(folder / AUDIT_FILE)
+    return card
+
+
+def _check_labels(names: tuple[str, ...], held: Texts, safe: tuple[str, ...]) -> None:
+    unknown = sorted(set(held.labels) - set(names))
+    if unknown:
+        raise InputError(f"held-out texts are labelled {', '.join(unknown)}, which no training text is")
+    wrong = [name for name in safe if name not in names]
+    if wrong or not safe or len(safe) == len(names):
+        chosen = ", ".join(safe) or "none"
+        raise InputError(f"safe labels: {chosen}; choose some, not all, of: {', '.join(names)}")
+
+
+def _build(train: Texts, recipe: ScorerRecipe, names: tuple[str, ...]) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if recipe.encoder:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.encoder, truncation_side="left")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            recipe.encoder, num_labels=len(names), use_safetensors=True, dtype=torch.float32, **labels
+        )
+        return model, tokenizer
+    tokenizer = _tokenizer(train, recipe.vocabulary)
+    # No dropout: TRADES compares two answers, and noise between them would count as divergence.
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=recipe.width, num_hidden_layers=recipe.layers,
+        num_attention_heads=max(1, recipe.width // 16), intermediate_size=2 * recipe.width,
+        max_position_embeddings=recipe.max_length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id, num_labels=len(names), **labels,
+    )  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(config), tokenizer
+
+
+def _tokenizer(train: Texts, vocabulary: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer()
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
+    pieces.train_from_iterator((text for row in train.rows for text in row), trainer)
+    pieces.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        truncation_side="left", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def _loss(view: nn.Module, x: Tensor, y: Tensor, recipe: ScorerRecipe, generator: torch.Generator) -> Tensor:
+    if recipe.method == "none":
+        return nn.functional.cross_entropy(view(x), y)
+    wanted = Recipe.model_validate(
+        {"method": recipe.method, "epsilon": recipe.epsilon, "beta": recipe.beta, "inner_steps": recipe.inner_steps}
+    )
+    return robust_loss(view, x, y, Ball(recipe.epsilon, None, None), wanted, generator).total
+
+
+@torch.no_grad()
+def _logits(
+    view: EmbeddingClassifier, encoder: Encoder, rows: Sequence[tuple[str, ...]], device: torch.device
+) -> Tensor:
+    parts = [view(view.embed(*encoder(rows[i : i + 256], device))).cpu() for i in range(0, len(rows), 256)]
+    return torch.cat(parts)
+
+
+def _right(
+    view: EmbeddingClassifier, encoder: Encoder, texts: Texts, names: tuple[str, ...], device: torch.device
+) -> Tensor:
+    y = torch.tensor([names.index(label) for label in texts.labels])
+    view.eval()
+    return _logits(view, encoder, texts.rows, device).argmax(1) == y
