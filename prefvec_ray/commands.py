@@ -88,7 +88,7 @@ def check_data(
 
         config.check()
         return check_config(config, collect_flaws=True)[1]
-    splits = {}
+    splits: dict[str, Any] = {}
     for given in sources:
         named = re.fullmatch(r"([\w-]+)=(.+)", given)
         source = named[2] if named else given
