@@ -129,8 +129,9 @@ class ProgressTable:
             self.live.update(self._table())
             return
         for name, row in rows.items():
-            if "held_out" in row and row["step"] > self.measured.get(name, -1):
-                self.measured[name] = row["step"]
+            measured = max((point["step"] for point in row.get("held_out", {}).values()), default=-1)
+            if measured > self.measured.get(name, -1):
+                self.measured[name] = measured
                 self._say(f"{name}: {self._details(name)}")
         if time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + self.interval
