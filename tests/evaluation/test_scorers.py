@@ -1,12 +1,26 @@
 import math
 import pickle
 import sys
+import threading
 
 import pytest
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric, Scorer, TinyWorldScorer, load_scorer, scorer
-from prefvec_ray.evaluation.scorers import run_scorer
+from prefvec_ray.evaluation import (
+    LengthScorer,
+    Metric,
+    Scorer,
+    ScorerTimeoutError,
+    TinyWorldScorer,
+    combine,
+    load_scorer,
+    run_scorer,
+    safety_cards,
+    scorer,
+    scorer_digest,
+)
+from prefvec_ray.evaluation.refusal import RefusalScorer
+from prefvec_ray.preferences import TinyWorld
 
 MODULE = """
 from prefvec_ray.evaluation import Metric, scorer
@@ -89,3 +103,61 @@ def test_directions_never_flip_a_sign():
     assert (up.worst, down.worst) == (0, 1)
     with pytest.raises(InputError, match="without a direction"):
         Metric(direction=None).gain(1, 0)
+
+
+def test_several_scorers_become_one(world):
+    exact, length = TinyWorldScorer(world), LengthScorer("length", "minimize")
+    both = combine([exact, length])
+    prompt = world.prompts("search")[0]
+    scores = run_scorer(both, [prompt], ["one two three"])
+    assert scores["length"] == [3.0]
+    assert set(scores) == set(exact.metrics) | {"length"}
+    assert combine([length]) is length
+    with pytest.raises(InputError, match="scorers 1 and 2 both state a metric 'words'"):
+        combine([exact, LengthScorer()])
+    with pytest.raises(InputError, match="no scorer given"):
+        combine([])
+
+
+def test_a_digest_stands_for_all_that_a_score_depends_on(world, my_scores):
+    exact = TinyWorldScorer(world)
+    assert exact.digest == TinyWorldScorer(TinyWorld("micro")).digest
+    assert exact.digest != TinyWorldScorer(TinyWorld("micro", seed=1)).digest
+    assert LengthScorer("a").digest != LengthScorer("a", "minimize").digest
+    unknown = load_scorer(f"{my_scores}:brevity")
+    assert scorer_digest(unknown) is None
+    assert scorer_digest(combine([exact, unknown])) is None, "what one part does not know, the whole does not"
+    assert scorer_digest(combine([exact, LengthScorer("a")])) is not None
+
+
+def test_what_decides_harmlessness_shows_its_card(world):
+    cards = safety_cards(combine([TinyWorldScorer(world), LengthScorer("length")]))
+    assert {name: card["verdict"] for name, card in cards.items()} == {
+        "harmless": "not needed",
+        "refusal_unsafe": "not needed",
+    }
+    cards = safety_cards(combine([RefusalScorer(), LengthScorer("length")]))
+    assert {name: card["verdict"] for name, card in cards.items()} == {"refuses_unsafe": "inconclusive"}
+    mine = scorer(mild=Metric(direction="maximize", safety=True))(lambda prompts, responses: {})
+    assert safety_cards(mine) == {"mild": None}
+
+
+def test_a_scorer_that_does_not_answer_is_not_waited_for():
+    release = threading.Event()
+
+    @scorer(slow=Metric(direction="maximize"))
+    def slow(prompts, responses):
+        release.wait(30)
+        return {"slow": [1.0] * len(responses)}
+
+    with pytest.raises(ScorerTimeoutError, match=r"scorer of slow: no scores of 1 answers within 0.1 s"):
+        run_scorer(slow, ["p"], ["r"], timeout=0.1)
+    release.set()
+    assert run_scorer(slow, ["p"], ["r"], timeout=30) == {"slow": [1.0]}
+
+    @scorer(broken=Metric(direction="maximize"))
+    def broken(prompts, responses):
+        raise ZeroDivisionError("by zero")
+
+    with pytest.raises(ZeroDivisionError, match="by zero"):
+        run_scorer(broken, ["p"], ["r"], timeout=30)
