@@ -6,10 +6,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.evaluate import Evaluation, better, compare_metric
+from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, better, compare_metric, estimate
 from prefvec_ray.evaluation.scorers import Metric
 
 TOLERANCE = 0.02
@@ -134,6 +135,49 @@ def improves(
         evidence=f"{evaluation.mean(metric):.3f} against {over.mean(metric):.3f}; gain {gained:+.3f}{stderr} "
         f"(paired, {difference.n} prompts)",
     )
+
+
+class Effect(BaseModel):
+    """What one coefficient does to one metric: d metric / d coefficient, on average over the settings measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    preference: str
+    metric: str
+    slope: Estimate
+
+
+def coupling(settings: Sequence[Evaluation], metrics: Sequence[str]) -> list[Effect]:
+    """The coupling matrix d metric_q / d eta_p of settings that were measured on the same prompts.
+
+    For each prompt a plane is fitted through its scores at all settings (least squares, an intercept and one slope a
+    coefficient); the estimate is the mean of the prompts' slopes, its error is over prompts, as everywhere. A curve
+    that bends is so summed up by its average slope over the settings given. Prompts on which a metric is not defined
+    at enough settings are left out; a metric that is left with none has no entry, and neither has a coefficient that
+    never moves.
+
+    Raises:
+        InputError: no settings, or settings measured on other prompts.
+    """
+    if not settings or len({e.prompts_digest for e in settings}) > 1:
+        raise InputError("a coupling matrix needs settings that were all measured on the same prompts")
+    names = list(dict.fromkeys(name for e in settings for name in e.coefficients))
+    eta_SP = np.array([[e.coefficients.get(name, 0.0) for name in names] for e in settings])
+    moving = [i for i in range(len(names)) if np.ptp(eta_SP[:, i]) > 0]
+    design_SP = np.column_stack([np.ones(len(settings)), eta_SP[:, moving]])
+    found = []
+    for metric in metrics:
+        score_SN = np.array([e.per_prompt[metric] for e in settings], dtype=float)
+        slopes = []
+        for score_S in score_SN.T:
+            known = ~np.isnan(score_S)
+            if np.linalg.matrix_rank(design_SP[known]) == design_SP.shape[1]:
+                slopes.append(np.linalg.lstsq(design_SP[known], score_S[known], rcond=None)[0][1:])
+        for place, i in enumerate(moving):
+            slope = estimate([float(row[place]) for row in slopes])
+            if slope is not None:
+                found.append(Effect(preference=names[i], metric=metric, slope=slope))
+    return found
 
 
 def check_control(

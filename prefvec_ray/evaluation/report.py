@@ -2,6 +2,7 @@
 read."""
 
 import base64
+import hashlib
 import html
 import itertools
 import json
@@ -12,10 +13,12 @@ from typing import Any
 
 import jinja2
 import markdown
+from markupsafe import Markup
 
-from prefvec_ray.evaluation import plots
+from prefvec_ray.evaluation import page, plots
+from prefvec_ray.evaluation.control import ERRORS, Effect
 from prefvec_ray.evaluation.evaluate import Evaluation, compare
-from prefvec_ray.evaluation.results import ReportData, SearchSummary
+from prefvec_ray.evaluation.results import ReportData, SearchSummary, together_name
 
 MAX_PAIRS = 3
 """Pairs of preferences that get heat maps of their own; six preferences would have fifteen."""
@@ -36,19 +39,66 @@ def write_report(folder: str | Path, data: ReportData) -> None:
         encoded = base64.b64encode(image.read_bytes()).decode()
         body = body.replace(f'src="plots/{image.stem}.png"', f'src="data:image/svg+xml;base64,{encoded}"')
     body = body.replace("<strong>NO</strong>", '<strong class="no">NO</strong>')
-    page = _environment().get_template("report.html.j2").render(title=html.escape(data.title), body=body)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(_page(data, body), encoding="utf-8")
+
+
+def _page(data: ReportData, body: str) -> str:
+    """The self-contained page: its one script is allowed by digest, so that nothing else in it can run."""
+    files, drawn = _environment(), page.page_data(data)
+    script = files.get_template("page.js.j2").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment(autoescape=True)
+        .get_template("report.html.j2")
+        .render(
+            title=data.title,
+            style=Markup(files.get_template("page.css.j2").render()),
+            script=Markup(script),
+            script_digest=f"'sha256-{digest}'",
+            warnings=data.warnings(),
+            summary=page.summary(data),
+            presets=page.preset_cards(data),
+            page=drawn,
+            page_json=Markup(page.as_script(drawn)),
+            coupling=_coupling(page.effects(data), data),
+            cards=data.cards,
+            body=Markup(body),
+        )
+    )
+
+
+def _coupling(effects: Sequence[Effect], data: ReportData) -> dict[str, Any] | None:
+    """The coupling matrix as the page shows it: a row a coefficient, goals first."""
+    if not effects:
+        return None
+    by_place = {(effect.preference, effect.metric): effect.slope for effect in effects}
+    goals = [*data.objectives.values(), *(data.search.objectives if data.search else [])]
+    metrics = list(dict.fromkeys([*goals, *(effect.metric for effect in effects)]))
+    rows = []
+    for preference in dict.fromkeys(effect.preference for effect in effects):
+        cells = []
+        for metric in metrics:
+            slope = by_place.get((preference, metric))
+            gain = 0.0 if slope is None else data.metrics[metric].gain(slope.mean, 0.0)
+            clear = slope is not None and abs(gain) > ERRORS * (slope.stderr or 0.0)
+            text = "–" if slope is None else f"{slope.mean:+.2f}" + (f" ±{slope.stderr:.2f}" if slope.stderr else "")
+            cells.append({"text": text, "tone": ("good" if gain > 0 else "bad") if clear else "same"})
+        rows.append({"preference": preference, "cells": cells})
+    return {"metrics": metrics, "rows": rows}
 
 
 def _draw(folder: Path, data: ReportData) -> list[str]:
     """Draw what the data allows; the names of the pictures."""
     pairs = list(itertools.combinations(data.objectives, 2))[:MAX_PAIRS]
-    pictures = {"control": partial(plots.control, data.seeds, data.objectives, data.metrics)}
-    if pairs:
+    gridded = [results for results in data.seeds if results.grid]
+    pictures = {}
+    if gridded and data.objectives:
+        pictures["control"] = partial(plots.control, gridded, data.objectives, data.metrics)
+    if pairs and data.seeds:
         axes = {p: data.objectives[p] for p in pairs[0]}
         pictures["tradeoff"] = partial(plots.tradeoff, data.seeds, axes, data.metrics)
-    for pair in pairs:
-        draw = partial(plots.heatmaps, data.seeds, pair, data.metrics, show=list(data.metrics))
+    for pair in pairs if gridded else ():
+        draw = partial(plots.heatmaps, gridded, pair, data.metrics, show=list(data.metrics))
         pictures[f"heatmaps-{'-'.join(pair)}"] = draw
     if data.curves:
         pictures["training"] = partial(plots.training, data.curves)
@@ -72,8 +122,10 @@ def _facts(data: ReportData) -> dict[str, Any]:
         "cell": cell,
         "claims": len(claims),
         "held": sum(claim.holds for _, claim in claims),
-        "together": f"vectors ({', '.join('1' for _ in data.objectives)})",
-        "prompts": len(next(iter(data.seeds[0].row("base").per_prompt.values()))),
+        "headlines": _headlines(data),
+        "prompts": _prompts(data),
+        "warnings": [cell(line) for line in data.warnings()],
+        "presets": _presets(data.search) if data.search else "",
         "served": table(
             ["", *(f"{cell(name)} ({point(coefficients)})" for name, coefficients in settings.items())],
             [
@@ -102,6 +154,7 @@ def _facts(data: ReportData) -> dict[str, Any]:
         if data.search
         else "",
         "confirmation": _confirmation(data.search) if data.search else "",
+        "controls": any(row.setting.kind == "control" for results in data.seeds for row in results.table),
         "stages": table(
             ["stage", "seconds"],
             [
@@ -114,6 +167,45 @@ def _facts(data: ReportData) -> dict[str, Any]:
         ),
         "config": json.dumps(data.config, indent=2, ensure_ascii=False, default=str),
     }
+
+
+def _headlines(data: ReportData) -> list[str]:
+    """What all coefficients at 1 do to each objective, a line a seed, where that was measured."""
+    together, found = together_name(len(data.objectives)), []
+    for results in data.seeds:
+        rows = {row.setting.name: row.evaluation for row in results.table}
+        if {"base", together} <= set(rows) and data.objectives:
+            parts = [
+                f"{cell(metric)} {rows['base'].mean(metric):.3f} → {rows[together].mean(metric):.3f}"
+                for metric in data.objectives.values()
+            ]
+            found.append(f"DPO seed {results.seed}, all coefficients from 0 to 1: {', '.join(parts)}.")
+    return found
+
+
+def _prompts(data: ReportData) -> int:
+    """How many prompts the numbers that count were measured on."""
+    if data.seeds:
+        measured = data.seeds[0].table[0].evaluation
+    elif data.search:
+        measured = data.search.confirmed[0] if data.search.confirmed else data.search.base
+    else:
+        return 0
+    return max((value.n for value in measured.metrics.values() if value is not None), default=0)
+
+
+def _presets(search: SearchSummary) -> str:
+    rows = [
+        [
+            f"**{cell(preset.name)}**" + (f" (`{cell(preset.published)}`)" if preset.published else ""),
+            point(preset.coefficients),
+            cell(preset.rule),
+            cell(preset.verdict or "not measured on report prompts"),
+            cell(preset.evidence or preset.reason),
+        ]
+        for preset in search.presets
+    ]
+    return table(["preset", "coefficients", "rule", "on the report prompts", "evidence"], rows) if rows else ""
 
 
 def _numbers(evaluation: Evaluation, data: ReportData) -> list[str]:
@@ -150,11 +242,11 @@ def cell(value: Any) -> str:
     return "<br>".join(text.splitlines())
 
 
-def _environment() -> jinja2.Environment:
+def _environment(*, autoescape: bool = False) -> jinja2.Environment:
     return jinja2.Environment(
         loader=jinja2.PackageLoader("prefvec_ray.evaluation"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # Markdown: what comes from outside goes through `cell`
+        autoescape=autoescape,  # off for Markdown, where what comes from outside goes through `cell`
     )

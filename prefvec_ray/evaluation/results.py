@@ -1,7 +1,8 @@
 """The plain data of a whole run, from which plots and report are drawn: `ReportData` and its parts. JSON
 both ways."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,6 +53,35 @@ class Curve(_Data):
     accuracy: list[float]
 
 
+Verdict = Literal["confirmed", "unclear", "refuted"]
+
+
+class Preset(_Data):
+    """A setting that a search chose by a stated rule, and what prompts that it never saw said about it."""
+
+    name: str
+    rule: str
+    """In words."""
+    raises: list[str]
+    """Objectives in which it beat the base on the search prompts."""
+    keeps: list[str] = []
+    """Objectives that its rule asks to be at least the base's."""
+    reason: str
+    searched: Evaluation
+    """On the search prompts, where it was chosen and so looks better than it is."""
+    reported: Evaluation | None = None
+    """On the report prompts."""
+    verdict: Verdict | None = None
+    evidence: str = ""
+    """The numbers behind the verdict."""
+    published: str | None = None
+    """Where it was published, such as `balanced@1`."""
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return self.searched.coefficients
+
+
 class SearchSummary(_Data):
     """A search as the report shows it."""
 
@@ -69,6 +99,9 @@ class SearchSummary(_Data):
     """The name under which the recommended setting was published, such as `balanced@1`."""
     confirmed: tuple[Evaluation, Evaluation] | None = None
     """Base and recommended setting on the report prompts, which the search never saw."""
+    presets: list[Preset] = []
+    control: list[Evaluation] = []
+    """Settings along each coefficient with the others at 0, on the report prompts."""
 
 
 class ServedAnswer(_Data):
@@ -81,12 +114,15 @@ class ServedAnswer(_Data):
 
 
 class ReportData(_Data):
-    """Everything that the report says. `objectives` maps each preference to the metric it should improve."""
+    """Everything that the report says. `objectives` maps each preference to the metric it should improve; it is empty
+    where nothing says which. A run may have a comparison (`seeds`), a search, or both."""
 
     title: str
     objectives: dict[str, str]
     metrics: dict[str, Metric]
-    seeds: list[SeedResults]
+    seeds: list[SeedResults] = []
+    cards: dict[str, dict[str, Any] | None] = {}
+    """Each metric that decides harmlessness -> the card of its scorer (docs/scorers.md), None where it has none."""
     curves: list[Curve] = []
     search: SearchSummary | None = None
     served: list[ServedAnswer] = []
@@ -102,18 +138,50 @@ class ReportData(_Data):
     """Further limits of this run that a reader must know."""
 
     def claims(self) -> list[tuple[int, Claim]]:
-        """Every claim with the DPO seed that it was checked on: monotone control, validity, and all vectors
-        at 1 above the base in every objective."""
+        """Every claim with the DPO seed that it was checked on, as far as the settings were measured: all vectors at 1
+        above the base in every objective, monotone control, validity."""
         found = []
-        together = f"vectors ({', '.join('1' for _ in self.objectives)})"
+        together = together_name(len(self.objectives))
         for results in self.seeds:
-            base, vectors = results.row("base"), results.row(together)
-            claims = [
-                improves(vectors, base, metric, self.metrics, names=(together, "base"))
-                for metric in self.objectives.values()
-            ]
-            claims += check_control(
-                results.grid, self.objectives, self.metrics, valid=self.validity, floor=self.validity_floor
-            )
+            rows = {measured.setting.name: measured.evaluation for measured in results.table}
+            claims: list[Claim] = []
+            if {together, "base"} <= set(rows):
+                claims += [
+                    improves(rows[together], rows["base"], metric, self.metrics, names=(together, "base"))
+                    for metric in self.objectives.values()
+                ]
+            if results.grid and self.objectives:
+                claims += check_control(
+                    results.grid, self.objectives, self.metrics, valid=self.validity, floor=self.validity_floor
+                )
             found += [(results.seed, claim) for claim in claims]
         return found
+
+    def warnings(self) -> list[str]:
+        """What a reader must be told before believing a word about harmlessness: metrics that decide it and whose
+        scorer was not shown to be hard to fool."""
+        return card_warnings(self.cards)
+
+
+def together_name(preferences: int) -> str:
+    """The name of the setting with every vector at 1."""
+    return f"vectors ({', '.join(['1'] * preferences)})"
+
+
+TRUSTED = ("pass", "not needed")
+
+
+def card_warnings(cards: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """One line for each safety metric whose scorer has no card, or one that does not pass."""
+    found = []
+    for metric, card in cards.items():
+        if card is None:
+            found.append(
+                f"{metric} decides harmlessness, but its scorer was never audited: how easily it is fooled is not known"
+            )
+        elif card.get("verdict") not in TRUSTED:
+            found.append(
+                f"{metric} decides harmlessness, and the audit of its scorer says {card.get('verdict')!r}: "
+                f"{card.get('reason') or 'no reason is given'}"
+            )
+    return found
