@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.vectors import Checkpoint, LowRank, PreferenceVector, vector_from_adapter, vector_from_state
@@ -29,6 +30,7 @@ def parameter_layout(base: str | Path) -> Layout:
     """Live parameter name -> the checkpoint's tensors in it. To be asked before DeepSpeed takes over model loading."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    unset_hf_deepspeed_config()  # of an earlier run in this process
     with torch.device("meta"):
         return checkpoint_layout(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)))
 
@@ -98,6 +100,7 @@ def save_adapter(model: "PeftModel", folder: Path, *, keep: bool) -> None:
 
 def adapter_vector(folder: Path, base: str | Path, **labels: Any) -> PreferenceVector:
     """A LoRA run's delta from its adapter's folder: low-rank, exact. `labels`: what `vector_from_adapter` asks for."""
+    unset_hf_deepspeed_config()  # PEFT's skeleton of the adapter is built here alone, and whole
     return _with_precision(vector_from_adapter(folder, base=base, **labels), base)
 
 
