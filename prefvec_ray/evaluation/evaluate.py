@@ -152,7 +152,7 @@ class Evaluator:
 
         names = self.live.vectors
         etas = torch.tensor([list(check_coefficients(s, names).values()) for s in settings])
-        few = 2 * len(self.prompts) * self.draws <= self._batch_size
+        few = shares_batch(len(self.prompts), self.draws, self._batch_size)
         if steer is None:
             steer = len(settings) > 1 and few and self._can_steer()
         if not steer:
@@ -246,6 +246,11 @@ class Evaluator:
 
     def _over_draws(self, values: Sequence[float | None]) -> list[float | None]:
         return [_mean(values[i : i + self.draws]) for i in range(0, len(values), self.draws)]
+
+
+def shares_batch(prompts: int, draws: int, batch_size: int) -> bool:
+    """Whether one setting fills so little of a batch that several together are faster than one after another."""
+    return 2 * prompts * draws <= batch_size
 
 
 def all_metrics(scorer: Scorer, measures: Sequence[str], margins: Mapping[str, Metric]) -> dict[str, Metric]:

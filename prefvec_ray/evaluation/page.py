@@ -58,9 +58,9 @@ def summary(data: ReportData) -> list[str]:
     if search and chosen is not None:
         found.append(f"We recommend {words(chosen.coefficients)}. {_outcome(chosen, search, data.metrics)}")
         found.append(
-            f"It was chosen from {len(search.trials)} settings; {len(search.front)} of them are best choices, where no "
-            "goal can be had without giving up some of another. Each is a point below: click one to see its dials, its "
-            "numbers and what the model then says."
+            f"It was chosen from {len(search.trials)} settings; {len(search.front)} of them are best choices: no other "
+            "setting is clearly better. Each is a point below: click one to see its dials, its numbers and what the "
+            "model then says."
         )
     for results in data.seeds[:1]:
         together = _row(results, together_name(len(data.objectives)))

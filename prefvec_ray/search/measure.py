@@ -7,6 +7,7 @@ import ray
 from ray.util import ActorPool
 
 from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.evaluation.evaluate import shares_batch
 from prefvec_ray.search.trial import Task
 
 
@@ -14,8 +15,8 @@ class _Measurer:
     def __init__(self, task: Task) -> None:
         self.evaluator = task.evaluator()
 
-    def measure(self, coefficients: Mapping[str, float]) -> str:
-        return self.evaluator.evaluate(coefficients).model_dump_json()
+    def measure(self, settings: Sequence[Mapping[str, float]]) -> list[str]:
+        return [evaluation.model_dump_json() for evaluation in self.evaluator.evaluate_many(settings)]
 
 
 def measure(
@@ -37,11 +38,13 @@ def measure(
     options: dict[str, Any] = {"num_cpus": wanted.pop("cpu", 0), "num_gpus": wanted.pop("gpu", 0), "resources": wanted}
     shared = ray.put(task)
     pool = ActorPool([actor.options(**options).remote(shared) for _ in range(min(actors, len(settings)))])
-    results = []
-    for done, text in enumerate(
-        pool.map(lambda actor, setting: actor.measure.remote(setting), list(settings)), start=1
-    ):
-        results.append(Evaluation.model_validate_json(text))
+    # Small settings go several at a time: they may share a batch (`Evaluator.evaluate_many`).
+    small = shares_batch(len(task.prompts), task.draws, task.batch_size)
+    size = max(1, min(8, len(settings) // (2 * actors))) if small else 1
+    parts = [list(settings[i : i + size]) for i in range(0, len(settings), size)]
+    results: list[Evaluation] = []
+    for texts in pool.map(lambda actor, part: actor.measure.remote(part), parts):
+        results += [Evaluation.model_validate_json(text) for text in texts]
         if progress:
-            progress(done, len(settings))
+            progress(len(results), len(settings))
     return results

@@ -1,0 +1,99 @@
+"""What a search found, measured again on prompts that it never saw: its base, its presets, and each dial by itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.evaluation.prompts import check_disjoint
+from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary
+from prefvec_ray.evaluation.scorers import safety_cards, scorer_digest
+from prefvec_ray.search.measure import measure
+from prefvec_ray.search.presets import choose, confirm, publish, search_evidence
+from prefvec_ray.search.result import SearchResult
+from prefvec_ray.search.trial import Task
+
+
+def report_task(task: Task, prompts: Sequence[Any], draws: int | None = None) -> Task:
+    """The task of a search on report prompts.
+
+    Raises:
+        InputError: a report prompt is a search prompt too.
+    """
+    check_disjoint(task.prompts, prompts)
+    return replace(task, prompts=prompts, draws=draws or task.draws, rungs=(1.0,))
+
+
+def report_search(
+    result: SearchResult,
+    task: Task,
+    rules: Mapping[str, str],
+    *,
+    control: int = 5,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    actors: int = 4,
+    resources: Mapping[str, float] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SearchSummary:
+    """Measure on `task`, a `report_task`, what `result` is to be believed for: the base, the recommendation, the preset
+    of each rule, and `control` settings along each coefficient within its range (0: none)."""
+    base = dict.fromkeys(task.vectors, 0.0)
+    presets = choose(result, rules)
+    chosen = result.recommended
+    lines = [base, *along(task.vectors, control, ranges or {})] if control else []
+    wanted = [base, *(preset.coefficients for preset in presets), *lines]
+    wanted += [chosen.coefficients] if chosen else []
+    distinct = {_key(point): point for point in wanted}
+    found = measure(task, list(distinct.values()), actors=actors, resources=resources, progress=progress)
+    by_key = dict(zip(distinct, found, strict=True))
+
+    def at(point: Mapping[str, float]) -> Evaluation:
+        return by_key[_key(point)]
+
+    confirmed = [confirm(preset, at(base), at(preset.coefficients), result.goal) for preset in presets]
+    summary = result.summary(confirmed=(at(base), at(chosen.coefficients)) if chosen else None)
+    control_points = list({_key(point): at(point) for point in lines}.values())
+    return summary.model_copy(update={"presets": confirmed, "control": control_points})
+
+
+def along(names: Sequence[str] | Mapping[str, Any], steps: int, ranges: Mapping[str, tuple[float, float]]) -> list[Any]:
+    """`steps` values of each coefficient from the low to the high end of its range ([-1, 1]), the others 0."""
+    found = []
+    for name in names:
+        low, high = ranges.get(name, (-1.0, 1.0))
+        for i in range(steps):
+            value = low + (high - low) * i / max(1, steps - 1)
+            found.append({**dict.fromkeys(names, 0.0), name: value})
+    return found
+
+
+def publish_presets(
+    summary: SearchSummary, result: SearchResult, task: Task, registry: Any, refs: Mapping[str, str]
+) -> SearchSummary:
+    """Publish every preset that the report prompts do not refute; `refs` are the vectors' pinned references. The
+    summary comes back with the names of what was published; one that was refuted keeps None."""
+    scorer = task.load_scorer()
+    evidence = search_evidence(result, scorer=scorer_digest(scorer), cards=safety_cards(scorer))
+    presets: list[Preset] = []
+    for preset in summary.presets:
+        version = publish(registry, preset, refs, evidence)
+        presets.append(preset.model_copy(update={"published": version.ref if version else None}))
+    recommended = next((p.published for p in presets if p.coefficients == summary.recommended and p.published), None)
+    return summary.model_copy(update={"presets": presets, "preset": recommended})
+
+
+def search_report(summary: SearchSummary, task: Task, title: str, **extra: Any) -> ReportData:
+    """The report of a search by itself, for `write_report`."""
+    metrics = task.metrics
+    return ReportData(
+        title=title,
+        objectives={name: name for name in task.vectors if name in summary.objectives},
+        metrics=metrics,
+        cards=safety_cards(task.load_scorer()),
+        search=summary,
+        **extra,
+    )
+
+
+def _key(point: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted((name, value) for name, value in point.items() if value))
