@@ -22,6 +22,12 @@ from transformers import TrainerCallback
 from prefvec_ray.errors import InputError, JobError
 
 COMPLETE = "complete.json"
+FULL = (
+    "No space left on device",  # safetensors, Arrow
+    "PytorchStreamWriter failed writing",  # torch.save, by how far it got
+    "iostream error",
+    "unexpected pos",
+)
 
 
 class DiskFullError(JobError):
@@ -75,30 +81,36 @@ def remove_checkpoints(out: str | Path) -> None:
 
 
 @contextmanager
-def told_when_full(out: str | Path, needed: int) -> Iterator[None]:
-    """Turns the many ways in which libraries report a full disk into one DiskFullError that names the folder.
-
-    What the run half-wrote is removed first, so that the runs beside it can go on.
-
-    Args:
-        out: the run's folder, which is not there yet.
-        needed: bytes that the run writes, at most, for the message.
-    """
-    folder = Path(out).parent
+def told_when_full(folder: Path, advice: str = "free some") -> Iterator[None]:
+    """Turns the many ways in which libraries report a full disk into one DiskFullError that names `folder`."""
     try:
         yield
     except Exception as error:
         if not _disk_full(error):
             raise
+        free = gigabytes(shutil.disk_usage(folder).free)
+        raise DiskFullError(
+            f"no space left in {folder}: {free} free; {advice}, and start the same command again"
+        ) from error
+
+
+@contextmanager
+def run_on_disk(out: str | Path, needed: int) -> Iterator[None]:
+    """A run that will appear at `out`: when the disk is full, what it half-wrote is removed, so that others can go on.
+
+    Args:
+        needed: bytes that the run writes, at most.
+    """
+    advice = f"a run takes up to {gigabytes(needed)}: free some, or set checkpoint_every: null"
+    try:
+        with told_when_full(Path(out).parent, advice):
+            yield
+    except DiskFullError:
         shutil.rmtree(partial_folder(out), ignore_errors=True)
         for checkpoint in checkpoint_folder(out).glob("checkpoint-*"):
             if not (checkpoint / COMPLETE).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)
-        free = shutil.disk_usage(folder).free
-        raise DiskFullError(
-            f"no space left in {folder}: {gigabytes(free)} free, a run takes up to {gigabytes(needed)}; "
-            "free some and start the same command again, or set checkpoint_every: null"
-        ) from error
+        raise
 
 
 def check_space(folder: Path, base: Path, *, runs: int, at_once: int, vectors: int, checkpoints: bool) -> None:
@@ -132,11 +144,11 @@ def gigabytes(count: float) -> str:
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether a write failed for want of space: safetensors says it in words, torch's zip writer that it failed."""
+    """Whether a write failed for want of space. Python has a number for it; the others have words, by the layer."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if "No space left on device" in str(error) or "PytorchStreamWriter failed writing" in str(error):
+        if any(words in str(error) for words in FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

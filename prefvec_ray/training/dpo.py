@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pydantic import Field
 from transformers import PrinterCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.config import Config
@@ -25,20 +24,12 @@ from prefvec_ray.training.checkpoints import (
     newest_checkpoint,
     partial_folder,
     remove_checkpoints,
-    told_when_full,
+    run_on_disk,
 )
 from prefvec_ray.training.config import Method, Watch
-from prefvec_ray.training.delta import (
-    Layout,
-    adapter_vector,
-    full_delta,
-    full_vector,
-    parameter_layout,
-    save_adapter,
-    trained_numbers,
-)
+from prefvec_ray.training.delta import Layout, parameter_layout, run_vector, trained_numbers
 from prefvec_ray.training.lora import lora_config
-from prefvec_ray.training.model import compute_dtype, load_model, load_tokenizer
+from prefvec_ray.training.model import arguments, compute_dtype, load_model, load_tokenizer
 from prefvec_ray.training.watch import (
     BASE_ANSWERS,
     Clock,
@@ -51,7 +42,6 @@ from prefvec_ray.training.watch import (
     training_log,
     whole_batches,
 )
-from prefvec_ray.training.zero import start_deepspeed
 from prefvec_ray.vectors import PreferenceVector, save_vector
 
 Polarity = Literal["positive", "negative"]
@@ -138,30 +128,8 @@ class TokenizedDPOTrainer(DPOTrainer):
 
 def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0, **overrides: Any) -> DPOConfig:
     """The user's recipe over defaults that hold on CPU and GPU alike, with what the plan owns on top."""
-    gpu = torch.cuda.is_available()
-    if overrides.get("deepspeed"):
-        start_deepspeed()
-    else:
-        unset_hf_deepspeed_config()  # of an earlier run in this process
-    defaults: dict[str, Any] = {
-        "bf16": gpu and torch.cuda.is_bf16_supported() and not recipe.get("fp16"),
-        "activation_checkpointing": False,
-        "use_cpu": not gpu,
-        "dataloader_pin_memory": gpu,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "logging_strategy": "steps",
-        "logging_steps": 0.05,
-        "lr_scheduler_type": "cosine",
-    }
-    owned = {
-        "output_dir": str(output_dir),
-        "seed": seed,
-        "precompute_ref_log_probs": True,
-        "save_strategy": "no",
-        "logging_nan_inf_filter": False,
-    }
-    return DPOConfig(**{**defaults, **recipe, **owned, **overrides})
+    owned = {"seed": seed, "precompute_ref_log_probs": True}
+    return arguments(DPOConfig, {"lr_scheduler_type": "cosine", **recipe, **owned}, output_dir, **overrides)
 
 
 def reference_logps(
@@ -241,7 +209,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
         trainer.add_callback(tensorboard(spec.tensorboard, resumed[1] if resumed else None))
 
     # At most two checkpoints at a time, 12 bytes a parameter each, and then the delta.
-    with told_when_full(spec.out, needed=28 * trained_numbers(trainer.model)):
+    with run_on_disk(spec.out, needed=28 * trained_numbers(trainer.model)):
         try:
             trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
             seen = watcher.history(trainer.state.log_history)
@@ -297,41 +265,42 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
 
 
 def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout) -> PreferenceVector | None:
-    """The run's delta, on rank 0; the others help to gather it. A LoRA run's adapter is written beside it for PEFT."""
-    args, main = trainer.args, trainer.is_world_process_zero()
-    labels: dict[str, Any] = {
-        "preference": spec.name,
-        "data_digest": spec.data_digest,
-        "recipe": {
-            "method": "dpo",
-            "parameters": spec.method.kind,
-            "polarity": spec.polarity,
-            "seed": spec.seed,
-            **spec.dpo,
-            "loss_type": args.loss_type,
-            "pairs_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "compute": str(compute_dtype(args)).removeprefix("torch."),
-            **({"lora": spec.method.lora} if spec.method.kind == "lora" else {}),
-            **({"zero_stage": trainer.accelerator.deepspeed_plugin.zero_stage} if spec.method.deepspeed else {}),
-        },
+    """The run's delta with its recipe, on rank 0. A LoRA run's adapter is left where the run's folder is written."""
+    args, method = trainer.args, spec.method
+    partial = partial_folder(spec.out)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    recipe: dict[str, Any] = {
+        "method": "dpo",
+        "parameters": method.kind,
+        "polarity": spec.polarity,
+        "seed": spec.seed,
+        **spec.dpo,
+        "loss_type": args.loss_type,
+        "pairs_per_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "compute": str(compute_dtype(args)).removeprefix("torch."),
     }
-    if spec.method.kind == "full":
-        start = compute_dtype(args) if spec.method.deepspeed else torch.float32
-        delta = full_delta(trainer.model, layout, spec.base, start=start, keep=main)
-        return full_vector(delta, spec.base, base_fingerprint=spec.base_fingerprint, **labels) if main else None
-    adapter = partial_folder(spec.out) / "adapter"
-    if main:
-        shutil.rmtree(adapter.parent, ignore_errors=True)
-    save_adapter(trainer.model, adapter, keep=main)
-    return adapter_vector(adapter, spec.base, **labels) if main else None
+    if method.kind == "lora":
+        recipe["lora"] = method.lora
+    if method.deepspeed:
+        recipe["zero_stage"] = method.deepspeed["zero_optimization"]["stage"]
+    return run_vector(
+        trainer,
+        method,
+        layout,
+        spec.base,
+        partial / "adapter",
+        preference=spec.name,
+        base_fingerprint=spec.base_fingerprint,
+        data_digest=spec.data_digest,
+        recipe=recipe,
+    )
 
 
 def _write_run(spec: RunSpec, vector: PreferenceVector, result: dict[str, Any]) -> None:
-    """Write beside `spec.out` and rename, so that a run folder is complete or absent."""
+    """Finish the folder beside `spec.out` and rename it, so that a run folder is complete or absent."""
     partial = partial_folder(spec.out)
-    if spec.method.kind == "full":  # a LoRA run has put its adapter there
-        shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
     save_vector(vector, partial / "delta")
     (partial / "run.json").write_text(json.dumps(result, indent=2))
     partial.rename(spec.out)

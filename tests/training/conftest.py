@@ -1,11 +1,15 @@
 """An untrained micro base and a few pairs of its world: enough to see every mechanism of training."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from prefvec_ray.preferences import TinyWorld, build_tokenizer, new_model
+from prefvec_ray.preferences import TinyWorld, build_tokenizer, load_preferences, new_model
 from prefvec_ray.training import PreferenceData, TrainingConfig
+from prefvec_ray.training.config import Watch
+from prefvec_ray.vectors import fingerprint
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,43 @@ def config(world_folder: Path, tmp_path: Path) -> TrainingConfig:
         preferences={"helpful": pairs, "harmless": pairs},
         dpo={"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
     )
+
+
+SCORED_RECIPE = {
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def scored(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """128 scored pairs, two answers of the base to 8 of their prompts, and a spec that trains on them."""
+    from prefvec_ray.training.answers import base_answers
+    from prefvec_ray.training.dpo import RunSpec, reference_logps
+
+    folder, base = tmp_path_factory.mktemp("scored"), str(world_folder / "base")
+    pairs = load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(128))
+    scored = reference_logps(base, pairs, SCORED_RECIPE, folder / "work")
+    scored.save_to_disk(folder / "pairs")
+    base_answers(base, scored, samples=16, tokens=12, max_length=512).save_to_disk(folder / "drawn")
+    answers = reference_logps(base, Dataset.load_from_disk(folder / "drawn"), SCORED_RECIPE, folder / "work")
+    answers.save_to_disk(folder / "answers")
+    spec = RunSpec(
+        key="run",
+        preference="helpful",
+        polarity="positive",
+        seed=0,
+        base=base,
+        base_fingerprint=fingerprint(base),
+        data_digest="none",
+        train=[str(folder / "pairs")],
+        test={"helpful": str(folder / "pairs")},
+        answers=[str(folder / "answers")],
+        dpo=SCORED_RECIPE,
+        out="",
+        watch=Watch(evaluations=4, held_out_pairs=32),
+    )
+    return {"pairs": scored, "answers": answers, "spec": spec}

@@ -6,55 +6,18 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.preferences import flip, load_preferences
+from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
 from prefvec_ray.training.checkpoints import checkpoint_folder
 from prefvec_ray.training.config import Watch
-from prefvec_ray.training.dpo import RunSpec, reference_logps, run_dpo
+from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.progress import ProgressTable
 from prefvec_ray.training.watch import RunStoppedError, wrong_way
-from prefvec_ray.vectors import fingerprint, load_vector
-
-RECIPE = {
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "num_train_epochs": 1,
-    "logging_steps": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def scored(world_folder, tmp_path_factory):
-    """128 scored pairs, two answers of the base to 8 of their prompts, and a spec that trains on them."""
-    folder, base = tmp_path_factory.mktemp("scored"), str(world_folder / "base")
-    pairs = load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(128))
-    scored = reference_logps(base, pairs, RECIPE, folder / "work")
-    scored.save_to_disk(folder / "pairs")
-    base_answers(base, scored, samples=16, tokens=12, max_length=512).save_to_disk(folder / "drawn")
-    answers = reference_logps(base, Dataset.load_from_disk(folder / "drawn"), RECIPE, folder / "work")
-    answers.save_to_disk(folder / "answers")
-    spec = RunSpec(
-        key="run",
-        preference="helpful",
-        polarity="positive",
-        seed=0,
-        base=base,
-        base_fingerprint=fingerprint(base),
-        data_digest="none",
-        train=[str(folder / "pairs")],
-        test={"helpful": str(folder / "pairs")},
-        answers=[str(folder / "answers")],
-        dpo=RECIPE,
-        out="",
-        watch=Watch(evaluations=4, held_out_pairs=32),
-    )
-    return {"pairs": scored, "answers": answers, "spec": spec}
+from prefvec_ray.vectors import load_vector
 
 
 def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_path):
