@@ -10,6 +10,9 @@ from prefvec_ray.config import load_config
 from prefvec_ray.errors import InputError
 from prefvec_ray.pipeline import PipelineConfig
 from prefvec_ray.preferences import TinyWorld, build_tokenizer
+from prefvec_ray.robustness import Ladder
+from prefvec_ray.robustness.scorer import ScorerRecipe
+from prefvec_ray.robustness.study import StudyConfig
 from prefvec_ray.search import EvalConfig, SearchConfig
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import Checkpoint
@@ -20,11 +23,19 @@ TRAINING = [path for path in CONFIGS if "saferlhf" in path.stem]
 PARAMETERS = {"Llama-3.2-3B": 3.21, "Llama-3.1-8B": 8.03, "Mistral-7B-v0.1": 7.24}
 
 
+KINDS: dict[str, type[Any]] = {
+    "eval": EvalConfig,
+    "search": SearchConfig,
+    "pipeline": PipelineConfig,
+    "classes": StudyConfig,
+    "ladder": Ladder,
+    "scorer": ScorerRecipe,
+}
+
+
 def kind(path: Path) -> type[Any]:
-    for word, model in (("eval", EvalConfig), ("search", SearchConfig), ("pipeline", PipelineConfig)):
-        if word in path.stem.split("_"):
-            return model
-    return TrainingConfig
+    """What the last word of its name says; a training job's file has no such word."""
+    return KINDS.get(path.stem.split("_")[-1], TrainingConfig)
 
 
 @pytest.fixture
@@ -39,7 +50,7 @@ def environment(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_read_by_its_model_and_by_no_other(path, environment):
     load_config(path, kind(path))
-    for other in {TrainingConfig, EvalConfig, SearchConfig, PipelineConfig} - {kind(path)}:
+    for other in {TrainingConfig, *KINDS.values()} - {kind(path)}:
         with pytest.raises(InputError):
             load_config(path, other)
 
@@ -61,7 +72,7 @@ def test_a_training_config_is_sound_but_for_its_base(path, environment, tokenize
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
     config = load_config(path, TrainingConfig)
-    with pytest.raises(InputError, match="base .* give the folder of a Hugging Face model"):
+    with pytest.raises(InputError, match=r"base .* give the folder of a Hugging Face model"):
         config.check()
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape = {**sizes, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
