@@ -15,7 +15,7 @@ from prefvec_ray.cluster import connect, progress_bar
 
 if TYPE_CHECKING:
     from prefvec_ray.preferences import DataCheck
-    from prefvec_ray.search import EvalConfig, SearchConfig
+    from prefvec_ray.search import EvalConfig, Goal, SearchConfig, SearchResult, Task
     from prefvec_ray.training import TrainingConfig
 
 
@@ -24,7 +24,7 @@ def train(config: "TrainingConfig", console: Console) -> None:
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors, train_vectors
     from prefvec_ray.training.dpo import RunSpec
-    from prefvec_ray.training.train import prepare_data, working_base
+    from prefvec_ray.training.train import prepare_data
 
     config.check()
     prepared = prepare_data(config)
@@ -63,7 +63,7 @@ def train(config: "TrainingConfig", console: Console) -> None:
             )
     console.print(table)
     console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
-    console.print(f"base to evaluate, export and serve with: {working_base(config)}", soft_wrap=True)
+    console.print(f"base to evaluate, export and serve with: {summary['base']}", soft_wrap=True)
 
 
 def check_data(
@@ -111,39 +111,46 @@ def check_data(
 
 
 def evaluate(config: "EvalConfig", console: Console) -> None:
-    """Measure the settings; print the table and write `<output>/evaluation.json`."""
-    from prefvec_ray.search import measure
+    """Measure the settings; print the table, write `<output>/evaluation.json`, the plots and the report."""
+    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.search.table import evaluate_table, plan_table
 
-    task = config.task()
-    _check_settings(config)
+    plan = plan_table(config)
     connect(console)
     with progress_bar(console, "settings") as tell:
-        measured = measure(
-            task, list(config.settings.values()), actors=config.actors, resources=config.resources, progress=tell
-        )
-    metrics = task.load_scorer().metrics
-    table = Table(title=f"{len(task.prompts)} prompts x {config.draws} draws, mean ± standard error over prompts")
+        data = evaluate_table(config, plan, tell)
+    rows = data.seeds[0].table
+    table = Table(title=f"{data.title}, {config.draws} draws: mean ± standard error over prompts", title_justify="left")
     table.add_column("setting")
     arrows = {"maximize": " ↑", "minimize": " ↓", None: ""}
-    for name, metric in metrics.items():
+    for name, metric in data.metrics.items():
         table.add_column(name + arrows[metric.direction], justify="right")
-    for name, evaluation in zip(config.settings, measured, strict=True):
-        table.add_row(name, *(str(evaluation.metrics.get(metric) or "–") for metric in metrics))
+    for row in rows:
+        table.add_row(row.setting.name, *(str(row.evaluation.metrics.get(metric) or "–") for metric in data.metrics))
     console.print(table)
+    for line in data.warnings():
+        console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     config.output.mkdir(parents=True, exist_ok=True)
-    results = {name: e.model_dump() for name, e in zip(config.settings, measured, strict=True)}
+    results = {row.setting.name: row.evaluation.model_dump() for row in rows}
     (config.output / "evaluation.json").write_text(json.dumps(results))
-    console.print(f"{config.output / 'evaluation.json'}", soft_wrap=True)
+    write_report(config.output, data)
+    console.print(f"{config.output / 'evaluation.json'} and {config.output / 'report.html'}", soft_wrap=True)
 
 
 def search(config: "SearchConfig", console: Console) -> None:
     """Search, print the front and the recommendation, publish it where the config names a preset."""
+    from prefvec_ray.evaluation.results import card_warnings
+    from prefvec_ray.evaluation.scorers import safety_cards
     from prefvec_ray.registry import start_registry
     from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
 
     task = config.task()
-    Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits)).check()
+    goal = Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits))
+    goal.check()
+    reporting = _reporting(config, task, goal)
+    for line in card_warnings(safety_cards(task.load_scorer())):
+        console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     connect(console)
     with progress_bar(console, "settings tried") as tell:
         result = run_search(
@@ -170,13 +177,65 @@ def search(config: "SearchConfig", console: Console) -> None:
         console.print("nothing to recommend: no setting keeps the limits")
         return
     console.print(f"recommended {chosen.coefficients}: {chosen.reason}", soft_wrap=True)
-    if config.preset:
+    if reporting is not None:
+        _report_search(config, *reporting, result, console)
+    elif config.preset:
         registry = start_registry(config.registry)
         pinned = {registry.resolve(ref).ref: chosen.coefficients[name] for name, ref in config.vectors.items()}
         best = next(trial for trial in result.front if trial.coefficients == chosen.coefficients)
         evidence = {name: value.model_dump() for name, value in best.metrics.items() if value is not None}
         preset = registry.publish_preset(config.preset, pinned, metrics=evidence, reason=chosen.reason)
-        console.print(f"published {preset.name}@{preset.version}")
+        console.print(f"published {preset.name}@{preset.version}, by the search prompts alone: give report_prompts")
+
+
+def _reporting(config: "SearchConfig", task: "Task", goal: "Goal") -> "tuple[Task, dict[str, str]] | None":
+    """The task on the report prompts and the rules of the presets, checked before the search; None without prompts."""
+    from prefvec_ray.errors import InputError
+    from prefvec_ray.search.config import read_prompts
+    from prefvec_ray.search.confirmation import report_task
+    from prefvec_ray.search.presets import COMPROMISE, check_rules, default_rules
+
+    rules = {config.preset: COMPROMISE, **config.presets} if config.preset else dict(config.presets)
+    check_rules(rules, goal)
+    if config.report_prompts is None:
+        if config.presets:
+            raise InputError("presets are confirmed on prompts that the search never saw: give report_prompts")
+        return None
+    return report_task(task, read_prompts(config.report_prompts), config.report_draws), rules or default_rules(goal)
+
+
+def _report_search(
+    config: "SearchConfig", task: "Task", rules: dict[str, str], result: "SearchResult", console: Console
+) -> None:
+    """Confirm on the report prompts, publish what the config names, and write the report."""
+    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.registry import start_registry
+    from prefvec_ray.search.confirmation import publish_presets, report_search, search_report
+
+    with progress_bar(console, "settings on the report prompts") as tell:
+        summary = report_search(
+            result,
+            task,
+            rules,
+            control=config.control_steps,
+            ranges=config.ranges,
+            actors=config.actors,
+            resources=config.resources,
+            progress=tell,
+        )
+    if config.preset or config.presets:
+        registry = start_registry(config.registry)
+        refs = {name: registry.resolve(ref).ref for name, ref in config.vectors.items()}
+        summary = publish_presets(summary, result, task, registry, refs)
+    title = f"Coefficients of {', '.join(config.vectors)}"
+    data = search_report(summary, task, title, config=config.model_dump(mode="json"))
+    for preset in summary.presets:
+        where = f", published as {preset.published}" if preset.published else ""
+        console.print(
+            f"{preset.name}: {preset.verdict} on the report prompts{where}; {preset.evidence}", soft_wrap=True
+        )
+    write_report(config.output, data)
+    console.print(f"{config.output / 'report.html'}", soft_wrap=True)
 
 
 def export(
@@ -215,12 +274,3 @@ def export(
                 progress=tell,
             )
     console.print(f"{out}", soft_wrap=True)
-
-
-def _check_settings(config: Any) -> None:
-    from prefvec_ray.errors import InputError
-
-    for name, coefficients in config.settings.items():
-        unknown = set(coefficients) - set(config.vectors)
-        if unknown:
-            raise InputError(f"setting {name!r} names {sorted(unknown)}; the vectors are: {', '.join(config.vectors)}")
