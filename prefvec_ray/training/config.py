@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
@@ -34,6 +34,15 @@ OWNED = {
     "fsdp": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
     "fsdp_config": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
     "parallelism_config": "give `resources`, and `deepspeed` for a model larger than one device",
+}
+
+# The same for SFTConfig; its seed is free, since there is one run.
+SFT_OWNED = {name: why for name, why in OWNED.items() if name not in ("seed", "data_seed")} | {
+    "eval_strategy": "the fine-tuned model is measured by the runs that start from it",
+    "eval_steps": "the fine-tuned model is measured by the runs that start from it",
+    "report_to": "its losses are kept in sft.json",
+    "chat_template_path": "give `chat_template`, which serves both stages",
+    "eos_token": "set it in the base's tokenizer, which both stages use",
 }
 
 LOSS_TYPES = (
@@ -76,6 +85,29 @@ class PreferenceData(Config):
         if self.test is not None and self.test_split is not None:
             raise ValueError("test and test_split both say what is held out: give one of them")
         return self
+
+
+class SftStage(Config):
+    """Supervised fine-tuning before DPO, with the same method and resources: its result is the base of the runs."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    data: str
+    """A source as for pairs; rows of `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes
+    them. Every further setting is a field of TRL's `SFTConfig`."""
+    split: str | None = None
+    """Of a hub dataset or a folder with several."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    rows: int | None = Field(default=None, gt=0)
+    """Use at most this many examples, the first ones."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Fields of SFTConfig."""
+        return dict(self.model_extra or {})
 
 
 class Resources(Config):
@@ -131,6 +163,8 @@ class TrainingConfig(Config):
     """Any field of PEFT's `LoraConfig`: r, lora_alpha, target_modules …"""
     deepspeed: str | dict[str, Any] | None = None
     """zero1, zero2, zero3, zero2-offload, zero3-offload, a JSON file, or DeepSpeed's own settings; else DDP."""
+    sft: SftStage | None = None
+    """Fine-tune the base on demonstrations first, and train the preferences from there."""
     global_batch_size: int | None = Field(default=None, gt=0)
     """Pairs per optimizer step over all workers: gradient accumulation follows from it, so that the number of workers
     changes the speed and not the result. If left out, a step takes what `dpo` says, times the workers."""
@@ -172,6 +206,14 @@ class TrainingConfig(Config):
             if field in OWNED:
                 raise ValueError(f"dpo.{field} is set by the plan ({OWNED[field]}): remove it")
         return dpo
+
+    @field_validator("sft")
+    @classmethod
+    def _sft_recipe(cls, sft: SftStage | None) -> SftStage | None:
+        for field in sft.recipe if sft is not None else ():
+            if field in SFT_OWNED:
+                raise ValueError(f"sft.{field} is set by the plan ({SFT_OWNED[field]}): remove it")
+        return sft
 
     @model_validator(mode="after")
     def _seeds(self) -> "TrainingConfig":
@@ -219,19 +261,12 @@ class TrainingConfig(Config):
                 that contradicts the recipe, the resources or what is installed.
         """
         self._check_method()
-        from trl import DPOConfig
+        from trl import DPOConfig, SFTConfig
 
-        known = {field.name for field in dataclasses.fields(DPOConfig)}
-        for field in self.dpo:
-            if field not in known:
-                raise InputError(f"dpo.{field} is not a field of TRL's DPOConfig{closest(field, known)}")
-        # What depends on the device is decided where the workers are: this machine may have none.
-        here = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True, "ddp_backend": None}
-        try:
-            DPOConfig(output_dir="unused", **{**self.dpo, **here})
-        except (ValueError, TypeError) as error:
-            raise InputError(f"dpo: TRL's DPOConfig refuses the recipe: {error}") from error
+        _check_fields("dpo", self.dpo, DPOConfig)
         self._check_loss()
+        if self.sft is not None:
+            _check_fields("sft", self.sft.recipe, SFTConfig)
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
         if self.chat_template not in (None, "transcript") and not Path(str(self.chat_template)).is_file():
@@ -298,6 +333,20 @@ class TrainingConfig(Config):
                     f"global_batch_size {self.global_batch_size} is no multiple of the {self._at_once} pairs that "
                     f"{workers} worker(s) take at once (dpo.per_device_train_batch_size x resources.workers)"
                 )
+
+
+def _check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
+    """InputError for a field that this TRL config does not have, or a value that it refuses."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for field in recipe:
+        if field not in known:
+            raise InputError(f"{section}.{field} is not a field of TRL's {kind.__name__}{closest(field, known)}")
+    # What depends on the device is decided where the workers are: this machine may have none.
+    here = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True, "ddp_backend": None}
+    try:
+        kind(output_dir="unused", **{**recipe, **here})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{section}: TRL's {kind.__name__} refuses the recipe: {error}") from error
 
 
 def closest(word: str, known: Collection[str]) -> str:

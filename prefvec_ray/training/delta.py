@@ -7,7 +7,7 @@ base from its memory-mapped files.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from prefvec_ray.training.config import Method
+from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.vectors import Checkpoint, LowRank, PreferenceVector, vector_from_adapter, vector_from_state
 from prefvec_ray.vectors.checkpoint import Piece, checkpoint_layout
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from transformers import Trainer
 
 Layout = dict[str, list[Piece]]
 SAMPLE = 1 << 22
@@ -86,25 +88,32 @@ def full_delta(
     return delta
 
 
-def full_vector(delta: Mapping[str, Tensor], base: str | Path, **labels: Any) -> PreferenceVector:
-    """A full run's delta as a vector in fp32. `labels`: what `vector_from_state` asks for."""
-    return _with_precision(vector_from_state(delta, **labels), base)
+def run_vector(
+    trainer: "Trainer", method: Method, layout: Layout, base: str | Path, adapter: Path, **labels: Any
+) -> PreferenceVector | None:
+    """A trained run's delta as a vector in fp32, on rank 0; the others help to gather it and get None.
 
+    A full run gives full entries. A LoRA run gives low-rank ones, exact; its adapter is written to `adapter` first, as
+    PEFT's own folder, in fp32. `info.precision` says what bf16 checkpoints would have kept of it.
 
-def save_adapter(model: "PeftModel", folder: Path, *, keep: bool) -> None:
-    """The adapter as PEFT's own folder, in fp32; all ranks call it, those with `keep` False only help to gather."""
-    state = {name: value.cpu() for name, value in master_weights(model) if keep}
-    if keep:
-        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-
-
-def adapter_vector(folder: Path, base: str | Path, **labels: Any) -> PreferenceVector:
-    """A LoRA run's delta from its adapter's folder: low-rank, exact. `labels`: what `vector_from_adapter` asks for."""
-    unset_hf_deepspeed_config()  # PEFT's skeleton of the adapter is built here alone, and whole
-    return _with_precision(vector_from_adapter(folder, base=base, **labels), base)
-
-
-def _with_precision(vector: PreferenceVector, base: str | Path) -> PreferenceVector:
+    Args:
+        layout: `parameter_layout(base)`, from before training.
+        labels: what `vector_from_state` asks for beside the delta.
+    """
+    main = trainer.is_world_process_zero()
+    if method.kind == "full":
+        start = compute_dtype(trainer.args) if method.deepspeed else torch.float32
+        delta = full_delta(trainer.model, layout, base, start=start, keep=main)
+        vector = vector_from_state(delta, **labels) if main else None
+    else:
+        state = {name: value.cpu() for name, value in master_weights(trainer.model) if main}
+        if main:
+            trainer.model.save_pretrained(adapter, state_dict=state, save_embedding_layers=False)
+            unset_hf_deepspeed_config()  # PEFT's skeleton of the adapter is built here alone, and whole
+            labels.pop("base_fingerprint")
+        vector = vector_from_adapter(adapter, base=base, **labels) if main else None
+    if vector is None:
+        return None
     kept = {"masters": "float32", "in_bf16_checkpoints": bf16_checkpoints_keep(base, vector)}
     return vector.replace(precision=vector.info.precision | kept)
 

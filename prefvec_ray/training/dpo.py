@@ -10,7 +10,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pydantic import Field
 from transformers import PrinterCallback

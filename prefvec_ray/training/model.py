@@ -1,15 +1,52 @@
 """The model that a run trains: fp32 master weights, whatever the base is stored in and whatever it is computed in."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefvec_ray.training.config import Method
+from prefvec_ray.training.zero import start_deepspeed
 
 if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
+
+
+A = TypeVar("A", bound=TrainingArguments)
+
+
+def arguments(kind: type[A], recipe: dict[str, Any], output_dir: str | Path, **owned: Any) -> A:
+    """The user's recipe over defaults that hold on CPU and GPU alike, with what the plan owns on top.
+
+    With `deepspeed` among what it owns, DeepSpeed is started: from here on ZeRO-3 loads models in pieces.
+    """
+    if owned.get("deepspeed"):
+        start_deepspeed()
+    else:
+        unset_hf_deepspeed_config()  # of an earlier run in this process
+    gpu = torch.cuda.is_available()
+    defaults: dict[str, Any] = {
+        "bf16": gpu and torch.cuda.is_bf16_supported() and not recipe.get("fp16"),
+        "activation_checkpointing": False,
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "logging_strategy": "steps",
+        "logging_steps": 0.05,
+        "save_strategy": "no",
+    }
+    fixed = {"output_dir": str(output_dir), "logging_nan_inf_filter": False}
+    return kind(**{**defaults, **recipe, **fixed, **owned})
 
 
 def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:

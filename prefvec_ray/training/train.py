@@ -20,6 +20,7 @@ from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
 from prefvec_ray.training.plan import is_finished, run_plan, slots
 from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
+from prefvec_ray.training.sft import fine_tuned
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
 
@@ -30,8 +31,9 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
         prepared: what `prepare_data` gave, where it was already called.
 
     Returns:
-        What `<folder>/training.json` holds: every run's result, every vector's folder, and how many pairs of each
-        preference were left out because their prompt alone fills `max_length` (TRL drops them).
+        What `<folder>/training.json` holds: the base that the vectors belong to, every run's result, every vector's
+        folder, and how many pairs of each preference were left out because their prompt alone fills `max_length` (TRL
+        drops them).
 
     Raises:
         InputError: bad config, data or base; before any run starts.
@@ -40,6 +42,7 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
     config.check()
     prepared = prepare_data(config) if prepared is None else prepared
     with job_board(config.folder) as board:
+        config = fine_tuned(config, board)
         references = compute_references(config, prepared)
         left_out = {
             name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
@@ -49,7 +52,8 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
         _check_space(config, specs)
         runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries, board=board)
         vectors = extract_vectors(config, specs)
-    summary = {"left_out": left_out, "runs": runs, "vectors": {key: str(folder) for key, folder in vectors.items()}}
+    made = {key: str(folder) for key, folder in vectors.items()}
+    summary = {"base": str(working_base(config)), "left_out": left_out, "runs": runs, "vectors": made}
     (config.folder / "training.json").write_text(json.dumps(summary, indent=2))
     return summary
 

@@ -1,0 +1,228 @@
+"""Supervised fine-tuning before DPO: what it makes of the base is the base of everything after it.
+
+TRL's SFTTrainer with the method and the resources of the DPO runs. The result lies under `<folder>/sft/`, in the base's
+own dtypes, keyed by what it was made from; a later job with the same key takes it as it is.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from blake3 import blake3
+from datasets import Dataset, load_from_disk
+from rich.console import Console
+
+from prefvec_ray.cluster import progress_bar
+from prefvec_ray.errors import InputError
+from prefvec_ray.preferences.sources import read_rows
+from prefvec_ray.training.config import Method, SftStage, TrainingConfig
+from prefvec_ray.training.plan import RunsFailedError, fit, worker_setup
+from prefvec_ray.training.references import key_of, working_base
+from prefvec_ray.vectors import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SHAPES = (("messages",), ("prompt", "completion"), ("text",))
+"""The columns that SFTTrainer learns from; the first that a row has are taken, others are left behind."""
+
+
+def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
+    """The config whose base is the result of its SFT stage, trained now unless it is there; without a stage, itself.
+
+    Raises:
+        InputError: rows that SFTTrainer cannot learn from.
+        RunsFailedError: the stage failed; no DPO run was started.
+    """
+    if config.sft is None:
+        return config
+    start = working_base(config)
+    rows = sft_rows(config.sft, start)
+    digest = blake3("\n".join(json.dumps(row, sort_keys=True) for row in rows).encode()).hexdigest()
+    template = json.dumps([(start / name).read_text() for name in _tokenizer_files(start)])
+    recipe = json.dumps([config.sft.recipe, config.run_method.model_dump(), config.resources.workers], sort_keys=True)
+    base = fingerprint(start)
+    key = key_of(base, digest, template, recipe)
+    out = config.folder / "sft" / key
+    if not (out / "sft.json").is_file():
+        data = config.folder / "data" / f"sft-{digest[:10]}"
+        if not data.is_dir():
+            partial = data.with_name(f".{data.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            Dataset.from_list(rows).save_to_disk(partial)
+            partial.rename(data)
+        job = {
+            "base": str(start),
+            "base_fingerprint": base,
+            "data": str(data),
+            "data_digest": digest,
+            "recipe": config.sft.recipe,
+            "method": config.run_method.model_dump(),
+            "checkpoint_every": config.checkpoint_every,
+            "out": str(out),
+            "board": board,
+        }
+        _fit_and_tell(job, f"sft-{key}", config, f"steps of fine-tuning on {len(rows)} examples")
+    return config.model_copy(update={"base": out, "chat_template": None, "sft": None})
+
+
+def sft_rows(stage: SftStage, base: Path) -> list[dict[str, Any]]:
+    """The stage's examples in one of SHAPES.
+
+    Raises:
+        InputError: another shape, in the first row or later; conversations for a tokenizer without chat template.
+    """
+    from prefvec_ray.training.model import load_tokenizer
+
+    rows: list[dict[str, Any]] = []
+    columns: tuple[str, ...] = ()
+    for found in read_rows(stage.data, split=stage.split, subset=stage.subset, revision=stage.revision):
+        row = found.row if isinstance(found.row, dict) else {}
+        columns = columns or next((shape for shape in SHAPES if all(name in row for name in shape)), ())
+        if not columns or not all(_usable(name, row.get(name)) for name in columns):
+            wanted = " and ".join(columns) if columns else "messages, or prompt and completion, or text"
+            raise InputError(f"sft {found.where}: expected {wanted} with text or messages in it, got {sorted(row)[:6]}")
+        rows.append({name: row[name] for name in columns})
+        if len(rows) == stage.rows:
+            break
+    if not rows:
+        raise InputError(f"sft.data {stage.data}: holds no examples")
+    if any(isinstance(value, list) for value in rows[0].values()) and load_tokenizer(base).chat_template is None:
+        raise InputError(f"sft.data {stage.data}: conversations, but the base's tokenizer has no chat template")
+    return rows
+
+
+def _usable(column: str, value: Any) -> bool:
+    """Text, or where a conversation may stand a list of messages that say something."""
+    if isinstance(value, str):
+        return column != "messages" and bool(value)
+    messages = isinstance(value, list) and column != "text" and bool(value)
+    return messages and all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in value)
+
+
+def _tokenizer_files(base: Path) -> list[str]:
+    return sorted(path.name for path in base.iterdir() if "token" in path.name or path.suffix == ".jinja")
+
+
+def _fit_and_tell(job: dict[str, Any], name: str, config: TrainingConfig, what: str) -> None:
+    """One Ray Train run, with a bar or lines that follow it on the board."""
+    ended: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            fit(_sft_worker, job, name, config.resources, config.folder / "ray", retries=config.retries)
+            ended.append(None)
+        except Exception as error:  # raised again below, where somebody waits for it
+            ended.append(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    with progress_bar(Console(), what) as tell:
+        while not ended:
+            time.sleep(0.5)
+            row = ray.get(job["board"].read.remote()).get("sft")
+            if row:
+                tell(row["step"], row["total"])
+    if isinstance(ended[0], RunsFailedError):
+        raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {ended[0]}") from ended[0]
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _sft_worker(job: dict[str, Any]) -> None:
+    worker_setup()
+    board = job.pop("board")
+    with tempfile.TemporaryDirectory() as work_dir:
+        run_sft(job, lambda values: board.update.remote("sft", values), work_dir)
+
+
+def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", work_dir: str | Path) -> None:
+    """Train and write `job["out"]`, a Hugging Face folder that appears complete or not at all. Every rank calls this.
+
+    The result is the base plus the run's fp32 delta, rounded once to the base's dtypes, with the base's own tokenizer.
+    It goes on from the newest whole checkpoint.
+
+    Raises:
+        RunStoppedError: the loss or a parameter is not finite; nothing is written.
+    """
+    from transformers import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from prefvec_ray.training.checkpoints import (
+        CompleteCheckpoints,
+        checkpoint_folder,
+        newest_checkpoint,
+        remove_checkpoints,
+    )
+    from prefvec_ray.training.delta import parameter_layout, run_vector
+    from prefvec_ray.training.lora import lora_config
+    from prefvec_ray.training.model import arguments, load_model, load_tokenizer
+    from prefvec_ray.vectors import export_model
+
+    base, out, method = job["base"], Path(job["out"]), Method.model_validate(job["method"])
+    layout = parameter_layout(base)
+    saving: dict[str, Any] = {}
+    if every := job["checkpoint_every"]:
+        saving = {"save_strategy": "steps", "save_steps": every if every < 1 else int(every)}
+    folder = checkpoint_folder(out) if saving else work_dir
+    args = arguments(SFTConfig, job["recipe"], folder, deepspeed=method.deepspeed, **saving)
+    trainer = SFTTrainer(
+        model=load_model(base, method, args),
+        args=args,
+        train_dataset=load_from_disk(job["data"]),
+        processing_class=load_tokenizer(base),
+        callbacks=[_reporter(report)],
+        peft_config=lora_config(method.lora) if method.kind == "lora" else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    resumed = newest_checkpoint(Path(folder), args.world_size) if saving else None
+    if saving:
+        trainer.add_callback(CompleteCheckpoints())
+    trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+    vector = run_vector(
+        trainer,
+        method,
+        layout,
+        base,
+        Path(work_dir) / "adapter",
+        preference="sft",
+        base_fingerprint=job["base_fingerprint"],
+        data_digest=job["data_digest"],
+        recipe={"method": "sft", "parameters": method.kind, **job["recipe"]},
+    )
+    if vector is None:
+        return
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    export_model(base, {"sft": vector}, {"sft": 1.0}, partial, base_fingerprint=job["base_fingerprint"])
+    history = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
+    told = {name: job[name] for name in ("base", "base_fingerprint", "data_digest", "recipe", "method")}
+    (partial / "sft.json").write_text(json.dumps({**told, "steps": trainer.state.global_step, "history": history}))
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    remove_checkpoints(out)
+
+
+def _reporter(report: "Callable[[dict[str, Any]], None]") -> Any:
+    from transformers import TrainerCallback
+
+    from prefvec_ray.training.watch import RunStoppedError
+
+    class Reporter(TrainerCallback):
+        """Tells the board each logged loss, and stops where it is not finite."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                if not math.isfinite(logs["loss"]):
+                    raise RunStoppedError(
+                        f"sft: loss is {logs['loss']} at step {state.global_step}: lower learning_rate"
+                    )
+                if state.is_world_process_zero:
+                    report({"step": state.global_step, "total": state.max_steps, "loss": logs["loss"]})
+
+    return Reporter()
