@@ -7,7 +7,7 @@ file and row; what is known to occur in published files and says nothing (an emp
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,7 +234,7 @@ def _sharegpt(row: Row, where: str, preference: str | None) -> Pair:
 def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
     """Alpaca ranking as in LLaMA-Factory: instruction, input, chosen, rejected; system and history where given."""
     history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(turn, Sequence) and len(turn) == 2 for turn in history):
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise InputError(f"{where}: field 'history' must be a list of [instruction, answer]")
     prompt = _system(row, where)
     for asked, answered in history:

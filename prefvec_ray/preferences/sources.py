@@ -272,5 +272,8 @@ def _hub_rows(name: str, subset: str | None, split: str | None, revision: str | 
     except Exception as error:  # the client's own errors have no common class
         why = " ".join(str(error).split())
         raise InputError(f"{shown}: no such file here, and the hub did not give it: {why:.300}") from error
-    for number, row in enumerate(rows, start=1):
-        yield Numbered(shown, number, row)
+    number = 0
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for row in batch.to_pylist():
+            number += 1
+            yield Numbered(shown, number, row)

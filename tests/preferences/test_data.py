@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.preferences import TinyWorld, data_digest, flip, load_preferences, split_by_prompt
+from prefvec_ray.preferences import TinyWorld, data_digest, flip, load_preferences
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data files are not here")
@@ -165,26 +163,6 @@ def test_flip_swaps_every_pair_of_columns_and_undoes_itself():
         flip(pairs.remove_columns("ref_rejected_logps"))
     with pytest.raises(InputError, match="no chosen and rejected"):
         flip(pairs.select_columns(["prompt"]))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers(0, 3))
-def test_split_by_prompt_never_shares_a_prompt(prompts, fraction, seed):
-    dataset = Dataset.from_list([{"prompt": str(p), "chosen": str(i), "rejected": "x"} for i, p in enumerate(prompts)])
-    if len(set(prompts)) == 1:
-        with pytest.raises(InputError, match="all rows share one prompt"):
-            split_by_prompt(dataset, fraction, seed)
-        return
-    train, test = split_by_prompt(dataset, fraction, seed)
-    assert not set(train["prompt"]) & set(test["prompt"])
-    assert sorted([*train["chosen"], *test["chosen"]]) == sorted(dataset["chosen"])
-    assert len(train) > 0
-    assert len(test) > 0
-
-
-def test_split_refuses_an_impossible_fraction():
-    with pytest.raises(InputError, match="test_fraction is 1"):
-        split_by_prompt(Dataset.from_list([TRL]), 1)
 
 
 def test_digest_depends_on_order_and_text_only():

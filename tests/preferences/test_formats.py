@@ -1,0 +1,152 @@
+import pytest
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.preferences import FORMATS, first_format, load_preferences
+
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "How?"), ("assistant", "Like this."), ("assistant", "No."))
+)
+SYSTEM = {"role": "system", "content": "Be kind."}
+HUMAN, GPT, OTHER = (
+    {"from": who, "value": text} for who, text in (("human", "How?"), ("gpt", "Like this."), ("gpt", "No."))
+)
+
+ROWS = {
+    "trl": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    "trl-implicit": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    "hh-rlhf": {"chosen": "\n\nHuman: How?\n\nAssistant: Like this.", "rejected": "\n\nHuman: How?\n\nAssistant: No."},
+    "pku-saferlhf": {
+        "prompt": "How?",
+        "response_0": "No.",
+        "response_1": "Like this.",
+        "better_response_id": 1,
+        "safer_response_id": 0,
+    },
+    "ultrafeedback": {
+        "prompt": "How?",
+        "prompt_id": "7",
+        "chosen": [USER, GOOD],
+        "rejected": [USER, BAD],
+        "messages": [USER, GOOD],
+        "score_chosen": 8.0,
+        "score_rejected": 4.5,
+    },
+    "sharegpt": {"conversations": [HUMAN], "chosen": GPT, "rejected": OTHER},
+    "alpaca": {"instruction": "How?", "input": "", "chosen": "Like this.", "rejected": "No."},
+    "safe-unsafe": {"prompt": "How?", "response": ["Like this.", "No."]},
+}
+
+
+def load(*rows, **options):
+    options = {"preference": "helpful" if "response_0" in rows[0] else None, **options}
+    return load_preferences(rows, **options)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_found_by_its_fields_and_gives_the_same_pair(name):
+    loaded = load(ROWS[name])
+    assert loaded.format == name
+    assert loaded.dataset[0] == ROWS["trl"]
+    assert loaded.why == f"its first row has the fields {', '.join(ROWS[name])}"
+    assert load(ROWS[name], format=name).why == "given"
+
+
+def test_plain_text_stays_plain_text():
+    explicit = {"prompt": "How? ", "chosen": "Like this.", "rejected": "No."}
+    implicit = {"chosen": "How? Like this.", "rejected": "How? No."}
+    assert load(explicit).dataset[0] == explicit
+    found = load(implicit)
+    assert (found.format, found.dataset[0]) == (
+        "trl-implicit",
+        {"prompt": "How?", "chosen": " Like this.", "rejected": " No."},
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        (ROWS["hh-rlhf"] | {"prompt": "How?"}, ["trl", "hh-rlhf"]),
+        (ROWS["pku-saferlhf"] | {"chosen": "a", "rejected": "b"}, ["trl", "pku-saferlhf"]),
+        (ROWS["alpaca"] | {"prompt": "How?"}, ["trl", "alpaca"]),
+    ],
+)
+def test_fields_that_fit_two_formats_are_refused_with_both_names(row, names):
+    with pytest.raises(InputError, match="fit several formats") as error:
+        load(row)
+    assert ", ".join(names) in str(error.value)
+    assert load(row, format=names[0], preference="helpful").format == names[0]
+
+
+def test_system_messages_are_kept_or_folded_and_said_so():
+    rows = [
+        {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
+        ROWS["sharegpt"] | {"system": "Be kind."},
+        ROWS["sharegpt"] | {"conversations": [{"from": "system", "value": "Be kind."}, HUMAN]},
+        ROWS["alpaca"] | {"system": "Be kind."},
+    ]
+    for row in rows:
+        assert load(row).dataset[0]["prompt"] == [SYSTEM, USER]
+        folded = load(row, system="fold")
+        assert folded.dataset[0]["prompt"] == [{"role": "user", "content": "Be kind.\n\nHow?"}]
+        assert folded.notes == ("1 system messages folded into the first user message",)
+
+
+def test_alpaca_input_and_history_come_in_their_places():
+    row = ROWS["alpaca"] | {"input": "Now.", "history": [["Hi", "Hello"]]}
+    assert load(row).dataset[0]["prompt"] == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "How?\nNow."},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (ROWS["safe-unsafe"] | {"response": ["a"]}, "'response' must be a list of two"),
+        (ROWS["safe-unsafe"] | {"response": ["a", None]}, "'response' is missing"),
+        (ROWS["ultrafeedback"] | {"prompt": "Why?"}, "is no user message of 'chosen'"),
+        (ROWS["ultrafeedback"] | {"score_chosen": 1.0}, "score_chosen 1.0 is not above score_rejected 4.5"),
+        (ROWS["sharegpt"] | {"chosen": {"from": "tool", "value": "x"}}, "chosen has a turn from 'tool'"),
+        (ROWS["sharegpt"] | {"conversations": [HUMAN, GPT]}, "must end with human"),
+        (ROWS["sharegpt"] | {"conversations": None}, "'conversations' must be a list"),
+        (ROWS["sharegpt"] | {"tools": "[{}]"}, "tools are not supported"),
+        (ROWS["alpaca"] | {"history": ["Hi"]}, "'history' must be a list"),
+        ({"chosen": [USER, GOOD], "rejected": [SYSTEM, BAD]}, "share no first message"),
+        ({"chosen": "a", "rejected": "b"}, "no common beginning"),
+        (ROWS["trl"] | {"chosen": [{"role": "assistant", "content": None}]}, "'content' is missing"),
+        (ROWS["trl"] | {"prompt": [None]}, "'prompt' must be a list of messages"),
+    ],
+)  # fmt: skip
+def test_what_does_not_follow_its_format_is_named_with_its_row(row, words):
+    with pytest.raises(InputError, match=words) as error:
+        load(row)
+    assert "row 1" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_pairs_that_say_nothing_are_counted_by_reason():
+    tie = ROWS["ultrafeedback"] | {"score_rejected": 8.0}
+    empty = ROWS["ultrafeedback"] | {"chosen": [USER, GOOD | {"content": " "}]}
+    loaded = load(ROWS["ultrafeedback"], tie, tie, empty)
+    assert loaded.dropped == {"both answers have the same score": 2, "an answer is empty": 1}
+    assert (loaded.rows, len(loaded.dataset)) == (4, 1)
+
+
+def test_safe_unsafe_pairs_say_nothing_of_helpfulness():
+    with pytest.raises(InputError, match=r"\[safe, unsafe\], which says nothing of 'helpful'"):
+        load(ROWS["safe-unsafe"], preference="helpful")
+
+
+def test_flaws_are_collected_where_asked_for():
+    flaws: list[str] = []
+    loaded = load(ROWS["trl"], {"prompt": 3}, ["a"], flaws=flaws)
+    assert (len(loaded.dataset), loaded.rows, len(flaws)) == (1, 3, 2)
+    assert "row 2" in flaws[0]
+
+
+def test_the_first_row_alone_tells_the_format(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(InputError, match="no object with named fields"):
+        first_format(tmp_path / "rows.jsonl")
