@@ -75,6 +75,19 @@ def train(path: Path) -> None:
     commands.train(_config(path, "prefvec_ray.training", "TrainingConfig"), _console())
 
 
+@main.command("train-scorer")
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see docs/scorers.md.")
+def train_scorer(path: Path) -> None:
+    """Train a reward model on preference data, and measure it beside chance and length on prompts it never saw."""
+    from prefvec_ray.cluster import progress_bar
+    from prefvec_ray.evaluation import train_scorer as room
+
+    config, console = _config(path, "prefvec_ray.evaluation.train_scorer", "ScorerTrainingConfig"), _console()
+    with progress_bar(console, "steps") as tell:
+        held_out = room.train_scorer(config, tell)
+    room.show(held_out, config, console)
+
+
 @main.command("eval")
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
 def evaluate(path: Path) -> None:
