@@ -16,6 +16,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
 from prefvec_ray.training.checkpoints import check_space
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
+from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
 from prefvec_ray.training.plan import is_finished, run_plan, slots
 from prefvec_ray.training.progress import job_board
@@ -205,13 +206,10 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
         )
         folders[f"{preference}-s{seed}"] = folder
         if not folder.is_dir():
-            vector = subtract(
-                load_vector(Path(positive.out) / "delta"),
-                load_vector(Path(negative.out) / "delta"),
-                preference=preference,
-                dtype=getattr(torch, config.vector_dtype),
-            )
-            save_vector(vector, folder)
+            deltas = [load_vector(Path(run.out) / "delta") for run in (positive, negative)]
+            vector = subtract(*deltas, preference=preference, dtype=getattr(torch, config.vector_dtype))
+            kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(positive.base, *deltas)}
+            save_vector(vector.replace(precision=vector.info.precision | kept), folder)
     return folders
 
 
