@@ -147,14 +147,18 @@ CACHED = (RewardModelConfig, CostModelConfig, ClassifierConfig, ModuleConfig)
 """What costs enough to be worth a look-up. A judge keeps its own verdicts, so that half a failed call is not lost."""
 
 
-def build_scorers(configs: Sequence[ScorerConfig], *, cache: Path | None = None) -> Scorer:
-    """One scorer of all that `configs` names, in their order; costly ones keep their scores in the file `cache`.
+def build_scorers(
+    configs: Sequence[ScorerConfig], *, name: str | None = None, cache: str | Path | None = None
+) -> Scorer:
+    """One scorer of all that `configs` names, in their order, after the one that `name` names.
+
+    Costly ones keep their scores in the file `cache`, where one is given.
 
     Raises:
         InputError: none is named, one cannot be built, or two state a metric of the same name.
     """
     store = ScoreCache(cache) if cache is not None else None
-    parts: list[Scorer] = []
+    parts = [] if name is None else [scorer_from_name(name)]
     for config in configs:
         if isinstance(config, JudgeConfig):
             parts.append(JudgeScorer(config, cache=store))
