@@ -1,15 +1,20 @@
 """What is lost when something breaks in the middle: as little as can be, and nothing half-done is ever published."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ray.cluster_utils import Cluster
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.registry import Registry
 from prefvec_ray.training.checkpoints import (
     DiskFullError,
     check_space,
@@ -104,3 +109,68 @@ def test_a_job_that_would_fill_the_disk_is_refused(world_folder, small_disk):
     ):
         check_space(small_disk, base, runs=4, at_once=4, vectors=2, checkpoints=True)
     check_space(small_disk, base, runs=1, at_once=1, vectors=0, checkpoints=False)
+
+
+def steps_kept(folder: Path) -> list[int]:
+    """The step of each run's newest whole checkpoint."""
+    found = folder.glob("dpo/.*.checkpoints/checkpoint-*/complete.json")
+    newest: dict[Path, int] = {}
+    for marker in found:
+        run, step = marker.parents[1], int(marker.parent.name.removeprefix("checkpoint-"))
+        newest[run] = max(newest.get(run, 0), step)
+    return sorted(newest.values())
+
+
+def wait_for(condition, driver: subprocess.Popen, log: Path) -> None:
+    until = time.monotonic() + 180
+    while not condition():
+        assert driver.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.05)
+
+
+def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, tmp_path):
+    """`prefvec train` on two nodes, one run on each. Its driver is killed; started again, it goes on from the
+    checkpoints; then a node is lost, and the run that was on it goes on where there is room."""
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"name: job\noutput: {tmp_path}\nbase: {world_folder / 'base'}\n"
+        f"preferences: {{helpful: {{data: {world_folder / 'preferences.jsonl'}, rows: 64}}}}\n"
+        "dpo: {learning_rate: 1.0e-4, per_device_train_batch_size: 16, num_train_epochs: 60}\n"
+        "checkpoint_every: 20\n"
+    )
+    folder, log = tmp_path / "job", tmp_path / "log.txt"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address, "COLUMNS": "160"}
+        command = [sys.executable, "-m", "prefvec_ray.cli", "train", "--config", str(config)]
+
+        def start() -> subprocess.Popen:
+            with log.open("w") as output:
+                return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+        driver = start()
+        wait_for(lambda: len(steps_kept(folder)) == 2, driver, log)
+        driver.kill()
+        driver.wait()
+        assert not list(folder.glob("dpo/*/run.json"))
+        kept = steps_kept(folder)
+
+        driver = start()
+        wait_for(lambda: min(steps_kept(folder)) > max(kept), driver, log)
+        cluster.remove_node(other, allow_graceful=False)
+        assert driver.wait(timeout=240) == 0, log.read_text()
+    finally:
+        cluster.shutdown()
+
+    runs = json.loads((folder / "training.json").read_text())["runs"]
+    assert [run["steps"] for run in runs] == [240, 240]
+    resumed = sorted(run["resumed_at"] for run in runs)
+    assert resumed[0] in kept  # the run that only lost its driver
+    assert resumed[1] > max(kept)  # the run that lost its node as well
+    assert [version.ref for version in Registry.open(folder / "registry").list_vectors()] == ["helpful@1"]
+    passes = [
+        json.loads(line)["set"] for line in next(folder.glob("reference/*/passes.jsonl")).read_text().splitlines()
+    ]
+    assert passes == ["train", "test", "answers-16x64"]  # once, for both polarities and both drivers
