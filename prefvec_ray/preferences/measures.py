@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,29 +81,35 @@ Facts = dict[str, np.ndarray]
 
 
 def pair_facts(dataset: Dataset) -> Facts:
-    """Per pair: hashes of the prompt, of the pair whichever way round, its order, of the ordered pair; characters."""
-    n = len(dataset)
-    facts = {name: np.zeros(n, np.uint64) for name in ("prompt", "pair", "exact")}
-    facts |= {name: np.zeros(n, np.int64) for name in ("chosen", "rejected")}
-    facts |= {"order": np.zeros(n, bool), "system": np.zeros(n, bool)}
-    for i, row in enumerate(iter_rows(dataset)):
-        prompt, chosen, rejected = (row[name] for name in ("prompt", "chosen", "rejected"))
-        facts["prompt"][i] = text_key(prompt)
-        facts["system"][i] = not isinstance(prompt, str) and any(turn["role"] == "system" for turn in prompt)
-        parts = [blake3(repr(text).encode("utf-8", "surrogatepass")).digest(16) for text in (prompt, chosen, rejected)]
-        facts["exact"][i] = _key(*parts)
-        facts["pair"][i] = _key(parts[0], *sorted(parts[1:]))
-        facts["order"][i] = parts[1] < parts[2]
-        facts["chosen"][i], facts["rejected"][i] = _characters(chosen), _characters(rejected)
-    return facts
+    """Arrays with an entry a pair.
+
+    Hashes (uint64): `prompt`, white space aside; `pair`, the same whichever answer is the chosen one; `exact`, of the
+    ordered pair. `order`: which way round. `chosen`, `rejected`: characters. `system`: there is a system message.
+    """
+    columns = {name: array("Q") for name in ("prompt", "first", "second", "chosen", "rejected", "system")}
+    for row in iter_rows(dataset):
+        prompt, chosen, rejected = row["prompt"], _text(row["chosen"]), _text(row["rejected"])
+        columns["prompt"].append(text_key(prompt))
+        columns["first"].append(_key(chosen))
+        columns["second"].append(_key(rejected))
+        columns["chosen"].append(len(chosen))
+        columns["rejected"].append(len(rejected))
+        columns["system"].append(not isinstance(prompt, str) and any(turn["role"] == "system" for turn in prompt))
+    facts = {name: np.frombuffer(values, np.uint64) for name, values in columns.items()}
+    prompt, first, second = (
+        facts.pop(name) if name != "prompt" else facts[name] for name in ("prompt", "first", "second")
+    )
+    # Sums of hashes are hashes; they wrap around at 64 bits.
+    facts |= {"pair": prompt + np.uint64(3) * (first + second), "exact": prompt + np.uint64(3) * first + second}
+    return facts | {name: facts[name].astype(np.int64) for name in ("chosen", "rejected")} | {"order": first < second}
 
 
-def _key(*parts: bytes) -> int:
-    return int.from_bytes(blake3(b"".join(parts)).digest(8), "little")
+def _text(answer: Any) -> str:
+    return answer if isinstance(answer, str) else "\n".join(turn["content"] for turn in answer)
 
 
-def _characters(answer: Any) -> int:
-    return len(answer) if isinstance(answer, str) else sum(len(turn["content"]) for turn in answer)
+def _key(text: str) -> int:
+    return int.from_bytes(blake3(text.encode()).digest(8), "little")
 
 
 def measure(split: Split, train: Facts, test: Facts, lengths: Lengths | None) -> PreferenceCheck:
