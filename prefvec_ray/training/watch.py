@@ -204,6 +204,8 @@ class Watcher(TrainerCallback):
         for name, pairs in self.pairs.items():
             if f"eval_{name}_loss" not in log:
                 continue
+            if not math.isfinite(log[f"eval_{name}_loss"]):  # after the last step no training loss would show it
+                raise RunStoppedError(f"held-out loss is not finite at step {state.global_step}: lower learning_rate")
             if name == BASE_ANSWERS:
                 tell["kl"] = kl_to_base(log, self.beta)
             else:
