@@ -204,7 +204,7 @@ def _comparison_view(results: SeedResults, data: ReportData) -> dict[str, Any]:
     x, y = _axes(names, data.metrics)
     return {
         "name": f"Compared with other methods (training seed {results.seed})",
-        "note": "Measured on prompts that neither training nor search has seen.",
+        "note": "All measured on the same prompts with the same random numbers; changes are paired by prompt.",
         "points": points,
         "x": x,
         "y": y,

@@ -73,7 +73,33 @@ def tradeoff(seeds: Sequence[SeedResults], axes: Mapping[str, str], metrics: Map
     return figure
 
 
+def settings(results: SeedResults, metrics: Mapping[str, Metric]) -> Figure:
+    """The comparison table as a picture: a panel a metric, a line a setting; dashed where the base is."""
+    rows = list(reversed(results.table))
+    names = [name for name in metrics if any(row.evaluation.metrics.get(name) is not None for row in rows)]
+    figure, panels = _panels(len(names), width=4.4, height=0.26 * len(rows) + 1.0, share=False)
+    base = next((row.evaluation for row in rows if row.setting.kind == "base"), None)
+    for place, (panel, name) in enumerate(zip(panels, names, strict=True)):
+        for height, row in enumerate(rows):
+            value = row.evaluation.metrics.get(name)
+            if value is not None:
+                colour, marker, _ = _MARKS[row.setting.kind][0]
+                panel.errorbar(value.mean, height, xerr=value.stderr or 0, fmt=marker, color=colour, ms=6, elinewidth=1)
+        if base is not None and base.metrics.get(name) is not None:
+            panel.axvline(base.mean(name), color=GREY, lw=0.8, ls="--")
+        first = place % 3 == 0
+        panel.set_yticks(range(len(rows)), [row.setting.name for row in rows] if first else [""] * len(rows))
+        direction = metrics[name].direction
+        better = "" if direction is None else f" ({_word(metrics[name])})"
+        panel.set_title(name + better, fontsize=10)
+        panel.grid(axis="y", color="#eeeeee")
+        panel.set_axisbelow(True)
+    return figure
+
+
 def _net(panel: Axes, by_eta: Mapping[tuple[float, float], Evaluation], x: str, y: str) -> None:
+    if not by_eta:
+        return
     etas = (sorted({eta[0] for eta in by_eta}), sorted({eta[1] for eta in by_eta}))
     label: str | None = "preference vectors, coefficients on a grid"
     for axis in (0, 1):

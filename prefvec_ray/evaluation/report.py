@@ -100,6 +100,9 @@ def _draw(folder: Path, data: ReportData) -> list[str]:
     for pair in pairs if gridded else ():
         draw = partial(plots.heatmaps, gridded, pair, data.metrics, show=list(data.metrics))
         pictures[f"heatmaps-{'-'.join(pair)}"] = draw
+    for results in data.seeds:
+        if not results.grid:
+            pictures[f"settings-{results.seed}"] = partial(plots.settings, results, data.metrics)
     if data.curves:
         pictures["training"] = partial(plots.training, data.curves)
     if data.search and len(data.search.objectives) > 1:
