@@ -44,7 +44,17 @@ def train(config: "TrainingConfig", console: Console) -> None:
                 console.print(f"{words} {config.dpo.get('max_length', 'of TRL')}", soft_wrap=True)
     published = publish_vectors(summary, start_registry(config.store))
     table = Table(title="Held-out pairs, never flipped: above 0.5 for +, below for -", title_justify="left")
-    columns = ("run", "pairs", "loss, first → last fifth", "accuracy", "margin", "held-out pairs", "seconds")
+    columns = (
+        "run",
+        "pairs",
+        "loss, first → last fifth",
+        "accuracy",
+        "margin",
+        "Δ chosen",
+        "KL",
+        "held out",
+        "seconds",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in summary["runs"]:
@@ -58,10 +68,17 @@ def train(config: "TrainingConfig", console: Console) -> None:
                 f"{fmean(losses[:fifth]):.3f} → {fmean(losses[-fifth:]):.3f}",
                 f"{held_out['accuracy']:.3f}",
                 f"{held_out['margin']:+.3f}",
+                f"{held_out['chosen_shift']:+.1f}",
+                "–" if run["kl"] is None else f"{run['kl']:.2f}",
                 str(held_out["pairs"]),
                 f"{run['seconds']:.0f}",
             )
     console.print(table)
+    console.print("Δ chosen: log-prob of the answer the data prefers, KL(base || run): nats an answer", soft_wrap=True)
+    console.print(
+        f"curves: {config.folder / 'training.png'}, tensorboard --logdir {config.folder / 'tensorboard'}",
+        soft_wrap=True,
+    )
     console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
     console.print(f"base to evaluate, export and serve with: {summary['base']}", soft_wrap=True)
 
@@ -160,17 +177,26 @@ def search(config: "SearchConfig", console: Console) -> None:
             ranges=config.ranges,
             limits=config.limits,
             trials=config.trials,
+            answers=config.answers,
+            seconds=config.seconds,
+            patience=config.patience,
+            sampler=config.sampler,
+            grid_steps=config.grid_steps,
+            caution=config.caution,
+            timeout=config.timeout,
             actors=config.actors,
             seed=config.seed,
             resources=config.resources,
-            progress=lambda now: tell(now.done, now.trials),
+            progress=lambda now: tell(now.done + now.failed, now.trials),
         )
+    for line in result.notes():
+        console.print(line, soft_wrap=True)
     table = Table(title=f"The front: {len(result.front)} of {len(result.trials)} settings", title_justify="left")
-    for column in (*config.vectors, *config.objectives):
+    for column in (*config.vectors, *config.objectives, "on the front"):
         table.add_column(column, justify="right")
-    for trial in result.front:
+    for trial, chance in zip(result.front, result.front_probability, strict=True):
         etas = (f"{trial.coefficients.get(name, 0.0):.2f}" for name in config.vectors)
-        table.add_row(*etas, *(str(trial.metrics[name]) for name in config.objectives))
+        table.add_row(*etas, *(str(trial.metrics[name]) for name in config.objectives), f"{chance:.0%}")
     console.print(table)
     chosen = result.recommended
     if chosen is None:

@@ -6,21 +6,25 @@ result.recommended.coefficients, result.recommended.reason
 """
 
 from prefvec_ray.search.config import EvalConfig, SearchConfig
+from prefvec_ray.search.explore import Explorer, Plan
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.pareto import compromise, hypervolume, non_dominated
-from prefvec_ray.search.result import FailedTrial, Goal, Recommendation, SearchResult
+from prefvec_ray.search.result import FailedTrial, Goal, Recommendation, SearchResult, Tried
 from prefvec_ray.search.run import Progress, search
 from prefvec_ray.search.trial import Task
 
 __all__ = [
     "EvalConfig",
+    "Explorer",
     "FailedTrial",
     "Goal",
+    "Plan",
     "Progress",
     "Recommendation",
     "SearchConfig",
     "SearchResult",
     "Task",
+    "Tried",
     "compromise",
     "hypervolume",
     "measure",

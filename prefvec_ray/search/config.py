@@ -1,5 +1,6 @@
 """What `prefvec eval` and `prefvec search` are given: published vectors, prompts, a scorer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +116,22 @@ class SearchConfig(MeasureConfig):
     ranges: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
     """Vector -> [low, high]; default [-1, 1]."""
     trials: int = Field(default=40, ge=2)
+    """Settings to try at most, those that are dropped early included."""
+    answers: int | None = Field(default=None, ge=1)
+    """Budget of generated answers."""
+    seconds: float | None = Field(default=None, gt=0)
+    """No setting begins later than this after the start."""
+    patience: int | None = Field(default=16, ge=2)
+    """Stop when the last so many settings raised the hypervolume by less than its standard error; null: never."""
+    sampler: Literal["tpe", "nsga2", "gp", "random", "grid"] = "gp"
+    grid_steps: int = Field(default=5, ge=2)
+    """Values an axis of the `grid` sampler."""
+    rungs: tuple[float, ...] = (0.25, 1.0)
+    """Shares of the answers after which a setting may be dropped; [1] measures every setting in full."""
+    caution: float = Field(default=1.0, ge=0)
+    """Drop a setting when another is better in every objective by so many paired standard errors."""
+    timeout: float = Field(default=3600.0, gt=0)
+    """Seconds that a rung of one setting may take before its process is killed and the setting counts as failed."""
     report_prompts: str | None = None
     """As `prompts`, and sharing none with them: what is recommended is measured again on these, and reported."""
     report_draws: int | None = Field(default=None, ge=1)
@@ -126,6 +143,9 @@ class SearchConfig(MeasureConfig):
     presets: dict[str, str] = {}
     """Name -> rule: `compromise`, or an objective: the best of it with every other objective at least the base's.
     Measured on `report_prompts`, and published unless those refute them."""
+
+    def task(self) -> Task:
+        return replace(super().task(), rungs=self.rungs)
 
 
 def read_prompts(source: str) -> list[Any]:

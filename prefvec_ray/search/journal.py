@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Evaluation
-from prefvec_ray.search.result import FailedTrial
+from prefvec_ray.search.result import Tried
 
 
 class Journal:
-    """The finished trials of one search, one JSON line each, in `trials.jsonl`; a torn last line is cut
-    off."""
+    """The settings that one search has measured or dropped, one JSON line each, in `trials.jsonl`; a torn last line is
+    cut off."""
 
     def __init__(self, folder: Path, definition: dict[str, Any]) -> None:
-        self.folder, self.done, self.failed = folder.absolute(), list[Evaluation](), list[FailedTrial]()
+        self.folder, self.done = folder.absolute(), list[Tried]()
         self.folder.mkdir(parents=True, exist_ok=True)
         described = self.folder / "search.json"
         if described.exists():
@@ -34,11 +33,11 @@ class Journal:
         whole = self.path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1]
         os.truncate(self.path, len(lines))
-        self.done = [Evaluation.model_validate_json(line) for line in lines.splitlines()]
+        self.done = [Tried.model_validate_json(line) for line in lines.splitlines()]
 
-    def add(self, evaluation_json: str) -> None:
+    def add(self, tried: Tried) -> None:
+        """Append a setting; it is on the disk when this returns."""
         with self.path.open("a") as file:
-            file.write(evaluation_json + "\n")
+            file.write(tried.model_dump_json() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.done.append(Evaluation.model_validate_json(evaluation_json))

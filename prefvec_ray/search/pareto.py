@@ -34,14 +34,30 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
     return _volume([point for point in lengths if all(x > 0 for x in point)])
 
 
+class Volume:
+    """A hypervolume that grows point by point, for the price of what each point adds."""
+
+    def __init__(self, reference: Point) -> None:
+        self.reference, self.value, self._front = reference, 0.0, list[Point]()
+
+    def add(self, point: Point) -> float:
+        """The hypervolume with `point`."""
+        box = tuple(x - r for x, r in zip(point, self.reference, strict=True))
+        if any(x <= 0 for x in box) or any(all(x >= y for x, y in zip(p, box, strict=True)) for p in self._front):
+            return self.value
+        self.value += _added(box, self._front)
+        self._front = [p for p in self._front if not dominates(box, p)] + [box]
+        return self.value
+
+
+def _added(box: Point, others: Sequence[Point]) -> float:
+    """A box, less what `others` cover of it."""
+    return math.prod(box) - _volume([tuple(map(min, box, other)) for other in others])
+
+
 def _volume(points: list[Point]) -> float:
     front = sorted((points[i] for i in non_dominated(points)), reverse=True)
-    total = 0.0
-    for i, point in enumerate(front):
-        # What this point adds to those after it: its box, less what they cover of it.
-        covered = [tuple(map(min, point, other)) for other in front[i + 1 :]]
-        total += math.prod(point) - _volume(covered)
-    return total
+    return sum(_added(point, front[i + 1 :]) for i, point in enumerate(front))
 
 
 def compromise(points: Sequence[Point], base: Point) -> tuple[int, tuple[float, ...]] | None:

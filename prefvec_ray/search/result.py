@@ -4,12 +4,14 @@ data."""
 from collections.abc import Mapping
 from functools import cached_property
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import Evaluation, Metric
 from prefvec_ray.evaluation.results import SearchSummary
-from prefvec_ray.search.pareto import Point, compromise, hypervolume, non_dominated
+from prefvec_ray.search.noise import Measured
+from prefvec_ray.search.pareto import Point, Volume
 
 
 class FailedTrial(BaseModel):
@@ -21,6 +23,22 @@ class FailedTrial(BaseModel):
     error: str
 
 
+class Tried(BaseModel):
+    """One setting's way up the rungs: what it scored after each rung that it was measured on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rungs: list[Evaluation]
+    complete: bool
+    """Whether it was measured to the end; else it was dropped after its last rung here."""
+    answers: int
+    """Answers generated for it."""
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return self.rungs[-1].coefficients
+
+
 class Recommendation(BaseModel):
     """One setting of the front, and the reason for it."""
 
@@ -28,6 +46,9 @@ class Recommendation(BaseModel):
 
     coefficients: dict[str, float]
     reason: str
+    optimism: dict[str, float] = {}
+    """Objective -> by how much the chosen setting looks better on the prompts it was chosen on than on others, in the
+    metric's own direction; estimated on the prompts that bootstrap resamples left out. Empty for few prompts."""
 
 
 class Goal(BaseModel):
@@ -58,7 +79,17 @@ class Goal(BaseModel):
         return tuple(self.metrics[name].gain(evaluation.mean(name), 0.0) for name in self.objectives)
 
     def keeps_limits(self, evaluation: Evaluation) -> bool:
-        return all(self.metrics[name].gain(evaluation.mean(name), limit) >= 0 for name, limit in self.limits.items())
+        """By the means; a limit on a metric that was defined on no prompt is not known to be kept."""
+        found = [(self.metrics[name], evaluation.metrics.get(name), limit) for name, limit in self.limits.items()]
+        return all(value is not None and metric.gain(value.mean, limit) >= 0 for metric, value, limit in found)
+
+    def constraints(self, evaluation: Evaluation) -> dict[str, float]:
+        """By how much each limit is broken: at most 0 where it is kept, 1 where the metric was not defined."""
+        values = {name: evaluation.metrics.get(name) for name in self.limits}
+        return {
+            name: 1.0 if value is None else -self.metrics[name].gain(value.mean, self.limits[name])
+            for name, value in values.items()
+        }
 
     def reference(self, base: Evaluation) -> Point:
         """Where the hypervolume begins: each objective's worst possible value, the base's where it has
@@ -70,19 +101,32 @@ class Goal(BaseModel):
         return tuple(found)
 
 
+MIN_PROMPTS = 8
+"""Below this many prompts a bootstrap over them says nothing that could be believed."""
+RESAMPLES = 200
+
+
 class SearchResult(BaseModel):
-    """`trials` are all settings measured, in the order they finished; the first one of all-zero
+    """`trials` are the settings measured to the end, in the order they finished; the first one of all-zero
     coefficients is the base."""
 
     model_config = ConfigDict(frozen=True)
 
     goal: Goal
     trials: list[Evaluation]
+    dropped: list[Evaluation] = []
+    """Settings that a cheaper rung showed to be beaten, as that rung saw them."""
     failed: list[FailedTrial] = []
+    answers: int = 0
+    """Generated in all, dropped settings included; failed ones are not counted."""
+    spent: list[int] = []
+    """How many of the answers had been generated when each of `trials` finished."""
+    stopped: str = ""
+    """Why the search ended, in words."""
     seconds: float = 0.0
     """Wall-clock of the last run of the search, start-up included; an interrupted run's time is not in it."""
     resumed: int = 0
-    """How many of the trials an earlier, interrupted run had measured."""
+    """How many settings, measured or dropped, an earlier run had done."""
 
     @cached_property
     def base(self) -> Evaluation:
@@ -92,54 +136,97 @@ class SearchResult(BaseModel):
         raise InputError("the search has not measured the base (all coefficients 0); run the search again")
 
     @cached_property
+    def _measured(self) -> Measured:
+        return Measured(self.goal, self.trials)
+
+    @cached_property
+    def _front(self) -> list[int]:
+        on = [i for i, is_on in enumerate(self._measured.front()) if is_on]
+        return sorted(on, key=lambda i: self.goal.point(self.trials[i]))
+
+    @property
     def front(self) -> list[Evaluation]:
-        """The settings within the limits that no other such setting beats, sorted by the first objective."""
-        allowed = [trial for trial in self.trials if self.goal.keeps_limits(trial)]
-        found = [allowed[i] for i in non_dominated([self.goal.point(trial) for trial in allowed])]
-        return sorted(found, key=self.goal.point)
+        """The settings within the limits that no other one beats beyond the paired error (`Measured.front`), sorted by
+        the first objective."""
+        return [self.trials[i] for i in self._front]
+
+    @cached_property
+    def front_probability(self) -> list[float]:
+        """Of each setting of `front`: the share of bootstrap resamples of the prompts that have it on their front."""
+        chances = self._measured.front_probabilities(RESAMPLES)
+        return [float(chances[i]) for i in self._front]
 
     @property
     def hypervolume(self) -> float:
-        return hypervolume([self.goal.point(trial) for trial in self.front], self.goal.reference(self.base))
+        return self.hypervolume_history[-1]
 
-    @property
+    @cached_property
     def hypervolume_history(self) -> list[float]:
         """The hypervolume after each trial."""
-        reference = self.goal.reference(self.base)
-        allowed = [self.goal.keeps_limits(trial) for trial in self.trials]
-        points = [self.goal.point(trial) for trial in self.trials]
+        volume = Volume(self.goal.reference(self.base))
         return [
-            hypervolume([p for p, fine in zip(points[:n], allowed[:n], strict=True) if fine], reference)
-            for n in range(1, len(points) + 1)
+            volume.add(self.goal.point(trial)) if self.goal.keeps_limits(trial) else volume.value
+            for trial in self.trials
         ]
 
-    @property
+    @cached_property
     def recommended(self) -> Recommendation | None:
-        """The front's compromise between the objectives (see `pareto.compromise`); None where the front is
-        empty.
+        """The front's compromise between the objectives; None where the front is empty.
 
-        Chosen on the search prompts, where it looks better than it is: confirm it on prompts that the
-        search never saw.
+        The compromise (see `pareto.compromise`) is judged on bootstrap resamples of the prompts, and the setting that
+        does best on average is taken: one that owes its place to a few lucky prompts falls back on the resamples
+        without them. What is left of its luck is stated as `optimism`; confirm it on prompts the search never saw.
         """
-        base = self.goal.point(self.base)
-        points = [self.goal.point(trial) for trial in self.front]
-        found = compromise(points, base)
-        if found is None:
+        if not self._front:
             return None
-        index, shares = found
-        trial = self.front[index]
-        gains = [x - b for x, b in zip(points[index], base, strict=True)]
+        table = self._measured
+        base, front = self.trials.index(self.base), self._front
+        mean_BSO, kept_BS, counts_BP = table.resampled(RESAMPLES)
+        gains_BSO, kept_BS = mean_BSO[:, front] - mean_BSO[:, base, None], kept_BS[:, front]
+        shares_BSO = _shares(gains_BSO)
+        least_BS = shares_BSO.min(-1)
+        # Where a resample breaks a limit, the setting is worth as little there as the worst of all.
+        least_BS = np.where(kept_BS, least_BS, least_BS.min(-1, keepdims=True))
+        merit = np.round(least_BS.mean(0), 12) + 1e-9 * shares_BSO.sum(-1).mean(0)
+        place = int(merit.argmax())
+        return Recommendation(
+            coefficients=self.trials[front[place]].coefficients,
+            reason=self._reason(self.trials[front[place]]),
+            optimism=self._optimism(least_BS.argmax(-1), counts_BP) if counts_BP.shape[1] >= MIN_PROMPTS else {},
+        )
+
+    def notes(self) -> list[str]:
+        """What happened, in plain lines: how it ended, what it took, what was dropped, what failed."""
+        lines = [
+            f"ended because {self.stopped}" if self.stopped else "not ended",
+            f"{len(self.trials)} settings measured to the end, {len(self.dropped)} dropped early, "
+            f"{self.answers} answers generated",
+        ]
+        return lines + [f"failed at {failed.coefficients}: {failed.error}" for failed in self.failed]
+
+    def _reason(self, trial: Evaluation) -> str:
+        base = np.array(self.goal.point(self.base))
+        gains_SO = np.array([self.goal.point(t) for t in self.front]) - base
+        gains = np.array(self.goal.point(trial)) - base
+        best = gains_SO.max(0)
         parts = [
-            f"{name} {self.base.mean(name):.3f} → {trial.mean(name):.3f} ({share:.0%} of the best gain found)"
+            f"{name} {self.base.mean(name):.3f} → {trial.mean(name):.3f} ({gain / top:.0%} of the best gain found)"
             if gain > 0
             else f"{name} {self.base.mean(name):.3f} → {trial.mean(name):.3f} (no gain over the base)"
-            for name, gain, share in zip(self.goal.objectives, gains, shares, strict=True)
+            for name, gain, top in zip(self.goal.objectives, gains, best, strict=True)
         ]
-        return Recommendation(
-            coefficients=trial.coefficients,
-            reason=f"of the {len(points)} settings on the front{self._limits()}, it gives up least of what each "
-            f"objective could gain over the base: {'; '.join(parts)}",
+        return (
+            f"of the {len(self.front)} settings on the front{self._limits()}, it gives up least of what each "
+            f"objective could gain over the base: {'; '.join(parts)}"
         )
+
+    def _optimism(self, chosen_B: np.ndarray, counts_BP: np.ndarray) -> dict[str, float]:
+        """Means of what each resample would have chosen, on the resample less on the prompts it left out."""
+        inside, _ = self._measured.weighted(counts_BP)
+        outside, _ = self._measured.weighted((counts_BP == 0).astype(np.int64))
+        rows, chosen = np.arange(len(chosen_B)), np.array(self._front)[chosen_B]
+        lost = np.nan_to_num(np.nanmean(inside[rows, chosen] - outside[rows, chosen], axis=0))
+        return {name: max(0.0, float(x)) for name, x in zip(self.goal.objectives, lost, strict=True)}
 
     def summary(
         self, *, preset: str | None = None, confirmed: tuple[Evaluation, Evaluation] | None = None
@@ -168,3 +255,9 @@ class SearchResult(BaseModel):
             for name, limit in limits.items()
         ]
         return f" with {' and '.join(words)}" if words else ""
+
+
+def _shares(gains_BSO: np.ndarray) -> np.ndarray:
+    """Gains in units of the best gain any setting has there; plain gains where none has one (as `compromise`)."""
+    best = gains_BSO.max(axis=1, keepdims=True)
+    return gains_BSO / np.where(best > 0, best, 1.0)

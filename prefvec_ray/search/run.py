@@ -1,10 +1,8 @@
-"""A search over coefficients on Ray Tune: Optuna proposes settings, trial actors measure them, a file keeps
-what is known.
+"""A search over coefficients on Ray Tune: an `Explorer` decides, trial actors measure, a file keeps what is known.
 
-Every finished trial is a line of `trials.jsonl`, written before the next one is proposed. A search that was
-killed, at any moment and in any way, goes on from those lines when it is called again with the same folder:
-plain data, where Tune's own snapshots are pickles that come every few seconds and hold one trial more or
-less than was paid for.
+Every finished setting is a line of `trials.jsonl`, written before the next one is proposed. A search that was killed,
+at any moment and in any way, goes on from those lines when it is called again with the same folder: plain data, where
+Tune's own snapshots are pickles that come every few seconds and hold one trial more or less than was paid for.
 """
 
 import json
@@ -18,37 +16,45 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
+import ray
 from blake3 import blake3
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.evaluation.scorers import scorer_digest
+from prefvec_ray.search.explore import Explorer, Plan, Sampler
 from prefvec_ray.search.journal import Journal
-from prefvec_ray.search.result import FailedTrial, Goal, SearchResult
+from prefvec_ray.search.result import Goal, SearchResult, Tried
 from prefvec_ray.search.trial import Task, Trial
 
 FULL_RANGE = (-1.0, 1.0)
-STUDY = "prefvec"
+DEATHS = 2
+"""So often a setting is measured again whose process died, before it counts as failed."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a running search stands, after each finished trial."""
+    """Where a running search stands, after each setting that was measured, dropped or failed."""
 
     done: int
     trials: int
+    dropped: int
     failed: int
+    answers: int
     front: int
     hypervolume: float
     seconds: float
 
     def __str__(self) -> str:
+        dropped = f", {self.dropped} of them dropped early" if self.dropped else ""
         failed = f", {self.failed} failed" if self.failed else ""
         return (
-            f"search: {self.done}/{self.trials} settings{failed}, {self.front} on the front, "
-            f"hypervolume {self.hypervolume:.4f}, {self.seconds:.0f} s"
+            f"search: {self.done}/{self.trials} settings{dropped}{failed}, {self.answers} answers, "
+            f"{self.front} on the front, hypervolume {self.hypervolume:.4f}, {self.seconds:.0f} s"
         )
 
 
@@ -61,108 +67,210 @@ def search(
     limits: Mapping[str, float] | None = None,
     start: Sequence[Mapping[str, float]] = (),
     trials: int = 40,
+    answers: int | None = None,
+    seconds: float | None = None,
+    patience: int | None = 16,
+    sampler: Sampler = "gp",
+    grid_steps: int = 5,
+    caution: float = 1.0,
+    timeout: float = 3600.0,
     actors: int = 4,
     seed: int = 0,
     resources: Mapping[str, float] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
-    """Search the coefficients of `task.vectors` for the Pareto front of `objectives`, metrics of the task's
-    scorer.
+    """Search the coefficients of `task.vectors` for the Pareto front of `objectives`, metrics of the task's scorer.
 
-    `trials` settings are measured in all, on `actors` processes at once, each with `resources` (default one
-    CPU). The base and the settings in `start` come first, the rest is Optuna's multi-objective TPE within
-    `ranges` (default [-1, 1]). Settings that break a limit are kept but never enter the front. Trials that
-    raise, or score NaN, are listed in `failed`.
+    The base and the settings in `start` come first, then what Optuna's `sampler` proposes within `ranges` (default
+    [-1, 1]), or a grid of `grid_steps` an axis, on `actors` processes at once, each with `resources` (default one
+    CPU). Each setting climbs `task.rungs`; it is dropped where another is better in every objective by more than
+    `caution` paired standard errors. Settings that break a limit are kept but never enter the front, and the sampler
+    is told by how much they do. `SearchResult.stopped` says which of these ended the search:
 
-    `folder` keeps the trials. A folder of a search that was interrupted is gone on with; one that is
-    complete returns at once. With the same seed the proposals differ a little between runs, since they
-    depend on which actor finishes first; what a setting scores does not. An active Ray connection is used,
-    else Ray is started.
+    - `trials` settings were tried, dropped and failed ones included;
+    - `answers` were generated, or `seconds` have passed;
+    - the last `patience` settings raised the hypervolume by less than its standard error;
+    - most settings fail. A setting fails where the scorer raises, or scores NaN, where a rung takes longer than
+      `timeout` seconds (its process is killed), or where its process dies more than twice; it is listed in `failed`.
+
+    `folder` keeps the trials. A folder of a search that was interrupted is gone on with; one that is complete returns
+    at once. With the same seed the proposals differ a little between runs, since they depend on which actor finishes
+    first; what a setting scores does not. An active Ray connection is used, else Ray is started.
 
     Raises:
-        InputError: a vector of another base, an unknown objective or limit, a range that does not contain
-        0, or a folder
-            that holds another search.
-        RuntimeError: no trial gave a result.
+        InputError: a vector of another base, an unknown objective, limit or sampler, a range that does not contain 0,
+            or a folder that holds another search.
+        RuntimeError: nothing could be measured, or not the base; with the reason.
     """
     began = time.perf_counter()
     goal = Goal(objectives=tuple(objectives), metrics=task.metrics, limits=dict(limits or {}))
     goal.check()
     bounds = _ranges(task, ranges)
-    points = [dict.fromkeys(bounds, 0.0), *(_within(point, bounds) for point in start)]
-    if trials < len(points) or actors < 1:
-        raise InputError(f"{trials} trials on {actors} actors; give at least {len(points)} trials and 1 actor")
+    plan = Plan(
+        bounds,
+        trials=trials,
+        start=[_within(point, bounds) for point in start],
+        sampler=sampler,
+        answers=answers,
+        seconds=seconds,
+        patience=patience,
+        caution=caution,
+        grid_steps=grid_steps,
+        seed=seed,
+    )
+    plan.check()
+    rungs = [sum(block.answers for block in blocks) for blocks in task.blocks()]
+    if answers is not None and answers < sum(rungs):
+        raise InputError(f"a budget of {answers} answers; one setting alone takes {sum(rungs)}")
+    if actors < 1 or not timeout > 0:
+        raise InputError(f"{actors} actors with {timeout:g} s a rung; give at least one actor, and some time")
     task = replace(
         task,
         base=Path(task.base).absolute(),
         vectors={name: Path(vector).absolute() for name, vector in task.vectors.items()},
-        base_fingerprint=_check_vectors(task),
+        base_fingerprint=check_vectors(task),
     )
     journal = Journal(Path(folder), _definition(task, goal, bounds, seed))
-    resumed = len(journal.done)
-
-    if len(journal.done) < trials:
-        watcher = _Watcher(journal, goal, trials, progress, began)
-        _tune(task, journal, bounds, points, goal, trials - resumed, actors, seed + resumed, resources, watcher)
-    if not journal.done:
-        first = journal.failed[0].error if journal.failed else "none was started"
-        raise RuntimeError(f"no trial of the search gave a result; the first failed with: {first}")
-    return SearchResult(
-        goal=goal,
-        trials=journal.done,
-        failed=journal.failed,
-        seconds=time.perf_counter() - began,
-        resumed=resumed,
-    )
+    explorer = Explorer(goal, plan, rungs, known=journal.done)
+    if not explorer.ended:
+        _tune(task, explorer, journal, actors, timeout, dict(resources or {"cpu": 1}), progress, began)
+    result = explorer.result(seconds=time.perf_counter() - began, resumed=len(journal.done))
+    if not any(not any(trial.coefficients.values()) for trial in result.trials):
+        first = f"; the first failure: {result.failed[0].error}" if result.failed else ""
+        raise RuntimeError(f"the search gave no result: {result.stopped}{first}")
+    return result
 
 
-class _Watcher(tune.Callback):
-    """Writes finished trials into the journal and says where the search stands."""
+class _Proposer(Searcher):
+    """The explorer's proposals as Tune asks for them."""
+
+    def __init__(self, explorer: Explorer) -> None:
+        super().__init__()
+        self.explorer = explorer
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.explorer.ended:
+            return Searcher.FINISHED
+        proposal = self.explorer.propose()
+        return None if proposal is None else {"number": proposal.number, "coefficients": proposal.coefficients}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The conductor has told the explorer."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal is what a search goes on from."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its journal")
+
+
+class _Halving(FIFOScheduler):
+    """Stops a trial at a rung where its setting has lost."""
+
+    def __init__(self, conductor: "_Conductor") -> None:
+        super().__init__()
+        self.conductor = conductor
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        # Tune asks before it tells its callbacks, and does not ask after a result that is the last.
+        seen = [*self.conductor.rungs_before(trial, result), Evaluation.model_validate_json(result["evaluation"])]
+        return self.CONTINUE if self.conductor.explorer.promising(seen) else self.STOP
+
+
+class _Conductor(tune.Callback):
+    """Takes in what trials report: into the explorer and the journal. Kills what hangs."""
 
     def __init__(
         self,
+        explorer: Explorer,
         journal: Journal,
-        goal: Goal,
-        trials: int,
+        actors: int,
+        timeout: float,
         progress: Callable[[Progress], None] | None,
         began: float,
     ) -> None:
-        self.journal, self.goal, self.trials, self.progress, self.began = journal, goal, trials, progress, began
+        self.explorer, self.journal, self.actors = explorer, journal, actors
+        self.timeout, self.progress, self.began = timeout, progress, began
+        self._rungs: dict[str, list[Evaluation]] = {}
+        self._since: dict[str, float] = {}
+        self._killed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune snapshots its callbacks. Nothing ever restores this one, and a caller's progress bar cannot
-        be pickled."""
+        """Tune snapshots its callbacks. Nothing ever restores this one, and a caller's progress bar cannot be
+        pickled."""
         return {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Watcher":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Conductor":
         return self
+
+    def rungs_before(self, trial: TuneTrial, result: dict[str, Any]) -> list[Evaluation]:
+        """What the trial scored before this result. A trial whose process died begins again at the first rung."""
+        return self._rungs.get(trial.trial_id, [])[: result["rung"] - 1]
+
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._since[trial.trial_id] = time.monotonic()
 
     def on_trial_result(
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        self.journal.add(result["evaluation"])
+        self._since[trial.trial_id] = time.monotonic()
+        if "error" in result:
+            self._failed(trial, result["error"])
+            return
+        rungs = [*self.rungs_before(trial, result), Evaluation.model_validate_json(result["evaluation"])]
+        self._rungs[trial.trial_id] = rungs
+        if not result.get("done"):
+            return
+        del self._rungs[trial.trial_id]
+        # Samples of the last rung are kept; those before it are the same.
+        earlier = [evaluation.model_copy(update={"samples": []}) for evaluation in rungs[:-1]]
+        costs = self.explorer.rungs
+        tried = Tried(rungs=[*earlier, rungs[-1]], complete=len(rungs) == len(costs), answers=sum(costs[: len(rungs)]))
+        if self.explorer.finish(trial.config["number"], tried):
+            self.journal.add(tried)
         self._report()
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        if trial.trial_id in self._killed:
+            self._failed(trial, f"no result within {self.timeout:g} s of a rung; its process was killed")
+            return
         # The traceback's last line names the exception; the file lies beside the driver and is plain text.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
         lines = [line for line in text.splitlines() if line.strip()]
-        error = lines[-1] if lines else "the trial's process died"
-        self.journal.failed.append(FailedTrial(coefficients=trial.config, error=error))
+        self._failed(trial, f"its process died {1 + DEATHS} times; {lines[-1].strip() if lines else 'no word why'}")
+
+    def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+        """Tune's loop comes by several times a second: the place to look for trials that hang."""
+        now = time.monotonic()
+        for trial in trials:
+            actor = trial.temporary_state.ray_actor
+            if trial.status != TuneTrial.RUNNING or actor is None or trial.trial_id in self._killed:
+                continue
+            if now - self._since.get(trial.trial_id, now) > self.timeout:
+                self._killed.add(trial.trial_id)
+                trial.max_failures = 0  # a hang would only hang again
+                ray.kill(actor)
+
+    def _failed(self, trial: TuneTrial, error: str) -> None:
+        self._rungs.pop(trial.trial_id, None)
+        self.explorer.fail(trial.config["number"], trial.config["coefficients"], error)
         self._report()
 
     def _report(self) -> None:
         if self.progress is None:
             return
-        so_far = SearchResult(goal=self.goal, trials=self.journal.done)
-        has_base = any(not any(trial.coefficients.values()) for trial in so_far.trials)
+        result, explorer = self.explorer.result(), self.explorer
+        has_base = any(not any(trial.coefficients.values()) for trial in result.trials)
         self.progress(
             Progress(
-                done=len(self.journal.done),
-                trials=self.trials,
-                failed=len(self.journal.failed),
-                front=len(so_far.front),
-                hypervolume=so_far.hypervolume if has_base else 0.0,
+                done=len(explorer.tried),
+                trials=explorer.plan.trials,
+                dropped=len(result.dropped),
+                failed=len(explorer.failed),
+                answers=result.answers,
+                front=len(result.front) if result.trials else 0,
+                hypervolume=result.hypervolume if has_base else 0.0,
                 seconds=time.perf_counter() - self.began,
             )
         )
@@ -170,55 +278,36 @@ class _Watcher(tune.Callback):
 
 def _tune(
     task: Task,
+    explorer: Explorer,
     journal: Journal,
-    bounds: dict[str, tuple[float, float]],
-    points: list[dict[str, float]],
-    goal: Goal,
-    trials: int,
     actors: int,
-    seed: int,
-    resources: Mapping[str, float] | None,
-    watcher: _Watcher,
+    timeout: float,
+    resources: dict[str, float],
+    progress: Callable[[Progress], None] | None,
+    began: float,
 ) -> None:
-    distributions = {name: optuna.distributions.FloatDistribution(*bound) for name, bound in bounds.items()}
-    modes = ["max" if goal.metrics[name].direction == "maximize" else "min" for name in goal.objectives]
-    storage = optuna.storages.InMemoryStorage()
+    conductor = _Conductor(explorer, journal, actors, timeout, progress, began)
+    scratch = journal.folder / "tune"
     with _quiet():
-        study = optuna.create_study(study_name=STUDY, storage=storage, directions=[mode + "imize" for mode in modes])
-        for evaluation in journal.done:
-            values = [evaluation.mean(name) for name in goal.objectives]
-            known = optuna.trial.create_trial(
-                params=evaluation.coefficients, distributions=distributions, values=values
-            )
-            study.add_trial(known)
-        measured = [evaluation.coefficients for evaluation in journal.done]
-        for point in points:
-            if point not in measured:
-                study.enqueue_trial(point)
-        proposer = OptunaSearch(
-            space=distributions,
-            metric=[f"score/{name}" for name in goal.objectives],
-            mode=modes,
-            study_name=STUDY,
-            storage=storage,
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True),
-        )
-        scratch = journal.folder / "tune"
         shutil.rmtree(scratch, ignore_errors=True)
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(Trial, task=task), dict(resources or {"cpu": 1})),
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(Trial, task=task), resources),
             tune_config=tune.TuneConfig(
-                search_alg=proposer, num_samples=trials, max_concurrent_trials=actors, reuse_actors=True
+                search_alg=_Proposer(explorer),
+                scheduler=_Halving(conductor),
+                num_samples=-1,  # the explorer says when it is enough
+                max_concurrent_trials=actors,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(journal.folder),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[watcher],
+                failure_config=tune.FailureConfig(max_failures=DEATHS),
+                callbacks=[conductor],
                 verbose=0,
             ),
-        )
-        tuner.fit()
+        ).fit()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -230,22 +319,21 @@ _QUIET = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     # Tune's handler would make a search that Ctrl-C stopped look like one that ended.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Snapshots that nothing restores.
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
 }
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in _QUIET}
-    verbosity = optuna.logging.get_verbosity()
     logger = logging.getLogger("ray.tune")
     level = logger.level
     os.environ.update(_QUIET)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        optuna.logging.set_verbosity(verbosity)
         logger.setLevel(level)
         for name, value in before.items():
             if value is None:
@@ -277,7 +365,7 @@ def _within(point: Mapping[str, float], bounds: dict[str, tuple[float, float]]) 
     return full
 
 
-def _check_vectors(task: Task) -> str:
+def check_vectors(task: Task) -> str:
     """The base's fingerprint, after every vector was found to belong to it."""
     from prefvec_ray.vectors import fingerprint, load_vector
 
@@ -303,6 +391,9 @@ def _definition(task: Task, goal: Goal, bounds: dict[str, tuple[float, float]], 
         "vectors": {name: load_vector(folder).digest() for name, folder in task.vectors.items()},
         "prompts": blake3(prompts.encode()).hexdigest(),
         "sampling": [task.draws, task.temperature, task.max_new_tokens, task.seed, task.template],
+        "rungs": list(task.rungs),
+        "scorer": scorer_digest(task.load_scorer()),
+        "measures": list(task.measures),
         "pairs": blake3(json.dumps(dict(task.pairs)).encode()).hexdigest(),
         "objectives": list(goal.objectives),
         "metrics": {name: metric.model_dump() for name, metric in goal.metrics.items()},

@@ -1,7 +1,7 @@
 """What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and
 score."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,10 @@ from ray import tune
 from prefvec_ray.evaluation import Metric, Scorer, load_scorer
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
+from prefvec_ray.search.rungs import Block, Ladder, plan_rungs
 
 if TYPE_CHECKING:
-    from prefvec_ray.evaluation import Evaluator
+    from prefvec_ray.evaluation import Evaluation, Evaluator
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Task:
     """`likelihood.MEASURES` of the answers: kl, perplexity."""
     pairs: Mapping[str, Sequence[TokenPair]] = field(default_factory=dict)
     """Held-out pairs by preference, for their implicit margins."""
+    rungs: tuple[float, ...] = (0.25, 1.0)
+    """Shares of all answers (prompts x draws) after which a search may drop a setting; (1,) measures each in full."""
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -51,8 +54,16 @@ class Task:
     def load_scorer(self) -> Scorer:
         return load_scorer(self.scorer) if isinstance(self.scorer, str) else self.scorer
 
+    def blocks(self) -> list[list[Block]]:
+        """What each rung of a search adds; InputError where `rungs` is not shares that rise to 1."""
+        return plan_rungs(len(self.prompts), self.draws, self.rungs, self.seed)
+
     def evaluator(self) -> "Evaluator":
-        """The live model of this process, ready to measure settings. Heavy: once a process."""
+        """The live model of this process, ready to measure settings in full. Heavy: once a process."""
+        return self.ladder([[Block(tuple(range(len(self.prompts))), self.draws, self.seed)]]).evaluators[0]
+
+    def ladder(self, rungs: Sequence[Sequence[Block]] | None = None) -> Ladder:
+        """The live model of this process, ready to measure settings rung by rung. Heavy: once a process."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -70,34 +81,49 @@ class Task:
             base_fingerprint=self.base_fingerprint,
             threads=self.threads,
         )
-        return Evaluator(
-            live,
-            AutoTokenizer.from_pretrained(self.base),
-            self.prompts,
-            self.load_scorer(),
-            draws=self.draws,
-            seed=self.seed,
-            temperature=self.temperature,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            template=self.template,
-            measures=self.measures,
-            pairs=self.pairs,
-        )
+        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base), self.load_scorer()
+
+        def make(block: Block, first: bool) -> Evaluator:
+            return Evaluator(
+                live,
+                tokenizer,
+                [self.prompts[i] for i in block.prompts],
+                scorer,
+                draws=block.draws,
+                seed=block.seed,
+                temperature=self.temperature,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+                template=self.template,
+                measures=self.measures,
+                # Pairs need no answers: measuring them once a setting is enough.
+                pairs=self.pairs if first else None,
+            )
+
+        return Ladder(make, self.blocks() if rungs is None else rungs)
 
 
 class Trial(tune.Trainable):
-    """A Tune trainable of a single step; the actor lives on with its model (`reuse_actors`)."""
+    """A Tune trainable of one step a rung; the actor lives on with its model (`reuse_actors`).
+
+    A scorer that raises costs its setting, not the actor: the error is a result like any other.
+    """
 
     def setup(self, config: dict[str, Any], task: Task) -> None:
-        self.evaluator = task.evaluator()
-        self.coefficients = config
+        self.ladder = task.ladder()
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.coefficients = new_config
+        self.climb: Iterator[Evaluation] = self.ladder.climb(new_config["coefficients"])
+        self.rung = 0
         return True
 
     def step(self) -> dict[str, Any]:
-        evaluation = self.evaluator.evaluate(self.coefficients)
-        scores = {f"score/{name}": value.mean for name, value in evaluation.metrics.items() if value is not None}
-        return {**scores, "evaluation": evaluation.model_dump_json(), "done": True}
+        self.rung += 1
+        try:
+            evaluation = next(self.climb)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            return {"rung": self.rung, "error": f"{type(error).__name__}: {text}"[:2000], "done": True}
+        done = self.rung == len(self.ladder.rungs)
+        return {"rung": self.rung, "evaluation": evaluation.model_dump_json(), "done": done}

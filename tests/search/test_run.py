@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.evaluation import scorer
 from prefvec_ray.search import measure, search
 from prefvec_ray.vectors import save_vector, vector_from_state
 
@@ -21,6 +21,7 @@ OBJECTIVES = ["length", "letters"]
 @pytest.mark.slow
 def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
     lines = []
+    task = replace(task, rungs=(1.0,))
     settings = {"seed": 3, "actors": 2, "start": [{"left": 1.0}], "ranges": {"right": (-0.5, 1.5)}}
     first = search(task, OBJECTIVES, tmp_path / "s", trials=6, progress=lines.append, **settings)
     assert len(first.trials) == len(lines) == 6
@@ -50,7 +51,7 @@ def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
 
 
 @pytest.mark.slow
-def test_trials_that_raise_or_score_nan_never_enter_the_front(task, lengths, tmp_path, ray_cluster):
+def test_trials_that_raise_score_nan_die_or_hang_never_enter_the_front(task, lengths, tmp_path, ray_cluster):
     calls = tmp_path / "calls"
 
     @scorer(**lengths.metrics)
@@ -60,36 +61,35 @@ def test_trials_that_raise_or_score_nan_never_enter_the_front(task, lengths, tmp
             number = file.tell()
         if number == 2:
             raise RuntimeError("the judge is out for lunch")
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 7:
+            time.sleep(600)
         scores = lengths(prompts, responses)
         if number == 4:
             scores["letters"][0] = math.nan
         return scores
 
-    result = search(replace(task, scorer=unreliable), OBJECTIVES, tmp_path / "s", trials=5, actors=1)
-    assert len(result.trials) == 3
+    task = replace(task, scorer=unreliable, rungs=(1.0,))
+    result = search(task, OBJECTIVES, tmp_path / "s", trials=7, actors=1, timeout=10, sampler="random")
     errors = [failed.error for failed in result.failed]
     assert errors[0] == "RuntimeError: the judge is out for lunch"
     assert "metric 'letters' gave nan" in errors[1]
+    assert errors[2] == "no result within 10 s of a rung; its process was killed"
+    assert len(errors) == 3
+    assert calls.stat().st_size == 8, "the setting whose process died was measured again, by another process"
+    assert len(result.trials) == 4
     assert all(math.isfinite(trial.mean(name)) for trial in result.trials for name in OBJECTIVES)
     bad = [failed.coefficients for failed in result.failed]
     assert not [trial for trial in result.trials if trial.coefficients in bad]
-
-
-@pytest.mark.slow
-def test_a_search_without_a_single_result_says_why(task, tmp_path, ray_cluster):
-    @scorer(length=Metric(direction="minimize", low=0))
-    def broken(prompts, responses):
-        raise RuntimeError("the judge is out for lunch")
-
-    with pytest.raises(RuntimeError, match=r"no trial of the search gave a result.*out for lunch"):
-        search(replace(task, scorer=broken), ["length"], tmp_path / "s", trials=1, actors=1)
+    assert result.stopped == "all 7 settings were tried"
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 import ray
-from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.evaluation import scorer
 from prefvec_ray.search import Task, search
 
 @scorer(length=Metric(direction="minimize", low=0, high=1000), letters=Metric(direction="maximize", low=0, high=1))
@@ -104,7 +104,7 @@ root, folder = map(Path, sys.argv[1:])
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 task = Task(base=root / "base", vectors={name: root / name for name in ("left", "right")},
             prompts=["Why?", "How?"], scorer=slow, draws=2, max_new_tokens=12)
-result = search(task, ["length", "letters"], folder, trials=10, actors=1, progress=print)
+result = search(task, ["length", "letters"], folder, trials=10, actors=1, progress=print, sampler="random")
 print(result.model_dump_json())
 """
 
@@ -130,8 +130,9 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
     *lines, last = done.stdout.splitlines()
     result = json.loads(last)
     assert result["resumed"] == len(before)
-    assert result["trials"][: len(before)] == before, "what was paid for is kept"
-    assert len(result["trials"]) == 10
+    full = [line["rungs"][-1] for line in before if line["complete"]]
+    assert result["trials"][: len(full)] == full, "what was paid for is kept"
+    assert len(result["trials"]) + len(result["dropped"]) == 10
     assert all(line.startswith("search: ") for line in lines), "one line a trial and nothing else"
     assert len(lines) == 10 - len(before)
 
@@ -143,7 +144,12 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
         ({"ranges": {"up": (0, 1)}}, "a range is given for 'up'"),
         ({"ranges": {"left": (0.2, 1)}}, "it must contain 0, the base"),
         ({"start": [{"left": 7.0}]}, "not within the ranges"),
-        ({"trials": 0}, "0 trials on 4 actors"),
+        ({"trials": 0}, "0 trials; this search begins with 1 settings"),
+        ({"actors": 0}, "give at least one actor"),
+        ({"answers": 15}, "a budget of 15 answers; one setting alone takes 16"),
+        ({"sampler": "cma"}, "sampler 'cma': choose one of tpe, nsga2, gp, random, grid"),
+        ({"sampler": "grid", "grid_steps": 13}, "begins with 170 settings"),
+        ({"patience": 1}, "patience is 1"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(change, message, task, tmp_path):

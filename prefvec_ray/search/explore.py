@@ -1,0 +1,284 @@
+"""The decisions of a search, apart from what carries them out: which setting next, which to drop, when to stop.
+
+    explorer = Explorer(goal, Plan(bounds={"helpful": (-1, 1), "harmless": (-1, 1)}, trials=40), rungs=[32, 128])
+    while not explorer.ended:
+        proposal = explorer.propose()
+        ...                                    # measure it, rung by rung, while explorer.promising(...)
+        explorer.finish(proposal, tried)
+
+No Ray and no model here. `run.py` carries it out on Ray Tune with many settings in flight, the benchmark in a loop.
+"""
+
+import itertools
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import optuna
+import torch
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.search.noise import Measured
+from prefvec_ray.search.result import FailedTrial, Goal, SearchResult, Tried
+
+Sampler = Literal["tpe", "nsga2", "gp", "random", "grid"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+MANY = 4
+"""So many settings must have been tried before "most of them fail" is said."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What may be tried and how long. Bounds contain 0, the base, which is always measured first."""
+
+    bounds: dict[str, tuple[float, float]]
+    trials: int = 40
+    """Settings to try, dropped and failed ones included."""
+    start: Sequence[dict[str, float]] = ()
+    """Settings to try right after the base."""
+    sampler: Sampler = "gp"
+    answers: int | None = None
+    """Budget of generated answers; a setting begins only if the budget lets it be measured to the end."""
+    seconds: float | None = None
+    """No setting begins later than this after the start."""
+    patience: int | None = None
+    """Stop when the last so many settings have raised the hypervolume by less than its own standard error."""
+    caution: float = 1.0
+    """A setting is dropped at a rung when another is better in every objective by this many paired standard errors."""
+    grid_steps: int = 5
+    seed: int = 0
+
+    def check(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        points = 1 + len(self.start)
+        if self.sampler == "grid":
+            if self.grid_steps < 2:
+                raise InputError(f"grid_steps is {self.grid_steps}; give at least 2")
+            points = self.grid_steps ** len(self.bounds) + len(self.start) + 1
+        if self.trials < points:
+            raise InputError(f"{self.trials} trials; this search begins with {points} settings, give at least as many")
+        if self.patience is not None and self.patience < 2:
+            raise InputError(f"patience is {self.patience}; a front is judged over at least 2 settings")
+        if self.caution < 0:
+            raise InputError(f"caution is {self.caution}; expected a number of standard errors, 0 or more")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A setting to measure."""
+
+    number: int
+    coefficients: dict[str, float]
+
+
+@dataclass
+class Explorer:
+    """Proposes settings, says which are worth measuring on, and knows when to end. `rungs` are the answers that each
+    rung adds."""
+
+    goal: Goal
+    plan: Plan
+    rungs: Sequence[int]
+    clock: Callable[[], float] = time.monotonic
+    known: Sequence[Tried] = ()
+    """What an earlier run of the same search has tried."""
+    tried: list[Tried] = field(init=False, default_factory=list)
+    failed: list[FailedTrial] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.plan.check()
+        self._began, self._ended = self.clock(), ""
+        self._open: dict[int, optuna.Trial] = {}
+        self._proposed = len(self.known)
+        self._distributions = {n: optuna.distributions.FloatDistribution(*b) for n, b in self.plan.bounds.items()}
+        modes = [self.goal.metrics[name].direction for name in self.goal.objectives]
+        with quiet():
+            self._study = optuna.create_study(directions=modes, sampler=self._sampler())
+        for tried in self.known:
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=tried.coefficients,
+                    distributions=self._distributions,
+                    values=self._values(tried),
+                    constraints=self.goal.constraints(tried.rungs[-1]),
+                )
+            )
+            self.tried.append(tried)
+        done = [tried.coefficients for tried in self.known]
+        self._queue = deque(point for point in self._first() if point not in done)
+        self._stop_if_still()
+
+    @property
+    def ended(self) -> str:
+        """Why no further setting will be proposed; empty while more may come."""
+        if self._ended:
+            return self._ended
+        if self._proposed >= self.plan.trials:
+            return f"all {self.plan.trials} settings were tried"
+        if self.plan.sampler == "grid" and not self._queue:
+            return "every point of the grid was tried"
+        if self.plan.seconds is not None and self.clock() - self._began >= self.plan.seconds:
+            return f"the {self.plan.seconds:g} seconds are over"
+        if not self._open and not self._affordable():
+            return f"the budget of {self.plan.answers} answers does not cover another setting"
+        return ""
+
+    @property
+    def answers(self) -> int:
+        """Generated so far for the settings that were measured or dropped."""
+        return sum(tried.answers for tried in self.tried)
+
+    def propose(self) -> Proposal | None:
+        """The next setting; None where there is none now: the search has `ended`, or must hear of those in flight."""
+        if self.ended or not self._affordable():
+            return None
+        with quiet():
+            if self._queue:
+                self._study.enqueue_trial(self._queue.popleft())
+            trial = self._study.ask(self._distributions)
+        self._open[trial.number] = trial
+        self._proposed += 1
+        return Proposal(trial.number, {name: float(trial.params[name]) for name in self.plan.bounds})
+
+    def promising(self, rungs: Sequence[Evaluation]) -> bool:
+        """Whether a setting that scored so on its way up may still reach the front, given the errors. The base may."""
+        if len(rungs) == len(self.rungs) or not any(rungs[-1].coefficients.values()):
+            return True
+        seen = [tried.rungs[len(rungs) - 1] for tried in self.tried if len(tried.rungs) >= len(rungs)]
+        return Measured(self.goal, [*seen, rungs[-1]]).hopeful(-1, self.plan.caution)
+
+    def finish(self, number: int, tried: Tried) -> bool:
+        """Take in a setting that was measured or dropped. False where it has no number for an objective: it failed."""
+        for name in (*self.goal.objectives, *self.goal.limits):
+            estimate = tried.rungs[-1].metrics.get(name)
+            if estimate is not None and not math.isfinite(estimate.mean):
+                return self._refuse(number, tried, f"{name!r} is {estimate.mean}")
+            if estimate is None and name in self.goal.objectives:
+                return self._refuse(number, tried, f"objective {name!r} was defined on none of the prompts")
+        trial = self._open.pop(number)
+        for name, broken in self.goal.constraints(tried.rungs[-1]).items():
+            trial.set_constraint(name, broken)
+        with quiet():
+            self._study.tell(trial, self._values(tried))
+        self.tried.append(tried)
+        self._stop_if_still()
+        return True
+
+    def _refuse(self, number: int, tried: Tried, error: str) -> bool:
+        self.fail(number, tried.coefficients, error)
+        return False
+
+    def fail(self, number: int, coefficients: dict[str, float], error: str) -> None:
+        """A setting that gave no result. The base is tried once more; without it the search ends."""
+        with quiet():
+            self._study.tell(self._open.pop(number), state=optuna.trial.TrialState.FAIL)
+        self.failed.append(FailedTrial(coefficients=coefficients, error=error))
+        attempts = len(self.tried) + len(self.failed)
+        if not any(coefficients.values()):
+            again = sum(not any(failed.coefficients.values()) for failed in self.failed)
+            if again > 1:
+                self.end(f"the base itself could not be measured: {error}")
+            else:
+                self._queue.appendleft(coefficients)
+                self._proposed -= 1
+        elif attempts >= MANY and 2 * len(self.failed) > attempts:
+            self.end(f"most settings fail, {len(self.failed)} of {attempts}; the last one with: {error}")
+
+    def end(self, reason: str) -> None:
+        self._ended = self._ended or reason
+
+    def result(self, **more: Any) -> SearchResult:
+        """What is known so far."""
+        complete = [tried for tried in self.tried if tried.complete]
+        spent = itertools.accumulate(tried.answers for tried in self.tried)
+        return SearchResult(
+            goal=self.goal,
+            trials=[tried.rungs[-1] for tried in complete],
+            dropped=[tried.rungs[-1] for tried in self.tried if not tried.complete],
+            failed=self.failed,
+            answers=self.answers,
+            spent=[count for count, tried in zip(spent, self.tried, strict=True) if tried.complete],
+            stopped=self.ended,
+            **more,
+        )
+
+    def _affordable(self) -> bool:
+        if self.plan.answers is None:
+            return True
+        return self.answers + (len(self._open) + 1) * sum(self.rungs) <= self.plan.answers
+
+    def _values(self, tried: Tried) -> list[float]:
+        return [tried.rungs[-1].mean(name) for name in self.goal.objectives]
+
+    def _stop_if_still(self) -> None:
+        patience = self.plan.patience
+        if patience is None or self._ended or self.plan.sampler == "grid" or len(self.tried) < 2 * patience:
+            return
+        result = self.result()
+        before = sum(tried.complete for tried in self.tried[:-patience])
+        history = result.hypervolume_history
+        if not before:
+            return
+        gain = history[-1] - history[before - 1]
+        table = Measured(self.goal, result.trials)
+        error = table.gain_error(before, self.goal.reference(result.base)) if gain > 0 else 0.0
+        if gain <= error:
+            added = f"{gain:.4f} ± {error:.4f}" if gain else "nothing"
+            self.end(f"the front has stopped moving: the last {patience} settings added {added} to its hypervolume")
+
+    def _first(self) -> list[dict[str, float]]:
+        """The settings that are tried whatever comes out: the base, the caller's, and the sampler's own beginning."""
+        bounds = self.plan.bounds
+        points = [dict.fromkeys(bounds, 0.0), *self.plan.start]
+        if self.plan.sampler == "grid":
+            steps = self.plan.grid_steps - 1
+            axes = [[low + (high - low) * i / steps for i in range(steps + 1)] for low, high in bounds.values()]
+            points += [dict(zip(bounds, values, strict=True)) for values in itertools.product(*axes)]
+        elif self.plan.sampler in ("tpe", "gp"):
+            points += self._spread(startup(len(bounds)))
+        return [point for i, point in enumerate(points) if point not in points[:i]]
+
+    def _spread(self, count: int) -> list[dict[str, float]]:
+        """Settings that fill the ranges evenly: scrambled Sobol points, better than as many random ones."""
+        engine = torch.quasirandom.SobolEngine(len(self.plan.bounds), scramble=True, seed=self.plan.seed)
+        units = engine.draw(count, dtype=torch.float64).tolist()
+        return [
+            {name: low + (high - low) * u for u, (name, (low, high)) in zip(row, self.plan.bounds.items(), strict=True)}
+            for row in units
+        ]
+
+    def _sampler(self) -> optuna.samplers.BaseSampler:
+        seed, first = self.plan.seed + len(self.known), startup(len(self.plan.bounds))
+        if self.plan.sampler == "tpe":
+            return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first)
+        if self.plan.sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first)
+        if self.plan.sampler == "nsga2":
+            # A few dozen settings are several generations only if a generation is small.
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.plan.trials // 4)))
+        return optuna.samplers.RandomSampler(seed=seed)
+
+
+def startup(dimensions: int) -> int:
+    """How many evenly spread settings a model-based sampler begins with."""
+    return 2 + 2 * dimensions
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's log lines and its warnings about experimental samplers."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

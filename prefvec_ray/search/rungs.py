@@ -1,0 +1,121 @@
+"""A setting measured in parts: a cheap rung of few answers first, the rest only where it is still in question.
+
+The rungs of a search are shares of all prompts x draws, such as (0.25, 1). They fill draw by draw: one draw of every
+prompt (in a seeded random order, so that any part of it is a fair sample) before a second draw of any. Every setting
+climbs the same rungs with the same prompts and random numbers, so two settings are paired at each of them, and what a
+rung has measured is never measured again.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from prefvec_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from prefvec_ray.evaluation import Evaluation, Evaluator
+
+
+@dataclass(frozen=True)
+class Block:
+    """`draws` answers to each of some prompts, sampled with `seed`."""
+
+    prompts: tuple[int, ...]
+    draws: int
+    seed: int
+
+    @property
+    def answers(self) -> int:
+        return len(self.prompts) * self.draws
+
+
+def plan_rungs(prompts: int, draws: int, shares: Sequence[float], seed: int = 0) -> list[list[Block]]:
+    """The blocks that each rung adds; together they are every prompt with `draws` draws.
+
+    A share below one draw of all prompts is that share of the prompts with one draw; larger ones are rounded
+    down to whole draws. Shares that come out equal are one rung.
+
+    Raises:
+        InputError: shares that do not rise, or that do not end at 1.
+    """
+    rising = all(a < b for a, b in itertools.pairwise(shares))
+    if not shares or shares[0] <= 0 or shares[-1] != 1 or not rising:
+        raise InputError(f"rungs {list(shares)}: expected rising shares of all answers that end at 1, such as 0.25, 1")
+    if shares[0] == 1:
+        return [[Block(tuple(range(prompts)), draws, seed)]]
+    order = random.Random(seed).sample(range(prompts), prompts)
+    rungs: list[list[Block]] = []
+    asked, whole = 0, 0  # prompts of the first draw, and whole draws, that earlier rungs have
+    for share in shares:
+        blocks = []
+        depth = int(share * draws + 1e-9)
+        if asked < prompts:
+            wanted = prompts if depth >= 1 else max(1, round(share * draws * prompts))
+            if wanted > asked:
+                blocks.append(Block(tuple(sorted(order[asked:wanted])), 1, seed + asked))
+                asked = wanted
+            whole = int(asked == prompts)
+        if depth > whole and asked == prompts:
+            blocks.append(Block(tuple(range(prompts)), depth - whole, seed + prompts + whole))
+            whole = depth
+        if blocks:
+            rungs.append(blocks)
+    return rungs
+
+
+class Ladder:
+    """Measures settings rung by rung. `make` builds the evaluator of a block, and hears which one is the first."""
+
+    def __init__(self, make: "Callable[[Block, bool], Evaluator]", rungs: Sequence[Sequence[Block]]) -> None:
+        self.rungs = rungs
+        self.evaluators = [make(block, i == 0) for i, block in enumerate(block for blocks in rungs for block in blocks)]
+        self._prompts = 1 + max(i for blocks in rungs for block in blocks for i in block.prompts)
+        # Metrics of preference pairs, which have nothing to do with prompts, are the first block's alone.
+        self._of_pairs = set(self.evaluators[0].metrics) - set(self.evaluators[-1].metrics)
+
+    def climb(self, coefficients: Mapping[str, float]) -> "Iterator[Evaluation]":
+        """What `coefficients` score after each rung; the work of a rung is done when its evaluation is asked for.
+
+        Of a prompt that several blocks ask, the mean is weighted by their draws. The whole ladder as one rung gives
+        what `Evaluator.evaluate` gives.
+        """
+        parts: list[tuple[Block, Evaluation]] = []
+        evaluators = iter(self.evaluators)
+        for blocks in self.rungs:
+            parts += [(block, next(evaluators).evaluate(coefficients)) for block in blocks]
+            yield parts[0][1] if len(self.evaluators) == 1 else _joined(parts, self._prompts, self._of_pairs)
+
+
+def _joined(parts: "Sequence[tuple[Block, Evaluation]]", prompts: int, of_pairs: set[str]) -> "Evaluation":
+    from prefvec_ray.evaluation.evaluate import estimate
+
+    first = parts[0][1]
+    per_prompt = {
+        name: values
+        if name in of_pairs
+        else _over_blocks([(block, evaluation.per_prompt[name]) for block, evaluation in parts], prompts)
+        for name, values in first.per_prompt.items()
+    }
+    return first.model_copy(
+        update={
+            "metrics": {name: estimate(values) for name, values in per_prompt.items()},
+            "per_prompt": per_prompt,
+            "prompts_digest": blake3("/".join(e.prompts_digest for _, e in parts).encode()).hexdigest()[:16],
+            "seconds": sum(e.seconds for _, e in parts),
+            "tokens": sum(e.tokens for _, e in parts),
+        }
+    )
+
+
+def _over_blocks(columns: "Sequence[tuple[Block, list[float | None]]]", prompts: int) -> list[float | None]:
+    total, weight = [0.0] * prompts, [0] * prompts
+    for block, values in columns:
+        for i, value in zip(block.prompts, values, strict=True):
+            if value is not None:
+                total[i] += block.draws * value
+                weight[i] += block.draws
+    return [t / w if w else None for t, w in zip(total, weight, strict=True)]
