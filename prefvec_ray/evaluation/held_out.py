@@ -39,6 +39,8 @@ class HeldOut(BaseModel):
     """Accuracy on the pairs whose chosen answer is the longer one: where it is far above the next, the model
     measures length."""
     chosen_shorter: Estimate | None
+    balanced: Estimate | None
+    """The mean of these two, each counting half: what the model knows beyond length, whose own value is 0.5 here."""
     log_loss: float
     """Of P(chosen) = sigmoid(margin), in nats; chance is 0.693."""
     calibration_error: float
@@ -75,6 +77,7 @@ def held_out_report(
         gain_over_longer=_over(prompts, [a - b for a, b in zip(right, by_length, strict=True)]),
         chosen_longer=sides[1],
         chosen_shorter=sides[-1],
+        balanced=_halves(sides[1], sides[-1]),
         log_loss=sum(_softplus(-margin) for margin in margins) / len(margins),
         calibration_error=sum(b.pairs * abs(b.confidence - b.accuracy) for b in bins) / len(margins),
         bins=bins,
@@ -93,6 +96,13 @@ def _over(prompts: Sequence[str], values: Sequence[float | None]) -> Estimate | 
         if value is not None:
             grouped[prompt].append(value)
     return estimate([sum(group) / len(group) for group in grouped.values()])
+
+
+def _halves(a: Estimate | None, b: Estimate | None) -> Estimate | None:
+    if a is None or b is None:
+        return None
+    error = math.hypot(a.stderr, b.stderr) / 2 if a.stderr is not None and b.stderr is not None else None
+    return Estimate(mean=(a.mean + b.mean) / 2, stderr=error, n=a.n + b.n)
 
 
 def _bins(margins: Sequence[float]) -> list[Bin]:

@@ -7,6 +7,7 @@ The held-out figures come from the saved folder, read by the same `ClassifierSco
 import dataclasses
 import json
 import math
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -59,6 +60,9 @@ class ScorerTrainingConfig(Config):
     """A Jinja file, or `transcript`, for a base whose tokenizer brings none."""
     max_length: int | None = Field(default=None, ge=8)
     """Tokens; pairs with a longer text are left out and counted. Default: what the base allows, at most 1,024."""
+    balance_length: bool = False
+    """Train on as many pairs whose chosen answer is the longer one as on pairs where it is the shorter, so that length
+    alone earns nothing. Held-out pairs stay as they are."""
     seed: int = 0
     trainer: dict[str, Any] = {}
     """Any further field of TRL's `RewardConfig`."""
@@ -89,6 +93,10 @@ def train_scorer(config: ScorerTrainingConfig, progress: Progress | None = None)
                 f"{len(parts[name]) - len(part)} of {len(parts[name])} {name} pairs left out, longer than {max_length}"
             )
     train, test = fitting["training"], fitting["held-out"]
+    longer_wins = sum(math.copysign(1, c - r) for c, r in _lengths(train) if c != r) >= 0
+    if config.balance_length:
+        train = _balanced(train, config.seed)
+        notes.append(f"{len(train)} of {len(fitting['training'])} training pairs kept, balanced by length")
 
     began = time.perf_counter()
     partial = config.output.with_name(f".{config.output.name}.partial")
@@ -104,7 +112,7 @@ def train_scorer(config: ScorerTrainingConfig, progress: Progress | None = None)
         max_length=max_length,
     )
     (partial / SCORER_FILE).write_text(stated.model_dump_json())
-    held_out = _measure(ClassifierScorer(partial), config.metric, train, test)
+    held_out = _measure(ClassifierScorer(partial), config.metric, test, longer_wins)
     record = {
         **stated.model_dump(),
         "low": None,
@@ -115,7 +123,7 @@ def train_scorer(config: ScorerTrainingConfig, progress: Progress | None = None)
         "training_pairs": len(train),
         "held_out_on": data_digest(test),
         "held_out": held_out.model_dump(),
-        "recipe": {"seed": config.seed, **config.trainer},
+        "recipe": {"seed": config.seed, "balance_length": config.balance_length, **config.trainer},
         "notes": notes,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -130,6 +138,7 @@ def show(held_out: HeldOut, config: ScorerTrainingConfig, console: Console) -> N
         "accuracy": held_out.accuracy,
         "  where the chosen answer is longer": held_out.chosen_longer,
         "  where it is shorter": held_out.chosen_shorter,
+        "  mean of the two (length alone: 0.5)": held_out.balanced,
         "length alone": held_out.longer,
         "gain over length alone": held_out.gain_over_longer,
     }
@@ -149,8 +158,8 @@ def show(held_out: HeldOut, config: ScorerTrainingConfig, console: Console) -> N
         console.print(note, soft_wrap=True)
     if low <= 0.5:
         console.print("not told apart from chance: a search should not follow this scorer", soft_wrap=True)
-    elif held_out.gain_over_longer and held_out.gain_over_longer.mean <= 2 * (held_out.gain_over_longer.stderr or 0):
-        console.print("not told apart from length alone: add a length scorer beside it", soft_wrap=True)
+    elif held_out.balanced and held_out.balanced.mean - 2 * (held_out.balanced.stderr or 0) <= 0.5:
+        console.print("not told apart from a measure of length: try balance_length, and score length beside it")
     console.print(f"scorer: {config.output}", soft_wrap=True)
 
 
@@ -260,7 +269,20 @@ def _fitting(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int
     return pairs.select([i for i in range(len(pairs)) if max(sizes[2 * i : 2 * i + 2]) <= max_length])
 
 
-def _measure(scorer: ClassifierScorer, metric: str, train: Dataset, test: Dataset) -> HeldOut:
+def _balanced(pairs: Dataset, seed: int) -> Dataset:
+    """All pairs of equal length, and as many with a longer chosen answer as with a shorter one."""
+    sides: dict[int, list[int]] = {-1: [], 0: [], 1: []}
+    for i, (chosen, rejected) in enumerate(_lengths(pairs)):
+        sides[(chosen > rejected) - (chosen < rejected)].append(i)
+    few = min(len(sides[-1]), len(sides[1]))
+    rng = random.Random(seed)
+    kept = sides[0] + rng.sample(sides[-1], few) + rng.sample(sides[1], few)
+    if not kept:
+        raise InputError("balance_length: the chosen answer is always on one side of the rejected one's length")
+    return pairs.select(sorted(kept))
+
+
+def _measure(scorer: ClassifierScorer, metric: str, test: Dataset, longer_wins: bool) -> HeldOut:
     prompts = list(test["prompt"])
     try:
         chosen, rejected = (
@@ -270,9 +292,8 @@ def _measure(scorer: ClassifierScorer, metric: str, train: Dataset, test: Datase
     except ValueError as error:
         raise JobError(f"the trained model gives no rewards that could be used: {error}") from error
     margins = [float(c) - float(r) for c, r in zip(chosen, rejected, strict=True)]  # type: ignore[arg-type]
-    balance = sum(math.copysign(1, c - r) for c, r in _lengths(train) if c != r)
     keys = [str(text_key(prompt)) for prompt in prompts]
-    return held_out_report(margins, keys, _lengths(test), longer_wins=balance >= 0)
+    return held_out_report(margins, keys, _lengths(test), longer_wins=longer_wins)
 
 
 def _lengths(pairs: Dataset) -> list[tuple[int, int]]:

@@ -57,7 +57,7 @@ def test_a_reward_model_is_trained_measured_and_ready_to_score(base, pairs, tmp_
     held_out = stated["held_out"]
     assert held_out["accuracy"]["mean"] == 1.0
     assert held_out["longer"]["mean"] == 0.5, "answers of one length"
-    assert held_out["chosen_longer"] is held_out["chosen_shorter"] is None
+    assert held_out["chosen_longer"] is held_out["chosen_shorter"] is held_out["balanced"] is None
     assert held_out["log_loss"] < 0.5
     assert stated["training_pairs"] + held_out["pairs"] == len(THINGS) * len(WAYS)
     assert stated["model_digest"] == model_digest(folder)
@@ -82,6 +82,7 @@ def test_held_out_figures_by_hand():
     assert report.longer.mean == pytest.approx((1.0 + 0.0 + 0.5) / 3)
     assert report.gain_over_longer.mean == pytest.approx((-0.5 + 0.5 + 0.5) / 3)
     assert (report.chosen_longer.mean, report.chosen_shorter.mean) == (0.5, 0.5)
+    assert report.balanced.mean == 0.5
     expected = [math.log(1 + math.exp(-margin)) for margin in margins]
     assert report.log_loss == pytest.approx(sum(expected) / 4)
     assert [b.confidence for b in report.bins] == pytest.approx([1 / (1 + math.exp(-m)) for m in (0, 1, 2, 4)])
@@ -90,6 +91,30 @@ def test_held_out_figures_by_hand():
     assert (chance.accuracy.mean, chance.longer.mean) == (0.5, 1.0)
     assert chance.log_loss == pytest.approx(math.log(2))
     assert chance.calibration_error == pytest.approx(0)
+
+
+@pytest.mark.slow
+def test_a_model_that_measures_length_is_seen_to(base, tmp_path):
+    """The longer answer is preferred three times out of four, and nothing else tells them apart."""
+    long, short = "Use a kettle and wait and wait and wait.", "Use a kettle."
+    rows = [
+        {"prompt": way.format(thing), "chosen": long, "rejected": short}
+        if (i + j) % 4
+        else {"prompt": way.format(thing), "chosen": short, "rejected": long}
+        for i, thing in enumerate(THINGS)
+        for j, way in enumerate(WAYS)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"base": base, "data": str(tmp_path / "pairs.jsonl"), "metric": "liked", "test_fraction": 0.4}
+    recipe = {"learning_rate": 1e-2, "num_train_epochs": 3, "per_device_train_batch_size": 8}
+    found = train_scorer(ScorerTrainingConfig(**given, output=tmp_path / "plain", trainer=recipe))
+    assert found.accuracy.mean == found.longer.mean > 0.6
+    assert found.balanced.mean == 0.5
+    balanced = ScorerTrainingConfig(**given, output=tmp_path / "even", trainer=recipe, balance_length=True)
+    train_scorer(balanced)
+    stated = json.loads((tmp_path / "even" / "scorer.json").read_text())
+    assert "balanced by length" in stated["notes"][-1]
+    assert stated["training_pairs"] % 2 == 0
 
 
 def test_mistakes_are_told_before_anything_is_trained(base, pairs, tmp_path):
