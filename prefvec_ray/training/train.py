@@ -19,6 +19,7 @@ from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
 from prefvec_ray.training.plan import is_finished, run_plan, slots
+from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
 from prefvec_ray.training.sft import fine_tuned
@@ -56,6 +57,7 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
     made = {key: str(folder) for key, folder in vectors.items()}
     summary = {"base": str(working_base(config)), "left_out": left_out, "runs": runs, "vectors": made}
     (config.folder / "training.json").write_text(json.dumps(summary, indent=2))
+    plot_runs(runs, config.folder / "training.png")
     return summary
 
 

@@ -5,24 +5,32 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from datasets import load_from_disk
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.registry import Registry
-from prefvec_ray.training import PreferenceData, RunsFailedError, TrainingConfig, publish_vectors, train_vectors
+from prefvec_ray.training import (
+    PreferenceData,
+    Resources,
+    RunsFailedError,
+    TrainingConfig,
+    publish_vectors,
+    train_vectors,
+)
+from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint
 from prefvec_ray.training.plan import is_finished, run_plan
+from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.train import compute_references, plan_runs, prepare_data
 from prefvec_ray.vectors import load_vector
 
 
 @pytest.fixture(scope="module")
 def job(world_folder, tmp_path_factory) -> TrainingConfig:
-    """One preference over 64 pairs, four steps a run; the tests of this file share its folder and reference pass."""
+    """Two preferences over 64 pairs, four steps a run; the tests of this file share its folder and reference pass."""
     pairs = PreferenceData(
         data=str(world_folder / "preferences.jsonl"), test=str(world_folder / "preferences_test.jsonl"), rows=64
     )
@@ -30,7 +38,7 @@ def job(world_folder, tmp_path_factory) -> TrainingConfig:
         name="job",
         output=tmp_path_factory.mktemp("runs"),
         base=world_folder / "base",
-        preferences={"helpful": pairs},
+        preferences={"helpful": pairs, "harmless": pairs},
         dpo={"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
     )
 
@@ -39,35 +47,43 @@ def written(folder: Path, pattern: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
 
-def test_a_failing_run_leaves_the_other_and_mended_only_it_is_trained(ray_cluster, job, tmp_path):
+def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job, tmp_path):
     specs = plan_runs(job, compute_references(job, prepare_data(job)))
     diverging = {**job.dpo, "learning_rate": 1e30, "max_grad_norm": 0.0}
-    broken = [specs[0].model_copy(update={"dpo": diverging}), specs[1]]
-    with pytest.raises(RunsFailedError, match=r"1 of 2 runs failed.*: helpful\+ seed 0: .*(loss is|not finite)"):
+    broken = [specs[0].model_copy(update={"dpo": diverging}), *specs[1:]]
+    with pytest.raises(
+        RunsFailedError, match=r"1 of 4 runs failed.*: helpful\+ seed 0: .* is (nan|inf).* learning_rate"
+    ):
         run_plan(broken, job.resources, job.folder / "ray")
-    assert [is_finished(spec) for spec in specs] == [False, True]
+    assert [is_finished(spec) for spec in specs] == [False, True, True, True]
+    assert not (job.folder / "vectors").exists()
+    assert not list((job.folder / "dpo").glob(".*"))  # neither checkpoints nor anything half-written
 
     # The mistake mended. What a killed run left behind is in nobody's way, and what is finished is not done again.
     out = Path(specs[0].out)
     out.with_name(f".{out.name}.partial").mkdir()
     before = written(job.folder, "run.json") | written(job.folder / "reference", "*.arrow")
-    assert len(before) > 1
+    assert len(before) > 3
     summary = train_vectors(job)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
-    positive, negative = summary["runs"]
-    assert [run["steps"] for run in summary["runs"]] == [4, 4]
+    positive, negative = summary["runs"][:2]
+    assert [run["steps"] for run in summary["runs"]] == [4] * 4
     assert positive["spec"]["train"] == negative["spec"]["train"]  # one reference pass for both polarities
+    for passes in (job.folder / "reference").glob("*/passes.jsonl"):
+        assert len(passes.read_text().splitlines()) == 3  # train, test, answers: each scored once, for four runs
     assert positive["held_out"]["helpful"]["pairs"] == negative["held_out"]["helpful"]["pairs"] > 0
     phi = load_vector(summary["vectors"]["helpful-s0"])
     plus, minus = (load_vector(Path(run["spec"]["out"]) / "delta") for run in (positive, negative))
     name = phi.names()[0]
     difference = plus.dense(name) - minus.dense(name)
     assert (phi.dense(name) - difference).norm() <= 0.01 * difference.norm()  # stored in bf16
+    assert (job.folder / "training.png").stat().st_size > 0
 
     registry = Registry.open(tmp_path / "registry")
-    assert publish_vectors(summary, registry) == {"helpful-s0": "helpful@1"}
-    assert publish_vectors(summary, registry) == {"helpful-s0": "helpful@1"}
+    published = {"helpful-s0": "helpful@1", "harmless-s0": "harmless@1"}
+    assert publish_vectors(summary, registry) == published
+    assert publish_vectors(summary, registry) == published
     assert "held_out_accuracy_negative" in registry.resolve("helpful").metrics
 
     everything = written(job.folder, "run.json")
@@ -75,29 +91,43 @@ def test_a_failing_run_leaves_the_other_and_mended_only_it_is_trained(ray_cluste
     assert written(job.folder, "run.json") == everything
 
 
-def test_a_killed_worker_is_replaced(ray_cluster, job):
-    longer = job.model_copy(update={"dpo": {**job.dpo, "num_train_epochs": 25}})
+def test_a_killed_worker_of_two_is_replaced_and_its_run_goes_on(ray_cluster, job):
+    longer = job.model_copy(update={"dpo": {**job.dpo, "num_train_epochs": 40}, "checkpoint_every": 5})
+    spec = plan_runs(longer, compute_references(longer, prepare_data(longer)))[0]
     killed = []
 
     def kill_one() -> None:
-        """One of the two processes that train, a few seconds after it appears."""
-        until = time.monotonic() + 120
+        """One of the two processes that train together, once there is a checkpoint to go on from."""
+        until = time.monotonic() + 240
         while not killed and time.monotonic() < until:
-            for process in psutil.process_iter(["cmdline"]):
-                if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-                    time.sleep(6)
-                    with suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                    break
-            time.sleep(0.2)
+            if newest_checkpoint(checkpoint_folder(spec.out), workers=2):
+                ours = psutil.Process().children(recursive=True)  # other clusters of this machine are left alone
+                workers = [process for process in ours if "RayTrainWorker" in "".join(process.cmdline())]
+                os.kill(workers[-1].pid, signal.SIGKILL)
+                killed.append(workers[-1].pid)
+            time.sleep(0.05)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    summary = train_vectors(longer)
+    (result,) = run_plan([spec], Resources(workers=2), job.folder / "ray")
     killer.join()
     assert killed
-    assert [run["steps"] for run in summary["runs"]] == [100, 100]
+    assert result["steps"] == 80  # 64 pairs in batches of 2 x 16
+    assert result["resumed_at"] > 0
+    assert not checkpoint_folder(spec.out).exists()
+
+
+def test_one_job_a_folder(ray_cluster, tmp_path):
+    with job_board(tmp_path):
+        with (
+            pytest.raises(JobError, match="another job of this cluster is training into"),
+            job_board(tmp_path, patience=0),
+        ):
+            pass
+        with job_board(tmp_path / "another"):
+            pass
+    with job_board(tmp_path):  # free again
+        pass
 
 
 def test_conversations_need_a_chat_template(config, tmp_path):
