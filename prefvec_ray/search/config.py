@@ -8,8 +8,9 @@ from pydantic import Field, FiniteFloat
 
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import TinyWorldScorer, load_prompts, load_scorer
+from prefvec_ray.evaluation import load_prompts
 from prefvec_ray.evaluation.likelihood import TokenPair, token_pairs
+from prefvec_ray.evaluation.scorer_config import ScorerConfig, build_scorers
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import TinyWorld, load_preferences
 from prefvec_ray.registry import Registry
@@ -28,8 +29,12 @@ class MeasureConfig(Config):
     """Name -> reference such as `helpful@1` or `helpful@production`."""
     prompts: str
     """A file (.jsonl or .csv with a `prompt` column, .txt a line each), or `tiny-world:<preset>:<seed>:<split>`."""
-    scorer: str
+    scorer: str | None = None
     """`module:function` of your own, or `tiny-world:<preset>:<seed>`."""
+    scorers: list[ScorerConfig] = []
+    """Any number of scorers, beside `scorer` or without it; see docs/scorers.md."""
+    score_cache: Path | None = None
+    """A file on a local disk that keeps the scores of classifiers, judges and own modules."""
     output: Path
     """Folder of the results; a search that was interrupted goes on there."""
     draws: int = Field(default=4, ge=1)
@@ -60,13 +65,13 @@ class MeasureConfig(Config):
         Raises:
             InputError: an unknown vector, prompts that cannot be read, a scorer that is not there.
         """
-        scorer = _tiny_world(self.scorer, 2) if self.scorer.startswith(TINY_WORLD) else None
+        scorer = build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
         registry = Registry.open(self.registry)
         return Task(
             base=self.base,
             vectors={name: registry.fetch(ref) for name, ref in self.vectors.items()},
             prompts=read_prompts(self.prompts),
-            scorer=TinyWorldScorer(scorer[0]) if scorer else load_scorer(self.scorer),
+            scorer=scorer,
             draws=self.draws,
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
@@ -150,14 +155,13 @@ class SearchConfig(MeasureConfig):
 
 def read_prompts(source: str) -> list[Any]:
     if source.startswith(TINY_WORLD):
-        world, split = _tiny_world(source, 3)
+        world, split = _tiny_world(source)
         return list(world.prompts(split))  # type: ignore[arg-type]
     return list(load_prompts(source))
 
 
-def _tiny_world(source: str, parts: int) -> tuple[TinyWorld, str]:
+def _tiny_world(source: str) -> tuple[TinyWorld, str]:
     _, *words = source.split(":")
-    if len(words) != parts or not words[1].isdigit():
-        example = "tiny-world:tiny:0" + (":report" if parts == 3 else "")
-        raise InputError(f"{source!r}: expected something like {example}")
+    if len(words) != 3 or not words[1].isdigit():
+        raise InputError(f"{source!r}: expected something like tiny-world:tiny:0:report")
     return TinyWorld(words[0], int(words[1])), words[-1]
