@@ -86,7 +86,7 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     runs = run("training", "Reference log-probs, then DPO runs in parallel", recipe, lambda: train(training, console))
     published = run("vectors", "Vectors into the registry", None, lambda: publish(training, runs, console))
     sampled = [config.draws, config.grid_steps]
-    run("evaluation", "Baselines and a grid over eta", sampled, lambda: evaluate(config, world, folder, runs, console))
+    run("evaluation", "Baselines and a grid over eta", sampled, lambda: evaluate(config, world, folder, console))
     searched = [config.trials, config.search_draws, config.validity_floor]
     found = run(
         "search", "Coefficient search", searched, lambda: search(config, world, folder, runs, published, console)
@@ -185,12 +185,11 @@ def publish(training: "TrainingConfig", runs: dict[str, Any], console: Console) 
     return published
 
 
-def evaluate(
-    config: PipelineConfig, world: "TinyWorld", folder: Path, runs: dict[str, Any], console: Console
-) -> dict[str, Any]:
+def evaluate(config: PipelineConfig, world: "TinyWorld", folder: Path, console: Console) -> dict[str, Any]:
     """Every baseline and the whole grid on the report prompts, for each DPO seed, into `evaluation/`."""
     from prefvec_ray.evaluation import baselines, grid, vector_settings
     from prefvec_ray.evaluation.results import Measured, SeedResults
+    from prefvec_ray.evaluation.training_run import TrainingRun
     from prefvec_ray.search import measure
 
     connect(console)
@@ -200,7 +199,7 @@ def evaluate(
     for seed in config.dpo_seeds:
         with progress_bar(console, f"settings of seed {seed}") as tell:
             measured = measure(
-                measuring(world, "report", folder, combined(runs, seed), draws=config.draws),
+                measuring(world, "report", folder, TrainingRun(folder).vectors(seed), draws=config.draws),
                 [*(setting.coefficients for setting in table), *points],
                 actors=config.actors,
                 progress=tell,
@@ -209,17 +208,6 @@ def evaluate(
         results = SeedResults(seed=seed, table=rows, grid=measured[len(table) :])
         (folder / "evaluation" / f"seed-{seed}.json").write_text(results.model_dump_json())
     return {"settings": len(table) + len(points), "prompts": len(world.prompts("report")), "draws": config.draws}
-
-
-def combined(runs: dict[str, Any], seed: int) -> dict[str, Path]:
-    """All vectors of one DPO seed by the names that settings use: `helpful`, `helpful+`, `mixed`."""
-    vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
-    for run in runs["runs"]:
-        spec = run["spec"]
-        if spec["seed"] == seed and spec["polarity"] == "positive":
-            name = spec["preference"] + ("+" if spec["preference"] in PREFERENCES else "")
-            vectors[name] = Path(spec["out"]) / "delta"
-    return vectors
 
 
 def measuring(
@@ -247,17 +235,20 @@ def search(
     published: dict[str, str],
     console: Console,
 ) -> dict[str, Any]:
-    """Search on the search prompts, confirm on the report prompts, publish what is recommended as a preset."""
+    """Search on the search prompts, confirm on the report prompts, publish presets with what was measured there."""
     from prefvec_ray.registry import start_registry
-    from prefvec_ray.search import measure
     from prefvec_ray.search import search as run_search
+    from prefvec_ray.search.confirmation import publish_presets, report_search, report_task
+    from prefvec_ray.search.presets import default_rules
 
     connect(console)
     seed = config.dpo_seeds[0]
     vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
+    task = measuring(world, "search", folder, vectors, draws=config.search_draws)
+    unseen = report_task(task, world.prompts("report"), config.draws)
     with progress_bar(console, "settings tried") as tell:
         result = run_search(
-            measuring(world, "search", folder, vectors, draws=config.search_draws),
+            task,
             PREFERENCES,
             folder / "search",
             limits={"valid": config.validity_floor},
@@ -266,18 +257,12 @@ def search(
             seed=config.seed,
             progress=lambda now: tell(now.done, now.trials),
         )
-    chosen, preset, confirmed = result.recommended, None, None
-    if chosen is not None:
-        task = measuring(world, "report", folder, vectors, draws=config.draws)
-        base, best = measure(task, [dict.fromkeys(PREFERENCES, 0.0), chosen.coefficients], actors=2)
-        confirmed = (base, best)
-        preset = start_registry(folder / "registry").publish_preset(
-            "balanced",
-            {published[f"{p}-s{seed}"]: chosen.coefficients[p] for p in PREFERENCES},
-            metrics={name: value.model_dump() for name, value in best.metrics.items() if value is not None},
-            reason=chosen.reason,
-        )
-    summary = result.summary(preset=f"{preset.name}@{preset.version}" if preset else None, confirmed=confirmed)
+    # The control curves are those of the evaluation's grid, so no dial is measured by itself here.
+    summary = report_search(result, unseen, default_rules(result.goal), control=0, actors=config.actors)
+    refs = {p: published[f"{p}-s{seed}"] for p in PREFERENCES}
+    summary = publish_presets(summary, result, unseen, start_registry(folder / "registry"), refs)
+    for preset in summary.presets:
+        console.print(f"   {preset.name} {preset.coefficients}: {preset.verdict} on the report prompts", soft_wrap=True)
     (folder / "search" / "summary.json").write_text(summary.model_dump_json())
     return {"recommended": summary.recommended, "preset": summary.preset}
 
@@ -340,12 +325,15 @@ def report(config: PipelineConfig, folder: Path, stages: Stages, console: Consol
     from prefvec_ray.evaluation import TinyWorldScorer
     from prefvec_ray.evaluation.report import write_report
     from prefvec_ray.evaluation.results import Curve, ReportData, SearchSummary, SeedResults
+    from prefvec_ray.evaluation.scorers import safety_cards
+    from prefvec_ray.preferences import TinyWorld
 
     runs = stages.results["training"]["runs"]
     data = ReportData(
         title=f"Preference vectors on the {config.world} world",
         objectives={p: p for p in PREFERENCES},
         metrics=dict(TinyWorldScorer.metrics),
+        cards=safety_cards(TinyWorldScorer(TinyWorld(config.world, config.seed))),
         seeds=[
             SeedResults.model_validate_json((folder / "evaluation" / f"seed-{seed}.json").read_text())
             for seed in config.dpo_seeds
