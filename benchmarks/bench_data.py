@@ -41,7 +41,7 @@ def measure(path: str, sender: Any) -> None:
     from prefvec_ray.preferences import TinyWorld, build_tokenizer, check_splits, load_split
 
     tokenizer = build_tokenizer(TinyWorld("micro"))
-    before, started = memory(), time.perf_counter()
+    before, started, cpu = memory(), time.perf_counter(), time.process_time()
     split = load_split(path, preference="helpful")
     read = time.perf_counter()
     found = check_splits({"helpful": split}, tokenizer=tokenizer, max_length=1024)
@@ -52,6 +52,7 @@ def measure(path: str, sender: Any) -> None:
             "rows": found.preferences["helpful"].rows,
             "read_and_split_s": round(read - started, 1),
             "check_s": round(checked - read, 1),
+            "cpu_s": round(time.process_time() - cpu, 1),
             "rows_per_s": round(found.preferences["helpful"].rows / (checked - started)),
             "peak_mb": after["VmHWM"],
             "before_mb": before["RssAnon"],

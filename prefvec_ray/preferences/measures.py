@@ -95,13 +95,19 @@ def pair_facts(dataset: Dataset) -> Facts:
         columns["chosen"].append(len(chosen))
         columns["rejected"].append(len(rejected))
         columns["system"].append(not isinstance(prompt, str) and any(turn["role"] == "system" for turn in prompt))
-    facts = {name: np.frombuffer(values, np.uint64) for name, values in columns.items()}
-    prompt, first, second = (
-        facts.pop(name) if name != "prompt" else facts[name] for name in ("prompt", "first", "second")
+    prompts, first, second, chosen_lengths, rejected_lengths, system = (
+        np.array(values, np.uint64) for values in columns.values()
     )
-    # Sums of hashes are hashes; they wrap around at 64 bits.
-    facts |= {"pair": prompt + np.uint64(3) * (first + second), "exact": prompt + np.uint64(3) * first + second}
-    return facts | {name: facts[name].astype(np.int64) for name in ("chosen", "rejected")} | {"order": first < second}
+    return {
+        "prompt": prompts,
+        # Sums of hashes are hashes; they wrap around at 64 bits.
+        "pair": prompts + np.uint64(3) * (first + second),
+        "exact": prompts + np.uint64(3) * first + second,
+        "order": first < second,
+        "chosen": chosen_lengths.astype(np.int64),
+        "rejected": rejected_lengths.astype(np.int64),
+        "system": system.astype(bool),
+    }
 
 
 def _text(answer: Any) -> str:

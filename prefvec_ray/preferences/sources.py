@@ -95,7 +95,8 @@ def _told(shown: str) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise InputError(f"{shown}: cannot be read as UTF-8 text ({error}); write the file again as UTF-8") from error
     except (ArrowException, OSError, EOFError) as error:
-        raise InputError(f"{shown}: cannot be read ({' '.join(str(error).split()):.300}); write it again") from error
+        why = " ".join(str(error).split())
+        raise InputError(f"{shown}: cannot be read ({why:.300}); check that it is whole and in reach") from error
 
 
 def _files(text: str, split: str | None) -> list[tuple[Any, str, str]]:

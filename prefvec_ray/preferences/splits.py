@@ -64,7 +64,10 @@ def load_split(
             raise InputError(f"{loaded_test.source}: held-out and training pairs must both be texts or conversations")
         train, held_out = loaded.dataset, loaded_test.dataset
     else:
-        train, held_out = split_by_prompt(loaded.dataset, test_fraction)
+        try:
+            train, held_out = split_by_prompt(loaded.dataset, test_fraction)
+        except InputError as error:
+            raise InputError(f"{loaded.source}: {error}") from None
     if rows is not None:
         train = train.select(range(min(rows, len(train))))
     return Split(train, held_out, loaded, loaded_test, tuple(flaws or ()))
