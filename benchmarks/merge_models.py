@@ -11,6 +11,7 @@ from prefvec_ray.vectors.writer import Index, ShardWriter
 
 # hidden, layers, intermediate, heads, key-value heads, vocabulary
 SIZES = {
+    "1M": (128, 4, 352, 4, 4, 1024),
     "10M": (256, 8, 688, 4, 4, 8192),
     "110M": (768, 12, 2048, 12, 12, 16384),
     "1.1B": (2048, 22, 5632, 32, 4, 32000),
