@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefvec_ray.training.config import Method
 from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError
+from prefvec_ray.training.zero import leave_deepspeed
 from prefvec_ray.vectors import Checkpoint, LowRank, PreferenceVector, vector_from_adapter, vector_from_state
 from prefvec_ray.vectors.checkpoint import Piece, checkpoint_layout
 
@@ -32,7 +32,7 @@ def parameter_layout(base: str | Path) -> Layout:
     """Live parameter name -> the checkpoint's tensors in it. To be asked before DeepSpeed takes over model loading."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    unset_hf_deepspeed_config()  # of an earlier run in this process
+    leave_deepspeed()
     with torch.device("meta"):
         return checkpoint_layout(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)))
 
@@ -109,7 +109,7 @@ def run_vector(
         state = {name: value.cpu() for name, value in master_weights(trainer.model) if main}
         if main:
             trainer.model.save_pretrained(adapter, state_dict=state, save_embedding_layers=False)
-            unset_hf_deepspeed_config()  # PEFT's skeleton of the adapter is built here alone, and whole
+            leave_deepspeed()  # PEFT's skeleton of the adapter is built here alone, and whole
             labels.pop("base_fingerprint")
         vector = vector_from_adapter(adapter, base=base, **labels) if main else None
     if vector is None:

@@ -12,10 +12,9 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefvec_ray.training.config import Method
-from prefvec_ray.training.zero import start_deepspeed
+from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
 if TYPE_CHECKING:
     from trl import DPOConfig, SFTConfig
@@ -32,7 +31,7 @@ def arguments(kind: type[A], recipe: dict[str, Any], output_dir: str | Path, **o
     if owned.get("deepspeed"):
         start_deepspeed()
     else:
-        unset_hf_deepspeed_config()  # of an earlier run in this process
+        leave_deepspeed()
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "bf16": gpu and torch.cuda.is_bf16_supported() and not recipe.get("fp16"),

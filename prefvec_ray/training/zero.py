@@ -6,6 +6,8 @@ imported by the workers that use it, and by nobody else.
 
 import importlib.util
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,8 +105,6 @@ def start_deepspeed() -> None:
     Takes the group that Ray Train made, or makes one of this process alone. On CPUs gloo carries everything:
     DeepSpeed's own shared-memory operation would first have to be compiled on every node, for 40 seconds.
     """
-    import os
-
     import torch
     import torch.distributed as dist
 
@@ -113,6 +113,8 @@ def start_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # A line from torch for each collective that DeepSpeed calls by its old name, in every step of every worker.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
@@ -121,3 +123,11 @@ def start_deepspeed() -> None:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update({**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def leave_deepspeed() -> None:
+    """Forget an earlier run of this process: it would have models loaded in pieces, and DDP runs turned into ZeRO-2."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

@@ -1,0 +1,151 @@
+"""Two workers under DDP and ZeRO give the vector that one process gives, with all parameters and with LoRA.
+
+All of it runs in one Ray Train run, since starting one costs more than the training in it.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+
+from prefvec_ray.preferences import load_preferences
+from prefvec_ray.training import Resources
+from prefvec_ray.training.config import Method, Watch
+from prefvec_ray.training.dpo import REFERENCE, RunSpec, reference_logps, run_dpo
+from prefvec_ray.training.model import load_base
+from prefvec_ray.training.plan import fit
+from prefvec_ray.training.zero import deepspeed_config
+from prefvec_ray.vectors import PreferenceVector, checkpoint_state, fingerprint, load_vector
+
+RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "bf16": False}
+LORA = {"r": 4, "lora_alpha": 8}
+# name -> (DeepSpeed preset, kind, changes of the recipe)
+TWO_WORKERS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+    "ddp": (None, "full", {}),
+    "zero1": ("zero1", "full", {}),
+    "zero2": ("zero2", "full", {}),
+    "zero3": ("zero3", "full", {}),
+    "zero2-offload": ("zero2-offload", "full", {}),
+    "zero3-offload": ("zero3-offload", "full", {}),
+    "zero3-bf16": ("zero3", "full", {"bf16": True}),
+    "lora-ddp": (None, "lora", {}),
+    "lora-zero3": ("zero3", "lora", {}),
+}
+
+
+def spec_of(
+    world_folder: Path, folder: Path, name: str, preset: str | None, kind: str, recipe: dict[str, Any]
+) -> RunSpec:
+    base = str(world_folder / "base")
+    return RunSpec(
+        key=name,
+        preference="helpful",
+        polarity="positive",
+        seed=0,
+        base=base,
+        base_fingerprint=fingerprint(base),
+        data_digest="none",
+        train=[str(folder / "scored")],
+        test={"helpful": str(folder / "held-out")},
+        dpo={**RECIPE, "max_steps": 2, **recipe},
+        method=Method(kind=kind, lora=LORA if kind == "lora" else {}, deepspeed=deepspeed_config(preset)),
+        out=str(folder / name),
+        watch=Watch(evaluations=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(world_folder, tmp_path_factory) -> Path:
+    """`pairs` and, scored in this process, `scored`."""
+    folder = tmp_path_factory.mktemp("methods")
+    pairs = load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(32))
+    pairs.save_to_disk(folder / "pairs")
+    scored = reference_logps(str(world_folder / "base"), pairs, RECIPE, folder / "work")
+    scored.save_to_disk(folder / "scored")
+    scored.select(range(16)).save_to_disk(folder / "held-out")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(world_folder, folder) -> dict[str, PreferenceVector]:
+    """Full and LoRA, in this process: twice the accumulation in place of two workers."""
+    for kind in ("full", "lora"):
+        run_dpo(
+            spec_of(world_folder, folder, kind, None, kind, {"gradient_accumulation_steps": 2}), str, folder / "work"
+        )
+    return {kind: load_vector(folder / kind / "delta") for kind in ("full", "lora")}
+
+
+@pytest.fixture(scope="module")
+def together(ray_cluster, world_folder, folder) -> dict[str, PreferenceVector]:
+    """Every entry of TWO_WORKERS, and the folder `scored-by-two`: the reference log-probs from ZeRO-3."""
+    specs = [spec_of(world_folder, folder, name, *how).model_dump() for name, how in TWO_WORKERS.items()]
+
+    def worker(config: dict[str, Any]) -> None:
+
+        from prefvec_ray.training.dpo import RunSpec, reference_logps, run_dpo
+        from prefvec_ray.training.plan import worker_setup
+
+        worker_setup()
+        specs = {spec["key"]: RunSpec.model_validate(spec) for spec in config["specs"]}
+        with tempfile.TemporaryDirectory() as work_dir:
+            pairs, sharded = load_from_disk(config["pairs"]), specs["zero3"]
+            scored = reference_logps(sharded.base, pairs, sharded.dpo, work_dir, sharded.method)
+            done = [run_dpo(spec, str, work_dir) for spec in specs.values()]
+            if done[0] is not None:
+                scored.save_to_disk(config["scored"])
+
+    config = {"specs": specs, "pairs": str(folder / "pairs"), "scored": str(folder / "scored-by-two")}
+    fit(worker, config, "two-workers", Resources(workers=2), folder / "ray", retries=0)
+    return {name: load_vector(folder / name / "delta") for name in TWO_WORKERS}
+
+
+def error(vector: PreferenceVector, exact: PreferenceVector) -> float:
+    """|vector - exact| / |exact| over all parameters."""
+    assert vector.names() == exact.names()
+    off = sum((vector.dense(name) - exact.dense(name)).square().sum().item() for name in exact.names())
+    return (off / sum(exact.dense(name).square().sum().item() for name in exact.names())) ** 0.5
+
+
+def test_two_workers_give_the_vector_of_one_process(together, alone):
+    """DDP bit for bit; ZeRO sums in another order."""
+    for name, (preset, kind, recipe) in TWO_WORKERS.items():
+        if recipe:
+            continue
+        off = error(together[name], alone[kind])
+        assert off <= (0 if preset is None else 1e-4), f"{name}: {off}"
+        assert together[name].info.form == ("low-rank" if kind == "lora" else "full")
+
+
+def test_zero3_in_bf16_gives_the_fp32_master_weights_change(together, alone, world_folder):
+    """Not the change of the bf16 parameters, and without the rounding of an fp32 base as it was cast to bf16."""
+    vector, exact = together["zero3-bf16"], alone["full"]
+    assert vector.info.recipe["zero_stage"] == 3
+    assert vector.info.recipe["compute"] == "bfloat16"
+    assert error(vector, exact) < 0.15  # of the compute, not of the extraction
+    name = "model.layers.0.mlp.gate_proj.weight"
+    base = checkpoint_state(load_base(world_folder / "base"))[name]
+    trained = base.bfloat16().float() + vector.dense(name)
+    assert not torch.equal(trained, trained.bfloat16().float())
+    as_cast = trained - base  # what a delta against the fp32 base itself would be
+    assert (as_cast - exact.dense(name)).norm() > (vector.dense(name) - exact.dense(name)).norm()
+
+
+def test_reference_log_probs_from_sharded_workers_are_those_of_one_process(together, folder):
+    one, two = (Dataset.load_from_disk(folder / name) for name in ("scored", "scored-by-two"))
+    assert two.column_names == one.column_names
+    for column in REFERENCE:
+        torch.testing.assert_close(torch.tensor(two[:][column]), torch.tensor(one[:][column]))
+
+
+def test_a_step_of_two_workers_takes_the_pairs_of_one_process(together, alone):
+    assert together["ddp"].info.recipe["pairs_per_step"] == alone["full"].info.recipe["pairs_per_step"] == 16
+
+
+def test_a_lora_run_under_zero3_leaves_an_adapter_for_peft(together, folder):
+    assert {path.name for path in (folder / "lora-zero3" / "adapter").glob("*.safetensors")} == {
+        "adapter_model.safetensors"
+    }
