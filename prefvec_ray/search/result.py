@@ -33,6 +33,11 @@ class Tried(BaseModel):
     """Whether it was measured to the end; else it was dropped after its last rung here."""
     answers: int
     """Answers generated for it."""
+    process: str = ""
+    """Node and pid that measured it."""
+    began: float = 0.0
+    ended: float = 0.0
+    """Seconds since 1970, from the first rung's start to the last one's end."""
 
     @property
     def coefficients(self) -> dict[str, float]:
