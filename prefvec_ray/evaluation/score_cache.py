@@ -21,20 +21,25 @@ from prefvec_ray.evaluation.scorers import Metric, Scorer, Scores, run_scorer, s
 
 MAX_ENTRIES = 2_000_000
 BATCH = 500
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS scores "
+    "(id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL UNIQUE, value TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS lookups (hits INTEGER NOT NULL, misses INTEGER NOT NULL)",
+    "INSERT INTO lookups SELECT 0, 0 WHERE NOT EXISTS (SELECT * FROM lookups)",
+)
 
 
 class ScoreCache:
     """Key -> JSON value on disk. An entry never changes: the first value of a key stays.
 
     At most `max_entries` are kept (about 200 bytes each), the oldest go first. Safe with threads, processes and
-    pickling (a copy opens the file anew). `hits` and `misses` count this process's look-ups.
+    pickling (a copy opens the file anew).
     """
 
     def __init__(self, path: str | Path, *, max_entries: int = MAX_ENTRIES) -> None:
         if max_entries < 1:
             raise InputError(f"a score cache of {max_entries} entries; give at least 1")
         self.path, self.max_entries = Path(path).absolute(), max_entries
-        self.hits = self.misses = 0
         self._connection: sqlite3.Connection | None = None
         self._owner = 0
         self._lock = threading.RLock()
@@ -43,14 +48,14 @@ class ScoreCache:
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """The values of those of `keys` that are known."""
         found: dict[bytes, str] = {}
-        with self._lock:
-            connection = self._open()
+        with self._lock, self._open() as connection:
             for i in range(0, len(keys), BATCH):
                 part = keys[i : i + BATCH]
                 marks = ",".join("?" * len(part))
                 found.update(connection.execute(f"SELECT key, value FROM scores WHERE key IN ({marks})", part))
-            self.hits += sum(key in found for key in keys)
-            self.misses += sum(key not in found for key in keys)
+            if keys:
+                hits = sum(key in found for key in keys)
+                connection.execute("UPDATE lookups SET hits = hits + ?, misses = misses + ?", (hits, len(keys) - hits))
         return {key: json.loads(value) for key, value in found.items()}
 
     def put(self, values: Mapping[bytes, Any]) -> None:
@@ -72,9 +77,10 @@ class ScoreCache:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of this process's look-ups that were known; None before the first."""
-        looked = self.hits + self.misses
-        return self.hits / looked if looked else None
+        """Share of the look-ups that were known, of all processes since the file was made; None before the first."""
+        with self._lock:
+            hits, misses = self._open().execute("SELECT hits, misses FROM lookups").fetchone()
+        return hits / (hits + misses) if hits + misses else None
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():  # a connection must not be used across a fork
@@ -83,10 +89,10 @@ class ScoreCache:
                 connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS scores "
-                    "(id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL UNIQUE, value TEXT NOT NULL)"
-                )
+                with connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    for statement in TABLES:
+                        connection.execute(statement)
             except sqlite3.DatabaseError as error:
                 raise InputError(
                     f"score cache {self.path}: cannot be used ({error}); delete it or name another"
@@ -133,7 +139,7 @@ class CachedScorer:
 
     def notes(self) -> list[str]:
         rate = self.cache.hit_rate
-        told = [] if rate is None else [f"score cache {self.cache.path}: {rate:.0%} of the answers were known"]
+        told = [] if rate is None else [f"score cache {self.cache.path}: {rate:.0%} of all look-ups were known"]
         return told + scorer_notes(self.scorer)
 
 

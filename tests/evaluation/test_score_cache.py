@@ -34,7 +34,7 @@ def test_each_answer_is_scored_once(tmp_path, counted):
     again = CachedScorer(counted, ScoreCache(tmp_path / "scores.db"))
     assert again(["q", "p", "p"], ["none", "a", "bb"]) == {"length": [None, 1.0, 2.0]}
     assert counted.asked == ["a", "none", "bb"], "also from another object, and None is a score as well"
-    assert again.notes() == [f"score cache {tmp_path / 'scores.db'}: 67% of the answers were known"]
+    assert again.notes() == [f"score cache {tmp_path / 'scores.db'}: 40% of all look-ups were known"], "2 of 2 + 3"
 
 
 def test_a_prompt_counts_with_all_that_it_carries():
@@ -74,7 +74,8 @@ def test_a_copy_in_another_process_reads_the_same_file(tmp_path):
     cache.put({b"a": 0.1 + 0.2})
     assert pickle.loads(pickle.dumps(cache)).get([b"a"]) == {b"a": 0.1 + 0.2}
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply(cache.get, ([b"a"],)) == {b"a": 0.1 + 0.2}
+        assert pool.apply(cache.get, ([b"a", b"b"],)) == {b"a": 0.1 + 0.2}
+    assert cache.hit_rate == 2 / 3, "of both processes"
 
 
 WRITER = """

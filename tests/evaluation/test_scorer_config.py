@@ -60,7 +60,7 @@ scorers:
     assert first["over_refusal"] == [1.0, 0.0]
     again = build(text, cache=tmp_path / "scores.db")
     assert run_scorer(again, *asked) == first
-    assert "100% of the answers were known" in scorer_notes(again)[0]
+    assert "50% of all look-ups were known" in scorer_notes(again)[0]
     assert again.digest == every.digest is not None
 
 
