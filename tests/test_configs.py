@@ -87,6 +87,10 @@ def test_a_training_config_is_sound_but_for_its_base(path, environment, tokenize
     assert len(Checkpoint(config.base))
     config.check()
     assert config.global_batch_size == 64
+    assert config.sft is not None
+    sft = config.sft.recipe
+    at_once = sft["per_device_train_batch_size"] * sft["gradient_accumulation_steps"]
+    assert at_once * config.resources.workers == 64, "as many examples a step, however many workers"
 
 
 @pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
