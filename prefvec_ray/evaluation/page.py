@@ -187,6 +187,7 @@ def _search_view(search: SearchSummary, metrics: Mapping[str, Metric]) -> dict[s
         "note": "Measured on the search prompts. What is chosen on these looks a little better here than it is; "
         "presets were measured again on prompts that the search never saw.",
         "points": points,
+        "start": _numbers_of(search.trials).get(_key(search.presets[0].searched)) if search.presets else None,
         "x": x,
         "y": y,
     }
