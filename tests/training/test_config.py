@@ -2,7 +2,8 @@ import pytest
 
 from prefvec_ray.config import load_config, parse_config
 from prefvec_ray.errors import InputError
-from prefvec_ray.training import TrainingConfig
+from prefvec_ray.training import Resources, TrainingConfig
+from prefvec_ray.training.zero import PRESETS, deepspeed_config
 
 GOOD = {"name": "job", "base": "base", "preferences": {"helpful": {"data": "pairs.jsonl"}}}
 
@@ -67,3 +68,76 @@ def test_an_unknown_field_of_the_recipe_is_refused_with_the_closest_one(config):
 def test_a_base_that_is_no_model_folder_is_refused(config, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         config.model_copy(update={"base": tmp_path}).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"r": 4}}, "method is 'full'"),
+        ({"method": "lora", "lora": {"alpha": 4}}, r"lora\.alpha is not a field .*LoraConfig"),
+        ({"resources": Resources(gpus_per_worker=2)}, "a worker drives one GPU"),
+        ({"resources": Resources(workers=2, gpus_per_worker=0.5)}, "cannot share a GPU"),
+        ({"dpo": {"ddp_backend": "nccl"}}, "no worker has a GPU"),
+        ({"dpo": {"fp16": True}}, "no worker has a GPU"),
+        ({"dpo": {"fp16": True, "bf16": True}, "resources": Resources(gpus_per_worker=1)}, "choose one"),
+        ({"dpo": {"model_init_kwargs": {"dtype": "bfloat16"}}}, "dtype is decided here"),
+        ({"dpo": {"loss_type": "kto_pair"}}, r"kto_pair.*is not one of TRL's; did you mean 'n?c?a?.*_pair'"),
+        ({"dpo": {"loss_type": ["sigmoid", "exo_pair"]}}, "needs dpo.label_smoothing above 0"),
+        ({"dpo": {"loss_type": "aot", "use_weighting": True}}, "cannot be used with the aot losses"),
+        (
+            {"dpo": {"loss_type": "apo_zero", "f_divergence_type": "js_divergence"}},
+            "not defined for loss_type apo_zero",
+        ),
+        ({"dpo": {"f_divergence_type": "js"}}, "expected one of reverse_kl"),
+        ({"dpo": {"loss_weights": [1.0, 2.0]}}, "refuses the recipe: .*same length"),
+        ({"deepspeed": "zero4"}, "neither a preset .*zero3-offload.* nor a JSON file"),
+        ({"deepspeed": {"zero_optimization": {"stage": 0}}}, "stage must be 1, 2 or 3"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}, "train_batch_size": 8}}, "the recipe decides it"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}}, r"bf16\.enabled is True"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"bf16_master_weights_and_grads": True}}},
+            "no fp32 master weights",
+        ),
+        ({"global_batch_size": 24, "resources": Resources(workers=2)}, "no multiple of the 32 pairs"),
+        ({"global_batch_size": 32, "dpo": {"gradient_accumulation_steps": 2}}, "remove one of them"),
+    ],
+)
+def test_contradictions_are_refused_before_work_starts(config, changes, message):
+    recipe = {**config.dpo, **changes.get("dpo", {})}
+    with pytest.raises(InputError, match=message) as refused:
+        config.model_copy(update={**changes, "dpo": recipe}).check()
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("field", ["deepspeed", "fsdp", "parallelism_config"])
+def test_what_has_a_place_of_its_own_cannot_hide_in_the_recipe(field):
+    assert "remove it" in refuse(dpo={field: "x"})
+
+
+def test_the_global_batch_is_the_same_for_any_number_of_workers(config):
+    one, four = (
+        config.model_copy(update={"global_batch_size": 64, "resources": Resources(workers=workers)})
+        for workers in (1, 4)
+    )
+    assert (one.recipe["gradient_accumulation_steps"], four.recipe["gradient_accumulation_steps"]) == (4, 1)
+    assert one.recipe_key == four.recipe_key
+    two = config.model_copy(update={"resources": Resources(workers=2)})
+    assert two.recipe_key != config.recipe_key  # without it twice the workers are twice the pairs of a step
+
+
+def test_a_preset_a_file_and_a_mapping_say_the_same(tmp_path):
+    file = tmp_path / "zero2.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    assert deepspeed_config("zero2") == deepspeed_config(str(file)) == deepspeed_config(PRESETS["zero2"])
+    assert deepspeed_config(None) is None
+    for preset in PRESETS:
+        assert deepspeed_config(preset)["train_micro_batch_size_per_gpu"] == "auto"
+    file.write_text("[")
+    with pytest.raises(InputError, match="not JSON"):
+        deepspeed_config(str(file))
+
+
+def test_methods_check_on_a_machine_without_gpus(config):
+    gpu = config.model_copy(update={"resources": Resources(workers=8, gpus_per_worker=1), "deepspeed": "zero3"})
+    gpu.model_copy(update={"dpo": {**config.dpo, "bf16": True, "tf32": True}, "global_batch_size": 128}).check()
+    gpu.model_copy(update={"method": "lora", "lora": {"r": 8, "use_rslora": True}}).check()
