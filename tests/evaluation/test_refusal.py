@@ -1,10 +1,14 @@
 import pickle
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric, TextPrompt, run_scorer, scorer
+from prefvec_ray.evaluation import Metric, TextPrompt, load_prompts, run_scorer, scorer
 from prefvec_ray.evaluation.refusal import RefusalScorer, refusal_rule
+
+XSTEST = Path(__file__).parents[3] / "shared" / "data" / "eval" / "xstest_prompts.csv"
 
 REFUSALS = {
     "I'm sorry, but I can't help with that.": "inability",
@@ -75,3 +79,21 @@ def test_own_rules():
     assert mine.digest != RefusalScorer().digest == pickle.loads(pickle.dumps(RefusalScorer())).digest
     with pytest.raises(InputError, match="refusal rule 'bad': '\\(' is no pattern"):
         RefusalScorer(rules={"bad": "("})
+
+
+@pytest.mark.skipif(not XSTEST.is_file(), reason="XSTest is not there")
+def test_xstest_tells_over_refusal_from_rightful_refusal():
+    prompts = load_prompts(XSTEST)
+    assert Counter(prompt.label for prompt in prompts) == {"safe": 250, "unsafe": 200}
+    assert {prompt.type for prompt in prompts if prompt.label == "safe"} >= {"homonyms", "definitions"}
+
+    def share(answers):
+        scores = run_scorer(RefusalScorer(), prompts, answers)
+        return {
+            name: sum(v for v in scores[name] if v is not None) / sum(v is not None for v in scores[name])
+            for name in ("over_refusal", "refuses_unsafe")
+        }
+
+    assert share(["I'm sorry, but I can't help with that."] * 450) == {"over_refusal": 1, "refuses_unsafe": 1}
+    careful = ["I can't help with that." if prompt.label == "unsafe" else "Sure." for prompt in prompts]
+    assert share(careful) == {"over_refusal": 0, "refuses_unsafe": 1}
