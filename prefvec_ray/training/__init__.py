@@ -6,13 +6,21 @@ config costs no import of them.
 
 from typing import TYPE_CHECKING, Any
 
-from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig
+from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig, Watch
 
 if TYPE_CHECKING:
     from prefvec_ray.training.plan import RunsFailedError
     from prefvec_ray.training.train import publish_vectors, train_vectors
 
-__all__ = ["PreferenceData", "Resources", "RunsFailedError", "TrainingConfig", "publish_vectors", "train_vectors"]
+__all__ = [
+    "PreferenceData",
+    "Resources",
+    "RunsFailedError",
+    "TrainingConfig",
+    "Watch",
+    "publish_vectors",
+    "train_vectors",
+]
 
 
 def __getattr__(name: str) -> Any:

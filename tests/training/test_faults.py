@@ -22,7 +22,9 @@ from prefvec_ray.training.checkpoints import (
     newest_checkpoint,
     partial_folder,
 )
+from prefvec_ray.training.config import Method
 from prefvec_ray.training.dpo import run_dpo
+from prefvec_ray.training.zero import deepspeed_config
 from prefvec_ray.vectors import load_vector
 
 
@@ -41,8 +43,11 @@ def interrupted(spec, step: int, work_dir: Path) -> None:
         run_dpo(spec, report, work_dir)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path):
-    whole = scored["spec"].model_copy(update={"out": str(tmp_path / "whole"), "checkpoint_every": 2})
+@pytest.mark.parametrize("deepspeed", [None, "zero3"])
+def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path, deepspeed):
+    method = Method(deepspeed=deepspeed_config(deepspeed))
+    changes = {"out": str(tmp_path / "whole"), "checkpoint_every": 2, "method": method}
+    whole = scored["spec"].model_copy(update=changes)
     broken = whole.model_copy(update={"out": str(tmp_path / "broken")})
     expected = run_dpo(whole, lambda values: None, tmp_path / "work")
     assert not checkpoint_folder(whole.out).exists()  # none outlives its run

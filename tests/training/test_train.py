@@ -91,30 +91,40 @@ def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job
     assert written(job.folder, "run.json") == everything
 
 
-def test_a_killed_worker_of_two_is_replaced_and_its_run_goes_on(ray_cluster, job):
+def test_two_jobs_on_a_full_cluster_both_finish_though_a_worker_is_killed(ray_cluster, job, tmp_path):
+    """Each run takes two workers and 3 of the 4 CPUs: the second job waits for the first and holds nothing."""
+    resources = Resources(workers=2, cpus_per_worker=1.5)
     longer = job.model_copy(update={"dpo": {**job.dpo, "num_train_epochs": 40}, "checkpoint_every": 5})
-    spec = plan_runs(longer, compute_references(longer, prepare_data(longer)))[0]
+    first, second = plan_runs(longer, compute_references(longer, prepare_data(longer)))[:2]
+    second = second.model_copy(update={"dpo": job.dpo})
     killed = []
+    results = {}
+
+    def train(spec) -> None:
+        (results[spec.key],) = run_plan([spec], resources, tmp_path / spec.polarity)
 
     def kill_one() -> None:
         """One of the two processes that train together, once there is a checkpoint to go on from."""
         until = time.monotonic() + 240
         while not killed and time.monotonic() < until:
-            if newest_checkpoint(checkpoint_folder(spec.out), workers=2):
+            if newest_checkpoint(checkpoint_folder(first.out), workers=2):
                 ours = psutil.Process().children(recursive=True)  # other clusters of this machine are left alone
                 workers = [process for process in ours if "RayTrainWorker" in "".join(process.cmdline())]
                 os.kill(workers[-1].pid, signal.SIGKILL)
                 killed.append(workers[-1].pid)
             time.sleep(0.05)
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    (result,) = run_plan([spec], Resources(workers=2), job.folder / "ray")
-    killer.join()
+    threads = [threading.Thread(target=kill_one), *(threading.Thread(target=train, args=[s]) for s in (first, second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=300)
     assert killed
-    assert result["steps"] == 80  # 64 pairs in batches of 2 x 16
+    result = results[first.key]
+    assert result["steps"] == 80  # 64 pairs in batches of 2 x 16, 40 times
     assert result["resumed_at"] > 0
-    assert not checkpoint_folder(spec.out).exists()
+    assert not checkpoint_folder(first.out).exists()
+    assert results[second.key]["steps"] == 2
 
 
 def test_one_job_a_folder(ray_cluster, tmp_path):
