@@ -53,7 +53,7 @@ def strong_attack(
         for i in range(0, len(x), batch):
             part = x[i : i + batch]
             with torch.enable_grad():
-                moved = attack(frame.to_image(part), y[i : i + batch])
+                moved = attack(frame.to_image(part), y[i : i + batch]).detach()
             found[i : i + batch] = ball.project(frame.to_input(moved), part)
     return found
 
@@ -101,15 +101,19 @@ def _build(name: Attack, model: nn.Module, epsilon: float, classes: int, steps: 
 
 
 class _Frame:
-    """Inputs (N, ...) as square images in [0, 1], and back: u = (x - low) / scale, rows flattened and padded where
-    they are no square image. Without limits the frame is wide enough that none of the ball is cut off."""
+    """Inputs (N, ...) as square images in [0, 1], and back: u = (x - low) / scale.
+
+    Square images stay as they are; a sequence (L, F) becomes F channels of tokens, so that Square's windows shift
+    neighbouring tokens alike; anything else is flattened to one channel. The rest of the square is padding. Without
+    limits the frame is wide enough that none of the ball is cut off.
+    """
 
     def __init__(self, shape: torch.Size, low: float, scale: float) -> None:
         self.shape, self.low, self.scale = shape, low, scale
-        self.size = math.prod(shape)
-        self.image = (
-            tuple(shape) if len(shape) == 3 and shape[1] == shape[2] else (1, *(math.isqrt(self.size - 1) + 1,) * 2)
-        )
+        self.square = len(shape) == 3 and shape[1] == shape[2]
+        self.channels = shape[1] if len(shape) == 2 else 1
+        self.places = math.prod(shape) // self.channels
+        self.side = math.isqrt(self.places - 1) + 1
 
     @classmethod
     def of(cls, x: Tensor, ball: Ball) -> "_Frame":
@@ -118,13 +122,17 @@ class _Frame:
         return cls(x.shape[1:], low, high - low)
 
     def to_image(self, x: Tensor) -> Tensor:
-        flat = ((x.float() - self.low) / self.scale).clamp(0, 1).flatten(1)
-        padded = nn.functional.pad(flat, (0, math.prod(self.image) - self.size), value=0.5)
-        return padded.reshape(len(x), *self.image)
+        unit = ((x.float() - self.low) / self.scale).clamp(0, 1)
+        if self.square:
+            return unit
+        rows = unit.reshape(len(x), self.places, self.channels).transpose(1, 2)
+        padded = nn.functional.pad(rows, (0, self.side**2 - self.places), value=0.5)
+        return padded.reshape(len(x), self.channels, self.side, self.side)
 
     def to_input(self, image: Tensor) -> Tensor:
-        flat = image.flatten(1)[:, : self.size]
-        return (self.low + self.scale * flat).reshape(len(image), *self.shape)
+        if not self.square:
+            image = image.flatten(2)[..., : self.places].transpose(1, 2).reshape(len(image), *self.shape)
+        return self.low + self.scale * image
 
 
 class _Viewed(nn.Module):

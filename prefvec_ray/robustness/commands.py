@@ -17,6 +17,16 @@ from prefvec_ray.robustness.scorer import ScorerRecipe, audit_scorer, train_scor
 from prefvec_ray.robustness.study import PRESETS, Study, StudyConfig, run_study
 from prefvec_ray.robustness.texts import load_texts
 
+SMALL = 20_000_000
+"""Bytes of weights below which a second thread only costs."""
+
+
+def _one_thread() -> None:
+    """On a busy machine, threads that wait for each other made a small model a hundred times slower (measured)."""
+    import torch
+
+    torch.set_num_threads(1)
+
 
 def study(
     console: Console,
@@ -65,6 +75,8 @@ def train(
     seed: int,
 ) -> None:
     """Train a harm classifier on labelled texts."""
+    if not recipe.encoder:
+        _one_thread()
     train, held = load_texts(data, label)
     console.print(f"{len(train.rows)} texts, {len(held.rows)} held out; labels: {', '.join(train.names)}")
     with progress_bar(console, "steps") as tell:
@@ -87,6 +99,8 @@ def audit(
     seed: int,
 ) -> Audit:
     """Audit a scorer on held-out texts; write `audit.json` and `audit.png` into its folder."""
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL:
+        _one_thread()
     _, held = load_texts(data, label)
     with progress_bar(console, "rungs") as tell:
         card = audit_scorer(folder, held.sample(count, seed), epsilon=epsilon, ladder=ladder, seed=seed, progress=tell)

@@ -56,12 +56,9 @@ def check_data(x: Tensor, y: Tensor, ball: Ball, classes: int) -> None:
         label outside [0, classes); fewer
             than two classes in the classifier or in the labels.
     """
-    if x.ndim < 2 or not x.is_floating_point():
-        raise InputError(f"inputs of shape {tuple(x.shape)}, {x.dtype}: expected floats of shape (N, ...)")
+    _check_inputs(x)
     if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
         raise InputError(f"labels of shape {tuple(y.shape)}, {y.dtype}: expected {len(x)} integers, one an input")
-    if len(x) == 0:
-        raise InputError("no inputs: expected at least two, of different classes")
     if not x.isfinite().all():
         bad = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
         raise InputError(f"input {bad} holds NaN or infinity; leave it out or mend it")
@@ -80,8 +77,16 @@ def check_data(x: Tensor, y: Tensor, ball: Ball, classes: int) -> None:
         raise InputError(f"all labels are {low}: a single class cannot be told apart; give inputs of two or more")
 
 
+def _check_inputs(x: Tensor) -> None:
+    if x.ndim < 2 or not x.is_floating_point():
+        raise InputError(f"inputs of shape {tuple(x.shape)}, {x.dtype}: expected floats of shape (N, ...)")
+    if len(x) == 0:
+        raise InputError("no inputs: expected at least two, of different classes")
+
+
 def count_classes(model: nn.Module, x: Tensor) -> int:
-    """The number of logits that `model` gives for the inputs `x`."""
+    """The number of logits that `model` gives for the inputs `x`; InputError where these are no inputs at all."""
+    _check_inputs(x)
     with attacked(model), torch.no_grad():
         logits = model(x[:1])
     if logits.ndim != 2:
