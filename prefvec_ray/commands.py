@@ -31,7 +31,9 @@ def train(config: "TrainingConfig", console: Console) -> None:
     for name, data in prepared.items():
         notes = "".join(f"; {note}" for note in data["notes"])
         console.print(
-            f"{name}: {data['pairs']} pairs ({data['format']}), {data['test_pairs']} held out{notes}", soft_wrap=True
+            f"{name}: {data['pairs']} pairs ({data['format']}), {data['test_pairs']} held out; format: {data['why']}"
+            f"{notes}",
+            soft_wrap=True,
         )
         for warning in data["warnings"]:
             console.print(f"[yellow]warning[/]: {escape(warning)}", soft_wrap=True)

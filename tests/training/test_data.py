@@ -1,0 +1,61 @@
+"""Preference data at the start of a job: split and checked as its config says."""
+
+import json
+
+import pytest
+from datasets import load_from_disk
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.training import PreferenceData
+from prefvec_ray.training.train import prepare_data
+
+
+@pytest.fixture
+def job(config, tmp_path):
+    """Write rows to a file and give the job that trains on it."""
+
+    def make(rows, **fields):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return config.model_copy(update={"preferences": {"helpful": PreferenceData(data=str(path), **fields)}})
+
+    return make
+
+
+def chat(i, *before):
+    turns = [*before, {"role": "user", "content": f"How {i}?"}]
+    answers = ([{"role": "assistant", "content": f"Use {what}."}] for what in ("a kettle", "a broom"))
+    return dict(zip(("prompt", "chosen", "rejected"), (turns, *answers), strict=True))
+
+
+def test_warnings_and_what_made_the_format_are_handed_on(job):
+    prepared = prepare_data(job([chat(i) for i in range(100)]))["helpful"]
+    assert (prepared["pairs"], prepared["test_pairs"], prepared["format"]) == (90, 10, "trl")
+    assert prepared["why"] == "its first row has the fields prompt, chosen, rejected"
+    assert any("10 pairs held out" in text for text in prepared["warnings"])
+
+
+def test_garbage_is_refused_before_anything_is_written(job, tmp_path):
+    with pytest.raises(InputError, match="helpful: 200 of 300 pairs repeat another pair"):
+        prepare_data(job([chat(i) for i in range(100)] * 3))
+    with pytest.raises(InputError, match="row 101: field 'prompt' is missing"):
+        prepare_data(job([*(chat(i) for i in range(100)), {"chosen": [], "rejected": []}]))
+    rows = job([chat(i) for i in range(100)])
+    leaks = PreferenceData(data=rows.preferences["helpful"].data, test=rows.preferences["helpful"].data)
+    with pytest.raises(InputError, match="held-out prompts are trained on"):
+        prepare_data(rows.model_copy(update={"preferences": {"helpful": leaks}}))
+    assert not (rows.folder / "data").exists()
+
+
+def test_system_messages_need_a_template_that_takes_them_or_are_folded(job):
+    rows = [chat(i, {"role": "system", "content": "Be kind."}) for i in range(100)]
+    with pytest.raises(InputError, match=r"chat template refuses 90 of 90 pairs .* not system.*; or set system: fold"):
+        prepare_data(job(rows))
+    prepared = prepare_data(job(rows, system="fold"))["helpful"]
+    assert load_from_disk(prepared["train"])[0]["prompt"][0]["content"].startswith("Be kind.\n\nHow ")
+    assert "100 system messages folded into the first user message" in prepared["notes"]
+
+
+def test_held_out_pairs_are_named_once():
+    with pytest.raises(ValueError, match="give one of them"):
+        PreferenceData(data="a.jsonl", test="b.jsonl", test_split="test")
