@@ -24,8 +24,7 @@ BATCH = 500
 TABLES = (
     "CREATE TABLE IF NOT EXISTS scores "
     "(id INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL UNIQUE, value TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS lookups (hits INTEGER NOT NULL, misses INTEGER NOT NULL)",
-    "INSERT INTO lookups SELECT 0, 0 WHERE NOT EXISTS (SELECT * FROM lookups)",
+    "CREATE TABLE IF NOT EXISTS counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL)",
 )
 
 
@@ -48,14 +47,15 @@ class ScoreCache:
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """The values of those of `keys` that are known."""
         found: dict[bytes, str] = {}
-        with self._lock, self._open() as connection:
+        with self._lock:
+            connection = self._open()
             for i in range(0, len(keys), BATCH):
                 part = keys[i : i + BATCH]
                 marks = ",".join("?" * len(part))
                 found.update(connection.execute(f"SELECT key, value FROM scores WHERE key IN ({marks})", part))
-            if keys:
-                hits = sum(key in found for key in keys)
-                connection.execute("UPDATE lookups SET hits = hits + ?, misses = misses + ?", (hits, len(keys) - hits))
+        if keys:
+            hits = sum(key in found for key in keys)
+            self.count({"hits": hits, "misses": len(keys) - hits})
         return {key: json.loads(value) for key, value in found.items()}
 
     def put(self, values: Mapping[bytes, Any]) -> None:
@@ -75,12 +75,25 @@ class ScoreCache:
         with self._lock:
             return self._open().execute("SELECT count(*) FROM scores").fetchone()[0]
 
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to the named counters, which all processes share."""
+        with self._lock, self._open() as connection:
+            connection.executemany(
+                "INSERT INTO counts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                list(counts.items()),
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Every counter; `hits` and `misses` are the look-ups' own."""
+        with self._lock:
+            return dict(self._open().execute("SELECT name, value FROM counts").fetchall())
+
     @property
     def hit_rate(self) -> float | None:
         """Share of the look-ups that were known, of all processes since the file was made; None before the first."""
-        with self._lock:
-            hits, misses = self._open().execute("SELECT hits, misses FROM lookups").fetchone()
-        return hits / (hits + misses) if hits + misses else None
+        counts = self.counts()
+        looked = counts.get("hits", 0) + counts.get("misses", 0)
+        return counts["hits"] / looked if looked else None
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():  # a connection must not be used across a fork

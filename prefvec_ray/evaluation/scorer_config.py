@@ -10,7 +10,8 @@ from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.classifiers import ClassifierScorer, Encoding
 from prefvec_ray.evaluation.isolated import IsolatedScorer
-from prefvec_ray.evaluation.judge import JudgeConfig, JudgeScorer
+from prefvec_ray.evaluation.judge import JudgeScorer
+from prefvec_ray.evaluation.judge_config import JudgeConfig
 from prefvec_ray.evaluation.refusal import RefusalScorer
 from prefvec_ray.evaluation.score_cache import CachedScorer, ScoreCache
 from prefvec_ray.evaluation.scorers import (

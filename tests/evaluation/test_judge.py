@@ -12,7 +12,8 @@ import pytest
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import ScorerError, TextPrompt, run_scorer
-from prefvec_ray.evaluation.judge import PAIRWISE, POINTWISE, JudgeConfig, JudgeScorer, read_verdict
+from prefvec_ray.evaluation.judge import JudgeScorer
+from prefvec_ray.evaluation.judge_config import PAIRWISE, POINTWISE, JudgeConfig, read_verdict
 from prefvec_ray.evaluation.score_cache import ScoreCache
 
 Reply = str | int
@@ -114,7 +115,8 @@ def test_marks_come_through_and_are_asked_for_once(judge, endpoint, tmp_path):
     assert again.digest == asked.digest
     assert run_scorer(again, prompts, ["abc", "abcd", "abcde"]) == {"quality": [3.0, 4.0, 5.0]}
     assert endpoint.calls == 3
-    assert "1 verdicts asked for, 2 known" in again.notes()[0]
+    assert (again.counts["asked"], again.counts["known"]) == (1, 2)
+    assert "3 verdicts asked for, 2 known" in again.notes()[0], "of both"
     assert judge(extra={"seed": 2}).digest != asked.digest
 
 
