@@ -149,6 +149,7 @@ def evaluate(config: "EvalConfig", console: Console) -> None:
     console.print(table)
     for line in data.warnings():
         console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
+    _print_notes(plan[0].load_scorer(), console)
     config.output.mkdir(parents=True, exist_ok=True)
     results = {row.setting.name: row.evaluation.model_dump() for row in rows}
     (config.output / "evaluation.json").write_text(json.dumps(results))
@@ -193,6 +194,7 @@ def search(config: "SearchConfig", console: Console) -> None:
         )
     for line in result.notes():
         console.print(line, soft_wrap=True)
+    _print_notes(task.load_scorer(), console)
     table = Table(title=f"The front: {len(result.front)} of {len(result.trials)} settings", title_justify="left")
     for column in (*config.vectors, *config.objectives, "on the front"):
         table.add_column(column, justify="right")
@@ -302,3 +304,11 @@ def export(
                 progress=tell,
             )
     console.print(f"{out}", soft_wrap=True)
+
+
+def _print_notes(scorer: Any, console: Console) -> None:
+    """What the scorer has to say: of this process, and of all that share its cache."""
+    from prefvec_ray.evaluation import scorer_notes
+
+    for line in scorer_notes(scorer):
+        console.print(escape(line), soft_wrap=True)
