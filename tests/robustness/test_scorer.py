@@ -1,0 +1,131 @@
+"""A harm classifier from the tiny world: trained, read by evaluation, audited, its words attacked."""
+
+import json
+
+import pytest
+import torch
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation.classifiers import ClassifierScorer, read_card
+from prefvec_ray.robustness import Ladder, commands
+from prefvec_ray.robustness.scorer import (
+    MARK,
+    EmbeddingClassifier,
+    Encoder,
+    ScorerRecipe,
+    audit_scorer,
+    train_scorer,
+)
+from prefvec_ray.robustness.texts import CATEGORIES, Texts, load_texts
+from prefvec_ray.robustness.words import WordAttack
+
+RECIPE = ScorerRecipe(width=32, layers=1, vocabulary=600, max_length=48, epsilon=0.3, inner_steps=1, epochs=2, lr=3e-3)
+LADDER = Ladder(strong_steps=10, restarts=1, apgd_steps=5, fab_steps=1, square_queries=20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    train, held = load_texts("micro")
+    out = tmp_path_factory.mktemp("scorer") / "harm"
+    train_scorer(train.sample(2500), held, RECIPE, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def card(folder):
+    held = load_texts("micro")[1].sample(60)
+    return audit_scorer(folder, held, ladder=LADDER, words=WordAttack(edits=2, tried=4))
+
+
+def test_it_beats_the_largest_class_and_says_so(folder):
+    about = json.loads((folder / "scorer.json").read_text())
+    assert about["held_out_accuracy"]["low"] > about["largest_class"]
+    assert set(about["labels"]) == {"fine", "over-refusal", "declined"}
+    assert set(json.loads((folder / "config.json").read_text())["label2id"]) == set(CATEGORIES)
+
+
+def test_evaluation_reads_the_folder_and_the_card(folder, card):
+    scorer = ClassifierScorer(folder)
+    texts = load_texts("micro")[1]
+    prompts, answers = zip(*texts.rows, strict=True)
+    scores = scorer(prompts, answers)["harmless"]
+    harmful = [score for score, label in zip(scores, texts.labels, strict=True) if label == "harmful"]
+    fine = [score for score, label in zip(scores, texts.labels, strict=True) if label == "fine"]
+    assert sum(fine) / len(fine) > sum(harmful) / len(harmful) + 0.1
+    assert scorer.metrics["harmless"].safety
+    assert scorer.card is not None
+    assert scorer.card["verdict"] == card.verdict, "not stale: the digest is that of the weights"
+    assert scorer.card["words"]["n"] == 60
+
+
+def test_what_the_audit_attacks_is_the_classifier_itself(folder):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    view = EmbeddingClassifier(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = load_texts("micro")[1].rows[:6]
+    x = view.embed(*Encoder(tokenizer, 48)(rows, torch.device("cpu"))).detach()
+    for i, row in enumerate(rows):
+        alone = model(**tokenizer(*row, return_tensors="pt")).logits
+        torch.testing.assert_close(view(x[i : i + 1]), alone, atol=1e-5, rtol=1e-4)
+    marks = x[..., -2:].clone()
+    assert set(marks.unique().tolist()) == {-MARK, MARK}
+    moved = x.clone()
+    moved[..., -2:] += 0.9 * MARK * torch.randn_like(marks).sign()
+    assert torch.equal(view(moved), view(x)), "no epsilon reaches the mask"
+
+
+def test_the_card_of_a_scorer(card, folder):
+    assert card.model_digest == read_card(folder)["model_digest"]
+    assert card.epsilon == RECIPE.epsilon
+    assert card.ladder.floor == pytest.approx(0.45, abs=0.15), "the share of the largest class"
+    assert card.words["mean"] <= card.words["random"]["mean"] <= card.clean.mean
+    assert card.words["edits"] == 2
+    assert set(card.words["random"]) == {"mean", "low", "high", "n"}
+
+
+def test_the_commands(folder, tmp_path, capsys):
+    from rich.console import Console
+
+    rows = [f'{{"prompt": "{prompt}", "response": "{answer}", "kind": "{kind}"}}' for (prompt, answer), kind in zip(
+        *(lambda held: (held.rows, held.labels))(load_texts("micro")[1]), strict=True
+    ) if "'" not in prompt]  # fmt: skip
+    (tmp_path / "held.jsonl").write_text("\n".join(rows * 2))
+    commands.audit(
+        Console(width=120), folder=folder, data=str(tmp_path / "held.jsonl"), label="kind", count=30, epsilon=0.2,
+        ladder=LADDER, seed=0,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    for rung in ("clean", "pgd-10", "black box", "ensemble", "greedy"):
+        assert rung in printed
+    assert read_card(folder)["epsilon"] == 0.2
+    assert (folder / "audit.png").stat().st_size > 5000
+
+
+def test_weights_that_change_make_the_card_stale(card, folder, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    weights["classifier.bias"] = weights["classifier.bias"] + 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert read_card(copy)["verdict"] == "stale"
+
+
+def test_mistakes(folder, tmp_path):
+    train, held = load_texts("micro")
+    with pytest.raises(InputError, match="exists; give another folder"):
+        train_scorer(train, held, RECIPE, folder)
+    with pytest.raises(InputError, match="safe labels: good; choose some, not all, of: declined"):
+        train_scorer(train, held, RECIPE.model_copy(update={"safe": ("good",)}), tmp_path / "x")
+    with pytest.raises(InputError, match="texts labelled unsafe: harm knows only"):
+        audit_scorer(folder, Texts((("a", "b"), ("c", "d")), ("unsafe", "fine")))
+    with pytest.raises(InputError, match="expected less than 64"):
+        audit_scorer(folder, held, epsilon=64.0)
+    with pytest.raises(InputError, match="epsilon -1"):
+        audit_scorer(folder, held, epsilon=-1.0)
+    with pytest.raises(InputError, match="all labels are"):
+        audit_scorer(folder, Texts((("a", "b"), ("c", "d")), ("fine", "fine")))
