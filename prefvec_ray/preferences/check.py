@@ -26,10 +26,8 @@ from prefvec_ray.preferences.measures import (
 from prefvec_ray.preferences.splits import Split
 
 # Shares. Above the first of a pair the data is refused, above the second there is a warning.
-IDENTICAL = (0.5, 0.05)
-"""Rows whose two answers are identical."""
 DROPPED = (0.5, 0.05)
-"""Rows left out for any reason: identical or empty answers, conversations that differ."""
+"""Rows left out: identical or empty answers, equal scores, conversations that differ."""
 DUPLICATES = (0.5, 0.05)
 """Pairs that repeat another pair."""
 CONTRADICTIONS = (0.1, 0.0)
@@ -115,13 +113,8 @@ def _judge(name: str, check: PreferenceCheck, split: Split) -> list[Finding]:
         found.append(
             _error(name, f"{check.unreadable} of {check.rows} rows cannot be used; the first: {split.flaws[0]}")
         )
-    identical = sum(count for reason, count in check.dropped.items() if "identical" in reason)
-    dropped = sum(check.dropped.values())
-    if identical > IDENTICAL[1] * check.rows:
-        share(identical, check.rows, IDENTICAL, "rows have two identical answers; check how the pairs were made")
-    else:
-        reasons = "; ".join(f"{reason}: {count}" for reason, count in check.dropped.items())
-        share(dropped, check.rows, DROPPED, f"rows say nothing and are left out ({reasons})")
+    reasons = "; ".join(f"{reason}: {count}" for reason, count in check.dropped.items())
+    share(sum(check.dropped.values()), check.rows, DROPPED, f"rows say nothing and are left out ({reasons})")
     for what, count in (("to train on", check.pairs), ("held out", check.held_out)):
         if not count:
             found.append(_error(name, f"no pairs {what}; give more rows, a test file, or another test_fraction"))

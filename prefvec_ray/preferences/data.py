@@ -19,7 +19,7 @@ from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.preferences.formats import (
     COLUMNS,
     FORMATS,
@@ -201,7 +201,7 @@ def _fold(prompt: list[dict[str, str]], where: str) -> list[dict[str, str]]:
 def _to_dataset(pairs: Iterator[Pair]) -> tuple[Dataset | None, str]:
     """All pairs in one Arrow file that is mapped into memory and already has no name, and their digest.
 
-    The file vanishes with the last reader; None where there are no pairs.
+    The file vanishes with the last reader; None where there are no pairs. JobError where there is no room for it.
     """
     hasher = blake3()
     first = next(pairs, None)
@@ -209,19 +209,23 @@ def _to_dataset(pairs: Iterator[Pair]) -> tuple[Dataset | None, str]:
         return None, ""
     features = _FEATURES[type(first["prompt"])]
     schema = features.arrow_schema
-    with tempfile.NamedTemporaryFile(prefix="prefvec-pairs-", suffix=".arrow") as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            batch: list[Pair] = [first]
-            size = _add(hasher, first)
-            for pair in pairs:
-                if len(batch) >= _BATCH_ROWS or size > _BATCH_CHARACTERS:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-                    batch, size = [], 0
-                batch.append(pair)
-                size += _add(hasher, pair)
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-        file.flush()
-        table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+    try:
+        with tempfile.NamedTemporaryFile(prefix="prefvec-pairs-", suffix=".arrow") as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                batch: list[Pair] = [first]
+                size = _add(hasher, first)
+                for pair in pairs:
+                    if len(batch) >= _BATCH_ROWS or size > _BATCH_CHARACTERS:
+                        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+                        batch, size = [], 0
+                    batch.append(pair)
+                    size += _add(hasher, pair)
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+            file.flush()
+            table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
+    except OSError as error:  # the readers have told of theirs already
+        folder = tempfile.gettempdir()
+        raise JobError(f"cannot write the pairs to {folder} ({error}); make room, or set TMPDIR to another") from error
     digest = f"blake3:{hasher.hexdigest()}"
     return Dataset(InMemoryTable(table), fingerprint=hasher.hexdigest()[:16]), digest
 

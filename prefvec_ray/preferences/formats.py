@@ -57,7 +57,7 @@ def find_format(row: Row, source: str) -> Format:
     raise InputError(f"{source}: unknown format, the first row has the fields {fields}; expected one of {known}")
 
 
-def _text(row: Row, field: str, where: str) -> str:
+def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -> str:
     value = row.get(field)
     if not isinstance(value, str):
         found = "is missing" if value is None else f"is {value!r:.40}"
@@ -72,11 +72,11 @@ def _text(row: Row, field: str, where: str) -> str:
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); mend the row") from None
     if not value.strip():
-        raise UnusableError("an answer is empty" if field not in _ASKED else "the prompt is empty")
+        raise UnusableError("the prompt is empty" if field in ("prompt", "instruction") else empty)
     return value
 
 
-_ASKED = ("prompt", "instruction")
+_EMPTY_TURN = "a message of the prompt is empty"
 
 
 def _message(role: str, content: str) -> dict[str, str]:
@@ -95,7 +95,11 @@ def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str
         raise InputError(
             f"{where}: field {field!r} must be a list of messages {{role, content}} that ends with the {last}"
         )
-    return [_message(turn["role"], _text(turn, "content", f"{where}, {field}")) for turn in messages]
+    *before, answer = messages if last == "assistant" else [*messages, None]
+    turns = [_message(turn["role"], _text(turn, "content", f"{where}, {field}", _EMPTY_TURN)) for turn in before]
+    if answer is not None:
+        turns.append(_message(last, _text(answer, "content", f"{where}, {field}")))
+    return turns
 
 
 def _trl(row: Row, where: str, preference: str | None) -> Pair:
@@ -214,7 +218,8 @@ def _sharegpt(row: Row, where: str, preference: str | None) -> Pair:
             speaker = value.get("from") if isinstance(value, Mapping) else value
             known = ", ".join(_SHAREGPT_ROLES)
             raise InputError(f"{where}: {field} has a turn from {speaker!r:.40}; expected {{from, value}} of {known}")
-        return _message(_SHAREGPT_ROLES[value["from"]], _text(value, "value", f"{where}, {field}"))
+        empty = {"empty": _EMPTY_TURN} if field == "conversations" else {}
+        return _message(_SHAREGPT_ROLES[value["from"]], _text(value, "value", f"{where}, {field}", **empty))
 
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -238,8 +243,8 @@ def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
         raise InputError(f"{where}: field 'history' must be a list of [instruction, answer]")
     prompt = _system(row, where)
     for asked, answered in history:
-        prompt.append(_message("user", _text({"history": asked}, "history", where)))
-        prompt.append(_message("assistant", _text({"history": answered}, "history", where)))
+        prompt.append(_message("user", _text({"history": asked}, "history", where, _EMPTY_TURN)))
+        prompt.append(_message("assistant", _text({"history": answered}, "history", where, _EMPTY_TURN)))
     asked = _text(row, "instruction", where)
     if row.get("input"):
         asked += "\n" + _text(row, "input", where)

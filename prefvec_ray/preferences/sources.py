@@ -116,6 +116,8 @@ def _files(text: str, split: str | None) -> list[tuple[Any, str, str]]:
     if info.type == fs.FileType.File:
         if not _kind(root):
             raise InputError(f"{shown}: cannot read this kind of file; give one of {', '.join(KINDS)}, or .jsonl.gz")
+        if split is not None:
+            raise InputError(f"{shown}: one file has no splits, leave out {split!r}; or give a folder or a hub dataset")
         return [(system, root, shown)]
     with _told(shown):
         entries = system.get_file_info(fs.FileSelector(root, recursive=True))

@@ -48,7 +48,7 @@ def test_sound_data_has_no_findings():
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        ([row(i, "Same.", "Same.") for i in range(400)] + SOUND[:300], {}, "400 of 700 .* identical answers"),
+        ([row(i, "Same.", "Same.") for i in range(400)] + SOUND[:300], {}, "400 of 700 .* identical: 400"),
         ([row(i) | {"chosen": " "} for i in range(400)] + SOUND[:300], {}, "400 of 700 rows say nothing .* empty: 400"),
         (SOUND[:100] * 3, {}, "200 of 300 pairs repeat another pair"),
         (SOUND[:300] + [swap(r) for r in SOUND[:99]], {}, "99 of 399 .* both"),
@@ -66,7 +66,7 @@ def test_garbage_is_an_error(rows, options, words):
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
-        (SOUND + [row(i, "Same.", "Same.") for i in range(60)], {}, "60 of 660 rows have two identical answers"),
+        (SOUND + [row(i, "Same.", "Same.") for i in range(60)], {}, "60 of 660 rows say nothing .* identical: 60"),
         (SOUND + SOUND[:60], {}, "60 of 660 pairs repeat"),
         (SOUND, {"test": SOUND[:4] + [row(i) for i in range(1000, 1096)]}, "4 of 100 held-out prompts are trained on"),
         ([row(i, "A much longer answer.") for i in range(600)], {}, "chosen answer is the longer one in 100%"),

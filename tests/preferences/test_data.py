@@ -1,11 +1,12 @@
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.preferences import TinyWorld, data_digest, flip, load_preferences
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
@@ -146,6 +147,16 @@ def test_other_mistakes_are_named(tmp_path):
     with pytest.raises(InputError, match="rows=0"):
         load_preferences([TRL], rows=0)
     assert len(load_preferences([TRL, TRL | {"prompt": "Why?"}], rows=1).dataset) == 1
+
+
+def test_pairs_that_find_no_room_fail_in_one_line():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # no file may grow beyond 1 MiB: as on a full disk
+    try:
+        with pytest.raises(JobError, match="cannot write the pairs to .*; make room, or set TMPDIR"):
+            load_preferences([TRL | {"prompt": "x" * 4_000_000}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_flip_swaps_every_pair_of_columns_and_undoes_itself():

@@ -129,9 +129,16 @@ def test_what_does_not_follow_its_format_is_named_with_its_row(row, words):
 def test_pairs_that_say_nothing_are_counted_by_reason():
     tie = ROWS["ultrafeedback"] | {"score_rejected": 8.0}
     empty = ROWS["ultrafeedback"] | {"chosen": [USER, GOOD | {"content": " "}]}
-    loaded = load(ROWS["ultrafeedback"], tie, tie, empty)
-    assert loaded.dropped == {"both answers have the same score": 2, "an answer is empty": 1}
-    assert (loaded.rows, len(loaded.dataset)) == (4, 1)
+    asked = ROWS["ultrafeedback"] | {
+        key: [SYSTEM | {"content": ""}, USER, said] for key, said in (("chosen", GOOD), ("rejected", BAD))
+    }
+    loaded = load(ROWS["ultrafeedback"], tie, tie, empty, asked)
+    assert loaded.dropped == {
+        "both answers have the same score": 2,
+        "an answer is empty": 1,
+        "a message of the prompt is empty": 1,
+    }
+    assert (loaded.rows, len(loaded.dataset)) == (5, 1)
 
 
 def test_safe_unsafe_pairs_say_nothing_of_helpfulness():

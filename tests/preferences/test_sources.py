@@ -161,6 +161,7 @@ def test_mistakes_in_the_source_are_named(tmp_path):
     for source, options, words in (
         (tmp_path / "b.jsonl", {}, "no such file"),
         (tmp_path / "a.jsonl", {"revision": "main"}, "revision is for datasets of the hub"),
+        (tmp_path / "a.jsonl", {"split": "train"}, "one file has no splits"),
         ("what://a/b.jsonl", {}, "give a file, a folder or s3://"),
         ("data/rows.jsonl", {}, "no such file"),
     ):
