@@ -153,7 +153,7 @@ def test_pairs_that_find_no_room_fail_in_one_line():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # no file may grow beyond 1 MiB: as on a full disk
     try:
-        with pytest.raises(JobError, match="cannot write the pairs to .*; make room, or set TMPDIR"):
+        with pytest.raises(JobError, match=r"cannot write the pairs to .*; make room, or set TMPDIR"):
             load_preferences([TRL | {"prompt": "x" * 4_000_000}])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
