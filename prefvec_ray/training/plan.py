@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -73,7 +74,10 @@ def run_plan(
             if is_finished(spec):
                 remove_checkpoints(spec.out)  # of a run whose driver was killed as it finished
                 table.finish(spec.label, "finished")
-        failures = _run_waiting(waiting, resources, storage, retries, board, table) if waiting else {}
+        try:
+            failures = _run_waiting(waiting, resources, storage, retries, board, table) if waiting else {}
+        finally:
+            _ask_autoscaler(0, resources)
     if failures:
         reasons = "; ".join(f"{key}: {reason}" for key, reason in failures.items())
         raise RunsFailedError(f"{len(failures)} of {len(specs)} runs failed, the others are kept: {reasons}")
@@ -101,6 +105,7 @@ def _run_waiting(
     waiting = list(reversed(waiting))
     failures: dict[str, str] = {}
     running = 0
+    _ask_autoscaler(len(waiting), resources)
     while waiting or running:
         # Counted anew each time: a cluster may grow. Workers of one run are reserved all together or not at all
         # (a placement group), so that runs which wait for each other's rest cannot be.
@@ -113,9 +118,20 @@ def _run_waiting(
             if reason is not None:
                 failures[spec.label] = reason
             table.finish(spec.label, "failed" if reason else "finished", reason or "")
+            _ask_autoscaler(len(waiting) + running, resources)
         with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs go on without it
             table.update(ray.get(board.read.remote()))
     return failures
+
+
+def _ask_autoscaler(runs: int, resources: Resources) -> None:
+    """Say what all unfinished runs want: an autoscaler sees no more than that, and queued runs ask Ray for nothing yet.
+
+    The newest word of all jobs of a cluster counts. Where there is no autoscaler, nothing happens.
+    """
+    bundle = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    wanted = {name: amount for name, amount in bundle.items() if amount}
+    request_resources(bundles=[wanted] * (runs * resources.workers))
 
 
 def _say_too_small(resources: Resources) -> None:
