@@ -30,7 +30,7 @@ MEASURES: dict[str, Metric] = {
 """Measures of sampled answers, by name."""
 
 LOGITS = 2**27
-"""Logits held at once, in fp32: half a GiB. More answers than fit are measured in several rounds."""
+"""Logits held at once, in fp32: half a GiB. """
 
 
 class TokenPair(NamedTuple):
@@ -51,6 +51,7 @@ def answer_measures(
     *,
     measures: Sequence[str],
     temperature: float,
+    logits: int = LOGITS,
 ) -> dict[str, list[float | None]]:
     """`MEASURES` of answers that were sampled from the model at `coefficients`, one value an answer.
 
@@ -63,6 +64,7 @@ def answer_measures(
     `perplexity` is exp of the base's mean negative log-probability of the answer's tokens, end token included, at
     temperature 1.
 
+    `logits` bounds what is held at once; more answers than that are measured in several rounds, each of two merges.
     Leaves the model at another setting. None for an answer without tokens.
 
     Raises:
@@ -72,7 +74,7 @@ def answer_measures(
     found: dict[str, list[float | None]] = {name: [None] * len(answers) for name in measures}
     rows = [i for i, answer in enumerate(answers) if answer]
     width = int(model.config.vocab_size)
-    for block in _blocks(rows, [len(answers[i]) for i in rows], LOGITS // width):
+    for block in _blocks(rows, [len(answers[i]) for i in rows], logits // width):
         pairs = [(prompts[i], answers[i]) for i in block]
         policy: list[Tensor] = []
         if "kl" in measures:

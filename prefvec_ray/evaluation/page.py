@@ -58,9 +58,9 @@ def summary(data: ReportData) -> list[str]:
     if search and chosen is not None:
         found.append(f"We recommend {words(chosen.coefficients)}. {_outcome(chosen, search, data.metrics)}")
         found.append(
-            f"It was chosen from {len(search.trials)} settings; {len(search.front)} of them are best choices: no other "
-            "setting is clearly better. Each is a point below: click one to see its dials, its numbers and what the "
-            "model then says."
+            f"It was chosen from {len(search.trials) + search.dropped} settings; {len(search.front)} of them are best "
+            "choices: no other setting is clearly better. Each is a point below: click one to see its dials, numbers "
+            "and what the model then says."
         )
     for results in data.seeds[:1]:
         together = _row(results, together_name(len(data.objectives)))
@@ -151,7 +151,8 @@ def _pooled(evaluations: Sequence[Evaluation], metric: str) -> Estimate | None:
 
 
 def _search_view(search: SearchSummary, metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    front = {_key(e) for e in search.front}
+    chances: list[float | None] = [*search.front_probability] or [None] * len(search.front)
+    front = {_key(e): chance for e, chance in zip(search.front, chances, strict=True)}
     named: dict[str, list[Preset]] = {}
     for preset in search.presets:
         named.setdefault(_key(preset.searched), []).append(preset)
@@ -169,7 +170,9 @@ def _search_view(search: SearchSummary, metrics: Mapping[str, Metric]) -> dict[s
         kind = next(name for name, here in places.items() if here)
         name = "base model" if is_base else " · ".join(p.name for p in presets) or f"setting {number + 1}"
         point = _point(e, name, kind, search.base)
-        point["front"] = key in front
+        if key in front:
+            chance = front[key]
+            point["front"] = "one of the best choices" + ("" if chance is None else f" (sure to {chance:.0%})")
         if kind not in ("base", "preset", "front") and number >= SAMPLED:
             point["samples"] = []
         if broken:

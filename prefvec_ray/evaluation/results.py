@@ -92,6 +92,10 @@ class SearchSummary(_Data):
     hypervolume_history: list[float]
     limits: dict[str, float] = {}
     failed: int = 0
+    dropped: int = 0
+    """Settings that a cheaper rung showed to be beaten; they are not among `trials`."""
+    front_probability: list[float] = []
+    """Of each setting of `front`: the share of resamples of the prompts in which it is on the front."""
     seconds: float | None = None
     recommended: dict[str, float] | None = None
     reason: str = ""

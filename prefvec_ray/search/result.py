@@ -246,6 +246,8 @@ class SearchResult(BaseModel):
             hypervolume_history=self.hypervolume_history,
             limits=self.goal.limits,
             failed=len(self.failed),
+            dropped=len(self.dropped),
+            front_probability=self.front_probability,
             seconds=self.seconds,
             recommended=chosen.coefficients if chosen else None,
             reason=chosen.reason if chosen else "",

@@ -2,7 +2,7 @@ import pytest
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import Metric, check_control, grid, improves, monotone, valid_everywhere
-from prefvec_ray.evaluation.control import mean_path
+from prefvec_ray.evaluation.control import coupling, mean_path
 
 METRICS = {
     "helpful": Metric(direction="maximize", low=0, high=1),
@@ -79,3 +79,27 @@ def test_an_improvement_must_exceed_its_paired_error(measured):
     assert improves(clear, base, "harm", METRICS, names=names).holds
     assert not improves(base, clear, "helpful", METRICS, names=names).holds
     assert not improves(base, base, "helpful", METRICS, names=names).holds
+
+
+def test_coupling_finds_the_slopes_and_their_errors(net, measured):
+    effects = {(e.preference, e.metric): e.slope for e in coupling(net(), ["helpful", "harm", "valid"])}
+    slopes = {key: round(slope.mean, 6) for key, slope in effects.items()}
+    assert slopes == {
+        ("help", "helpful"): 0.2, ("safe", "helpful"): -0.1, ("help", "harm"): 0.0, ("safe", "harm"): -0.3,
+        ("help", "valid"): 0.0, ("safe", "valid"): 0.0,
+    }  # fmt: skip
+    assert effects["help", "helpful"].n == 4
+    assert effects["help", "helpful"].stderr == pytest.approx(0, abs=1e-9), "the prompts' own levels cancel"
+    tilted = [
+        e.model_copy(update={"per_prompt": {"helpful": [0.0, 0.1 * e.coefficients["help"], None, 0.0]}}) for e in net()
+    ]
+    (slope,) = [e.slope for e in coupling(tilted, ["helpful"]) if e.preference == "help"]
+    assert (slope.mean, slope.n) == (pytest.approx(0.1 / 3), 3), "a prompt without values is left out"
+    assert slope.stderr == pytest.approx(0.1 / 3)
+    with pytest.raises(InputError, match="the same prompts"):
+        coupling([*net(), measured({}, helpful=1).model_copy(update={"prompts_digest": "other"})], ["helpful"])
+
+
+def test_a_coefficient_that_never_moves_has_no_effect(measured):
+    line = [measured({"a": a, "b": 0.0}, helpful=a) for a in (-1.0, 0.0, 1.0)]
+    assert [(e.preference, e.slope.mean) for e in coupling(line, ["helpful"])] == [("a", pytest.approx(1.0))]

@@ -1,10 +1,12 @@
 import statistics
 
 import pytest
+import torch
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import Evaluation, Evaluator, Metric, TinyWorldScorer, compare, scorer
 from prefvec_ray.evaluation.evaluate import estimate
+from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
 
 
 @scorer(
@@ -105,3 +107,50 @@ def test_prompts_of_other_forms(live, tokenizer):
 def test_unknown_vectors_are_refused(evaluator):
     with pytest.raises(InputError, match="polite"):
         evaluator.evaluate({"polite": 1.0})
+
+
+@pytest.fixture
+def low_rank(model) -> LiveModel:
+    """The live model, its vectors cut to rank 4, strong enough that greedy answers differ from the base's."""
+    base = fingerprint(model)
+
+    def vector(name: str, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        delta = {n: 0.05 * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
+        return to_low_rank(
+            vector_from_state(delta, preference=name, base_fingerprint=base, dtype=torch.float32), rank=4
+        )
+
+    return LiveModel(model, {"helpful": vector("helpful", 1), "harmless": vector("harmless", 2)})
+
+
+SETTINGS = [{}, {"helpful": 1.0}, {"helpful": -0.5, "harmless": 2.0}, {"harmless": 1.0}]
+
+
+def test_many_settings_in_one_batch_are_the_merged_ones(low_rank, tokenizer):
+    """Greedy and fp32: the answers are the same token for token, whatever shares the batch."""
+    options = {"draws": 1, "temperature": 0, "max_new_tokens": 12, "measures": ["perplexity"]}
+    evaluator = Evaluator(low_rank, tokenizer, PROMPTS, toy, **options)
+    merged = evaluator.evaluate_many(SETTINGS, steer=False)
+    together = evaluator.evaluate_many(SETTINGS, steer=True)
+    assert [e.per_prompt["length"] for e in together] == [e.per_prompt["length"] for e in merged]
+    assert [[s.answer for s in e.samples] for e in together] == [[s.answer for s in e.samples] for e in merged]
+    assert len({tuple(s.answer for s in e.samples) for e in merged}) >= 3, "the settings do differ"
+    for one, other in zip(together, merged, strict=True):
+        assert one.per_prompt["perplexity"] == pytest.approx(other.per_prompt["perplexity"], rel=1e-4)
+        assert (one.prompts_digest, one.coefficients) == (other.prompts_digest, other.coefficients)
+    assert low_rank.coefficients == {"helpful": 0.0, "harmless": 0.0}
+
+
+def test_many_settings_sample_with_the_same_random_numbers(low_rank, tokenizer):
+    evaluator = Evaluator(low_rank, tokenizer, PROMPTS, toy, draws=3, max_new_tokens=8, batch_size=7)
+    same = evaluator.evaluate_many([{"helpful": 0.5}, {"helpful": 0.5}], steer=True)
+    assert same[0].per_prompt == same[1].per_prompt
+
+
+def test_what_cannot_be_steered_is_merged_or_refused(evaluator):
+    assert [e.coefficients for e in evaluator.evaluate_many(SETTINGS)] == SETTINGS, "full vectors: one after another"
+    with pytest.raises(InputError, match="full form"):
+        evaluator.evaluate_many(SETTINGS, steer=True)
+    with pytest.raises(InputError, match="polite"):
+        evaluator.evaluate_many([{}, {"polite": 1.0}])
