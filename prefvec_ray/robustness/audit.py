@@ -62,6 +62,8 @@ class Audit(Config):
     """Paired, over the same inputs: `pgd10 - ensemble`, `pgd10 - pgd100`, `pgd100 - black box`."""
     probe: dict[str, float]
     words: dict[str, Any] | None = None
+    curve: tuple[dict[str, float], ...] = ()
+    """FOSC, SGCS and the inner maximum after each epoch of a scorer's training, on 128 of its texts."""
     ladder: Ladder
     seed: int
     seconds: float

@@ -20,6 +20,7 @@ from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.classifiers import AUDIT_FILE, SCORER_FILE, classifier_folder, model_digest
 from prefvec_ray.robustness.audit import Audit, Ladder, audit
 from prefvec_ray.robustness.intervals import Rate
+from prefvec_ray.robustness.metrics import probe
 from prefvec_ray.robustness.texts import SAFE, Texts
 from prefvec_ray.robustness.threat import Ball
 from prefvec_ray.robustness.train import Recipe, robust_loss
@@ -132,8 +133,9 @@ def train_scorer(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps + 1), (steps - step) / steps)
     )
-    step, losses = 0, list[float]()
-    for _ in range(recipe.epochs):
+    step, losses, curve = 0, list[float](), list[dict[str, float]]()
+    watched = torch.randperm(len(y), generator=generator)[:128]
+    for epoch in range(1, recipe.epochs + 1):
         model.train()
         for rows in torch.randperm(len(y), generator=generator).split(recipe.batch):
             x = view.embed(*encoder([train.rows[i] for i in rows.tolist()], device))
@@ -149,6 +151,10 @@ def train_scorer(
                 raise JobError(f"the loss is {losses[-1]} at step {step}; lower the learning rate {recipe.lr}")
             if progress:
                 progress(step, steps)
+        with torch.no_grad():
+            x = view.embed(*encoder([train.rows[i] for i in watched.tolist()], device))
+        seen = probe(view, x, y[watched], Ball(recipe.epsilon, None, None), seed=seed)
+        curve.append({"epoch": epoch, "loss": losses[-1], **{k: round(v, 5) for k, v in vars(seen).items()}})
     right = _right(view, encoder, held, names, device)
     about = {
         "kind": "classifier",
@@ -165,7 +171,7 @@ def train_scorer(
         "rows": len(train.rows),
         "held_out_accuracy": Rate.of("clean", right).model_dump(),
         "largest_class": max(held.labels.count(name) for name in names) / len(held.labels),
-        "loss": losses[-1],
+        "curve": curve,
     }
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -222,7 +228,9 @@ def audit_scorer(
     found = attack_words(
         lambda rows: _logits(view, encoder, rows, device), texts.rows, y.cpu(), words or WordAttack(), seed=seed
     )
-    card = card.model_copy(update={"words": found, "model_digest": model_digest(folder)})
+    card = card.model_copy(
+        update={"words": found, "model_digest": model_digest(folder), "curve": tuple(stated.get("curve", ()))}
+    )
     partial = folder / f"{AUDIT_FILE}.partial"
     partial.write_text(card.model_dump_json(indent=2) + "\n")
     partial.replace(folder / AUDIT_FILE)

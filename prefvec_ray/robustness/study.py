@@ -64,7 +64,7 @@ class Grid(Config):
     batch: tuple[int, ...] = (32,)
     classes: tuple[int, ...] = (10,)
     remedy: Remedy | None = None
-    seeds: int = Field(default=3, ge=1)
+    seeds: int = Field(default=5, ge=1)
 
 
 class StudyConfig(Config):
@@ -117,10 +117,10 @@ PRESETS: dict[str, StudyConfig] = {
     ),
     "digits": StudyConfig(
         grids=(
-            Grid(methods=("trades", "adversarial"), epsilon=(0.1, 0.3), beta=(1.0, 6.0), seeds=5),
+            Grid(methods=("trades", "adversarial"), epsilon=(0.1, 0.3), beta=(1.0, 6.0)),
             Grid(epsilon=(0.3,), lr=(0.02, 0.2)),
             Grid(epsilon=(0.3,), batch=(16, 128)),
-            Grid(epsilon=(0.3,), remedy=Remedy(threshold=1.0, sigma=0.2), seeds=5),
+            Grid(epsilon=(0.3,), remedy=Remedy(threshold=1.0, sigma=0.2)),
             Grid(methods=("trades", "adversarial"), epsilon=(0.3,), classes=(5,)),
             Grid(methods=("adversarial",), epsilon=(0.3,), lr=(0.2,)),
             Grid(methods=("adversarial",), epsilon=(0.3,), batch=(16,)),
@@ -129,8 +129,8 @@ PRESETS: dict[str, StudyConfig] = {
     "cifar": StudyConfig(
         data="", network="small", train=1500, epochs=15,
         grids=(
-            Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0, 6.0), batch=(64,)),
-            Grid(epsilon=(8 / 255,), batch=(32,)),
+            Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0, 6.0), batch=(64,), seeds=3),
+            Grid(epsilon=(8 / 255,), batch=(32,), seeds=3),
         ),
         ladder=Ladder(square_queries=500),
     ),
@@ -139,8 +139,8 @@ PRESETS: dict[str, StudyConfig] = {
         augment=True, watch_every=5, resources={"cpu": 2.0, "gpu": 1.0},
         grids=(
             Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0, 3.0, 6.0), batch=(128, 256, 512),
-            seeds=5), Grid(epsilon=(8 / 255,), lr=(0.01, 0.05), batch=(128,), seeds=5), Grid(epsilon=(8 / 255,),
-            batch=(128,), remedy=Remedy(threshold=0.1, sigma=8 / 255), seeds=5),
+            seeds=5), Grid(epsilon=(8 / 255,), lr=(0.01, 0.05), batch=(128,)), Grid(epsilon=(8 / 255,),
+            batch=(128,), remedy=Remedy(threshold=0.1, sigma=8 / 255)),
         ),
         ladder=Ladder(apgd_steps=100, square_queries=5000, batch=500),
     ),
@@ -188,12 +188,18 @@ def run_cell(config: StudyConfig, cell: Cell, seed: int) -> Run:
     return Run(cell=cell, seed=seed, curve=tuple(curve), audit=found, seconds=round(time.monotonic() - started, 2))
 
 
+_MAY_CHANGE = ("grids", "resources")
+
+
 class Study:
     """The finished runs of one study in a folder: `study.json` says what it is, `runs.jsonl` holds a line a run; a
     torn last line is cut off.
 
+    A study may grow: grids with more cells or seeds keep what is finished. Runs that its grids no longer ask for stay
+    in the file, and out of `runs`.
+
     Raises:
-        InputError: the folder holds another study.
+        InputError: the folder holds a study that differs in more than its grids and resources.
     """
 
     def __init__(self, folder: str | Path, config: StudyConfig | None = None) -> None:
@@ -207,21 +213,22 @@ class Study:
         self.config = config
         if described.exists():
             there, wanted = json.loads(described.read_text()), config.model_dump(mode="json")
-            changed = sorted(key for key in wanted if wanted[key] != there.get(key))
+            changed = sorted(key for key in wanted if wanted[key] != there.get(key) and key not in _MAY_CHANGE)
             if changed:
                 raise InputError(
                     f"{folder} holds a study with other {', '.join(changed)}; give another folder or delete it"
                 )
-        else:
-            partial = described.with_suffix(".partial")
-            partial.write_text(config.model_dump_json(indent=2))
-            partial.replace(described)
+        partial = described.with_suffix(".partial")
+        partial.write_text(config.model_dump_json(indent=2))
+        partial.replace(described)
         self.path = self.folder / "runs.jsonl"
         self.path.touch()
         whole = self.path.read_bytes()
         lines = whole[: whole.rfind(b"\n") + 1]
         os.truncate(self.path, len(lines))
-        self.runs = [Run.model_validate_json(line) for line in lines.splitlines()]
+        asked = set(config.runs())
+        found = (Run.model_validate_json(line) for line in lines.splitlines())
+        self.runs = [run for run in found if (run.cell, run.seed) in asked]
 
     def add(self, run: Run) -> None:
         with self.path.open("a") as file:
@@ -232,8 +239,8 @@ class Study:
 
     @property
     def missing(self) -> list[tuple[Cell, int]]:
-        done = {(run.cell.model_dump_json(), run.seed) for run in self.runs}
-        return [(cell, seed) for cell, seed in self.config.runs() if (cell.model_dump_json(), seed) not in done]
+        done = {(run.cell, run.seed) for run in self.runs}
+        return [wanted for wanted in self.config.runs() if wanted not in done]
 
 
 def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
@@ -262,7 +269,7 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
         except ray.exceptions.RayTaskError as error:
             failed[name] = str(error.cause or error).strip().splitlines()[-1]
         except ray.exceptions.RayError as error:
-            failed[name] = f"{type(error).__name__}: its process was lost three times"
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         if progress:
             progress(len(study.runs), total)
     return failed

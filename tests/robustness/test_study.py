@@ -70,6 +70,18 @@ def test_another_study_in_the_folder_is_refused(study, tmp_path):
         Study(tmp_path)
 
 
+def test_a_study_may_grow_and_shrink(study, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(study.folder, tmp_path / "study")
+    more = CONFIG.model_copy(update={"grids": (*CONFIG.grids, Grid(epsilon=(0.2,), classes=(3,), seeds=1))})
+    grown = Study(folder, more)
+    assert (len(grown.runs), len(grown.missing)) == (8, 1)
+    fewer = Study(folder, CONFIG.model_copy(update={"grids": CONFIG.grids[:1]}))
+    assert (len(fewer.runs), fewer.missing) == (4, [])
+    assert len(Study(folder, CONFIG).runs) == 8, "nothing was thrown away"
+
+
 def test_tables_and_plots(study, tmp_path):
     out = tmp_path / "robustness.md"
     out.write_text(f"# Words before\n\n{BEGIN}\nold table\n{END}\n\nWords after\n")
@@ -124,7 +136,7 @@ def test_a_claim_is_told_as_it_shows(study):
 
 
 def test_presets_are_what_they_say():
-    assert len(PRESETS["digits"].runs()) == 59
+    assert len(PRESETS["digits"].runs()) == 75
     assert {cell.recipe.method for cell in PRESETS["digits"].cells()} == {"trades", "adversarial"}
     assert PRESETS["paper"].network == "resnet18"
     assert {cell.recipe.epsilon for cell in PRESETS["paper"].cells()} == {8 / 255}
