@@ -205,11 +205,11 @@ def search(config: "SearchConfig", console: Console) -> None:
     chosen = result.recommended
     if chosen is None:
         console.print("nothing to recommend: no setting keeps the limits")
-        return
-    console.print(f"recommended {chosen.coefficients}: {chosen.reason}", soft_wrap=True)
+    else:
+        console.print(f"recommended {chosen.coefficients}: {chosen.reason}", soft_wrap=True)
     if reporting is not None:
         _report_search(config, *reporting, result, console)
-    elif config.preset:
+    elif config.preset and chosen is not None:
         registry = start_registry(config.registry)
         pinned = {registry.resolve(ref).ref: chosen.coefficients[name] for name, ref in config.vectors.items()}
         best = next(trial for trial in result.front if trial.coefficients == chosen.coefficients)
