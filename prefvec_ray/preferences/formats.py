@@ -53,8 +53,10 @@ def find_format(row: Row, source: str) -> Format:
     if found:
         names = ", ".join(format.name for format in found)
         raise InputError(f"{source}: the fields {fields} fit several formats: {names}; say which with format")
-    known = "; ".join(f"{format.name}: {format.fields}" for format in FORMATS.values())
-    raise InputError(f"{source}: unknown format, the first row has the fields {fields}; expected one of {known}")
+    raise InputError(
+        f"{source}: unknown format, the first row has the fields {fields}; expected those of {', '.join(FORMATS)}: "
+        "`prefvec data formats` lists them"
+    )
 
 
 def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -> str:
