@@ -10,11 +10,11 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from prefvec_ray.evaluation.plots import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from prefvec_ray.evaluation.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, STYLE
 from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, MASKING, OVERESTIMATE, PGD, STRONG, Audit
 from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.study import Cell, Run, Study
-from prefvec_ray.robustness.train import healed
+from prefvec_ray.robustness.train import Moment, healed
 
 BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 PAPER = {"batch": "smaller", "beta": "smaller", "lr": "larger", "classes": "larger"}
@@ -69,7 +69,7 @@ def write_study(study: Study, out: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     runs = by_cell(study)
     with rc_context(STYLE):
-        for name, figure in (("gaps", gaps_plot(runs)), ("curves", curves_plot(runs))):
+        for name, figure in (("gaps", gaps_plot(runs)), ("curves", curves_plot(study, runs))):
             figure.savefig(images / f"robustness-{name}.png", dpi=110, metadata={"Software": None})
     block = f"{BEGIN}\n{study_markdown(study)}{END}"
     text = out.read_text("utf-8") if out.is_file() else ""
@@ -279,20 +279,24 @@ def gaps_plot(runs: Runs) -> Figure:
             panel.plot([mean.low, mean.high], [row, row], color=colour, lw=2, alpha=0.5)
         panel.plot([mean.mean], [row], "|", color=colour, ms=14, mew=2)
         panel.scatter(gaps, [row] * len(gaps), color=colour, s=22, zorder=3)
+    dots = [100 * gap_of(run) for found in runs.values() for run in found]
+    panel.set_xlim(min([-5.0, *dots]) - 2, max(dots) + 10)  # an interval of two runs would take all the room
     panel.axvline(0, color=GREY, lw=0.8)
     panel.set_yticks(range(len(runs)), [cell.name for cell in reversed(list(runs))], fontsize=8)
-    panel.set_xlabel("PGD-10 minus ensemble, points (blue: TRADES, orange: plain adversarial training, green: noise)")
+    panel.set_xlabel("PGD-10 minus ensemble, points")
+    figure.suptitle("Every run a dot; blue: TRADES, orange: plain adversarial training, green: with noise", fontsize=10)
     return figure
 
 
-def curves_plot(runs: Runs) -> Figure:
-    """Watched images: the gap, relative FOSC and SGCS through training, mean over the seeds, in the cells with most
-    runs."""
-    most = max(len(found) for found in runs.values())
-    cells = [cell for cell, found in runs.items() if len(found) == most]
+def curves_plot(study: Study, runs: Runs) -> Figure:
+    """Watched images: the gap, relative FOSC and SGCS through training, mean over the seeds, in the first grid."""
+    first = study.config.model_copy(update={"grids": study.config.grids[:1]}).cells()
+    cells = [cell for cell in first if cell in runs]
+    largest = max((cell.recipe.epsilon for cell in cells), default=0)
+    lowest = min((cell.recipe.beta for cell in cells), default=0)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    measures: list[tuple[str, Callable[[Any], float | None]]] = [
+    measures: list[tuple[str, Callable[[Moment], float | None]]] = [
         ("PGD-10 minus strong, points", lambda moment: None if moment.gap is None else 100 * moment.gap),
         ("FOSC / (epsilon x gradient's L1)", lambda moment: moment.fosc_relative),
         ("SGCS", lambda moment: moment.sgcs),
@@ -300,14 +304,14 @@ def curves_plot(runs: Runs) -> Figure:
     for panel, (title, measure) in zip(panels, measures, strict=True):
         for cell in cells:
             columns: dict[int, list[float]] = {}
-            for run in runs[cell]:
-                for moment in run.curve:
-                    value = measure(moment)
-                    if value is not None:
-                        columns.setdefault(moment.epoch, []).append(value)
-            style = {0.1: ":"}.get(cell.recipe.epsilon, "-" if cell.recipe.beta == 1 else "--")
+            for moment in (moment for run in runs[cell] for moment in run.curve):
+                value = measure(moment)
+                if value is not None:
+                    columns.setdefault(moment.epoch, []).append(value)
+            style = "-" if cell.recipe.epsilon == largest else ":"
+            colour = _colour(cell) if cell.recipe.beta == lowest else PURPLE
             means = [fmean(values) for values in columns.values()]
-            panel.plot(list(columns), means, style, color=_colour(cell), label=cell.name, marker=".", ms=4)
+            panel.plot(list(columns), means, style, color=colour, label=cell.name, marker=".", ms=4)
         panel.set_xlabel("epoch")
         panel.set_title(title)
     handles, labels = panels[0].get_legend_handles_labels()
