@@ -139,14 +139,18 @@ def evaluate(config: "EvalConfig", console: Console) -> None:
     with progress_bar(console, "settings") as tell:
         data = evaluate_table(config, plan, tell)
     rows = data.seeds[0].table
-    table = Table(title=f"{data.title}, {config.draws} draws: mean ± standard error over prompts", title_justify="left")
-    table.add_column("setting")
+    console.print(f"{data.title}, {config.draws} draws: mean ± standard error over prompts")
     arrows = {"maximize": " ↑", "minimize": " ↓", None: ""}
-    for name, metric in data.metrics.items():
-        table.add_column(name + arrows[metric.direction], justify="right")
-    for row in rows:
-        table.add_row(row.setting.name, *(str(row.evaluation.metrics.get(metric) or "–") for metric in data.metrics))
-    console.print(table)
+    names = list(data.metrics)
+    at_once = max(1, (console.width - 24) // 17)  # as many metrics as the console has room for, then a table below
+    for start in range(0, len(names), at_once):
+        table = Table("setting")
+        for name in names[start : start + at_once]:
+            table.add_column(name + arrows[data.metrics[name].direction], justify="right")
+        for row in rows:
+            values = (row.evaluation.metrics.get(name) for name in names[start : start + at_once])
+            table.add_row(row.setting.name, *(str(value or "–") for value in values))
+        console.print(table)
     for line in data.warnings():
         console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     _print_notes(plan[0].load_scorer(), console)
