@@ -9,7 +9,7 @@ from pydantic import Field, FiniteFloat
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import load_prompts
-from prefvec_ray.evaluation.likelihood import TokenPair, token_pairs
+from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_pairs
 from prefvec_ray.evaluation.scorer_config import ScorerConfig, build_scorers
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import TinyWorld, load_preferences
@@ -65,6 +65,7 @@ class MeasureConfig(Config):
         Raises:
             InputError: an unknown vector, prompts that cannot be read, a scorer that is not there.
         """
+        check_measures(self.measures, self.temperature)
         scorer = build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
         registry = Registry.open(self.registry)
         return Task(
