@@ -184,9 +184,8 @@ class JudgeScorer:
                     done = await client.chat.completions.create(
                         model=self.config.model,
                         messages=messages,
-                        temperature=self.config.temperature,
-                        max_tokens=self.config.max_tokens,
                         extra_body=self.config.extra,
+                        **self.config.model_dump(include={"temperature", "max_tokens"}, exclude_none=True),
                     )
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise ScorerError(f"judge {self.config.model} at {self.config.base_url}: {error}") from error

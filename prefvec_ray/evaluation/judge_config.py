@@ -82,8 +82,9 @@ class JudgeConfig(Config):
     safety: bool = False
     api_key_env: str | None = None
     """The environment variable that holds the key, where the endpoint wants one."""
-    temperature: float = Field(default=0, ge=0)
-    max_tokens: int = Field(default=512, ge=1)
+    temperature: float | None = Field(default=0, ge=0)
+    max_tokens: int | None = Field(default=512, ge=1)
+    """null leaves it out of the request, as it does `temperature`: some endpoints refuse one or the other."""
     extra: dict[str, Any] = {}
     """Further fields of every request."""
     concurrency: int = Field(default=8, ge=1)

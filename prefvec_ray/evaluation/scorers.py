@@ -189,7 +189,7 @@ class CombinedScorer:
         return {name: values for part in self.parts for name, values in part(prompts, responses).items()}
 
     def notes(self) -> list[str]:
-        return [note for part in self.parts for note in scorer_notes(part)]
+        return list(dict.fromkeys(note for part in self.parts for note in scorer_notes(part)))  # a shared cache's once
 
 
 def combine(scorers: Iterable[Scorer]) -> Scorer:

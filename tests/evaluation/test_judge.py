@@ -236,6 +236,11 @@ def test_a_template_of_ones_own(judge, endpoint, tmp_path):
     mine.write_text("{criterion}? {prompt} -> {answer} ({low}-{high})")
     assert run_scorer(judge(template=mine, low=0, high=5), ["why {high}"], ["so"]) == {"quality": [5.0]}
     assert endpoint.requests[0]["messages"][0]["content"] == "clarity? why {high} -> so (0-5)"
+    assert (endpoint.requests[0]["temperature"], endpoint.requests[0]["max_tokens"]) == (0, 512)
+    judge(template=mine, max_tokens=None, temperature=None, extra={"max_completion_tokens": 9})(["p"], ["a"])
+    assert endpoint.requests[1].keys() & {"temperature", "max_tokens", "max_completion_tokens"} == {
+        "max_completion_tokens"
+    }
     assert all("{criterion}" in template for template in (POINTWISE, PAIRWISE))
 
 
