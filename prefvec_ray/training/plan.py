@@ -27,6 +27,12 @@ from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
 from prefvec_ray.training.progress import ProgressTable, job_board
 
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,  # killed by Ray, since its node ran low on memory
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+)
 COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL Error", "DistBackendError")
 """How gloo and NCCL say, on the workers that are left, that another one died."""
 
@@ -205,13 +211,13 @@ def _fit(
         )
         try:
             return trainer.fit().return_value
-        except TrainingFailedError as error:
+        except (TrainingFailedError, *LOST) as error:  # the second kind: the run's controller itself was lost
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _worker_died(error: TrainingFailedError) -> bool:
+def _worker_died(error: Exception) -> bool:
     """Whether a process was lost: while it trained (a worker group's failures), or while it was being set up.
 
     Where one worker of several dies, the others may be the first to notice, as a connection that was closed; and where
@@ -219,14 +225,14 @@ def _worker_died(error: TrainingFailedError) -> bool:
     """
     if OWN in failure_reason(error, full=True):
         return False
-    failures = [getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
-    if isinstance(error, PreemptionError) or any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes):
+    if isinstance(error, PreemptionError) or any(isinstance(cause, LOST) for cause in causes):
         return True
     return any(sign in str(failure) for failure in failures for sign in COLLATERAL)
 
 
-def failure_reason(error: TrainingFailedError, *, full: bool = False) -> str:
+def failure_reason(error: Exception, *, full: bool = False) -> str:
     """The last line of a worker's traceback: the exception itself, without the stacks around it.
 
     Of several workers the one that raised an error of ours knows the reason; the others only lost their connection.
