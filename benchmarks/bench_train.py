@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -141,6 +140,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     marks = {"imported": time.time()}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of the imports is not the run's
     before = memory()
     start = time.perf_counter()
     variant, base, clock = job["variant"], job["base"], step_clock()
@@ -170,12 +170,13 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory() -> float:
-    """Peak MB of this process so far: allocated on the GPU, or resident."""
+    """Peak MB of this process since its imports: allocated on the GPU, or resident."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**10
 
 
 def child(job: dict[str, Any]) -> dict[str, Any]:
@@ -316,6 +317,7 @@ def bench_parallel(specs: list[Any], config: Any, rounds: int) -> dict[str, Any]
     efficiency = statistics.median(a / (len(specs) * t) for a, t in zip(alone, together, strict=True))
     return {
         "parallel_efficiency": round(efficiency, 3),
+        "parallel_speedup": round(efficiency * len(specs), 2),
         "parallel_runs": len(specs),
         "serial_s": round(statistics.median(alone), 1),
         "parallel_s": round(statistics.median(together), 1),
@@ -332,6 +334,8 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     gpu = given.device == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here")
     write_world(folder, given.size, given.steps * given.batch, given.length)
     recipe = {
         "per_device_train_batch_size": given.batch,
