@@ -6,7 +6,7 @@ robustness audit. Weights are read from safetensors alone: a pickle can run code
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,8 +284,15 @@ def read_card(folder: Path) -> dict[str, Any] | None:
 
 def model_digest(folder: Path) -> str:
     """`blake3:<hex>` of the bytes of the folder's *.safetensors, in the order of their names."""
+    files = sorted(folder.glob("*.safetensors"))
+    return _digest(tuple((file.absolute(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=64)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Read once a process: size and time of change stand in the key."""
     hasher = blake3(max_threads=blake3.AUTO)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file, _, _ in files:
         hasher.update_mmap(file)
     return f"blake3:{hasher.hexdigest()}"
 
