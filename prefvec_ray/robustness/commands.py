@@ -12,7 +12,8 @@ from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.plots import STYLE
 from prefvec_ray.robustness.audit import Audit, Ladder
 from prefvec_ray.robustness.intervals import Rate
-from prefvec_ray.robustness.report import ladder_plot, write_study
+from prefvec_ray.robustness.plots import ladder_plot
+from prefvec_ray.robustness.report import write_study
 from prefvec_ray.robustness.scorer import ScorerRecipe, audit_scorer, train_scorer
 from prefvec_ray.robustness.study import PRESETS, Study, StudyConfig, run_study
 from prefvec_ray.robustness.texts import load_texts

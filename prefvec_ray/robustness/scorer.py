@@ -36,7 +36,7 @@ class ScorerRecipe(Config):
     """How a harm classifier is built and trained."""
 
     encoder: str | None = None
-    """Folder or name of a Hugging Face encoder to start from; None: a small BERT of its own, from nothing."""
+    """Folder or name of a Hugging Face encoder to start from; None: a small ModernBERT of its own, from nothing."""
     width: int = Field(default=64, ge=8)
     layers: int = Field(default=2, ge=1)
     vocabulary: int = Field(default=2000, ge=64)
@@ -46,6 +46,9 @@ class ScorerRecipe(Config):
     epsilon: float = Field(default=0.5, gt=0, lt=MARK)
     beta: float = Field(default=1.0, gt=0)
     inner_steps: int = Field(default=3, ge=1)
+    ramp: float = Field(default=0.5, ge=0, lt=1)
+    """Share of the steps over which epsilon grows from nearly nothing: from nothing at all, a network attacked at full
+    strength learns to give one answer to everything (measured)."""
     epochs: int = Field(default=4, ge=1)
     lr: float = Field(default=1e-3, gt=0)
     batch: int = Field(default=32, ge=2)
@@ -139,7 +142,8 @@ def train_scorer(
         model.train()
         for rows in torch.randperm(len(y), generator=generator).split(recipe.batch):
             x = view.embed(*encoder([train.rows[i] for i in rows.tolist()], device))
-            loss = _loss(view, x, y[rows], recipe, generator)
+            share = min(1.0, (step + 1) / max(1.0, recipe.ramp * steps))
+            loss = _loss(view, x, y[rows], recipe, share * recipe.epsilon, generator)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -248,7 +252,7 @@ def _check_labels(names: tuple[str, ...], held: Texts, safe: tuple[str, ...]) ->
 
 
 def _build(train: Texts, recipe: ScorerRecipe, names: tuple[str, ...]) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, ModernBertConfig
 
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if recipe.encoder:
@@ -258,12 +262,14 @@ def _build(train: Texts, recipe: ScorerRecipe, names: tuple[str, ...]) -> tuple[
         )
         return model, tokenizer
     tokenizer = _tokenizer(train, recipe.vocabulary)
-    # No dropout: TRADES compares two answers, and noise between them would count as divergence.
-    config = BertConfig(
+    # No dropout: TRADES compares two answers, and noise between them would count as divergence. The mean over tokens,
+    # since a first token that sums up the text is learned late, if at all, from a few thousand texts.
+    config = ModernBertConfig(
         vocab_size=len(tokenizer), hidden_size=recipe.width, num_hidden_layers=recipe.layers,
         num_attention_heads=max(1, recipe.width // 16), intermediate_size=2 * recipe.width,
-        max_position_embeddings=recipe.max_length, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id, num_labels=len(names), **labels,
+        max_position_embeddings=recipe.max_length, classifier_pooling="mean", classifier_bias=True,
+        pad_token_id=tokenizer.pad_token_id, cls_token_id=tokenizer.cls_token_id, sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.sep_token_id, num_labels=len(names), **labels,
     )  # fmt: skip
     return AutoModelForSequenceClassification.from_config(config), tokenizer
 
@@ -282,17 +288,19 @@ def _tokenizer(train: Texts, vocabulary: int) -> Any:
     pieces.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return PreTrainedTokenizerFast(
         tokenizer_object=pieces, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        truncation_side="left", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        truncation_side="left", model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 
-def _loss(view: nn.Module, x: Tensor, y: Tensor, recipe: ScorerRecipe, generator: torch.Generator) -> Tensor:
+def _loss(
+    view: nn.Module, x: Tensor, y: Tensor, recipe: ScorerRecipe, epsilon: float, generator: torch.Generator
+) -> Tensor:
     if recipe.method == "none":
         return nn.functional.cross_entropy(view(x), y)
     wanted = Recipe.model_validate(
-        {"method": recipe.method, "epsilon": recipe.epsilon, "beta": recipe.beta, "inner_steps": recipe.inner_steps}
+        {"method": recipe.method, "epsilon": epsilon, "beta": recipe.beta, "inner_steps": recipe.inner_steps}
     )
-    return robust_loss(view, x, y, Ball(recipe.epsilon, None, None), wanted, generator).total
+    return robust_loss(view, x, y, Ball(epsilon, None, None), wanted, generator).total
 
 
 @torch.no_grad()

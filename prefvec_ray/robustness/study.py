@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +273,25 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
         if progress:
             progress(len(study.runs), total)
     return failed
+
+
+Runs = Mapping[Cell, Sequence[Run]]
+"""The runs of every cell."""
+
+
+def by_cell(study: Study) -> dict[Cell, list[Run]]:
+    """The finished runs of every cell that learned, in the order of the study and of their seeds."""
+    found: dict[Cell, list[Run]] = {cell: [] for cell in study.config.cells()}
+    for run in sorted(study.runs, key=lambda run: run.seed):
+        if learned(run):
+            found[run.cell].append(run)
+    return {cell: runs for cell, runs in found.items() if runs}
+
+
+def learned(run: Run) -> bool:
+    """Better than chance without an attack. The gap of a run that collapsed is 0, and says nothing."""
+    return run.audit.clean.low > 1 / run.cell.classes
+
+
+def gap_of(run: Run) -> float:
+    return run.audit.gap(OVERESTIMATE).mean

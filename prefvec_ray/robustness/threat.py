@@ -117,7 +117,7 @@ def correct(model: nn.Module, x: Tensor, y: Tensor, batch: int = 512) -> Tensor:
     """Which inputs the model, in evaluation mode, gives their label: (N,) bool. A NaN logit counts as wrong."""
     with attacked(model):
         answers = [_right(model(x[i : i + batch]), y[i : i + batch]) for i in range(0, len(x), batch)]
-    return torch.cat(answers) if answers else torch.zeros(0, dtype=torch.bool)
+    return torch.cat(answers) if answers else torch.zeros(0, dtype=torch.bool, device=x.device)
 
 
 def _right(logits: Tensor, y: Tensor) -> Tensor:

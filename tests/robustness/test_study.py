@@ -4,8 +4,8 @@ import pytest
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.robustness import Ladder, Remedy
-from prefvec_ray.robustness.report import BEGIN, END, by_cell, control_of, study_markdown, write_study
-from prefvec_ray.robustness.study import PRESETS, Grid, Study, StudyConfig, run_study
+from prefvec_ray.robustness.report import BEGIN, END, control_of, study_markdown, write_study
+from prefvec_ray.robustness.study import PRESETS, Grid, Study, StudyConfig, by_cell, run_study
 
 CONFIG = StudyConfig(
     grids=(
