@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from ray.cluster_utils import Cluster
 
 from prefvec_ray.serving import ServingConfig, start, stop
 
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is n
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """`prefvec train` on jobs/configs/hh_stories260k.yaml, made shorter: one preference, one epoch, short sequences."""
+    """`prefvec train` on jobs/configs/hh_stories260k.yaml, made shorter (one preference, one epoch, short sequences), on
+    a cluster of two nodes with one run on each."""
     cwd = tmp_path_factory.mktemp("hh")
     text = (ROOT / "jobs" / "configs" / "hh_stories260k.yaml").read_text()
     shorter = {
@@ -35,14 +37,20 @@ def run(tmp_path_factory) -> Path:
         text = text.replace(before, after)
     lines = [line for line in text.splitlines() if not line.startswith("  harmless:")]
     (cwd / "hh.yaml").write_text("\n".join(lines))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
     environment = {
         **os.environ,
+        "RAY_ADDRESS": cluster.address,
         "HH_RLHF": str(SHARED / "preference"),
         "STORIES260K": str(SHARED / "models" / "stories260K"),
         "COLUMNS": "160",
     }
     command = [sys.executable, "-m", "prefvec_ray.cli", "train", "--config", "hh.yaml"]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    try:
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+    finally:
+        cluster.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
     (cwd / "printed.txt").write_text(done.stdout)
     return cwd
@@ -54,6 +62,9 @@ def test_margins_separate_on_held_out_pairs_in_the_right_directions(run):
     assert positive["held_out"]["helpful"]["accuracy"] > 0.5 > negative["held_out"]["helpful"]["accuracy"]
     assert positive["held_out"]["helpful"]["margin"] > 0 > negative["held_out"]["helpful"]["margin"]
     assert positive["held_out"]["helpful"]["loss"] < 0.6931  # where it starts: the base against itself
+    for result in (positive, negative):
+        assert result["kl"] > 0
+        assert (folder / "tensorboard" / result["spec"]["key"]).is_dir()
     printed = (run / "printed.txt").read_text()
     assert "800 pairs (hh-rlhf)" in printed
     assert "left out, their prompt alone fills max_length 256" in printed

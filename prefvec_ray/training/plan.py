@@ -241,12 +241,16 @@ def failure_reason(error: Exception, *, full: bool = False) -> str:
         full: with the exception's module before its name.
     """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    last = [
-        [line.strip() for line in str(failure).splitlines() if line.strip()][-1:] for failure in failures or [error]
-    ]
-    reasons = [line for lines in last for line in lines] or [type(error).__name__]
+    reasons = [_line(failure) for failure in failures or [error]]
     reason = next((line for line in reasons if line.startswith(OWN)), reasons[0])
     return reason if full else re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+
+
+def _line(failure: Exception) -> str:
+    """What a traceback ends with; of a process that was lost what Ray says first, before pages of advice."""
+    cause = getattr(failure, "health_check_failure", failure)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(failure).__name__]
+    return f"a process was lost: {lines[0]}" if isinstance(cause, LOST) else lines[-1]
 
 
 def _dpo_worker(config: dict[str, Any]) -> None:

@@ -1,0 +1,58 @@
+"""What identifies a run, and which failures are worth another start."""
+
+import pytest
+from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from prefvec_ray.training import Resources, Watch
+from prefvec_ray.training.plan import _worker_died, failure_reason
+from prefvec_ray.training.train import plan_runs
+
+STOPPED = "Traceback (most recent call last):\n  ...\nprefvec_ray.training.watch.RunStoppedError: loss is nan at step 3"
+CLOSED = "Traceback:\n  ...\nRuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321"
+BUG = "Traceback:\n  ...\nKeyError: 'chosen'"
+
+
+@pytest.mark.parametrize(
+    ("failures", "lost", "reason"),
+    [
+        ([ActorDiedError()], True, "a process was lost: The actor died unexpectedly before finishing this task."),
+        (
+            [OutOfMemoryError("Task was killed due to the node running low on memory.\nadvice")],
+            True,
+            "a process was lost",
+        ),
+        ([RuntimeError(CLOSED), ActorDiedError()], True, ""),
+        ([RuntimeError(CLOSED)], True, ""),
+        ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "RunStoppedError: loss is nan at step 3"),
+        ([RuntimeError(BUG)], False, "KeyError: 'chosen'"),
+    ],
+)
+def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(failures, lost, reason):
+    failures = [
+        WorkerHealthCheckFailedError("A worker health check failed.", failure=failure)
+        if isinstance(failure, ActorDiedError | OutOfMemoryError)
+        else failure
+        for failure in failures
+    ]
+    error = WorkerGroupError("", dict(enumerate(failures)))
+    assert _worker_died(error) is lost
+    assert failure_reason(error).startswith(reason)
+
+
+def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config):
+    references = {
+        name: {"train": f"{name}/train", "test": f"{name}/test", "digest": name} for name in config.preferences
+    }
+
+    def keys(**changes):
+        return [spec.key for spec in plan_runs(config.model_copy(update=changes), references)]
+
+    plan = keys()
+    assert len(set(plan)) == 4
+    watched = {"watch": Watch(evaluations=2), "checkpoint_every": None, "retries": 0}
+    assert keys(**watched, resources=Resources(workers=1, cpus_per_worker=2)) == plan
+    assert not set(keys(dpo={**config.dpo, "beta": 0.2})) & set(plan)
+    assert set(keys(seeds=[0, 1])) > set(plan)
+    assert set(keys(mixed=True)) > set(plan)
