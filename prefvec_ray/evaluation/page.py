@@ -33,7 +33,7 @@ def page_data(data: ReportData) -> dict[str, Any]:
         "metrics": {name: metric.model_dump() for name, metric in data.metrics.items()},
         "views": [view for view in views if view["points"]],
         "control": control_curves(data),
-        "history": data.search.hypervolume_history if data.search else [],
+        "history": _history(data.search) if data.search else None,
     }
 
 
@@ -193,6 +193,18 @@ def _search_view(search: SearchSummary, metrics: Mapping[str, Metric]) -> dict[s
         "start": _numbers_of(search.trials).get(_key(search.presets[0].searched)) if search.presets else None,
         "x": x,
         "y": y,
+    }
+
+
+def _history(search: SearchSummary) -> dict[str, Any]:
+    """The hypervolume against what was paid for it: answers where they were counted, else settings."""
+    values = search.hypervolume_history
+    counted = len(search.spent) == len(values) > 0
+    return {
+        "x": search.spent if counted else list(range(1, len(values) + 1)),
+        "label": "answers generated" if counted else "settings tried",
+        "values": values,
+        "notes": search.notes,
     }
 
 

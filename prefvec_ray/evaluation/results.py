@@ -94,6 +94,10 @@ class SearchSummary(_Data):
     failed: int = 0
     dropped: int = 0
     """Settings that a cheaper rung showed to be beaten; they are not among `trials`."""
+    spent: list[int] = []
+    """How many answers had been generated when each of `trials` finished."""
+    notes: list[str] = []
+    """What the search says about itself: why it ended, what it cost."""
     front_probability: list[float] = []
     """Of each setting of `front`: the share of resamples of the prompts in which it is on the front."""
     seconds: float | None = None

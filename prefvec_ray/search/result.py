@@ -248,6 +248,8 @@ class SearchResult(BaseModel):
             failed=len(self.failed),
             dropped=len(self.dropped),
             front_probability=self.front_probability,
+            spent=self.spent,
+            notes=self.notes(),
             seconds=self.seconds,
             recommended=chosen.coefficients if chosen else None,
             reason=chosen.reason if chosen else "",
