@@ -83,6 +83,19 @@ class EmbeddingClassifier(nn.Module):
         embedded_NLD = x_NLF[..., :-2] * self.rms
         return self.model(inputs_embeds=embedded_NLD, attention_mask=mask_NL, **sides).logits
 
+    @torch.no_grad()
+    def check(self, ids_NL: Tensor, mask_NL: Tensor, types_NL: Tensor) -> None:
+        """InputError where the model gives other logits for embeddings than for the tokens themselves: a decoder that
+        finds its last token by its id, or a model that scales embeddings. An audit would attack another classifier."""
+        sides = {"token_type_ids": types_NL} if self.typed else {}
+        wanted = self.model(input_ids=ids_NL, attention_mask=mask_NL, **sides).logits
+        found = self(self.embed(ids_NL, mask_NL, types_NL))
+        if not torch.allclose(wanted, found, atol=1e-3, rtol=1e-3):
+            kind = type(self.model).__name__
+            raise InputError(
+                f"a {kind} gives other answers for embeddings than for tokens: give an encoder, such as BERT"
+            )
+
 
 class Encoder:
     """Texts as token ids of one length: (N, L) ids, mask and types."""
@@ -129,6 +142,7 @@ def train_scorer(
         torch.manual_seed(seed)
         model, tokenizer = _build(train, recipe, names)
     encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(device))
+    view.eval().check(*encoder(train.rows[:16], device))
     y = torch.tensor([names.index(label) for label in train.labels], device=device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)
@@ -222,8 +236,10 @@ def audit_scorer(
     length = stated.get("max_length") or min(512, getattr(model.config, "max_position_embeddings", 512))
     encoder = Encoder(AutoTokenizer.from_pretrained(folder, truncation_side="left"), length)
     y = torch.tensor([names.index(label) for label in texts.labels], device=device)
+    tokens = encoder(texts.rows, device)
+    view.check(*(part[:16] for part in tokens))
     with torch.no_grad():
-        x = view.embed(*encoder(texts.rows, device))
+        x = view.embed(*tokens)
     ladder = ladder or Ladder()
     if ladder.floor is None:
         largest = max(texts.labels.count(name) for name in names) / len(texts.labels)

@@ -105,6 +105,28 @@ def test_the_commands(folder, tmp_path, capsys):
     assert (folder / "audit.png").stat().st_size > 5000
 
 
+def test_a_decoder_is_refused_and_an_encoder_with_text_types_taken(folder, tmp_path):
+    """A decoder's head reads the last token that is no padding, which embeddings alone do not tell it."""
+    from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = LlamaForSequenceClassification(
+        LlamaConfig(**size, intermediate_size=32, num_labels=4, pad_token_id=tokenizer.pad_token_id)
+    )
+    train, held = (texts.sample(40) for texts in load_texts("micro"))
+    for name, model in (("decoder", decoder), ("encoder", BertModel(BertConfig(**size, intermediate_size=32)))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    short = RECIPE.model_copy(update={"epochs": 1, "encoder": str(tmp_path / "decoder")})
+    with pytest.raises(InputError, match="a LlamaForSequenceClassification gives other answers for embeddings"):
+        train_scorer(train, held, short, tmp_path / "a")
+    short = short.model_copy(update={"encoder": str(tmp_path / "encoder")})
+    about = train_scorer(train, held, short, tmp_path / "b")
+    assert about["held_out_accuracy"]["n"] == 40
+    assert audit_scorer(tmp_path / "b", held, ladder=LADDER).epsilon == RECIPE.epsilon
+
+
 def test_weights_that_change_make_the_card_stale(card, folder, tmp_path):
     import shutil
 
