@@ -9,7 +9,6 @@ import pytest
 from prefvec_ray.config import load_config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.train_scorer import ScorerTrainingConfig
-from prefvec_ray.evaluation.train_scorer import ScorerTrainingConfig
 from prefvec_ray.pipeline import PipelineConfig
 from prefvec_ray.preferences import TinyWorld, build_tokenizer
 from prefvec_ray.robustness import Ladder
@@ -29,7 +28,6 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalConfig,
     "search": SearchConfig,
     "pipeline": PipelineConfig,
-    "reward": ScorerTrainingConfig,
     "classes": StudyConfig,
     "ladder": Ladder,
     "scorer": ScorerRecipe,
