@@ -188,7 +188,12 @@ def _search_view(search: SearchSummary, metrics: Mapping[str, Metric]) -> dict[s
     return {
         "name": "What the search tried",
         "note": "Measured on the search prompts. What is chosen on these looks a little better here than it is; "
-        "presets were measured again on prompts that the search never saw.",
+        "presets were measured again on prompts that the search never saw."
+        + (
+            " With more than two goals, a best choice may look beaten in the two shown."
+            if len(search.objectives) > 2
+            else ""
+        ),
         "points": points,
         "start": _numbers_of(search.trials).get(_key(search.presets[0].searched)) if search.presets else None,
         "x": x,
