@@ -142,11 +142,13 @@ class Evaluator:
 
     def evaluate_many(self, settings: Sequence[Mapping[str, float]], *, steer: bool | None = None) -> list[Evaluation]:
         """Every setting, in order: each row of a batch under its own coefficients (`vectors.Steering`), or a merge
-        for each setting. Both are the same policy; in floating point they differ by rounding.
+        for each setting. Both are the same policy up to the rounding of a merge, which is nothing in fp32 and much in
+        bf16.
 
-        `steer` None chooses: rows of several settings share a batch where the vectors can be steered exactly (low
-        rank in every linear layer) and one setting alone fills less than half of a batch; else merging is as fast or
-        faster (docs/evaluation.md has the measurement). True insists, and is an InputError where it cannot be.
+        `steer` None chooses: rows of several settings share a batch where the weights are fp32, the vectors can be
+        steered exactly (low rank in every linear layer) and one setting alone fills at most half of a batch; else
+        merging is as fast or faster (docs/evaluation.md has the measurement). True insists, and is an InputError where
+        it cannot be.
         """
         from prefvec_ray.vectors.live import check_coefficients
 
@@ -172,6 +174,8 @@ class Evaluator:
         return Steering(self.live.model, self.live.vectors, base_fingerprint=self.live.base_fingerprint)
 
     def _can_steer(self) -> bool:
+        if self._steerable is None and any(p.dtype != torch.float32 for p in self.live.model.parameters()):
+            self._steerable = False
         if self._steerable is None:
             try:
                 with self._steering():
