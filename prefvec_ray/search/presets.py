@@ -119,6 +119,8 @@ def search_evidence(result: SearchResult, *, scorer: str | None, cards: Mapping[
             "limits": dict(result.goal.limits),
             "settings": len(result.trials),
             "front": len(result.front),
+            "answers": result.answers,
+            "ended": result.stopped,
         },
         "scorer": scorer,
         "cards": {name: dict(card) if card else None for name, card in cards.items()},
