@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is n
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """`prefvec train` on jobs/configs/hh_stories260k.yaml, made shorter (one preference, one epoch, short sequences), on
-    a cluster of two nodes with one run on each."""
+    """`prefvec train` on jobs/configs/hh_stories260k.yaml made shorter: one preference, one epoch, short sequences; on
+    a cluster of two nodes, one run on each."""
     cwd = tmp_path_factory.mktemp("hh")
     text = (ROOT / "jobs" / "configs" / "hh_stories260k.yaml").read_text()
     shorter = {

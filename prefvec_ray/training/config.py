@@ -131,7 +131,7 @@ class Method(Config):
 class Watch(Config):
     """What is seen of a run while it trains, and when it is stopped. It changes no result and is no part of a key."""
 
-    evaluations: int = Field(default=8, ge=0)
+    evaluations: int = Field(default=5, ge=0)
     """How often a run is measured on held-out pairs while it trains; at its end it is measured on all of them."""
     held_out_pairs: int = Field(default=64, ge=1)
     """At most this many held-out pairs each time."""
