@@ -105,7 +105,18 @@ class TokenizedDPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
+        # TRL keeps what it computes beside the data, by the weights alone: a run that computes in bf16 would take the
+        # figures of one in fp32.
+        args = self.args
+        numbers = [args.bf16, args.fp16, self.is_deepspeed_enabled, args.ld_alpha, args.max_length, self.model.dtype]
+        self._precompute_model_hash = f"{self._precompute_model_hash} {numbers}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Under DeepSpeed with bf16 transformers rounds all floating inputs to it: reference log-probs of -137.2 would
+        become -137.0, and a run would start with margins that are rounding."""
+        exact = {name: inputs[name].to(self.args.device) for name in REFERENCE if name in inputs}
+        return {**super()._prepare_inputs(inputs), **exact}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.clock.spent_on("watching"):

@@ -3,6 +3,8 @@
 All of it runs in one Ray Train run, since starting one costs more than the training in it.
 """
 
+import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,13 @@ from prefvec_ray.training.plan import fit
 from prefvec_ray.training.zero import deepspeed_config
 from prefvec_ray.vectors import PreferenceVector, checkpoint_state, fingerprint, load_vector
 
-RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "bf16": False}
+RECIPE = {
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "bf16": False,
+}
 LORA = {"r": 4, "lora_alpha": 8}
 # name -> (DeepSpeed preset, kind, changes of the recipe)
 TWO_WORKERS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
@@ -81,8 +89,9 @@ def alone(world_folder, folder) -> dict[str, PreferenceVector]:
 
 @pytest.fixture(scope="module")
 def together(ray_cluster, world_folder, folder) -> dict[str, PreferenceVector]:
-    """Every entry of TWO_WORKERS, and the folder `scored-by-two`: the reference log-probs from ZeRO-3."""
+    """Every entry of TWO_WORKERS, and the folders `scored-zero3` and `scored-zero3-bf16` of reference log-probs."""
     specs = [spec_of(world_folder, folder, name, *how).model_dump() for name, how in TWO_WORKERS.items()]
+    specs[list(TWO_WORKERS).index("zero3-bf16")]["train"] = [str(folder / "scored-zero3-bf16")]
 
     def worker(config: dict[str, Any]) -> None:
 
@@ -92,13 +101,17 @@ def together(ray_cluster, world_folder, folder) -> dict[str, PreferenceVector]:
         worker_setup()
         specs = {spec["key"]: RunSpec.model_validate(spec) for spec in config["specs"]}
         with tempfile.TemporaryDirectory() as work_dir:
-            pairs, sharded = load_from_disk(config["pairs"]), specs["zero3"]
-            scored = reference_logps(sharded.base, pairs, sharded.dpo, work_dir, sharded.method)
-            done = [run_dpo(spec, str, work_dir) for spec in specs.values()]
-            if done[0] is not None:
-                scored.save_to_disk(config["scored"])
+            pairs = load_from_disk(config["pairs"])
+            for name in ("zero3", "zero3-bf16"):
+                spec = specs[name]
+                scored = reference_logps(spec.base, pairs, spec.dpo, work_dir, spec.method)
+                if torch.distributed.get_rank() == 0:
+                    scored.save_to_disk(f"{config['folder']}/scored-{name}")
+            torch.distributed.barrier()
+            for spec in specs.values():
+                run_dpo(spec, str, work_dir)
 
-    config = {"specs": specs, "pairs": str(folder / "pairs"), "scored": str(folder / "scored-by-two")}
+    config = {"specs": specs, "pairs": str(folder / "pairs"), "folder": str(folder)}
     fit(worker, config, "two-workers", Resources(workers=2), folder / "ray", retries=0)
     return {name: load_vector(folder / name / "delta") for name in TWO_WORKERS}
 
@@ -135,10 +148,18 @@ def test_zero3_in_bf16_gives_the_fp32_master_weights_change(together, alone, wor
 
 
 def test_reference_log_probs_from_sharded_workers_are_those_of_one_process(together, folder):
-    one, two = (Dataset.load_from_disk(folder / name) for name in ("scored", "scored-by-two"))
+    one, two = (Dataset.load_from_disk(folder / name) for name in ("scored", "scored-zero3"))
     assert two.column_names == one.column_names
     for column in REFERENCE:
         torch.testing.assert_close(torch.tensor(two[:][column]), torch.tensor(one[:][column]))
+
+
+def test_a_bf16_run_starts_at_its_reference(together, folder):
+    """The same numbers in both: before the first update margins are 0 and the loss of a pair is log 2."""
+    first = json.loads((folder / "zero3-bf16" / "run.json").read_text())["history"][0]
+    assert first["step"] == 1
+    assert first["margin"] == pytest.approx(0, abs=1e-4)  # 1e-2 when reference log-probs are rounded to bf16
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_a_step_of_two_workers_takes_the_pairs_of_one_process(together, alone):
