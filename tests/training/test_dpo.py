@@ -134,3 +134,15 @@ def test_reference_rows_do_not_depend_on_their_neighbours(world_folder, tmp_path
     )
     forward.save_to_disk(tmp_path / "kept")
     assert load_from_disk(tmp_path / "kept").column_names == TOKENIZED + REFERENCE
+
+
+def test_reference_log_probs_of_another_precision_are_not_taken_from_the_cache_beside_the_data(world_folder, tmp_path):
+    base = str(world_folder / "base")
+    pairs_of(world_folder, 8).save_to_disk(tmp_path / "pairs")
+    saved = load_from_disk(tmp_path / "pairs")
+    exact = reference_logps(base, saved, {**RECIPE, "bf16": False}, tmp_path / "a")
+    half = reference_logps(base, saved, {**RECIPE, "bf16": True}, tmp_path / "b")
+    assert exact[:][REFERENCE[0]] != half[:][REFERENCE[0]]
+    torch.testing.assert_close(
+        torch.tensor(exact[:][REFERENCE[0]]), torch.tensor(half[:][REFERENCE[0]]), rtol=1e-2, atol=0
+    )
