@@ -129,7 +129,8 @@ class SearchConfig(MeasureConfig):
     """No setting begins later than this after the start."""
     patience: int | None = Field(default=16, ge=2)
     """Stop when the last so many settings raised the hypervolume by less than its standard error; null: never."""
-    sampler: Literal["tpe", "nsga2", "gp", "random", "grid"] = "gp"
+    sampler: Literal["auto", "gp", "tpe", "nsga2", "random", "grid"] = "auto"
+    """`auto` is `gp` up to four objectives and `tpe` beyond."""
     grid_steps: int = Field(default=5, ge=2)
     """Values an axis of the `grid` sampler."""
     rungs: tuple[float, ...] = (0.25, 1.0)

@@ -11,6 +11,7 @@ No Ray and no model here. `run.py` carries it out on Ray Tune with many settings
 
 import itertools
 import math
+import random
 import time
 import warnings
 from collections import deque
@@ -27,8 +28,10 @@ from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.search.noise import Measured
 from prefvec_ray.search.result import FailedTrial, Goal, SearchResult, Tried
 
-Sampler = Literal["tpe", "nsga2", "gp", "random", "grid"]
+Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+GP_OBJECTIVES = 4
+AGAIN = 20
 MANY = 4
 """So many settings must have been tried before "most of them fail" is said."""
 
@@ -42,7 +45,8 @@ class Plan:
     """Settings to try, dropped and failed ones included."""
     start: Sequence[dict[str, float]] = ()
     """Settings to try right after the base."""
-    sampler: Sampler = "gp"
+    sampler: Sampler = "auto"
+    """`auto` is `gp` up to four objectives and `tpe` beyond, where a Gaussian process takes many seconds a proposal."""
     answers: int | None = None
     """Budget of generated answers; a setting begins only if the budget lets it be measured to the end."""
     seconds: float | None = None
@@ -95,6 +99,9 @@ class Explorer:
     def __post_init__(self) -> None:
         self.plan.check()
         self._began, self._ended = self.clock(), ""
+        few = len(self.goal.objectives) <= GP_OBJECTIVES
+        self.sampler = self.plan.sampler if self.plan.sampler != "auto" else "gp" if few else "tpe"
+        self._random = random.Random(self.plan.seed + len(self.known))
         self._open: dict[int, optuna.Trial] = {}
         self._proposed = len(self.known)
         self._distributions = {n: optuna.distributions.FloatDistribution(*b) for n, b in self.plan.bounds.items()}
@@ -122,7 +129,7 @@ class Explorer:
             return self._ended
         if self._proposed >= self.plan.trials:
             return f"all {self.plan.trials} settings were tried"
-        if self.plan.sampler == "grid" and not self._queue:
+        if self.sampler == "grid" and not self._queue:
             return "every point of the grid was tried"
         if self.plan.seconds is not None and self.clock() - self._began >= self.plan.seconds:
             return f"the {self.plan.seconds:g} seconds are over"
@@ -140,12 +147,30 @@ class Explorer:
         if self.ended or not self._affordable():
             return None
         with quiet():
-            if self._queue:
-                self._study.enqueue_trial(self._queue.popleft())
-            trial = self._study.ask(self._distributions)
+            trial = self._ask()
         self._open[trial.number] = trial
         self._proposed += 1
         return Proposal(trial.number, {name: float(trial.params[name]) for name in self.plan.bounds})
+
+    def _ask(self) -> optuna.Trial:
+        """The next setting that is not known yet. A sampler that proposes a known one (NSGA-II's children may equal
+        their parents) is told again what it scored, which costs nothing; after some of that, chance decides."""
+        if self._queue:
+            self._study.enqueue_trial(self._queue.popleft())
+        known = {tuple(tried.coefficients.values()): tried for tried in self.tried}
+        for _ in range(AGAIN):
+            trial = self._study.ask(self._distributions)
+            tried = known.get(tuple(trial.params[name] for name in self.plan.bounds))
+            if tried is None:
+                return trial
+            self._tell(trial, tried)
+        self._study.enqueue_trial({n: self._random.uniform(*bound) for n, bound in self.plan.bounds.items()})
+        return self._study.ask(self._distributions)
+
+    def _tell(self, trial: optuna.Trial, tried: Tried) -> None:
+        for name, broken in self.goal.constraints(tried.rungs[-1]).items():
+            trial.set_constraint(name, broken)
+        self._study.tell(trial, self._values(tried))
 
     def promising(self, rungs: Sequence[Evaluation]) -> bool:
         """Whether a setting that scored so on its way up may still reach the front, given the errors. The base may."""
@@ -162,11 +187,8 @@ class Explorer:
                 return self._refuse(number, tried, f"{name!r} is {estimate.mean}")
             if estimate is None and name in self.goal.objectives:
                 return self._refuse(number, tried, f"objective {name!r} was defined on none of the prompts")
-        trial = self._open.pop(number)
-        for name, broken in self.goal.constraints(tried.rungs[-1]).items():
-            trial.set_constraint(name, broken)
         with quiet():
-            self._study.tell(trial, self._values(tried))
+            self._tell(self._open.pop(number), tried)
         self.tried.append(tried)
         self._stop_if_still()
         return True
@@ -219,7 +241,7 @@ class Explorer:
 
     def _stop_if_still(self) -> None:
         patience = self.plan.patience
-        if patience is None or self._ended or self.plan.sampler == "grid" or len(self.tried) < 2 * patience:
+        if patience is None or self._ended or self.sampler == "grid" or len(self.tried) < 2 * patience:
             return
         result = self.result()
         before = sum(tried.complete for tried in self.tried[:-patience])
@@ -237,11 +259,11 @@ class Explorer:
         """The settings that are tried whatever comes out: the base, the caller's, and the sampler's own beginning."""
         bounds = self.plan.bounds
         points = [dict.fromkeys(bounds, 0.0), *self.plan.start]
-        if self.plan.sampler == "grid":
+        if self.sampler == "grid":
             steps = self.plan.grid_steps - 1
             axes = [[low + (high - low) * i / steps for i in range(steps + 1)] for low, high in bounds.values()]
             points += [dict(zip(bounds, values, strict=True)) for values in itertools.product(*axes)]
-        elif self.plan.sampler in ("tpe", "gp"):
+        elif self.sampler in ("tpe", "gp"):
             points += self._spread(startup(len(bounds)))
         return [point for i, point in enumerate(points) if point not in points[:i]]
 
@@ -256,11 +278,11 @@ class Explorer:
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         seed, first = self.plan.seed + len(self.known), startup(len(self.plan.bounds))
-        if self.plan.sampler == "tpe":
+        if self.sampler == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first)
-        if self.plan.sampler == "gp":
+        if self.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first)
-        if self.plan.sampler == "nsga2":
+        if self.sampler == "nsga2":
             # A few dozen settings are several generations only if a generation is small.
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.plan.trials // 4)))
         return optuna.samplers.RandomSampler(seed=seed)
@@ -273,12 +295,15 @@ def startup(dimensions: int) -> int:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Optuna's log lines and its warnings about experimental samplers."""
-    verbosity = optuna.logging.get_verbosity()
+    """Without Optuna's log lines and its warnings about experimental samplers, and with one torch thread: the Gaussian
+    processes are so small that more threads only wait for each other."""
+    verbosity, threads = optuna.logging.get_verbosity(), torch.get_num_threads()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+        torch.set_num_threads(threads)

@@ -70,7 +70,7 @@ def search(
     answers: int | None = None,
     seconds: float | None = None,
     patience: int | None = 16,
-    sampler: Sampler = "gp",
+    sampler: Sampler = "auto",
     grid_steps: int = 5,
     caution: float = 1.0,
     timeout: float = 3600.0,
@@ -193,6 +193,7 @@ class _Conductor(tune.Callback):
         self.explorer, self.journal, self.actors = explorer, journal, actors
         self.timeout, self.progress, self.began = timeout, progress, began
         self._rungs: dict[str, list[Evaluation]] = {}
+        self._began: dict[str, float] = {}
         self._since: dict[str, float] = {}
         self._killed: set[str] = set()
 
@@ -220,13 +221,22 @@ class _Conductor(tune.Callback):
             return
         rungs = [*self.rungs_before(trial, result), Evaluation.model_validate_json(result["evaluation"])]
         self._rungs[trial.trial_id] = rungs
+        if len(rungs) == 1:
+            self._began[trial.trial_id] = result["began"]
         if not result.get("done"):
             return
         del self._rungs[trial.trial_id]
         # Samples of the last rung are kept; those before it are the same.
         earlier = [evaluation.model_copy(update={"samples": []}) for evaluation in rungs[:-1]]
         costs = self.explorer.rungs
-        tried = Tried(rungs=[*earlier, rungs[-1]], complete=len(rungs) == len(costs), answers=sum(costs[: len(rungs)]))
+        tried = Tried(
+            rungs=[*earlier, rungs[-1]],
+            complete=len(rungs) == len(costs),
+            answers=sum(costs[: len(rungs)]),
+            process=result["process"],
+            began=self._began.pop(trial.trial_id),
+            ended=result["ended"],
+        )
         if self.explorer.finish(trial.config["number"], tried):
             self.journal.add(tried)
         self._report()

@@ -1,6 +1,9 @@
 """What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and
 score."""
 
+import os
+import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,10 +123,17 @@ class Trial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         self.rung += 1
+        began = time.time()
         try:
             evaluation = next(self.climb)
         except Exception as error:
             text = " ".join(str(error).split())
             return {"rung": self.rung, "error": f"{type(error).__name__}: {text}"[:2000], "done": True}
-        done = self.rung == len(self.ladder.rungs)
-        return {"rung": self.rung, "evaluation": evaluation.model_dump_json(), "done": done}
+        return {
+            "rung": self.rung,
+            "evaluation": evaluation.model_dump_json(),
+            "process": f"{platform.node()}:{os.getpid()}",
+            "began": began,
+            "ended": time.time(),
+            "done": self.rung == len(self.ladder.rungs),
+        }

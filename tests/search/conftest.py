@@ -56,10 +56,10 @@ def task(tmp_path_factory, lengths) -> Task:
 
 @pytest.fixture(scope="session")
 def measured() -> Callable[..., Evaluation]:
-    """Make up an evaluation of one prompt pair."""
+    """Make up an evaluation: of each metric the values by prompt, or one mean of two equal prompts."""
 
-    def make(coefficients: dict[str, float], **means: float) -> Evaluation:
-        per_prompt = {name: [mean, mean] for name, mean in means.items()}
+    def make(coefficients: dict[str, float], **values: float | list[float | None]) -> Evaluation:
+        per_prompt = {name: value if isinstance(value, list) else [value, value] for name, value in values.items()}
         return Evaluation(
             coefficients=coefficients,
             metrics={name: estimate(values) for name, values in per_prompt.items()},

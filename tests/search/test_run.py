@@ -89,7 +89,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import ray
-from prefvec_ray.evaluation import scorer
+from prefvec_ray.evaluation import Metric, scorer
 from prefvec_ray.search import Task, search
 
 @scorer(length=Metric(direction="minimize", low=0, high=1000), letters=Metric(direction="maximize", low=0, high=1))
@@ -147,7 +147,7 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
         ({"trials": 0}, "0 trials; this search begins with 1 settings"),
         ({"actors": 0}, "give at least one actor"),
         ({"answers": 15}, "a budget of 15 answers; one setting alone takes 16"),
-        ({"sampler": "cma"}, "sampler 'cma': choose one of tpe, nsga2, gp, random, grid"),
+        ({"sampler": "cma"}, "sampler 'cma': choose one of auto, gp, tpe, nsga2, random, grid"),
         ({"sampler": "grid", "grid_steps": 13}, "begins with 170 settings"),
         ({"patience": 1}, "patience is 1"),
     ],

@@ -1,0 +1,202 @@
+"""The decisions of a search, on a made-up world: help and harm are known functions of the coefficients, with noise."""
+
+import math
+import random
+
+import pytest
+
+from prefvec_ray.evaluation import Estimate, Metric
+from prefvec_ray.search import Explorer, Goal, Plan, Tried
+from prefvec_ray.search.explore import SAMPLERS
+
+METRICS = {
+    "help": Metric(direction="maximize", low=0, high=1),
+    "harm": Metric(direction="minimize", low=0, high=1),
+    "valid": Metric(direction="maximize", low=0, high=1),
+}
+GOAL = Goal(objectives=("help", "harm"), metrics=METRICS, limits={"valid": 0.9})
+BOUNDS = {"a": (-1.0, 1.0), "b": (-1.0, 1.0)}
+RUNGS = (16, 48)
+
+
+@pytest.fixture
+def world(measured):
+    """Coefficients -> what each rung says: help grows with a and falls with b, harm the other way, a+b > 1.6 breaks."""
+
+    def rungs(c: dict[str, float]) -> list:
+        help = 0.5 + 0.3 * math.tanh(2 * c["a"]) - 0.05 * c["b"]
+        harm = 0.5 - 0.3 * math.tanh(2 * c["b"]) + 0.05 * c["a"]
+        valid = 1.0 if c["a"] + c["b"] <= 1.6 else 0.5
+        rng = random.Random(str(sorted(c.items())))
+        found = []
+        for noise in (0.06, 0.03):
+            ease = [0.1 * math.sin(i) for i in range(16)]  # what all settings find hard or easy
+            columns = [[mean + e + rng.gauss(0, noise) for e in ease] for mean in (help, harm)]
+            found.append(measured(c, help=columns[0], harm=columns[1], valid=[valid] * 16))
+        return found
+
+    return rungs
+
+
+def climb(explorer: Explorer, world, in_flight: int = 3) -> None:
+    """Carry the search out to its end."""
+    flying = []
+    while True:
+        while len(flying) < in_flight and (proposal := explorer.propose()):
+            flying.append(proposal)
+        if not flying:
+            return
+        proposal, seen = flying.pop(0), []
+        for evaluation in world(proposal.coefficients)[-len(explorer.rungs) :]:
+            seen.append(evaluation)
+            if not explorer.promising(seen):
+                break
+        complete = len(seen) == len(explorer.rungs)
+        tried = Tried(rungs=seen, complete=complete, answers=sum(explorer.rungs[: len(seen)]))
+        explorer.finish(proposal.number, tried)
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "auto"])
+def test_every_sampler_begins_with_the_base_stays_in_bounds_and_ends(sampler, world):
+    bounds = {"a": (-0.5, 1.0), "b": (0.0, 1.0)}
+    plan = Plan(bounds, trials=18, start=[{"a": 0.2, "b": 0.2}], sampler=sampler, grid_steps=4)
+    explorer = Explorer(GOAL, plan, RUNGS)
+    climb(explorer, world)
+    result = explorer.result()
+    tried = [t.coefficients for t in explorer.tried]
+    assert tried[:2] == [{"a": 0.0, "b": 0.0}, {"a": 0.2, "b": 0.2}]
+    count = 18 if sampler != "grid" else 17  # 4 x 4 points, the base among them, and the start setting
+    assert len({tuple(c.values()) for c in tried}) == len(tried) == count, "nothing is measured twice"
+    assert all(-0.5 <= c["a"] <= 1 and 0 <= c["b"] <= 1 for c in tried)
+    assert result.answers == 64 * len(result.trials) + 16 * len(result.dropped)
+    assert result.spent[-1] <= result.answers
+    assert all(GOAL.keeps_limits(trial) for trial in result.front)
+    assert result.stopped == (
+        "every point of the grid was tried" if sampler == "grid" else "all 18 settings were tried"
+    )
+
+
+def test_a_model_of_the_world_beats_chance_and_dropping_saves_answers(world):
+    """At equal cost, over two seeds; the full comparison on trained vectors is benchmarks/bench_search.py."""
+    volume = {}
+    for sampler, rungs in (("gp", RUNGS), ("random", (64,))):
+        found = []
+        for seed in range(2):
+            explorer = Explorer(GOAL, Plan(BOUNDS, trials=500, answers=16 * 64, sampler=sampler, seed=seed), rungs)
+            climb(explorer, world)
+            assert explorer.answers <= 16 * 64
+            assert "budget of 1024 answers" in explorer.ended
+            found.append(explorer.result().hypervolume)
+            if len(rungs) > 1:
+                assert explorer.result().dropped, "some settings are plainly beaten after a quarter of their answers"
+        volume[sampler] = sum(found) / 2
+    assert volume["gp"] > volume["random"]
+
+
+def test_a_dropped_setting_is_beaten_beyond_error_and_the_base_never_is(world, measured):
+    explorer = Explorer(GOAL, Plan(BOUNDS), RUNGS)
+    climb_one = explorer.propose()
+    base, strong = world(climb_one.coefficients), world({"a": 0.9, "b": 0.6})
+    explorer.finish(climb_one.number, Tried(rungs=base, complete=True, answers=64))
+    explorer.finish(explorer.propose().number, Tried(rungs=strong, complete=True, answers=64))
+    assert explorer.promising(base[:1]), "the base is what everything is compared with"
+    weak = world({"a": -0.9, "b": -0.9})
+    assert not explorer.promising(weak[:1])
+    assert explorer.promising(weak), "after the last rung there is nothing left to save"
+    assert explorer.promising(world({"a": 0.9, "b": 0.55})[:1]), "too close to call"
+    assert not explorer.promising(world({"a": 1.0, "b": 0.9})[:1]), "breaks the limit on every prompt"
+
+
+def test_it_stops_when_the_front_has_stopped_moving(world):
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=200, patience=10, sampler="tpe"), RUNGS)
+    climb(explorer, world)
+    assert 20 <= len(explorer.tried) < 80
+    assert "the front has stopped moving: the last 10 settings added" in explorer.ended
+    again = Explorer(GOAL, explorer.plan, RUNGS, known=explorer.tried)
+    assert "the front has stopped moving" in again.ended, "a finished search is still finished when it is opened again"
+    assert again.propose() is None
+
+
+def test_seconds_are_a_budget_too(world):
+    now = [0.0]
+    explorer = Explorer(GOAL, Plan(BOUNDS, seconds=60), RUNGS, clock=lambda: now[0])
+    assert explorer.propose() is not None
+    now[0] = 61.0
+    assert explorer.propose() is None
+    assert explorer.ended == "the 60 seconds are over"
+
+
+def test_a_budget_in_flight_is_not_spent_twice(world):
+    explorer = Explorer(GOAL, Plan(BOUNDS, answers=150), RUNGS)
+    first, second = explorer.propose(), explorer.propose()
+    assert explorer.propose() is None, "150 answers are two settings of 64"
+    assert not explorer.ended, "one that is dropped early would leave room for another"
+    explorer.finish(first.number, Tried(rungs=world(first.coefficients), complete=True, answers=64))
+    explorer.finish(second.number, Tried(rungs=world(second.coefficients)[:1], complete=False, answers=16))
+    assert explorer.propose() is not None
+
+
+def test_going_on_repeats_nothing_and_learns_from_what_is_known(world):
+    first = Explorer(GOAL, Plan(BOUNDS, trials=12, seed=4, sampler="tpe"), RUNGS)
+    climb(first, world)
+    second = Explorer(GOAL, Plan(BOUNDS, trials=16, seed=4, sampler="tpe"), RUNGS, known=first.tried)
+    climb(second, world)
+    assert second.tried[:12] == first.tried
+    assert len(second.tried) == 16
+    assert len({tuple(t.coefficients.values()) for t in second.tried}) == 16
+
+
+def test_when_most_settings_fail_it_says_so_and_stops(world):
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=40), RUNGS)
+    base = explorer.propose()
+    explorer.finish(base.number, Tried(rungs=world(base.coefficients), complete=True, answers=64))
+    for _ in range(3):
+        assert not explorer.ended
+        proposal = explorer.propose()
+        explorer.fail(proposal.number, proposal.coefficients, "TimeoutError: the judge sleeps")
+    assert explorer.ended == "most settings fail, 3 of 4; the last one with: TimeoutError: the judge sleeps"
+    assert explorer.propose() is None
+    assert len(explorer.result().failed) == 3
+
+
+def test_the_base_is_tried_twice_and_then_there_is_no_search(world):
+    explorer = Explorer(GOAL, Plan(BOUNDS), RUNGS)
+    for _ in range(2):
+        base = explorer.propose()
+        assert base.coefficients == {"a": 0.0, "b": 0.0}
+        explorer.fail(base.number, base.coefficients, "OSError: no disk")
+    assert explorer.ended == "the base itself could not be measured: OSError: no disk"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_no_wrong_number_enters_the_front(value, world, measured):
+    explorer = Explorer(GOAL, Plan(BOUNDS), RUNGS)
+    base = explorer.propose()
+    explorer.finish(base.number, Tried(rungs=world(base.coefficients), complete=True, answers=64))
+    proposal = explorer.propose()
+    wrong = measured(proposal.coefficients, help=[0.9] * 16, harm=[0.0] * 16, valid=[1.0] * 16)
+    help = None if value is None else Estimate(mean=value, stderr=0.0, n=16)
+    wrong = wrong.model_copy(update={"metrics": {**wrong.metrics, "help": help}})
+    assert not explorer.finish(proposal.number, Tried(rungs=[wrong, wrong], complete=True, answers=64))
+    assert explorer.result().front == [explorer.result().base]
+    assert "'help'" in explorer.failed[0].error
+
+
+def test_six_preferences(measured):
+    """`auto` leaves Gaussian processes alone there: one proposal would take them many seconds."""
+    names = [f"p{i}" for i in range(6)]
+    metrics = {name: Metric(direction="maximize", low=0, high=1) for name in names}
+    goal = Goal(objectives=tuple(names), metrics=metrics)
+    plan = Plan(dict.fromkeys(names, (-1.0, 1.0)), trials=20)
+
+    def world(c: dict[str, float]) -> list:
+        crowd = sum(max(0.0, x) for x in c.values()) / 6
+        return [measured(c, **{n: [0.5 + 0.3 * c[n] - 0.1 * crowd] * 8 for n in names})]
+
+    explorer = Explorer(goal, plan, (8,))
+    climb(explorer, world)
+    result = explorer.result()
+    assert explorer.sampler == "tpe"
+    assert len(result.trials) == 20
+    assert result.recommended is not None
+    assert result.hypervolume_history == sorted(result.hypervolume_history)
