@@ -124,10 +124,11 @@ class _Frame:
     def to_image(self, x: Tensor) -> Tensor:
         unit = ((x.float() - self.low) / self.scale).clamp(0, 1)
         if self.square:
-            return unit
+            return unit.contiguous()
         rows = unit.reshape(len(x), self.places, self.channels).transpose(1, 2)
         padded = nn.functional.pad(rows, (0, self.side**2 - self.places), value=0.5)
-        return padded.reshape(len(x), self.channels, self.side, self.side)
+        # FAB takes views of gradients, which fail on the transposed memory that a full square would keep.
+        return padded.reshape(len(x), self.channels, self.side, self.side).contiguous()
 
     def to_input(self, image: Tensor) -> Tensor:
         if not self.square:

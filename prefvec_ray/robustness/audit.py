@@ -40,9 +40,19 @@ class Ladder(Config):
     square_queries: int = Field(default=1000, ge=1)
     batch: int = Field(default=256, ge=1)
     tolerance: float = Field(default=0.05, ge=0, lt=1)
-    """PGD-10 may be above the ensemble by so much."""
+    """PGD may be above the ensemble by so much."""
     floor: float | None = Field(default=None, ge=0, le=1)
     """The ensemble must leave at least so much; None: any honest figure passes."""
+
+    @property
+    def weak(self) -> str:
+        """The first rung in words."""
+        return f"PGD-{self.pgd_steps}"
+
+    @property
+    def strong(self) -> str:
+        """The second rung in words."""
+        return f"PGD-{self.strong_steps} with {self.restarts} {'start' if self.restarts == 1 else 'starts'}"
 
 
 class Audit(Config):
@@ -59,7 +69,7 @@ class Audit(Config):
     clean: Rate
     rungs: tuple[Rate, ...]
     gaps: tuple[Gap, ...]
-    """Paired, over the same inputs: `pgd10 - ensemble`, `pgd10 - pgd100`, `pgd100 - black box`."""
+    """Paired, over the same inputs: `pgd - ensemble`, `pgd - pgd restarts`, `pgd restarts - black box`."""
     probe: dict[str, float]
     words: dict[str, Any] | None = None
     curve: tuple[dict[str, float], ...] = ()
@@ -75,8 +85,8 @@ class Audit(Config):
         return next(gap for gap in self.gaps if gap.name == name)
 
 
-CLEAN, PGD, STRONG, BLACK_BOX, ENSEMBLE = "clean", "pgd-10", "pgd-100 restarts", "black box", "ensemble"
-OVERESTIMATE, WEAKNESS, MASKING = "pgd-10 - ensemble", "pgd-10 - pgd-100", "pgd-100 - black box"
+CLEAN, PGD, STRONG, BLACK_BOX, ENSEMBLE = "clean", "pgd", "pgd restarts", "black box", "ensemble"
+OVERESTIMATE, WEAKNESS, MASKING = "pgd - ensemble", "pgd - pgd restarts", "pgd restarts - black box"
 
 
 def climb(
@@ -186,27 +196,27 @@ def audit(
 def judge(rates: list[Rate], gaps: tuple[Gap, Gap, Gap], ladder: Ladder) -> tuple[Verdict, Finding, str]:
     """The verdict. Every comparison is made with an interval's end, so noise alone neither fails a model nor passes
     it."""
-    clean, pgd10, strong, black, full = rates
+    clean, weak_pgd, strong_pgd, black, full = rates
     over, weak, masking = gaps
     if masking.low > 0:
         return "fail", "masked gradients", (
-            f"an attack without gradients leaves {black}, PGD-100 with restarts {strong}: the gradients mislead, "
+            f"an attack without gradients leaves {black}, {ladder.strong} {strong_pgd}: the gradients mislead, "
             f"and {full} is what stands"
         )  # fmt: skip
     if over.low > ladder.tolerance:
-        words = f"PGD-10 reads {pgd10}, the ensemble leaves {full}: overestimated by {over} points"
+        words = f"{ladder.weak} reads {weak_pgd}, the ensemble leaves {full}: overestimated by {over} points"
         # Most of the gap is what more steps and restarts take: the attack was weak, the gradients are not shown to lie.
         if weak.mean >= over.mean / 2:
-            return "fail", "weak attack", f"{words}, {100 * weak.mean:.1f} of them closed by PGD-100 with restarts"
-        return "fail", "overestimated", f"{words}, and PGD-100 with restarts closes only {100 * weak.mean:.1f}"
+            return "fail", "weak attack", f"{words}, {100 * weak.mean:.1f} of them closed by {ladder.strong}"
+        return "fail", "overestimated", f"{words}, and {ladder.strong} closes only {100 * weak.mean:.1f}"
     if ladder.floor is not None and full.high < ladder.floor:
         return "fail", "not robust", f"the ensemble leaves {full}, below the floor of {100 * ladder.floor:.1f}%"
     if over.high > ladder.tolerance:
         return "inconclusive", "undecided", (
-            f"PGD-10 minus ensemble is {over} points, the tolerance {100 * ladder.tolerance:g}: too few inputs to tell "
-            f"({full.n})"
+            f"{ladder.weak} minus ensemble is {over} points, the tolerance {100 * ladder.tolerance:g}: too few inputs "
+            f"to tell ({full.n})"
         )  # fmt: skip
     if ladder.floor is not None and full.low < ladder.floor:
         words = f"the ensemble leaves {full}, the floor is {100 * ladder.floor:.1f}%"
         return "inconclusive", "undecided", f"{words}: too few inputs to tell ({full.n})"
-    return "pass", "sound", f"PGD-10 reads {pgd10}, the ensemble leaves {full} of {clean} clean"
+    return "pass", "sound", f"{ladder.weak} reads {weak_pgd}, the ensemble leaves {full} of {clean} clean"

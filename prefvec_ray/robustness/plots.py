@@ -28,7 +28,7 @@ def gaps_plot(runs: Runs) -> Figure:
     panel.set_xlim(min([-5.0, *dots]) - 2, max(dots) + 10)  # an interval of two runs would take all the room
     panel.axvline(0, color=GREY, lw=0.8)
     panel.set_yticks(range(len(runs)), [cell.name for cell in reversed(list(runs))], fontsize=8)
-    panel.set_xlabel("PGD-10 minus ensemble, points")
+    panel.set_xlabel("PGD minus ensemble, points")
     figure.suptitle("Every run a dot; blue: TRADES, orange: plain adversarial training, green: with noise", fontsize=10)
     return figure
 
@@ -42,7 +42,7 @@ def curves_plot(study: Study, runs: Runs) -> Figure:
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     measures: list[tuple[str, Callable[[Moment], float | None]]] = [
-        ("PGD-10 minus strong, points", lambda moment: None if moment.gap is None else 100 * moment.gap),
+        ("PGD minus strong, points", lambda moment: None if moment.gap is None else 100 * moment.gap),
         ("FOSC / (epsilon x gradient's L1)", lambda moment: moment.fosc_relative),
         ("SGCS", lambda moment: moment.sgcs),
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 
 from prefvec_ray.evaluation.plots import STYLE
-from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, MASKING, PGD, STRONG
+from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, MASKING, PGD, STRONG, Ladder
 from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.plots import curves_plot, gaps_plot
 from prefvec_ray.robustness.study import Cell, Run, Runs, Study, by_cell, gap_of, learned
@@ -39,7 +39,14 @@ def study_markdown(study: Study, images: str = "images") -> str:
     runs = by_cell(study)
     if not runs:
         return "No run has finished yet.\n"
-    parts = [_summary(study, runs), _cells(runs), _claims(runs), _remedy(runs), _signals(runs), _pictures(images)]
+    parts = [
+        _summary(study, runs),
+        _cells(runs, study.config.ladder),
+        _claims(runs),
+        _remedy(runs),
+        _signals(runs),
+        _pictures(images),
+    ]
     return "\n".join(part for part in parts if part)
 
 
@@ -70,7 +77,8 @@ def _summary(study: Study, runs: Runs) -> str:
         f"{len(study.runs)} of {wanted} runs of {config.epochs} epochs on {data} with the {config.network} network, "
         f"{minutes:.0f} minutes of run time in all; {config.test} test images, the same for every run. Accuracies in "
         "per cent, gaps in points; `±` and `[ ]` are 95% intervals, over seeds unless said otherwise. A run counts as "
-        f"overestimated where the interval (over images) of PGD-10 minus ensemble lies above {tolerance:g} points.",
+        f"overestimated where the interval (over images) of {config.ladder.weak} minus ensemble lies above "
+        f"{tolerance:g} points.",
         "",
     ]
     for method, name in (("trades", "TRADES"), ("adversarial", "Plain adversarial training")):
@@ -82,8 +90,8 @@ def _summary(study: Study, runs: Runs) -> str:
                 masking = Gap.over_runs("", [run.audit.gap(MASKING).mean for run in group])
                 lines.append(
                     f"- {name}, epsilon {epsilon:.3g}: overestimated in {over} of {len(group)} runs "
-                    f"({Rate.counted('', over, len(group))}); masked gradients shown in {_masked(group)}; PGD-100 with "
-                    f"restarts minus black box is {masking}."
+                    f"({Rate.counted('', over, len(group))}); masked gradients shown in {_masked(group)}; "
+                    f"{config.ladder.strong} minus black box is {masking}."
                 )
     collapsed = [f"{run.cell.name} (seed {run.seed})" for run in study.runs if not learned(run)]
     if collapsed:
@@ -95,7 +103,7 @@ def _masked(group: Sequence[Run]) -> str:
     return f"{sum(run.audit.finding == 'masked gradients' for run in group)}/{len(group)}"
 
 
-def _cells(runs: Runs) -> str:
+def _cells(runs: Runs, ladder: Ladder) -> str:
     rows = []
     for cell, found in runs.items():
         control = control_of(cell, runs)
@@ -114,13 +122,14 @@ def _cells(runs: Runs) -> str:
                 f"{sum(healed(list(run.curve)) for run in found)}/{len(found)}",
             ]
         )
+    strong = f"PGD-{ladder.strong_steps} x{ladder.restarts}"
     head = [
-        "cell", "runs", "clean", "PGD-10", "PGD-100 x5", "black box", "ensemble", "gap", "s.d. of seeds",
+        "cell", "runs", "clean", ladder.weak, strong, "black box", "ensemble", "gap", "s.d. of seeds",
         "overestimated", "gap beyond control", "masked", "healed itself",
     ]  # fmt: skip
     note = (
-        "*gap*: PGD-10 minus ensemble. *gap beyond control*: minus that of plain adversarial training in the same "
-        "setting, paired by seed. *masked*: the black box beats PGD-100 with restarts, by its interval over images. "
+        f"*gap*: {ladder.weak} minus ensemble. *gap beyond control*: minus that of plain adversarial training in the "
+        f"same setting, paired by seed. *masked*: the black box beats {ladder.strong}, by its interval over images. "
         "*healed itself*: overestimated at some epoch, not at the last, and the strong accuracy did not fall (on the "
         "watched images, with a shorter attack).\n"
     )
@@ -220,7 +229,7 @@ def _signals(runs: Runs) -> str:
             "FOSC / (eps L1)": [run.audit.probe["fosc_relative"] for run in group],
             "the same, within [0, 1]": [run.audit.probe["fosc_within"] for run in group],
             "SGCS": [run.audit.probe["sgcs"] for run in group],
-            "PGD-100 minus black box": [run.audit.gap(MASKING).mean for run in group],
+            "PGD with restarts minus black box": [run.audit.gap(MASKING).mean for run in group],
         }
         for name, values in signals.items():
             rows.append([f"{epsilon:.3g}", name, f"{fmean(values):.2f}", *_correlation(values, gaps)])

@@ -160,7 +160,7 @@ class Run(Config):
 
     @property
     def overestimated(self) -> bool:
-        """The interval of PGD-10 minus ensemble lies above the tolerance."""
+        """The interval of PGD minus ensemble lies above the tolerance."""
         return self.audit.gap(OVERESTIMATE).low > self.audit.ladder.tolerance
 
 

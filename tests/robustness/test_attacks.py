@@ -15,7 +15,13 @@ NAMES = ("apgd-ce", "apgd-t", "fab", "square")
 @pytest.mark.parametrize("classes", [2, 3, 5])
 @pytest.mark.parametrize(
     ("shape", "ball"),
-    [((2, 4, 4), Ball(0.1)), ((3, 2), Ball(0.5, None, None)), ((7,), Ball(0.5, -3.0, 3.0)), ((1, 2, 3), Ball(0.1))],
+    [
+        ((2, 4, 4), Ball(0.1)),
+        ((3, 2), Ball(0.5, None, None)),
+        ((4, 3), Ball(0.5, None, None)),
+        ((7,), Ball(0.5, -3.0, 3.0)),
+        ((1, 2, 3), Ball(0.1)),
+    ],
 )
 def test_any_shape_limits_and_classes(linear, truth, name, classes, shape, ball):
     torch.manual_seed(classes)

@@ -8,7 +8,7 @@ from torch import nn
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.robustness import Ball, Ladder, audit
-from prefvec_ray.robustness.audit import BLACK_BOX, ENSEMBLE, MASKING, OVERESTIMATE, PGD, STRONG, judge
+from prefvec_ray.robustness.audit import BLACK_BOX, ENSEMBLE, MASKING, OVERESTIMATE, PGD, STRONG, WEAKNESS, judge
 from prefvec_ray.robustness.intervals import Gap, Rate
 
 SHORT = Ladder(strong_steps=20, restarts=2, apgd_steps=10, fab_steps=2, square_queries=150)
@@ -80,7 +80,7 @@ def rates(clean, pgd10, strong, black, full, n=1000):
     standing = [torch.arange(n) < round(share * n) for share in (clean, pgd10, strong, black, full)]
     gaps = tuple(
         Gap.paired(name, standing[a], standing[b])
-        for name, a, b in ((OVERESTIMATE, 1, 4), ("pgd-10 - pgd-100", 1, 2), (MASKING, 2, 3))
+        for name, a, b in ((OVERESTIMATE, 1, 4), (WEAKNESS, 1, 2), (MASKING, 2, 3))
     )
     return [Rate.of(name, hits) for name, hits in zip(names, standing, strict=True)], gaps
 

@@ -99,7 +99,7 @@ def test_the_commands(folder, tmp_path, capsys):
         ladder=LADDER, seed=0,
     )  # fmt: skip
     printed = capsys.readouterr().out
-    for rung in ("clean", "pgd-10", "black box", "ensemble", "greedy"):
+    for rung in ("clean", "pgd", "black box", "ensemble", "greedy"):
         assert rung in printed
     assert read_card(folder)["epsilon"] == 0.2
     assert (folder / "audit.png").stat().st_size > 5000
