@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import Response, StreamingResponse
 from openai.types import Model
+from pydantic.json_schema import models_json_schema
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -21,15 +22,12 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentRes
 from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
-from prefvec_ray.errors import InputError
-from prefvec_ray.registry import PresetVersion
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.engine import Coefficients
-from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained, no_model
-from prefvec_ray.serving.job import Job
+from prefvec_ray.serving.door import Door, Entry
+from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
 from prefvec_ray.serving.wire import (
-    Body,
+    B,
     ChatBody,
     ModelList,
     PreferencesCard,
@@ -45,13 +43,25 @@ from prefvec_ray.serving.wire import (
 HEALTH_SECONDS = 5.0
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
-api = FastAPI(title="prefvec-ray", description="OpenAI-compatible answers, each at its caller's preferences")
+
+class _Api(FastAPI):
+    """Its description also has the request bodies, which the routes read themselves, to bound and check them first."""
+
+    def openapi(self) -> dict[str, Any]:
+        if not self.openapi_schema:
+            template = "#/components/schemas/{model}"
+            _, bodies = models_json_schema([(ChatBody, "validation"), (TextBody, "validation")], ref_template=template)
+            super().openapi().setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
+        return super().openapi()
+
+
+api = _Api(title="prefvec-ray", description="OpenAI-compatible answers, each at its caller's preferences")
 answer_in_openai_form(api)
 
 
-def _takes(model: type[Body]) -> dict[str, Any]:
-    """The request body for the OpenAPI document; `_body` reads it itself, to bound and check it before parsing."""
-    schema = model.model_json_schema()
+def _takes(model: type[ChatBody | TextBody]) -> dict[str, Any]:
+    """The request body for the OpenAPI document."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -70,40 +80,51 @@ def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> N
         call.cancel()
 
 
+def _unanswered(entry: Entry, error: Exception) -> ApiError:
+    """Why there is no answer. Its tokens are given back, unless they were spent until the deadline."""
+    told = explained(error)
+    if told.status != 504:
+        entry.reservation.settle(0)
+    return told
+
+
 @serve.ingress(api)
 class Front:
     """Every route of the endpoint."""
 
     def __init__(self, config: ServingConfig, lineup: Lineup, replicas: DeploymentHandle):
         self._config, self._lineup, self._replicas = config, lineup, replicas
-        self._registry = open_registry(config.registry)
+        self._door = Door(config, lineup, open_registry(config.registry))
 
     @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat(self, request: HttpRequest) -> Response:
-        return await self._complete(parse_body(await self._body(request), ChatBody))
+        return await self._complete(request, ChatBody)
 
     @api.post("/v1/completions", openapi_extra=_takes(TextBody))
     async def complete(self, request: HttpRequest) -> Response:
-        return await self._complete(parse_body(await self._body(request), TextBody))
+        return await self._complete(request, TextBody)
 
     @api.get("/v1/models")
-    async def models(self) -> ModelList:
-        presets = await asyncio.to_thread(self._presets)
+    async def models(self, request: HttpRequest) -> ModelList:
+        caller = await self._door.look("/v1/models", request.headers)
+        presets = await asyncio.to_thread(self._door.presets, caller)
         names = [self._config.model, *(f"{self._config.model}@{name}" for name in presets)]
         return ModelList(data=[model_card(name, self._lineup.created) for name in names])
 
     @api.get("/v1/models/{name}")
-    async def model(self, name: str) -> Model:
-        await self._coefficients(name, None)
+    async def model(self, name: str, request: HttpRequest) -> Model:
+        await self._door.look("/v1/models/{name}", request.headers, model=name)
         return model_card(name, self._lineup.created)
 
     @api.get("/v1/preferences")
-    async def preferences(self) -> PreferencesCard:
-        presets = await asyncio.to_thread(self._presets)
-        ranges = self._lineup.policy.ranges
+    async def preferences(self, request: HttpRequest) -> PreferencesCard:
+        caller = await self._door.look("/v1/preferences", request.headers)
+        presets = await asyncio.to_thread(self._door.presets, caller)
+        ranges = caller.policy.ranges
         return PreferencesCard(
             model=self._config.model,
             base_fingerprint=self._lineup.base_fingerprint,
+            coefficients=caller.allowance.coefficients,
             preferences=[
                 VectorCard(
                     preference=name,
@@ -138,50 +159,56 @@ class Front:
             raise ApiError(503, "no replica is running", code="unavailable")
         return {"status": "ok", "replicas": replicas}
 
-    async def _complete(self, body: Body) -> Response:
-        coefficients = await self._coefficients(body.model, body.preferences)
-        job = body.job(coefficients)
-        self._check_size(job, body)
-        writer = Writer(body, coefficients, self._lineup.fingerprint(coefficients))
-        deadline = asyncio.get_running_loop().time() + self._config.limits.seconds
-        if body.stream:
-            return await self._stream(job, writer, deadline)
-        response = self._replicas.answer.remote(job)
+    async def _complete(self, request: HttpRequest, kind: type[B]) -> Response:
+        async def read() -> B:
+            return parse_body(await self._body(request), kind)
+
+        began = asyncio.get_running_loop().time()
+        entry = await self._door.enter(request.url.path, request.headers, read)
+        deadline = began + entry.seconds
+        coefficients = entry.job.coefficients
+        writer = Writer(entry.body, coefficients, self._lineup.fingerprint(coefficients))
+        if entry.body.stream:
+            return await self._stream(entry, writer, deadline)
+        response = self._replicas.answer.remote(entry.job)
         try:
             async with asyncio.timeout_at(deadline):
                 prompt_tokens, answers = await response
         except BaseException as error:  # also a cancelled request: its caller has gone
             _stop(response)
             if isinstance(error, Exception):
-                raise explained(error) from error
+                raise _unanswered(entry, error) from error
             raise
+        entry.reservation.settle(prompt_tokens + sum(len(answer.tokens) for answer in answers))
         whole = writer.whole(prompt_tokens, answers)
-        return Response(whole.model_dump_json(exclude_unset=True), 200, writer.headers(), "application/json")
+        headers = {**entry.headers, **writer.headers()}
+        return Response(whole.model_dump_json(exclude_unset=True), 200, headers, "application/json")
 
-    async def _stream(self, job: Job, writer: Writer, deadline: float) -> Response:
+    async def _stream(self, entry: Entry, writer: Writer, deadline: float) -> Response:
         """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
-        items = self._replicas.options(stream=True).stream.remote(job)
+        items = self._replicas.options(stream=True).stream.remote(entry.job)
         try:
             started = await _next(items, deadline)
         except BaseException as error:
             _stop(items)
             if isinstance(error, Exception):
-                raise explained(error) from error
+                raise _unanswered(entry, error) from error
             raise
-        events = self._events(items, job, writer, started.prompt_tokens, deadline)
-        return StreamingResponse(events, 200, writer.headers() | SSE_HEADERS, "text/event-stream")
+        events = self._events(items, entry, writer, started.prompt_tokens, deadline)
+        headers = {**entry.headers, **writer.headers(), **SSE_HEADERS}
+        return StreamingResponse(events, 200, headers, "text/event-stream")
 
     async def _events(
         self,
         items: DeploymentResponseGenerator[Any],
-        job: Job,
+        entry: Entry,
         writer: Writer,
         prompt_tokens: int,
         deadline: float,
     ) -> AsyncIterator[bytes]:
         new_tokens = 0
         try:
-            yield b"".join(writer.opening(len(job.prompts) * job.n))
+            yield b"".join(writer.opening(len(entry.job.prompts) * entry.job.n))
             while (pieces := await _next(items, deadline)) is not None:
                 new_tokens += sum(len(piece.tokens) for _, piece in pieces)
                 yield b"".join(writer.piece(index, piece) for index, piece in pieces)
@@ -190,60 +217,23 @@ class Front:
             yield error_event(explained(error))
         finally:  # also where the caller has gone: nothing more is generated for it
             _stop(items)
+            entry.reservation.settle(prompt_tokens + new_tokens)
 
     async def _body(self, request: HttpRequest) -> bytes:
         """The request's JSON text. Raises ApiError where it is too large or of another type."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "expected a body of content type application/json")
-        content, limit = bytearray(), self._config.limits.body_bytes
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > limit:
-                raise ApiError(413, f"the body is larger than {limit} bytes; shorten it", code="too_large")
-        return bytes(content)
-
-    async def _coefficients(self, model: str, preferences: Mapping[str, float] | None) -> Coefficients:
-        """What the caller asks for, by preset or by name. Raises ApiError where that is not served or not allowed."""
-        name, _, preset = model.partition("@")
-        if name != self._config.model or (preset == "") != ("@" not in model):
-            raise no_model(model, [self._config.model])
-        if preset and preferences is not None:
-            raise ApiError(
-                400,
-                f"'{model}' names a preset, and 'preferences' was given too; choose one of the two",
-                code="preset_and_preferences",
-                param="preferences",
-            )
+        content, limits = bytearray(), self._config.limits
         try:
-            if not preset:
-                return self._lineup.policy.coefficients(preferences or {})
-            try:
-                version = await asyncio.to_thread(self._registry.resolve_preset, preset)
-            except InputError:
-                served = await asyncio.to_thread(self._presets)
-                raise no_model(model, [name, *(f"{name}@{other}" for other in served)]) from None
-            return self._lineup.preset(version)
-        except InputError as error:
-            raise explained(error) from None
-
-    def _presets(self) -> dict[str, tuple[PresetVersion, Coefficients]]:
-        """The newest version of every preset that can be served here, by name."""
-        found = {}
-        for preset in self._registry.list_presets():
-            try:
-                found[preset.name] = preset, self._lineup.preset(preset)
-            except InputError:  # made for another base or other vectors, or outside this endpoint's policy
-                continue
-        return found
-
-    def _check_size(self, job: Job, body: Body) -> None:
-        most = self._config.limits.answers
-        if len(job.prompts) * job.n > most:
-            raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.n}: at most {most} answers", param="n")
-        longest = self._config.engine.max_new_tokens
-        if (job.max_new_tokens or 0) > longest:
-            param = "max_tokens" if body.max_tokens else "max_completion_tokens"
-            raise ApiError(400, f"{param}: {job.max_new_tokens} is more than {longest}", param=param)
+            async with asyncio.timeout(limits.body_seconds):
+                async for chunk in request.stream():
+                    content += chunk
+                    if len(content) > limits.body_bytes:
+                        most = limits.body_bytes
+                        raise ApiError(413, f"the body is larger than {most} bytes; shorten it", code="too_large")
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {limits.body_seconds:g} s", code="timeout") from None
+        return bytes(content)
 
 
 def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
@@ -258,6 +248,7 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
         args = parse_config(dict(args), ServingConfig, source="args")
     config = args.absolute()
     lineup = line_up(config)
+    Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
     replicas = serve.deployment(Replica, name="replica").options(**_scale(config)).bind(config, lineup)
     front = serve.deployment(Front, name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})
     return front.bind(config, lineup, replicas)

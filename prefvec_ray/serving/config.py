@@ -1,7 +1,7 @@
 """What an operator writes to serve a base model with its preference vectors: the `args` of `serve_configs/*.yaml`."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -17,7 +17,7 @@ class Range(Config):
     """The coefficients that callers may ask for, and what they get when they ask for none."""
 
     min: FiniteFloat = -1.0
-    """the operator's floor: [-1, 1] is where the vectors' effect was seen to be smooth and the text to stay valid"""
+    """[-1, 1] is where the vectors' effect was seen to be smooth and the text to stay valid"""
     max: FiniteFloat = 1.0
     default: FiniteFloat = 0.0
 
@@ -74,12 +74,49 @@ class LimitsConfig(Config):
     """What a single request may ask of the service."""
 
     body_bytes: PositiveInt = 1_000_000
+    body_seconds: PositiveFloat = 30.0
+    """a caller that takes longer to send its body gets 408"""
+    prompt_tokens: PositiveInt | None = None
+    """of each prompt; None: what the model's context has room for"""
     answers: PositiveInt = 16
     """prompts x n"""
     queued_requests: PositiveInt = 256
     """requests that wait for a replica before new ones get 503"""
     seconds: PositiveFloat = 300.0
     """a request that takes longer is ended with 504"""
+
+
+class Allowance(Config):
+    """What one caller may do. None: as `limits` says for everybody, or without limit."""
+
+    coefficients: Literal["free", "presets"] = "free"
+    """free: any within the ranges. presets: presets, and the operator's default, only"""
+    presets: tuple[Name, ...] | None = None
+    """the presets that may be asked for; None: all that lie within the ranges"""
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None
+    """of prompts and answers; a request is counted at the most it may use until it is done"""
+    tokens_per_day: PositiveInt | None = None
+    answers: PositiveInt | None = None
+    """prompts x n of one request"""
+    prompt_tokens: PositiveInt | None = None
+    seconds: PositiveFloat | None = None
+
+
+class AnonymousConfig(Allowance):
+    """Callers without a key. Rates are those of all of them together."""
+
+    allowed: bool = True
+
+
+class AuditConfig(Config):
+    """Where decisions about requests are written, one line of JSON each."""
+
+    file: Path
+    megabytes: PositiveFloat = 10.0
+    """size at which the next file begins"""
+    files: int = Field(default=5, ge=2)
+    """files kept; older lines are lost"""
 
 
 class ServingConfig(Config):
@@ -96,18 +133,35 @@ class ServingConfig(Config):
     """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
     Default: the newest version of every vector of this base"""
     ranges: dict[str, Range] = {}
-    """preference -> allowed coefficients, for anonymous callers"""
+    """preference -> allowed coefficients, for anonymous callers and for keys without a range of their own"""
     default_range: Range = Range()
     """for preferences that `ranges` does not name"""
+    floors: dict[str, FiniteFloat] = {}
+    """preference -> the least coefficient that anyone gets, by whatever way; but for keys that may go below"""
+    anonymous: AnonymousConfig = AnonymousConfig()
+    keys: Path | None = None
+    """file of API keys, see `prefvec keys`; read again when it changes"""
+    audit: AuditConfig | None = None
     engine: EngineConfig = EngineConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     limits: LimitsConfig = LimitsConfig()
+
+    @model_validator(mode="after")
+    def _somebody(self) -> Self:
+        if self.keys is None and not self.anonymous.allowed:
+            raise ValueError("nobody may call: anonymous callers are not allowed and there are no 'keys'; name a file")
+        return self
 
     def absolute(self) -> "ServingConfig":
         """The same with absolute paths, for processes that run in other folders."""
         elsewhere = "://" in self.registry or self.registry.startswith(THROUGH_RAY)
         registry = self.registry if elsewhere else str(Path(self.registry).absolute())
-        return self.model_copy(update={"base": self.base.absolute(), "registry": registry})
+        paths: dict[str, Any] = {"base": self.base.absolute(), "registry": registry}
+        if self.keys:
+            paths["keys"] = self.keys.absolute()
+        if self.audit:
+            paths["audit"] = self.audit.model_copy(update={"file": self.audit.file.absolute()})
+        return self.model_copy(update=paths)
 
 
 class _Application(BaseModel):

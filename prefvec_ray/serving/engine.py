@@ -30,6 +30,30 @@ class Request:
     seed: str = "0"
     stop: tuple[str, ...] = ()
     """texts that end the answer; they are not part of it"""
+    logprobs: int | None = None
+    """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token, and how likely the model found it at its place."""
+
+    text: str
+    bytes: bytes
+    """those that it stands for; `text` shows the replacement character where they are half a character"""
+    logprob: float
+    """natural logarithm of its probability, before temperature and top_p"""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token of an answer's text."""
+
+    chosen: Likely
+    top: tuple[Likely, ...]
+    """the likeliest at this place, best first"""
+    offset: int
+    """where in the answer's text it begins, in characters"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,9 @@ class Piece:
     """token ids since the last piece; the end-of-text token counts, though it has no text"""
     finish_reason: FinishReason | None = None
     """set on the last piece: "stop" after an end-of-text token or stop string, "length" at max_new_tokens"""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """of the tokens that begin within the texts so far, where the request asks for them; a token that ends the answer
+    or belongs to a stop string has none"""
 
 
 @dataclass(frozen=True)

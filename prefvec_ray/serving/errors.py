@@ -1,6 +1,7 @@
 """Errors in OpenAI's form: what a caller may know of them, and with which status."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,12 +21,22 @@ log = logging.getLogger("ray.serve")
 
 
 class ApiError(Exception):
-    """What a caller is told: an HTTP status and OpenAI's error object."""
+    """What a caller is told: an HTTP status and OpenAI's error object, perhaps with headers."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.headers = dict(headers or {})
+        kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.error = ErrorObject(message=message, type=kind, code=code, param=param)
 
     def body(self) -> dict[str, Any]:
@@ -34,10 +45,10 @@ class ApiError(Exception):
 
 async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, str(error.detail))
+        error = ApiError(error.status_code, str(error.detail), headers=error.headers)
     told = explained(error)
-    headers = {"Retry-After": "1"} if told.status == 503 else None
-    return JSONResponse(told.body(), told.status, headers)
+    headers = {"retry-after": "1"} if told.status == 503 else {}
+    return JSONResponse(told.body(), told.status, headers | told.headers)
 
 
 def answer_in_openai_form(api: FastAPI) -> None:
@@ -75,4 +86,4 @@ def _text(error: Exception) -> str:
 
 def no_model(model: str, served: list[str]) -> ApiError:
     known = ", ".join(served)
-    return ApiError(404, f"no model {model!r} here; served: {known}", code="model_not_found", param="model")
+    return ApiError(404, f"no model {model[:200]!a} here; served: {known}", code="model_not_found", param="model")

@@ -22,6 +22,10 @@ class Job:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    max_prompt_tokens: int | None = None
+    """longest prompt that its caller may send; None: what the context has room for"""
+    logprobs: int | None = None
+    """how many of each position's likeliest tokens to tell, with log-probabilities; None: none, nor the chosen one's"""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, serving_fingerprint
 from prefvec_ray.serving.config import THROUGH_RAY, ServingConfig
 from prefvec_ray.serving.engine import Coefficients
-from prefvec_ray.serving.policy import Policy, policy_of
+from prefvec_ray.serving.policy import Policy, no_way_around, policy_of
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Lineup:
             total[digest] = total.get(digest, 0.0) + eta
         return serving_fingerprint(self.base_fingerprint, total)
 
-    def preset(self, preset: PresetVersion) -> Coefficients:
+    def preset(self, preset: PresetVersion, policy: Policy | None = None) -> Coefficients:
         """The preset's coefficients under this endpoint's names; preferences that it leaves out are 0.
 
         Raises InputError where it was made for another base or other vectors than those served here, and
-        PreferenceError where the policy forbids it: a preset is no way around the operator's floor.
+        PreferenceError where the policy (default: everybody's) forbids it: a preset is no way around a floor.
         """
         by_digest = {vector.digest: name for name, vector in self.vectors.items()}
         missing = sorted(ref for ref, digest in preset.vectors.items() if digest not in by_digest)
@@ -57,14 +57,14 @@ class Lineup:
                 " endpoint does not serve; choose another preset, or deploy with those vectors"
             )
         etas = {by_digest[preset.vectors[ref]]: eta for ref, eta in preset.coefficients.items()}
-        return self.policy.coefficients(dict.fromkeys(self.vectors, 0.0) | etas)
+        return (policy or self.policy).coefficients(dict.fromkeys(self.vectors, 0.0) | etas)
 
 
 def line_up(config: ServingConfig) -> Lineup:
     """Resolve the config against base folder and registry.
 
-    Raises InputError for a missing base, unknown or unfitting vectors, none at all, and ranges that name no served
-    preference.
+    Raises InputError for a missing base, unknown or unfitting vectors, none at all, bounds for a preference that is not
+    served, and whatever would let an anonymous caller below a floor.
     """
     from prefvec_ray.vectors import fingerprint  # brings torch, which the front does without
 
@@ -90,7 +90,15 @@ def line_up(config: ServingConfig) -> Lineup:
                 " beside the weights; publish its low-rank form, or serve with mode: merged"
             )
     served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
-    return Lineup(base, served, policy_of(config, list(served)), int(time.time()))
+    policy = policy_of(config, list(served))
+    no_way_around(config.floors, versions)
+    lineup = Lineup(base, served, policy, int(time.time()))
+    for name in config.anonymous.presets or ():
+        try:
+            lineup.preset(registry.resolve_preset(name))
+        except InputError as error:
+            raise InputError(f"anonymous.presets: {name!r} cannot be offered: {error}") from None
+    return lineup
 
 
 def open_registry(where: str) -> Registry:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, Request
+from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
 from prefvec_ray.serving.lineup import Lineup, open_registry
@@ -67,7 +67,12 @@ class Replica:
                 continue
             for index, piece in item:
                 before = answers.get(index, Piece("", ()))
-                answers[index] = Piece(before.text + piece.text, before.tokens + piece.tokens, piece.finish_reason)
+                answers[index] = Piece(
+                    before.text + piece.text,
+                    before.tokens + piece.tokens,
+                    piece.finish_reason,
+                    before.logprobs + piece.logprobs,
+                )
         return prompt_tokens, [answers[index] for index in sorted(answers)]
 
     def status(self) -> EngineStatus:
@@ -82,6 +87,10 @@ class Replica:
         requests = []
         for prompt in job.prompts:
             ids = self._tokens(prompt)
+            if job.max_prompt_tokens is not None and len(ids) > job.max_prompt_tokens:
+                raise PromptTooLongError(
+                    f"prompt of {len(ids)} tokens; at most {job.max_prompt_tokens} are allowed here; shorten it"
+                )
             room = min(self._config.engine.max_new_tokens, max(1, self.engine.context - len(ids)))
             first = Request(
                 ids,
@@ -90,6 +99,7 @@ class Replica:
                 temperature=job.temperature,
                 top_p=job.top_p,
                 stop=job.stop,
+                logprobs=job.logprobs,
             )
             self.engine.check(first)
             for choice in range(job.n):

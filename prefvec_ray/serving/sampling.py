@@ -26,6 +26,21 @@ def choose(logits_RV: Tensor, requests: Sequence[Request], draws: Sequence[rando
     return tokens_R.tolist()
 
 
+def logprobs(logits_RV: Tensor, chosen: Sequence[int], tops: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """For each row: (token, log-probability) of the chosen token, then of the row's `tops` likeliest, best first.
+
+    Natural logarithms, of the model's own distribution: before temperature and top_p. -inf becomes -9999, which JSON
+    can say and OpenAI's API means by it.
+    """
+    logp_RV = torch.log_softmax(logits_RV.float(), -1).clamp_min(-9999.0)
+    tokens_R1 = torch.tensor(chosen, device=logp_RV.device).unsqueeze(-1)
+    best = logp_RV.topk(min(max(tops), logp_RV.shape[-1]), dim=-1)
+    tokens_RK = torch.cat([tokens_R1, best.indices], -1).tolist()
+    values_RK = torch.cat([logp_RV.gather(-1, tokens_R1), best.values], -1).tolist()
+    rows = zip(tokens_RK, values_RK, tops, strict=True)
+    return [list(zip(tokens[: 1 + top], values[: 1 + top], strict=True)) for tokens, values, top in rows]
+
+
 def _sample(logits_RV: Tensor, requests: Sequence[Request], u_R: list[float], nucleus: bool) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_RV.device).unsqueeze(-1)

@@ -33,14 +33,16 @@ from prefvec_ray.serving.engine import (
     EngineError,
     EngineStatus,
     FinishReason,
+    Likely,
     Piece,
     PromptTooLongError,
     Request,
+    TokenLogprobs,
 )
 from prefvec_ray.serving.holders import Holder
 from prefvec_ray.serving.kv import SlotCache, context_length
-from prefvec_ray.serving.sampling import choose
-from prefvec_ray.serving.text import TextStream
+from prefvec_ray.serving.sampling import choose, logprobs
+from prefvec_ray.serving.text import TextStream, TokenTexts
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,9 @@ class Ticket:
     last_token: int = -1
     produced: int = 0
     unsent: list[int] = field(default_factory=list)
+    untold: list[TokenLogprobs] = field(default_factory=list)
+    sent: int = 0
+    """characters of the answer's text"""
     cancelled: bool = False
 
 
@@ -97,6 +102,7 @@ class SlotEngine:
         self._device = self.model.device
         self._additive = _wants_additive_mask(self.model)
         self._ends = _end_tokens(self.model, tokenizer)
+        self._token_texts = TokenTexts(tokenizer)
         self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
         self._turn_began = time.monotonic()
         self._waiting: deque[Ticket] = deque()
@@ -246,6 +252,7 @@ class SlotEngine:
         if not all(sound):
             logits_RV = torch.nan_to_num(logits_RV)
         chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
+        self._note_logprobs(tickets, logits_RV, chosen)
         said = [
             self._said(ticket, token) if fine else InputError(OVERFLOW)
             for ticket, token, fine in zip(tickets, chosen, sound, strict=True)
@@ -265,6 +272,17 @@ class SlotEngine:
             if piece:
                 ticket.emit(piece)
 
+    def _note_logprobs(self, tickets: list[Ticket], logits_RV: Tensor, chosen: list[int]) -> None:
+        """Keep what the rows that ask for log-probabilities will be told of this token, with its place in the text."""
+        rows = [row for row, ticket in enumerate(tickets) if ticket.request.logprobs is not None]
+        if not rows:
+            return
+        tops = [tickets[row].request.logprobs or 0 for row in rows]
+        for row, told in zip(rows, logprobs(logits_RV[rows], [chosen[row] for row in rows], tops), strict=True):
+            first, *top = (Likely(*self._token_texts[token], value) for token, value in told)
+            ticket = tickets[row]
+            ticket.untold.append(TokenLogprobs(first, tuple(top), ticket.text.decoded))
+
     def _said(self, ticket: Ticket, token: int) -> Piece | None:
         """What the token adds to the answer, if there is anything to tell yet."""
         ticket.last_token = token
@@ -281,8 +299,12 @@ class SlotEngine:
             text += ticket.text.finish()
         if not text and not reason:
             return None
-        piece = Piece(text, tuple(ticket.unsent), reason)
+        ticket.sent += len(text)
+        # A token that begins in text held back may still turn out to belong to a stop string.
+        told = tuple(t for t in ticket.untold if t.offset < ticket.sent)
+        piece = Piece(text, tuple(ticket.unsent), reason, told)
         ticket.unsent.clear()
+        ticket.untold = ticket.untold[len(told) :]
         return piece
 
     def _free(self, batch: _Batch, row: int) -> None:

@@ -1,11 +1,16 @@
 """From token ids to text as it comes: no half characters, nothing that a stop string might still swallow."""
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 CONTEXT = 8
 """prompt tokens decoded with the answer: some tokenizers drop the space before the first token they see"""
+
+BYTE_OF: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
+"""how byte-level vocabularies write bytes"""
 
 
 class TextStream:
@@ -18,6 +23,8 @@ class TextStream:
         # Tokens up to `_read` have been decoded; those from `_start` on are decoded again beside the new ones.
         self._start, self._read = 0, len(self._ids)
         self._held = ""
+        self.decoded = 0
+        """characters of the answer that are known so far, sent or held back"""
         self.stopped = False
         """a stop string has ended the answer"""
 
@@ -46,6 +53,7 @@ class TextStream:
 
     def _release(self, new: str) -> str:
         self._start, self._read = self._read, len(self._ids)
+        self.decoded += len(new)
         text = self._held + new
         found = [place for s in self._stop if (place := text.find(s)) >= 0]
         if found:
@@ -54,6 +62,31 @@ class TextStream:
         keep = max((_overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+class TokenTexts:
+    """Text and bytes of single tokens, each looked up once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def __getitem__(self, token: int) -> tuple[str, bytes]:
+        if token not in self._known:
+            self._known[token] = self._look_up(token)
+        return self._known[token]
+
+    def _look_up(self, token: int) -> tuple[str, bytes]:
+        text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        if "\ufffd" not in text:
+            return text, text.encode()
+        # Part of a character: its bytes are in the token's name, in one of the two ways that vocabularies write them.
+        name = str(self._tokenizer.convert_ids_to_tokens(token))
+        if re.fullmatch("<0x[0-9A-F]{2}>", name):
+            return text, bytes([int(name[3:5], 16)])
+        if all(character in BYTE_OF for character in name):
+            return text, bytes(BYTE_OF[character] for character in name)
+        return text, text.encode()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
 from openai.types import Completion, CompletionChoice, CompletionUsage, Model
 from openai.types import completion_create_params as text_params
@@ -17,19 +17,24 @@ from openai.types.chat import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
     chat_completion,
     chat_completion_chunk,
 )
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from prefvec_ray.serving.engine import Coefficients, FinishReason, Piece
+from prefvec_ray.serving.engine import Coefficients, FinishReason, Likely, Piece
 from prefvec_ray.serving.errors import ApiError
 from prefvec_ray.serving.job import Job, Prompt
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
+LONGEST_ECHO = 100
 T = TypeVar("T")
+L = TypeVar("L", chat_completion.ChoiceLogprobs, chat_completion_chunk.ChoiceLogprobs)
 Some = Annotated[list[T], Field(min_length=1)]
 
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
@@ -37,7 +42,6 @@ IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key",
 NOTHING: dict[str, Any] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
-    "logprobs": False,
     "logit_bias": {},
     "tools": [],
     "functions": [],
@@ -86,7 +90,11 @@ class _Body(_Strict):
     def prompts(self) -> tuple[Prompt, ...]:
         raise NotImplementedError
 
-    def job(self, coefficients: Coefficients) -> Job:
+    def alternatives(self) -> int | None:
+        """How many of each position's likeliest tokens to tell; None: nothing about log-probabilities."""
+        raise NotImplementedError
+
+    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> Job:
         """The work that this body asks for. Left-out settings have OpenAI's defaults (temperature and top_p 1)."""
         return Job(
             prompts=self.prompts(),
@@ -97,6 +105,8 @@ class _Body(_Strict):
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            max_prompt_tokens=max_prompt_tokens,
+            logprobs=self.alternatives(),
         )
 
 
@@ -133,6 +143,10 @@ class ChatBody(_Body):
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    """tell the log-probability of every token of the answer"""
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """and of so many of the likeliest at its place"""
 
     @model_validator(mode="before")
     @classmethod
@@ -140,9 +154,18 @@ class ChatBody(_Body):
         known = set(chat_params.CompletionCreateParamsBase.__annotations__)
         return _refuse_unserved(content, known, cls.model_fields)
 
+    @model_validator(mode="after")
+    def _top_of_something(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def prompts(self) -> tuple[Prompt, ...]:
         return (tuple(message.plain() for message in self.messages),)
@@ -152,6 +175,11 @@ class TextBody(_Body):
     """`POST /v1/completions`."""
 
     prompt: str | Some[str] | Some[Token] | Some[list[Token]]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    """tell the log-probability of every token of the answer, and of so many of the likeliest at its place"""
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +204,7 @@ class Writer:
     def __init__(self, body: Body, coefficients: Coefficients, fingerprint: str):
         self.chat = isinstance(body, ChatBody)
         self.include_usage = body.include_usage
+        self.logprobs = body.alternatives() is not None
         self._common: dict[str, Any] = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -195,7 +224,7 @@ class Writer:
         """The answer to a request that does not stream."""
         usage = _usage(prompt_tokens, sum(len(answer.tokens) for answer in answers))
         if not self.chat:
-            choices = [_text_choice(i, a.text, a.finish_reason) for i, a in enumerate(answers)]
+            choices = [self._text_choice(i, a) for i, a in enumerate(answers)]
             return Completion(object="text_completion", choices=choices, usage=usage, **self._common)
         return ChatCompletion(
             object="chat.completion",
@@ -203,7 +232,7 @@ class Writer:
                 chat_completion.Choice(
                     index=i,
                     finish_reason=answer.finish_reason or "stop",
-                    logprobs=None,
+                    logprobs=self._logprobs(answer, chat_completion.ChoiceLogprobs),
                     message=ChatCompletionMessage(role="assistant", content=answer.text),
                 )
                 for i, answer in enumerate(answers)
@@ -220,9 +249,10 @@ class Writer:
     def piece(self, index: int, piece: Piece) -> bytes:
         if not self.chat:
             # CompletionChoice wants a finish_reason; OpenAI's own streams send null until the last piece.
-            choice = _text_choice(index, piece.text, piece.finish_reason)
+            choice = self._text_choice(index, piece)
             return _event(Completion(object="text_completion", choices=[choice], **self._common))
-        return self._delta(index, piece.finish_reason, content=piece.text)
+        logprobs = self._logprobs(piece, chat_completion_chunk.ChoiceLogprobs)
+        return self._delta(index, piece.finish_reason, logprobs, content=piece.text)
 
     def closing(self, prompt_tokens: int, new_tokens: int) -> Iterator[bytes]:
         """The last events of a stream: the usage, if it was asked for, and the end."""
@@ -233,11 +263,41 @@ class Writer:
             yield _event(Completion(object="text_completion", choices=[], usage=usage, **self._common))
         yield b"data: [DONE]\n\n"
 
-    def _delta(self, index: int, reason: FinishReason | None, **delta: Any) -> bytes:
+    def _delta(
+        self,
+        index: int,
+        reason: FinishReason | None,
+        logprobs: chat_completion_chunk.ChoiceLogprobs | None = None,
+        **delta: Any,
+    ) -> bytes:
         choice = chat_completion_chunk.Choice(
-            index=index, delta=chat_completion_chunk.ChoiceDelta(**delta), finish_reason=reason
+            index=index, delta=chat_completion_chunk.ChoiceDelta(**delta), finish_reason=reason, logprobs=logprobs
         )
         return _event(self._chunk(choices=[choice]))
+
+    def _logprobs(self, piece: Piece, kind: type[L]) -> L | None:
+        """A chat's log-probabilities, where they were asked for."""
+        if not self.logprobs:
+            return None
+        content = [
+            ChatCompletionTokenLogprob(
+                **_told(said.chosen), top_logprobs=[TopLogprob(**_told(likely)) for likely in said.top]
+            )
+            for said in piece.logprobs
+        ]
+        return kind(content=content, refusal=None)
+
+    def _text_choice(self, index: int, piece: Piece) -> CompletionChoice:
+        logprobs = None
+        if self.logprobs:
+            logprobs = Logprobs(
+                text_offset=[said.offset for said in piece.logprobs],
+                token_logprobs=[said.chosen.logprob for said in piece.logprobs],
+                tokens=[said.chosen.text for said in piece.logprobs],
+                top_logprobs=[{one.text: one.logprob for one in (*said.top, said.chosen)} for said in piece.logprobs],
+            )
+        fields = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason, "logprobs": logprobs}
+        return CompletionChoice.construct(**fields)  # type: ignore[arg-type]
 
     def _chunk(self, **fields: Any) -> ChatCompletionChunk:
         return ChatCompletionChunk(object="chat.completion.chunk", **fields, **self._common)
@@ -274,10 +334,12 @@ class PresetCard(BaseModel):
 
 
 class PreferencesCard(BaseModel):
-    """`GET /v1/preferences`."""
+    """`GET /v1/preferences`: what the caller that asks may have."""
 
     model: str
     base_fingerprint: str
+    coefficients: Literal["free", "presets"]
+    """whether this caller may ask for coefficients of its own, or for presets only"""
     preferences: list[VectorCard]
     presets: list[PresetCard]
 
@@ -299,14 +361,27 @@ B = TypeVar("B", ChatBody, TextBody)
 def parse_body(content: bytes, model: type[B]) -> B:
     """The checked request. Raises ApiError(400) that names the first thing wrong with it, never its whole content."""
     try:
-        return model.model_validate_json(content)
+        body = model.model_validate_json(content)
+        # After the first parse, which bounds the depth.
+        json.loads(content, object_pairs_hook=_each_once, parse_int=str, parse_float=str)
+        return body
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in problem["loc"])[:LONGEST_ECHO]
     text = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         text = "unknown field; see the server's /docs for those that are served"
-    raise ApiError(400, f"{where}: {text}" if where else text, param=str(problem["loc"][0]) if where else None)
+    raise ApiError(
+        400, f"{where}: {text}" if where else text, param=str(problem["loc"][0])[:LONGEST_ECHO] if where else None
+    )
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name given twice, parsers take the first or the last: what one checked, another may not see."""
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        raise ApiError(400, "the body names a field twice in one object; name each once", code="duplicate_field")
+    return seen
 
 
 def _usage(prompt_tokens: int, new_tokens: int) -> CompletionUsage:
@@ -315,9 +390,8 @@ def _usage(prompt_tokens: int, new_tokens: int) -> CompletionUsage:
     )
 
 
-def _text_choice(index: int, text: str, reason: FinishReason | None) -> CompletionChoice:
-    fields = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
-    return CompletionChoice.construct(**fields)  # type: ignore[arg-type]
+def _told(likely: Likely) -> dict[str, Any]:
+    return {"token": likely.text, "bytes": list(likely.bytes), "logprob": likely.logprob}
 
 
 def _event(content: BaseModel) -> bytes:

@@ -1,0 +1,147 @@
+"""How much a caller may use: requests a minute, tokens a minute, tokens a day.
+
+Counted in the memory of the front, which is one process: a front that is replaced (a new deployment) starts from zero.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from prefvec_ray.serving.config import Allowance
+from prefvec_ray.serving.errors import ApiError
+
+MINUTE, DAY = 60.0, 86_400.0
+BINS = 60
+LONGEST_RETRY = 60.0
+"""seconds that OpenAI's client waits by itself; for a longer wait it is told not to try"""
+
+
+@dataclass
+class _Bin:
+    number: int
+    amount: int
+
+
+class Window:
+    """A sliding window: what was taken counts for `seconds` and at most one sixtieth longer, so that where every taking
+    first sees that it fits, no stretch of `seconds` holds more than the limit."""
+
+    def __init__(self, seconds: float):
+        self._width = seconds / BINS
+        self._bins: deque[_Bin] = deque()
+
+    def used(self, now: float) -> int:
+        while self._bins and now >= self._end(self._bins[0]):
+            self._bins.popleft()
+        return sum(each.amount for each in self._bins)
+
+    def wait(self, amount: int, limit: int, now: float) -> float:
+        """Seconds until `amount` more fits under `limit`: 0 now, infinity never."""
+        over = self.used(now) + amount - limit
+        if amount > limit:
+            return math.inf
+        for each in self._bins:
+            if over <= 0:
+                break
+            over -= each.amount
+            if over <= 0:
+                return self._end(each) - now
+        return 0.0
+
+    def add(self, amount: int, now: float) -> _Bin:
+        """Count `amount`, without asking. The bin: for a correction later."""
+        number = math.floor(now / self._width)
+        if not self._bins or self._bins[-1].number != number:
+            self._bins.append(_Bin(number, 0))
+        self._bins[-1].amount += amount
+        return self._bins[-1]
+
+    def _end(self, each: _Bin) -> float:
+        return (each.number + 1 + BINS) * self._width
+
+
+@dataclass
+class _Used:
+    requests: Window = field(default_factory=lambda: Window(MINUTE))
+    minute: Window = field(default_factory=lambda: Window(MINUTE))
+    day: Window = field(default_factory=lambda: Window(DAY))
+
+
+@dataclass
+class Reservation:
+    """Tokens set aside for one request, until what it really used is known."""
+
+    tokens: int
+    bins: tuple[_Bin, ...]
+
+    def settle(self, used: int) -> None:
+        """Replace what was set aside by what was used."""
+        for each in self.bins:
+            each.amount += used - self.tokens
+        self.tokens = used
+
+
+class Rates:
+    """What every caller has used of its allowance. `clock` gives seconds that only grow."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._callers: dict[str, _Used] = {}
+
+    def request(self, caller: str, allowance: Allowance) -> None:
+        """Count one request. Raises ApiError(429) where the minute's are used up."""
+        now, window, limit = self._clock(), self._used(caller).requests, allowance.requests_per_minute
+        if limit is None:
+            return
+        wait = window.wait(1, limit, now)
+        if wait:
+            raise self._exceeded(f"{limit} requests per minute", "requests", wait, caller, allowance)
+        window.add(1, now)
+
+    def reserve(self, caller: str, allowance: Allowance, tokens: int) -> Reservation:
+        """Set tokens aside. Raises ApiError: 429 where they do not fit now, 400 where they never will."""
+        now, used = self._clock(), self._used(caller)
+        kinds = (
+            (used.minute, allowance.tokens_per_minute, "minute"),
+            (used.day, allowance.tokens_per_day, "day"),
+        )
+        for window, limit, span in kinds:
+            if limit is None:
+                continue
+            wait = window.wait(tokens, limit, now)
+            if math.isinf(wait):
+                raise ApiError(
+                    400,
+                    f"this request may use {tokens} tokens, more than the {limit} per {span} of this caller;"
+                    " lower max_tokens or n, or shorten the prompt",
+                    code="request_too_large",
+                )
+            if wait:
+                raise self._exceeded(f"{limit} tokens per {span}", "tokens", wait, caller, allowance)
+        return Reservation(tokens, tuple(w.add(tokens, now) for w, limit, _ in kinds if limit is not None))
+
+    def headers(self, caller: str, allowance: Allowance) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*` headers, for the limits that this caller has (tokens: those of the minute)."""
+        now, used, headers = self._clock(), self._used(caller), {}
+        for kind, window, limit in (
+            ("requests", used.requests, allowance.requests_per_minute),
+            ("tokens", used.minute, allowance.tokens_per_minute),
+        ):
+            if limit is not None:
+                headers[f"x-ratelimit-limit-{kind}"] = str(limit)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, limit - window.used(now)))
+                headers[f"x-ratelimit-reset-{kind}"] = f"{math.ceil(window.wait(limit, limit, now))}s"
+        return headers
+
+    def _used(self, caller: str) -> _Used:
+        return self._callers.setdefault(caller, _Used())
+
+    def _exceeded(self, what: str, kind: str, wait: float, caller: str, allowance: Allowance) -> ApiError:
+        seconds = math.ceil(wait)
+        headers = self.headers(caller, allowance) | {"retry-after": str(seconds)}
+        if wait > LONGEST_RETRY:
+            headers["x-should-retry"] = "false"
+        message = f"the limit of {what} is reached; try again in {seconds} s"
+        return ApiError(429, message, code="rate_limit_exceeded", kind=kind, headers=headers)
