@@ -82,7 +82,7 @@ def _coupling(effects: Sequence[Effect], data: ReportData) -> dict[str, Any] | N
             gain = 0.0 if slope is None else data.metrics[metric].gain(slope.mean, 0.0)
             clear = slope is not None and abs(gain) > ERRORS * (slope.stderr or 0.0)
             text = "–" if slope is None else f"{slope.mean:+.2f}" + (f" ±{slope.stderr:.2f}" if slope.stderr else "")
-            cells.append({"text": text, "tone": ("good" if gain > 0 else "bad") if clear else "same"})
+            cells.append({"text": text.replace("-", "−"), "tone": ("good" if gain > 0 else "bad") if clear else "same"})
         rows.append({"preference": preference, "cells": cells})
     return {"metrics": metrics, "rows": rows}
 

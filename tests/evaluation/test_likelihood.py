@@ -177,8 +177,3 @@ def test_a_scorers_metric_must_not_take_their_names(live, tokenizer):
 
     with pytest.raises(InputError, match="'kl', which is measured by the model too"):
         Evaluator(live, tokenizer, ["How?"], taken, measures=["kl"])
-
-
-def test_a_folder_without_a_finished_job(tmp_path):
-    with pytest.raises(InputError, match=r"no training\.json there"):
-        TrainingRun(tmp_path)
