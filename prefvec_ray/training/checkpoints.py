@@ -75,6 +75,14 @@ def newest_checkpoint(folder: Path, workers: int) -> tuple[Path, int] | None:
     return max(whole)[::-1] if whole else None
 
 
+def resume_point(folder: Path, workers: int) -> tuple[Path, int] | None:
+    """`newest_checkpoint` as rank 0 sees it: on a shared file system another rank might see a little less."""
+    found = [newest_checkpoint(folder, workers)]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def remove_checkpoints(out: str | Path) -> None:
     """All of them: the run has finished, or was stopped for a reason that its checkpoint would only repeat."""
     shutil.rmtree(checkpoint_folder(out), ignore_errors=True)

@@ -20,9 +20,9 @@ from prefvec_ray.preferences import flip
 from prefvec_ray.training.checkpoints import (
     CompleteCheckpoints,
     checkpoint_folder,
-    newest_checkpoint,
     partial_folder,
     remove_checkpoints,
+    resume_point,
     run_on_disk,
 )
 from prefvec_ray.training.config import Method, Watch
@@ -212,7 +212,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
         peft_config=lora_config(spec.method.lora) if spec.method.kind == "lora" else None,
     )
     trainer.remove_callback(PrinterCallback)  # the report says it better
-    resumed = newest_checkpoint(checkpoints, args.world_size) if spec.checkpoint_every else None
+    resumed = resume_point(checkpoints, args.world_size) if spec.checkpoint_every else None
     if spec.checkpoint_every:
         trainer.add_callback(CompleteCheckpoints())
     if spec.tensorboard and trainer.is_world_process_zero():
