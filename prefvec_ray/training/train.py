@@ -14,7 +14,7 @@ from trl import DPOConfig
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
-from prefvec_ray.training.checkpoints import check_space
+from prefvec_ray.training.checkpoints import check_space, told_when_full
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
@@ -40,10 +40,11 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
     Raises:
         InputError: bad config, data or base; before any run starts.
         RunsFailedError: some runs failed; the others are kept and skipped next time.
+        DiskFullError: names the folder.
     """
     config.check()
     prepared = prepare_data(config) if prepared is None else prepared
-    with job_board(config.folder) as board:
+    with job_board(config.folder) as board, told_when_full(config.folder):
         config = fine_tuned(config, board)
         references = compute_references(config, prepared)
         left_out = {
