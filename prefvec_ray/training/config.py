@@ -1,9 +1,7 @@
 """What a training job is given: the base, the preferences' data, the DPO recipe and the resources of a run."""
 
-import dataclasses
 import importlib.util
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,48 +9,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
+from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
 
 # Names with a meaning of their own: `mixed` is the baseline trained on all preferences' pairs at once.
 MIXED = "mixed"
-
-# Fields of TRL's DPOConfig that the plan itself decides; a recipe that sets one would silently be overruled.
-OWNED = {
-    "output_dir": "each run writes into its own folder",
-    "seed": "give `seeds`",
-    "data_seed": "give `seeds`",
-    "precompute_ref_log_probs": "reference log-probs are always computed once and shared",
-    "save_strategy": "give `checkpoint_every`; a finished run keeps its fp32 delta",
-    "save_steps": "give `checkpoint_every`",
-    "save_total_limit": "a run keeps its newest checkpoint while it trains, and none when it has finished",
-    "eval_strategy": "give `watch.evaluations`",
-    "eval_steps": "give `watch.evaluations`",
-    "report_to": "TensorBoard is always written; give `watch.report_to` for others",
-    "logging_nan_inf_filter": "a loss that is not finite stops the run, it is not averaged away",
-    "resume_from_checkpoint": "a run goes on from its own checkpoint by itself",
-    "sync_ref_model": "the reference is the base model and stays fixed",
-    "deepspeed": "give `deepspeed` beside `dpo`",
-    "fsdp": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
-    "fsdp_config": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
-    "parallelism_config": "give `resources`, and `deepspeed` for a model larger than one device",
-}
-
-# The same for SFTConfig; its seed is free, since there is one run.
-SFT_OWNED = {name: why for name, why in OWNED.items() if name not in ("seed", "data_seed")} | {
-    "eval_strategy": "the fine-tuned model is measured by the runs that start from it",
-    "eval_steps": "the fine-tuned model is measured by the runs that start from it",
-    "report_to": "its losses are kept in sft.json",
-    "chat_template_path": "give `chat_template`, which serves both stages",
-    "eos_token": "set it in the base's tokenizer, which both stages use",
-}
-
-LOSS_TYPES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
-"""Every loss of TRL's DPOTrainer; none of them asks for more columns than a pair and its reference log-probs."""
-F_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-"""Those that depend on the reference through the difference of the two rewards only, as f-divergences need it."""
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 class PreferenceData(Config):
@@ -263,10 +223,10 @@ class TrainingConfig(Config):
         self._check_method()
         from trl import DPOConfig, SFTConfig
 
-        _check_fields("dpo", self.dpo, DPOConfig)
-        self._check_loss()
+        check_fields("dpo", self.dpo, DPOConfig)
+        check_loss(self.dpo)
         if self.sft is not None:
-            _check_fields("sft", self.sft.recipe, SFTConfig)
+            check_fields("sft", self.sft.recipe, SFTConfig)
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
         if self.chat_template not in (None, "transcript") and not Path(str(self.chat_template)).is_file():
@@ -281,26 +241,6 @@ class TrainingConfig(Config):
             from prefvec_ray.training.lora import check_lora
 
             check_lora(self.base, self.lora, deepspeed=self.deepspeed is not None)
-
-    def _check_loss(self) -> None:
-        """What TRL would only find out on the workers."""
-        given = self.dpo.get("loss_type", "sigmoid")
-        losses = [given] if isinstance(given, str) else list(given)
-        for loss in losses:
-            if loss not in LOSS_TYPES:
-                raise InputError(f"dpo.loss_type {loss!r} is not one of TRL's{closest(str(loss), LOSS_TYPES)}")
-        if "exo_pair" in losses and not self.dpo.get("label_smoothing"):
-            raise InputError("dpo.loss_type exo_pair needs dpo.label_smoothing above 0; its paper recommends 1e-3")
-        divergence = self.dpo.get("f_divergence_type", "reverse_kl")
-        if divergence not in DIVERGENCES:
-            raise InputError(f"dpo.f_divergence_type {divergence!r}: expected one of {', '.join(DIVERGENCES)}")
-        outside = sorted(set(losses) - F_LOSSES)
-        if divergence != "reverse_kl" and outside:
-            raise InputError(f"dpo.f_divergence_type {divergence} is not defined for loss_type {outside[0]}")
-        if self.dpo.get("use_weighting") and {"aot", "aot_unpaired"} & set(losses):
-            raise InputError(
-                "dpo.use_weighting cannot be used with the aot losses: they sort pairs, weights would not follow"
-            )
 
     def _check_method(self) -> None:
         from prefvec_ray.training.zero import check_installed, deepspeed_config
@@ -333,24 +273,3 @@ class TrainingConfig(Config):
                     f"global_batch_size {self.global_batch_size} is no multiple of the {self._at_once} pairs that "
                     f"{workers} worker(s) take at once (dpo.per_device_train_batch_size x resources.workers)"
                 )
-
-
-def _check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
-    """InputError for a field that this TRL config does not have, or a value that it refuses."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    for field in recipe:
-        if field not in known:
-            raise InputError(f"{section}.{field} is not a field of TRL's {kind.__name__}{closest(field, known)}")
-    # What depends on the device is decided where the workers are: this machine may have none.
-    here = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True, "ddp_backend": None}
-    try:
-        kind(output_dir="unused", **{**recipe, **here})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{section}: TRL's {kind.__name__} refuses the recipe: {error}") from error
-
-
-def closest(word: str, known: Collection[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

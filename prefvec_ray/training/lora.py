@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.training.recipe import closest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -21,8 +22,6 @@ def lora_config(fields: Mapping[str, Any]) -> "LoraConfig":
         InputError: a field that PEFT does not know, or a value that it refuses.
     """
     from peft import LoraConfig
-
-    from prefvec_ray.training.config import closest
 
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for field in fields:

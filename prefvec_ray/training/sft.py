@@ -123,11 +123,12 @@ def _fit_and_tell(job: dict[str, Any], name: str, config: TrainingConfig, what: 
 
     threading.Thread(target=run, daemon=True).start()
     with progress_bar(Console(), what) as tell:
+        told = 0
         while not ended:
             time.sleep(0.5)
             row = ray.get(job["board"].read.remote()).get("sft")
-            if row:
-                tell(row["step"], row["total"])
+            if row and row["step"] != told:
+                tell(told := row["step"], row["total"])
     if isinstance(ended[0], RunsFailedError):
         raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {ended[0]}") from ended[0]
     if ended[0] is not None:

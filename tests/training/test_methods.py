@@ -9,11 +9,12 @@ from peft import PeftModel
 from trl import DPOConfig
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.training.config import LOSS_TYPES, Method, Watch
+from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.lora import check_lora, lora_config
 from prefvec_ray.training.model import load_base
+from prefvec_ray.training.recipe import LOSS_TYPES
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.vectors import (
     LowRank,
