@@ -93,6 +93,8 @@ class TokenizedDPOTrainer(DPOTrainer):
     and logs the figures of each held-out set under that set's name.
     """
 
+    _precompute_model_hash: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.clock = Clock()
         super().__init__(*args, **kwargs)
