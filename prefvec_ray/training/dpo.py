@@ -258,7 +258,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
 
 def _watch_arguments(spec: RunSpec) -> dict[str, Any]:
     """When to measure and when to write a checkpoint, in the trainer's words."""
-    arguments: dict[str, Any] = {"report_to": list(spec.watch.report_to) or "none"}
+    arguments: dict[str, Any] = {"report_to": list(spec.watch.report_to) or "none", "run_name": spec.key}
     if spec.watch.evaluations:
         arguments |= {"eval_strategy": "steps", "eval_steps": min(1 / spec.watch.evaluations, 0.999)}
     if every := spec.checkpoint_every:

@@ -1,6 +1,7 @@
 """What is seen of a run while it trains, and when it is stopped."""
 
 import gc
+import importlib.util
 import io
 import math
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
 from prefvec_ray.training.checkpoints import checkpoint_folder
@@ -109,6 +111,15 @@ def test_answers_of_the_base_are_distinct_draws_that_leave_room(scored, world_fo
     assert max(map(len, drawn["chosen_ids"])) <= 12
     shortest = min(map(len, pairs["prompt_ids"]))
     assert len(base_answers(base, pairs, samples=16, tokens=12, max_length=shortest)) == 0
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_work_starts(config):
+    missing = [tracker for tracker in ("wandb", "mlflow") if not importlib.util.find_spec(tracker)]
+    for tracker in missing:
+        with pytest.raises(InputError, match=f"watch.report_to names {tracker}, which is not installed"):
+            config.model_copy(update={"watch": Watch(report_to=[tracker])}).check()
+    if not missing:
+        pytest.skip("both are installed here")
 
 
 def test_a_job_log_has_a_line_a_measurement_and_not_thousands():
