@@ -18,6 +18,7 @@ OWNED = {
     "eval_strategy": "give `watch.evaluations`",
     "eval_steps": "give `watch.evaluations`",
     "report_to": "TensorBoard is always written; give `watch.report_to` for others",
+    "run_name": "a run is named by its key",
     "logging_nan_inf_filter": "a loss that is not finite stops the run, it is not averaged away",
     "resume_from_checkpoint": "a run goes on from its own checkpoint by itself",
     "sync_ref_model": "the reference is the base model and stays fixed",
