@@ -44,6 +44,13 @@ class Key(Allowance):
     may_go_below_floor: bool = False
     """the operator's floors do not bound this key; its ranges do"""
 
+    def summary(self) -> str:
+        """What it may do other than everybody, in one line."""
+        parts = [f"{name} {r.min:g}..{r.max:g}, default {r.default:g}" for name, r in self.ranges.items()]
+        identity = {"id", "name", "sha256", "created", "revoked", "ranges"}
+        rest = self.model_dump(mode="json", exclude=identity, exclude_defaults=True)
+        return "; ".join([*parts, *(f"{name}: {value}" for name, value in rest.items())])
+
 
 class KeyFile(Config):
     """What is in the file."""
@@ -145,10 +152,23 @@ def revoke_key(path: Path, id: str) -> Key:
     return keys[id]
 
 
+def parse_range(text: str) -> tuple[str, Range]:
+    """`harmless=0.5..1:0.7` as ("harmless", Range(min=0.5, max=1, default=0.7)). Raises InputError."""
+    name, _, bounds = text.partition("=")
+    span, _, default = bounds.partition(":")
+    low, _, high = span.partition("..")
+    content = {"min": low, "max": high} | ({"default": default} if default else {})
+    if not (name and low and high):
+        raise InputError(
+            f"range {text!r}: expected NAME=MIN..MAX or NAME=MIN..MAX:DEFAULT, such as harmless=0.5..1:0.7"
+        )
+    return name, parse_config(content, Range, source=f"range {text!r}")
+
+
 def _write(path: Path, keys: Iterable[Key]) -> None:
     """All of it or nothing, for the owner's eyes only (mkstemp makes files of mode 600)."""
     target = path.resolve()
-    content = KeyFile(keys=tuple(keys)).model_dump(mode="json", exclude_defaults=True)
+    content = KeyFile(keys=tuple(keys)).model_dump(mode="json", exclude_none=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(handle, "w") as file:

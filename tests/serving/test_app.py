@@ -2,62 +2,18 @@
 
 import asyncio
 import json
-import socket
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from transformers import PreTrainedTokenizerFast
 
-from prefvec_ray.registry import Registry
-from prefvec_ray.serving import ServingConfig, start, stop
-
 CHAT: Any = [{"role": "user", "content": "the quick brown fox"}]
 ASK: dict[str, Any] = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_tokens": 24}
-
-
-@dataclass
-class Endpoint:
-    url: str
-    client: OpenAI
-    registry: Registry
-
-    def post(self, content: Any, path: str = "/chat/completions", **settings: Any) -> httpx.Response:
-        body = content if isinstance(content, str | bytes) else json.dumps(content)
-        headers = {"content-type": "application/json"} | settings
-        return httpx.post(self.url + path, content=body, headers=headers, timeout=60)
-
-    def status(self) -> dict[str, Any]:
-        (status,) = httpx.get(self.url.removesuffix("/v1") + "/healthz").json()["replicas"]
-        return status
-
-
-@pytest.fixture(scope="module")
-def endpoint(ray_cluster, base_folder, registry_root) -> Iterator[Endpoint]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = ServingConfig.model_validate(
-        {
-            "model": "tiny",
-            "base": base_folder,
-            "registry": registry_root,
-            "ranges": {"harmless": {"min": 0}},
-            "engine": {"max_new_tokens": 400, "max_batch": 8},
-            "replicas": {"cpus": 0.5},
-            "limits": {"answers": 20, "body_bytes": 50_000, "queued_requests": 32},
-        }
-    )
-    url = start(config, port=port)
-    with OpenAI(base_url=url, api_key="anyone", max_retries=0, timeout=60) as client:
-        yield Endpoint(url, client, Registry.open(registry_root))
-    stop()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +45,7 @@ def test_many_callers_at_once_each_get_their_own_balance(endpoint, said):
     settings = [{"helpful": i / 8 - 1, "harmless": i / 16} for i in range(16)]
 
     async def all_at_once() -> list[ChatCompletion]:
-        async with AsyncOpenAI(base_url=endpoint.url, api_key="anyone", max_retries=0) as client:
+        async with AsyncOpenAI(base_url=endpoint.url, api_key="none", max_retries=0) as client:
             asking = (client.chat.completions.create(**ASK, extra_body={"preferences": each}) for each in settings)
             return await asyncio.gather(*asking)
 
@@ -215,7 +171,8 @@ BAD = [
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, None, None),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, None, "messages"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None, None),
-    ({"logprobs": True}, 400, None, None),
+    ({"top_logprobs": 2}, 400, None, None),
+    ({"logprobs": True, "top_logprobs": 21}, 400, None, "top_logprobs"),
     ({"frequency_penalty": 0.5}, 400, None, None),
     ({"typo": 1}, 400, None, "typo"),
 ]
@@ -268,10 +225,11 @@ def test_unknown_routes_and_methods_have_openais_form_too(endpoint):
     assert httpx.get(endpoint.url + "/chat/completions").status_code == 405
     document = httpx.get(endpoint.url.removesuffix("/v1") + "/openapi.json").json()
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
-    assert "preferences" in body["content"]["application/json"]["schema"]["properties"]
+    assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ChatBody"}
+    assert "preferences" in document["components"]["schemas"]["ChatBody"]["properties"]
 
 
-def wait_until_idle(endpoint: Endpoint) -> dict[str, Any]:
+def wait_until_idle(endpoint: Any) -> dict[str, Any]:
     deadline = time.monotonic() + 30
     while (status := endpoint.status())["running"] + status["waiting"]:
         assert time.monotonic() < deadline, f"still busy: {status}"
