@@ -156,10 +156,7 @@ def _claims(runs: Runs) -> str:
         change = paired("change", towards, away, runs, gap_of)
         if change is None:
             continue
-        controls = control_of(towards, runs), control_of(away, runs)
-        plain = None
-        if controls[0] and controls[1] and controls[0] != controls[1]:
-            plain = paired("control", controls[0], controls[1], runs, gap_of)
+        beyond = _beyond(towards, away, runs)
         fixed = ", ".join(f"{k} {v:g}" for k, v in a.factors.items() if isinstance(v, int | float) and k != factor)
         rows.append(
             [
@@ -167,23 +164,36 @@ def _claims(runs: Runs) -> str:
                 fixed,
                 "grows" if factor in PAPER else "–",
                 f"{_interval(change)} ({change.n})",
-                f"{_interval(plain)} ({plain.n})" if plain else "–",
-                _seen(change, factor in PAPER),
+                f"{_interval(beyond)} ({beyond.n})" if beyond else "–",
+                _seen(change, beyond, factor in PAPER),
             ]
         )
     if not rows:
         return ""
-    head = ["change", "at", "paper: gap", "TRADES' gap changes by (pairs)", "control's", "seen here"]
+    head = ["change", "at", "paper: gap", "TRADES' gap changes by (seeds)", "beyond the control's change", "seen here"]
     note = "Paired by seed. Intervals are not corrected for there being several rows.\n"
     return f"### What moves the gap\n\n{_table(head, rows)}\n{note}"
 
 
-def _seen(change: Gap, claimed: bool) -> str:
-    if change.low > 0:
-        return "yes" if claimed else "grows"
+def _beyond(towards: Cell, away: Cell, runs: Runs) -> Gap | None:
+    """How much more the gap changes than that of plain adversarial training does between the same settings."""
+    controls = control_of(towards, runs), control_of(away, runs)
+    if controls[0] is None or controls[1] is None or controls[0] == controls[1]:
+        return None
+    gaps = [{run.seed: gap_of(run) for run in runs[cell]} for cell in (towards, away, controls[0], controls[1])]
+    seeds = set.intersection(*(set(part) for part in gaps))
+    a, b, c, d = gaps
+    values = [(a[seed] - b[seed]) - (c[seed] - d[seed]) for seed in sorted(seeds)]
+    return Gap.over_runs("beyond", values) if len(values) > 1 else None
+
+
+def _seen(change: Gap, beyond: Gap | None, claimed: bool) -> str:
     if change.high < 0:
         return "the opposite" if claimed else "shrinks"
-    return "not told apart from noise"
+    if change.low <= 0:
+        return "not told apart from noise"
+    plain = "yes" if claimed else "grows"
+    return f"{plain}, not shown beyond the control" if beyond and beyond.low <= 0 else plain
 
 
 def _remedy(runs: Runs) -> str:
