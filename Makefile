@@ -9,7 +9,7 @@ export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test lint clean help bench-registry bench-merge bench-engine
+.PHONY: env demo test lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,3 +49,12 @@ bench-merge: env ## Vectors against memory triad, cp, mergekit and PEFT
 
 bench-engine: env ## Serving engine: steered and merged against plain and serial
 	$(BIN)/python benchmarks/bench_engine.py
+
+bench-train: env ## Ray Train against a plain loop and stock TRL: cost a step, a run, runs in parallel, references
+	$(BIN)/python benchmarks/bench_train.py
+
+bench-data: env ## Reading and checking a million preference pairs
+	$(BIN)/python benchmarks/bench_data.py
+
+bench-search: env ## The search against a full grid and random search, and what a trial costs beside its answers
+	$(BIN)/python benchmarks/bench_search.py
