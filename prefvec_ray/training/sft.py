@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from blake3 import blake3
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
 from prefvec_ray.cluster import progress_bar
@@ -29,6 +30,7 @@ from prefvec_ray.vectors import fingerprint
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
 SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 """The columns that SFTTrainer learns from; the first that a row has are taken, others are left behind."""
 
@@ -43,20 +45,13 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
     if config.sft is None:
         return config
     start = working_base(config)
-    rows = sft_rows(config.sft, start)
-    digest = blake3("\n".join(json.dumps(row, sort_keys=True) for row in rows).encode()).hexdigest()
+    data, digest, examples = write_examples(config.sft, start, config.folder / "data")
     template = json.dumps([(start / name).read_text() for name in _tokenizer_files(start)])
     recipe = json.dumps([config.sft.recipe, config.run_method.model_dump(), config.resources.workers], sort_keys=True)
     base = fingerprint(start)
     key = key_of(base, digest, template, recipe)
     out = config.folder / "sft" / key
     if not (out / "sft.json").is_file():
-        data = config.folder / "data" / f"sft-{digest[:10]}"
-        if not data.is_dir():
-            partial = data.with_name(f".{data.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            Dataset.from_list(rows).save_to_disk(partial)
-            partial.rename(data)
         job = {
             "base": str(start),
             "base_fingerprint": base,
@@ -68,42 +63,70 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
             "out": str(out),
             "board": board,
         }
-        _fit_and_tell(job, f"sft-{key}", config, f"steps of fine-tuning on {len(rows)} examples")
+        _fit_and_tell(job, f"sft-{key}", config, f"steps of fine-tuning on {examples} examples")
     return config.model_copy(update={"base": out, "chat_template": None, "sft": None})
 
 
-def sft_rows(stage: SftStage, base: Path) -> list[dict[str, Any]]:
-    """The stage's examples in one of SHAPES.
+def write_examples(stage: SftStage, base: Path, folder: Path) -> tuple[Path, str, int]:
+    """The stage's examples as one Arrow file in `folder`, its digest and their number; memory does not grow with them.
+
+    The columns are those of the first row that SHAPES knows; of messages only role and content are kept.
 
     Raises:
         InputError: another shape, in the first row or later; conversations for a tokenizer without chat template.
     """
     from prefvec_ray.training.model import load_tokenizer
 
-    rows: list[dict[str, Any]] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".sft.partial"
+    hasher, count = blake3(), 0
+    writer: Any = None
     columns: tuple[str, ...] = ()
-    for found in read_rows(stage.data, split=stage.split, subset=stage.subset, revision=stage.revision):
-        row = found.row if isinstance(found.row, dict) else {}
-        columns = columns or next((shape for shape in SHAPES if all(name in row for name in shape)), ())
-        if not columns or not all(_usable(name, row.get(name)) for name in columns):
-            wanted = " and ".join(columns) if columns else "messages, or prompt and completion, or text"
-            raise InputError(f"sft {found.where}: expected {wanted} with text or messages in it, got {sorted(row)[:6]}")
-        rows.append({name: row[name] for name in columns})
-        if len(rows) == stage.rows:
-            break
-    if not rows:
-        raise InputError(f"sft.data {stage.data}: holds no examples")
-    if any(isinstance(value, list) for value in rows[0].values()) and load_tokenizer(base).chat_template is None:
-        raise InputError(f"sft.data {stage.data}: conversations, but the base's tokenizer has no chat template")
-    return rows
+    kinds: dict[str, type] = {}
+    try:
+        for found in read_rows(stage.data, split=stage.split, subset=stage.subset, revision=stage.revision):
+            row = found.row if isinstance(found.row, dict) else {}
+            columns = columns or next((shape for shape in SHAPES if all(name in row for name in shape)), ())
+            example = {name: _example(name, row.get(name)) for name in columns}
+            if not columns or None in example.values():
+                wanted = " and ".join(columns) if columns else "messages, or prompt and completion, or text"
+                raise InputError(
+                    f"sft {found.where}: expected {wanted} with text or messages in it, got {sorted(row)[:6]}"
+                )
+            if writer is None:
+                kinds = {name: type(value) for name, value in example.items()}
+                if list in kinds.values() and load_tokenizer(base).chat_template is None:
+                    raise InputError(
+                        f"sft.data {stage.data}: conversations, but the base's tokenizer has no chat template"
+                    )
+                columns_of = {name: MESSAGES if kind is list else Value("string") for name, kind in kinds.items()}
+                writer = ArrowWriter(path=str(partial), features=Features(columns_of))
+            if kinds != {name: type(value) for name, value in example.items()}:
+                raise InputError(f"sft {found.where}: text where the first row has messages, or messages for text")
+            hasher.update(json.dumps(example).encode())
+            writer.write(example)
+            count += 1
+            if count == stage.rows:
+                break
+        if writer is None:
+            raise InputError(f"sft.data {stage.data}: holds no examples")
+        writer.finalize()
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    digest = hasher.hexdigest()
+    return partial.rename(folder / f"sft-{digest[:10]}.arrow"), digest, count
 
 
-def _usable(column: str, value: Any) -> bool:
-    """Text, or where a conversation may stand a list of messages that say something."""
+def _example(column: str, value: Any) -> str | list[dict[str, str]] | None:
+    """Text, or where a conversation may stand its messages; None for what says nothing or is neither."""
     if isinstance(value, str):
-        return column != "messages" and bool(value)
-    messages = isinstance(value, list) and column != "text" and bool(value)
-    return messages and all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in value)
+        return value if value and column != "messages" else None
+    if not isinstance(value, list) or column == "text" or not value:
+        return None
+    if not all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in value):
+        return None
+    return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
 def _tokenizer_files(base: Path) -> list[str]:
@@ -175,7 +198,7 @@ def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", wor
     trainer = SFTTrainer(
         model=load_model(base, method, args),
         args=args,
-        train_dataset=load_from_disk(job["data"]),
+        train_dataset=Dataset.from_file(job["data"]),
         processing_class=load_tokenizer(base),
         callbacks=[_reporter(report)],
         peft_config=lora_config(method.lora) if method.kind == "lora" else None,

@@ -14,7 +14,7 @@ from prefvec_ray.training import Resources, TrainingConfig
 from prefvec_ray.training.config import Method, SftStage
 from prefvec_ray.training.model import load_base
 from prefvec_ray.training.progress import job_board
-from prefvec_ray.training.sft import fine_tuned, run_sft, sft_rows
+from prefvec_ray.training.sft import fine_tuned, run_sft, write_examples
 from prefvec_ray.vectors import fingerprint
 
 RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1}
@@ -29,17 +29,13 @@ def examples(tmp_path_factory) -> Path:
 
 
 def job_of(world_folder: Path, examples: Path, out: Path, **changes) -> dict:
-    from datasets import Dataset
-
     base = world_folder / "base"
-    data = out.parent / "rows"
-    if not data.is_dir():
-        Dataset.from_list(sft_rows(SftStage(data=str(examples)), base)).save_to_disk(data)
+    data, digest, _ = write_examples(SftStage(data=str(examples)), base, out.parent / "data")
     job = {
         "base": str(base),
         "base_fingerprint": fingerprint(base),
         "data": str(data),
-        "data_digest": "none",
+        "data_digest": digest,
         "recipe": RECIPE,
         "method": Method().model_dump(),
         "checkpoint_every": None,
@@ -105,7 +101,17 @@ def test_rows_that_cannot_be_learned_from_are_named(world_folder, tmp_path, row,
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row))
     with pytest.raises(InputError, match=f"row 1: {message}"):
-        sft_rows(SftStage(data=str(file)), world_folder / "base")
+        write_examples(SftStage(data=str(file)), world_folder / "base", tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_a_later_row_of_another_kind_is_named(world_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": [{"role": "x", "content": "y"}]}'
+    )
+    with pytest.raises(InputError, match="row 2: text where the first row has messages"):
+        write_examples(SftStage(data=str(file)), world_folder / "base", tmp_path / "data")
 
 
 def test_every_field_of_sft_config_is_reachable_and_no_other(config, examples):
