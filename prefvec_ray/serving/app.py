@@ -26,6 +26,7 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
+from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.wire import (
     B,
     ChatBody,
@@ -57,6 +58,7 @@ class _Api(FastAPI):
 
 api = _Api(title="prefvec-ray", description="OpenAI-compatible answers, each at its caller's preferences")
 answer_in_openai_form(api)
+api.include_router(page)
 
 
 def _takes(model: type[ChatBody | TextBody]) -> dict[str, Any]:
