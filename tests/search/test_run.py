@@ -35,13 +35,6 @@ def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
 
     again = search(task, OBJECTIVES, tmp_path / "s", trials=6, **settings)
     assert (again.trials, again.resumed) == (first.trials, 6)
-    assert again.seconds < 5, "nothing was measured again, no actor was started"
-
-    with (tmp_path / "s" / "trials.jsonl").open("a") as file:
-        file.write('{"coefficients": {"left": 0.1')  # a kill in the middle of a line
-    longer = search(task, OBJECTIVES, tmp_path / "s", trials=7, **settings)
-    assert longer.trials[:6] == first.trials
-    assert (len(longer.trials), longer.resumed) == (7, 6)
     with pytest.raises(InputError, match=r"holds a search with other objectives"):
         search(task, ["letters"], tmp_path / "s", trials=6)
 
@@ -117,16 +110,18 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = tmp_path / "s" / "trials.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (journal.exists() and journal.read_text().count("\n") >= 3):
         assert driver.poll() is None
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     before = [json.loads(line) for line in journal.read_text().splitlines()]
+    with journal.open("a") as file:
+        file.write('{"rungs": [{"coefficients": {"left": 0.1')  # a kill in the middle of a line
     assert 3 <= len(before) < 10
 
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=True)
     *lines, last = done.stdout.splitlines()
     result = json.loads(last)
     assert result["resumed"] == len(before)
