@@ -1,0 +1,324 @@
+"""The door: whatever a config says and a caller tries, what reaches the engine is within the caller's policy."""
+
+import asyncio
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from starlette.datastructures import Headers
+
+from prefvec_ray.config import parse_config
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import Registry
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.door import Door, Entry
+from prefvec_ray.serving.errors import ApiError
+from prefvec_ray.serving.keys import add_key, revoke_key
+from prefvec_ray.serving.lineup import Lineup, line_up
+from prefvec_ray.serving.policy import policy_of
+from prefvec_ray.serving.wire import ChatBody, parse_body
+
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the secret plan"}]}
+
+
+FLOOR: dict[str, Any] = {"floors": {"harmless": 0}, "ranges": {"harmless": {"min": 0}}}
+HELPFUL_FLOOR: dict[str, Any] = {"floors": {"helpful": 0}, "ranges": {"helpful": {"min": 0}}}
+
+
+@pytest.fixture(scope="module")
+def given_config(base_folder, registry_root) -> dict[str, Any]:
+    return {"model": "tiny", "base": base_folder, "registry": registry_root}
+
+
+@pytest.fixture(scope="module")
+def lineup(given_config) -> Lineup:
+    return line_up(ServingConfig.model_validate(given_config))
+
+
+@pytest.fixture
+def make(given_config, lineup, registry_root):
+    """A door with these settings, over the real vectors and presets."""
+
+    def door(**settings: Any) -> Door:
+        config = parse_config(given_config | settings, ServingConfig, source="serve.yaml")
+        policy = policy_of(config, list(lineup.vectors))
+        return Door(config, replace(lineup, policy=policy), Registry.open(registry_root))
+
+    return door
+
+
+def enter(door: Door, body: Any = ASK, *, key: str | None = None, headers: Any = ()) -> Entry:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    async def read() -> ChatBody:
+        return parse_body(content, ChatBody)
+
+    pairs = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    return asyncio.run(door.enter("/v1/chat/completions", Headers(raw=pairs + list(headers)), read))
+
+
+def refusal(door: Door, body: Any = ASK, **how: Any) -> tuple[int, str | None]:
+    with pytest.raises(ApiError) as caught:
+        enter(door, body, **how)
+    return caught.value.status, caught.value.error.code
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- within policy or refused ---------------------------------------------------------------------------------------
+
+number = st.one_of(
+    st.floats(-2, 2),
+    st.sampled_from([0.0, -0.0, 0.5, -1.0, 1.0, 5e-324, -5e-324, 1e308, -1e308, math.nan, math.inf, -math.inf]),
+    st.integers(-3, 3),
+    st.integers(10**300, 10**320),
+)
+name = st.sampled_from(
+    ["helpful", "harmless", "Harmless", "HARMLESS", "harmless ", "ｈarmless", "harm\u200bless", "x" * 9999]
+)
+
+
+@st.composite
+def a_range(draw: st.DrawFn) -> dict[str, float]:
+    low, default, high = sorted(draw(st.tuples(*[st.floats(-1.5, 1.5)] * 3)))
+    return {"min": low, "default": default, "max": high}
+
+
+ranges = st.dictionaries(st.sampled_from(["helpful", "harmless"]), a_range())
+config = st.fixed_dictionaries(
+    {},
+    optional={
+        "ranges": ranges,
+        "default_range": a_range(),
+        "floors": st.dictionaries(st.sampled_from(["helpful", "harmless"]), st.floats(-1, 1)),
+    },
+)
+holder = st.fixed_dictionaries(
+    {},
+    optional={
+        "ranges": ranges,
+        "may_go_below_floor": st.booleans(),
+        "coefficients": st.sampled_from(["free", "presets"]),
+        "presets": st.sampled_from([(), ("cautious",), ("reckless",)]),
+    },
+)
+model = st.sampled_from(
+    ["tiny", "tiny@cautious", "tiny@reckless", "tiny@reckless@1", "tiny@@reckless", "tiny@cautious@1", "TINY"]
+)
+
+
+@st.composite
+def a_body(draw: st.DrawFn) -> bytes:
+    """A request as bytes: also with names given twice, which `json.dumps` would not write."""
+    pairs = draw(st.lists(st.tuples(name, number), max_size=3))
+    preferences = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs)
+    fields = [f'"model": {json.dumps(draw(model))}', '"messages": [{"role": "user", "content": "x"}]']
+    fields += [f'"preferences": {{{preferences}}}'] * draw(st.integers(0, 2))
+    return f"{{{', '.join(fields)}}}".encode()
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(config, holder, st.lists(a_body(), min_size=1, max_size=5))
+def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_path, config, holder, bodies):
+    keys = tmp_path / "keys.yaml"
+    keys.unlink(missing_ok=True)
+    _, secret = add_key(keys, "team", **holder)
+    refused: list[ApiError] = []
+    try:
+        door = make(**config, keys=keys, audit={"file": tmp_path / "audit.jsonl"})
+    except InputError:
+        return
+    everybody = {
+        n: config.get("ranges", {}).get(n, config.get("default_range", {"min": -1, "max": 1}))
+        for n in ("helpful", "harmless")
+    }
+    for key, allowed, free in ((None, everybody, {}), (secret, everybody | holder.get("ranges", {}), holder)):
+        floors = {} if free.get("may_go_below_floor") else config.get("floors", {})
+        for body in bodies:
+            try:
+                entry = enter(door, body, key=key)
+            except ApiError as error:
+                refused.append(error)
+                continue
+            event("admitted")
+            asked = json.loads(body)
+            chosen = dict(entry.job.coefficients)
+            assert sorted(chosen) == ["harmless", "helpful"]
+            for each, eta in chosen.items():
+                assert math.isfinite(eta)
+                assert allowed[each]["min"] <= eta <= allowed[each]["max"]
+                assert eta >= floors.get(each, -math.inf)
+                assert math.copysign(1, eta) == 1 or eta < 0, "-0.0 is 0"
+                if each in asked.get("preferences", {}):
+                    assert eta == asked["preferences"][each], "never clamped"
+            if free.get("coefficients") == "presets":
+                assert not asked.get("preferences")
+            if "@" in asked["model"] and "presets" in free:
+                assert asked["model"].split("@")[1] in free["presets"]
+    assert all(400 <= error.status < 500 and len(error.error.message) < 1000 for error in refused)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"floors": {"harmless": 0}}, "'harmless' may go down to -1, below its floor of 0"),
+        ({"floors": {"harmless": 0}, "ranges": {"harmless": {"min": -0.1}}}, "below its floor"),
+        ({"floors": {"harmles": 0}}, "'harmles' not among the served"),
+        ({"floors": {"harmless": math.nan}}, "finite"),
+        (FLOOR | {"anonymous": {"presets": ["reckless"]}}, "anonymous.presets: 'reckless'"),
+        ({"anonymous": {"presets": ["nobody"]}}, "anonymous.presets: 'nobody'"),
+        ({"anonymous": {"allowed": False}}, "nobody may call"),
+        (FLOOR | {"vectors": {"harmless": "harmless@1", "kind": "harmless@1"}}, "'kind' would be a way around"),
+        (HELPFUL_FLOOR | {"vectors": {"helpful": "helpful@1", "run": "helpful+@1"}}, "'run' would be a way around"),
+    ],
+)
+def test_a_config_that_lets_anybody_below_a_floor_does_not_load(given_config, settings, says):
+    with pytest.raises(InputError, match=says) as caught:
+        line_up(parse_config(given_config | settings, ServingConfig, source="serve.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+LOW = {"harmless": {"min": -1, "max": 1}}
+
+
+def test_only_a_key_that_may_goes_below_the_floor(make, tmp_path):
+    keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
+    _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
+    below = ASK | {"preferences": {"harmless": -0.5}}
+    with pytest.raises(InputError, match="must leave a trace"):
+        make(**FLOOR, keys=keys)
+    door = make(**FLOOR, keys=keys, audit={"file": audit})
+    assert refusal(door, below) == (400, "preference_out_of_range")
+    assert dict(enter(door, below, key=secret).job.coefficients)["harmless"] == -0.5
+    assert dict(enter(door, ASK | {"model": "tiny@reckless"}, key=secret).job.coefficients)["harmless"] == -0.5
+    assert [line["below_floor"] for line in lines(audit) if line["decision"] == "admitted"] == [True, True]
+    _, plain = add_key(keys, "plain", ranges=LOW)
+    assert refusal(door, below, key=plain) == (503, "unavailable"), "a key file that breaks the floor accepts nobody"
+    assert enter(door, ASK).caller.id == "anonymous"
+
+
+def test_below_the_floor_without_a_trace_is_refused(make, tmp_path):
+    keys, folder = tmp_path / "keys.yaml", tmp_path / "audit"
+    folder.mkdir()
+    _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
+    door = make(**FLOOR, keys=keys, audit={"file": folder / "audit.jsonl", "megabytes": 1e-5, "files": 2})
+    enter(door, key=secret)
+    shutil.rmtree(folder)  # the next line begins a new file, which it cannot
+    assert refusal(door, ASK | {"preferences": {"harmless": -0.5}}, key=secret) == (503, "unavailable")
+    assert enter(door, key=secret), "what needs no trace goes on"
+    assert refusal(door, ASK | {"preferences": {"harmless": -2}}) == (400, "preference_out_of_range")
+
+
+def test_an_audit_that_cannot_be_written_refuses_to_start(make, tmp_path):
+    with pytest.raises(InputError, match=r"audit: .* cannot be written"):
+        make(audit={"file": tmp_path / "no" / "such" / "folder" / "audit.jsonl"})
+
+
+# --- who ------------------------------------------------------------------------------------------------------------
+
+
+def test_who_may_come_in(make, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    key, secret = add_key(keys, "team")
+    door = make(keys=keys)
+    assert enter(door, key=secret).caller.id == key.id
+    assert enter(door).caller.id == enter(door, key="none").caller.id == "anonymous"
+    for wrong in ("pv-guess", secret[:-1], secret + "x", secret.upper(), key.id, key.sha256, "pv-é"):
+        assert refusal(door, key=wrong) == (401, "invalid_api_key")
+    for headers in (
+        [(b"authorization", b"Basic " + secret.encode())],
+        [(b"authorization", b"Bearer")],
+        [(b"authorization", f"Bearer {secret}".encode()), (b"authorization", b"Bearer none")],
+        [(b"authorization", b"Bearer \xff\xfe")],
+    ):
+        assert refusal(door, headers=headers) == (401, "invalid_api_key")
+    revoke_key(keys, key.id)
+    assert refusal(door, key=secret) == (401, "invalid_api_key")
+    closed = make(keys=keys, anonymous={"allowed": False})
+    assert refusal(closed) == refusal(closed, key="none") == (401, "invalid_api_key")
+    assert enter(make(), key="anything").caller.id == "anonymous", "without a key file there is nothing to check"
+
+
+def test_a_key_has_bounds_of_its_own(make, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    _, secret = add_key(
+        keys,
+        "team",
+        ranges={"harmless": {"min": 0.5, "max": 1, "default": 0.7}},
+        answers=2,
+        prompt_tokens=50,
+        seconds=7,
+        requests_per_minute=5,
+    )
+    door = make(keys=keys, limits={"answers": 8, "prompt_tokens": 100})
+    entry = enter(door, key=secret)
+    assert dict(entry.job.coefficients) == {"harmless": 0.7, "helpful": 0}
+    assert (entry.seconds, entry.job.max_prompt_tokens) == (7, 50)
+    assert entry.headers["x-ratelimit-remaining-requests"] == "4"
+    assert refusal(door, ASK | {"n": 3}, key=secret) == (400, None)
+    assert refusal(door, ASK | {"preferences": {"harmless": 0.4}}, key=secret) == (400, "preference_out_of_range")
+    enter(door, key=secret)
+    enter(door, key=secret)
+    assert refusal(door, key=secret) == (429, "rate_limit_exceeded")
+    assert enter(door, ASK | {"n": 3}).job.max_prompt_tokens == 100
+
+
+def test_presets_only(make, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    _, some = add_key(keys, "some", coefficients="presets", presets=("cautious",))
+    _, none = add_key(keys, "none", presets=())
+    door = make(keys=keys)
+    assert refusal(door, ASK | {"preferences": {"helpful": 0.1}}, key=some) == (403, "presets_only")
+    assert refusal(door, ASK | {"model": "tiny@reckless"}, key=some) == (403, "preset_not_allowed")
+    assert refusal(door, ASK | {"model": "tiny@cautious"}, key=none) == (403, "preset_not_allowed")
+    assert enter(door, ASK | {"model": "tiny@cautious@1"}, key=some).caller.id != "anonymous"
+    assert dict(enter(door, key=some).job.coefficients) == {"harmless": 0, "helpful": 0}
+    caller = asyncio.run(door.look("/v1/models", Headers({"authorization": f"Bearer {some}"})))
+    assert list(door.presets(caller)) == ["cautious"]
+
+
+# --- the audit ------------------------------------------------------------------------------------------------------
+
+
+def test_the_audit_tells_who_asked_for_what_and_nothing_more(make, tmp_path):
+    keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
+    key, secret = add_key(keys, "team")
+    door = make(keys=keys, audit={"file": audit})
+    enter(door, ASK | {"preferences": {"helpful": 0.5}}, key=secret, headers=[(b"x-request-id", b"r1")])
+    refusal(door, ASK | {"preferences": {"helpful": 5}})
+    refusal(door, key="pv-a-wrong-one")
+    refusal(door, ASK | {"the secret plan": 1})
+    refusal(door, b'{"model": "tiny", "messages": [], "messages": ["the secret plan"]}')
+    good, out, unknown, *malformed = lines(audit)
+    assert good["asked"] == {"model": "tiny", "preferences": {"helpful": 0.5}, "n": None, "max_tokens": None}
+    assert (good["request"], good["caller"], good["decision"]) == ("r1", key.id, "admitted")
+    assert (out["caller"], out["decision"], out["code"]) == ("anonymous", "refused", "preference_out_of_range")
+    assert "outside the allowed range" in out["reason"]
+    assert ("caller" in unknown, unknown["status"]) == (False, 401)
+    assert [line["reason"] for line in malformed] == [None, None]
+    text = audit.read_text()
+    for secret_thing in (secret, "pv-a-wrong-one", "secret plan", key.sha256):
+        assert secret_thing not in text
+    assert audit.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_audit_is_bounded(make, tmp_path):
+    door = make(audit={"file": tmp_path / "audit.jsonl", "megabytes": 0.001, "files": 3})
+    for _ in range(40):
+        enter(door)
+    files = sorted(tmp_path.glob("audit.jsonl*"))
+    assert len(files) == 3
+    assert all(file.stat().st_size <= 1000 for file in files)
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in files)
