@@ -127,7 +127,7 @@ def steps_kept(folder: Path) -> list[int]:
 
 
 def wait_for(condition, driver: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + 180
+    until = time.monotonic() + 300
     while not condition():
         assert driver.poll() is None, log.read_text()
         assert time.monotonic() < until, log.read_text()
