@@ -74,6 +74,9 @@ def publish_presets(
     summary comes back with the names of what was published; one that was refuted keeps None."""
     scorer = task.load_scorer()
     evidence = search_evidence(result, scorer=scorer_digest(scorer), cards=safety_cards(scorer))
+    if summary.confirmed:  # what the presets' figures are to be compared with
+        base, _ = summary.confirmed
+        evidence["base"] = {name: value.model_dump() for name, value in base.metrics.items() if value is not None}
     presets: list[Preset] = []
     for preset in summary.presets:
         version = publish(registry, preset, refs, evidence)
