@@ -25,7 +25,7 @@ async function connect() {
   try {
     const card = await preferences();
     waits = 0;
-    chart ??= new Chart((preset) => balance.pick(preset));
+    chart ??= new Chart((preset) => (preset ? balance.pick(preset) : balance.setAll(() => 0)));
     chart.load(card);
     balance.load(card);
     document.body.classList.add("ready");
@@ -167,6 +167,8 @@ $("key-forget").addEventListener("click", () => {
 });
 
 // A narrow screen begins with the conversation; the balance is one tap away.
-if (matchMedia("(max-width: 900px)").matches) $("balance").open = false;
+const narrow = matchMedia("(max-width: 900px)");
+narrow.addEventListener("change", () => ($("balance").open = !narrow.matches));
+$("balance").open = !narrow.matches;
 showKey();
 connect();

@@ -51,10 +51,14 @@ export class Balance {
     return this.free ? { model: this.card.model, preferences: zero } : { model: this.card.model };
   }
 
+  get isBase() {
+    return Object.values(this.values).every((value) => value === 0);
+  }
+
   /** What this balance is called. */
   name() {
     if (this.preset) return presetName(this.preset);
-    if (Object.values(this.values).every((value) => value === 0)) return "Base";
+    if (this.isBase) return "Base";
     return this.free ? "Custom" : "Default";
   }
 
@@ -89,9 +93,8 @@ export class Balance {
       el(
         "button",
         { type: "button", class: "preset", "data-model": preset.model, "aria-pressed": "false", onclick: () => this.pick(preset) },
-        el("span", { class: "name" }, presetName(preset), verdict(preset)),
-        el("span", { class: "etas" }, ...chips(this.card, preset.preferences)),
-        preset.reason ? el("span", { class: "reason" }, preset.reason) : null,
+        el("span", { class: "name" }, el("b", {}, presetName(preset)), ...chips(this.card, preset.preferences)),
+        el("span", { class: "reason" }, [verdict(preset), preset.reason].filter(Boolean).join(": ") || "no reason was given"),
       ),
     );
     $("presets").replaceChildren(...presets);
@@ -170,7 +173,8 @@ export const chips = (card, values) =>
 
 const share = (value, { min, max }) => (max > min ? (value - min) / (max - min) : 0.5);
 
+/** Whether prompts that the search never saw bore the preset out. */
 function verdict(preset) {
   const said = preset.metrics?.evidence?.verdict;
-  return typeof said === "string" ? el("span", { class: "verdict", title: "on prompts that the search never saw" }, said) : null;
+  return typeof said === "string" ? said : null;
 }

@@ -1,10 +1,11 @@
 // What was measured: the presets' figures against each other, and where the present setting lies among them.
-// Nothing is drawn that was not measured; between measured settings the page says only which of them are near.
+// Nothing is drawn that was not measured: near a measured line a dashed ring shows where, far from it there is none.
 
 import { $, el, shown, svg } from "./dom.js";
 import { equal, presetName } from "./balance.js";
 
-const WIDTH = 340, HEIGHT = 230, LEFT = 44, RIGHT = 14, TOP = 16, BOTTOM = 40;
+const WIDTH = 340, HEIGHT = 196, LEFT = 44, RIGHT = 14, TOP = 16, BOTTOM = 36;
+const FAR = 0.25; // in coefficients: further from every measured setting, nothing is said about this one
 
 /** `{mean, stderr}` of one measured figure, null where there is none. */
 function figure(metrics, name) {
@@ -62,6 +63,7 @@ export class Chart {
 
   #draw(points, place, across, up) {
     const x = scale(points.map((p) => p.x), LEFT, WIDTH - RIGHT), y = scale(points.map((p) => p.y), HEIGHT - BOTTOM, TOP);
+    const line = points.filter((p) => p.preset);
     const label = `${up} against ${across}: ` + points.map((p) => `${p.name} ${text(p.x)} and ${text(p.y)}`).join("; ");
     const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label });
     for (const tick of x.ticks) {
@@ -74,19 +76,21 @@ export class Chart {
     }
     root.append(svg("text", { class: "axis", x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end" }, `${across} →`));
     root.append(svg("text", { class: "axis", x: 2, y: 10 }, `↑ ${up}`));
-    root.append(svg("polyline", { class: "curve", points: points.map((p) => `${x(p.x.mean)},${y(p.y.mean)}`).join(" ") }));
+    root.append(svg("polyline", { class: "curve", points: line.map((p) => `${x(p.x.mean)},${y(p.y.mean)}`).join(" ") }));
     for (const p of points) {
       const at = { x: x(p.x.mean), y: y(p.y.mean) };
       if (p.x.stderr) root.append(svg("line", { class: "error", x1: x(p.x.mean - p.x.stderr), x2: x(p.x.mean + p.x.stderr), y1: at.y, y2: at.y }));
       if (p.y.stderr) root.append(svg("line", { class: "error", y1: y(p.y.mean - p.y.stderr), y2: y(p.y.mean + p.y.stderr), x1: at.x, x2: at.x }));
-      const dot = svg("circle", { class: "point", cx: at.x, cy: at.y, r: 5, onclick: () => this.pick(p.preset) });
+      const dot = svg("circle", { class: p.preset ? "point" : "point base", cx: at.x, cy: at.y, r: 5, onclick: () => this.pick(p.preset) });
       dot.append(svg("title", {}, p.name));
       const left = at.x > WIDTH * 0.66;
       root.append(dot, svg("text", { class: "label", x: at.x + (left ? -9 : 9), y: at.y - 8, "text-anchor": left ? "end" : "start" }, p.name));
     }
     const here = place.exact ? points[place.from] : null;
-    const ring = here ? [here.x.mean, here.y.mean] : [between(points, place, "x"), between(points, place, "y")];
-    root.append(svg("circle", { class: here ? "here" : "here near", cx: x(ring[0]), cy: y(ring[1]), r: 9 }));
+    if (here || place.distance <= FAR) {
+      const [cx, cy] = [x(between(points, place, "x")), y(between(points, place, "y"))];
+      root.append(svg("circle", { class: here ? "here" : "here near", cx, cy, r: 9 }));
+    }
     return root;
   }
 }
@@ -103,11 +107,16 @@ function measured(card) {
 
 const all = (one) => Object.keys(one.metrics ?? {}).filter((name) => figure(one.metrics, name));
 
-const points_of = (card, across, up) =>
-  card.presets
-    .map((preset) => ({ preset, name: presetName(preset), at: preset.preferences, x: figure(preset.metrics, across), y: figure(preset.metrics, up) }))
-    .filter((point) => point.x && point.y)
-    .sort((a, b) => a.x.mean - b.x.mean);
+/** The presets' points along the line, then the base's, which is on no line, where it was measured with them. */
+function points_of(card, across, up) {
+  const point = (preset, name, at, metrics) => ({ preset, name, at, x: figure(metrics, across), y: figure(metrics, up) });
+  const drawn = (one) => one.x && one.y;
+  const line = card.presets.map((preset) => point(preset, presetName(preset), preset.preferences, preset.metrics)).filter(drawn);
+  const bases = card.presets.map((preset) => preset.metrics?.evidence?.base).filter(Boolean);
+  const same = bases.every((base) => JSON.stringify(base) === JSON.stringify(bases[0])); // else of different searches
+  const base = bases.length && same ? [point(null, "base", {}, bases[0])].filter(drawn) : [];
+  return [...line.sort((a, b) => a.x.mean - b.x.mean), ...base];
+}
 
 /** Where a setting lies: on a measured point, or nearest to which stretch between two of them, by coefficients. */
 function locate(points, values) {
@@ -115,7 +124,7 @@ function locate(points, values) {
   if (exact >= 0) return { exact: true, from: exact, to: exact, share: 0, distance: 0, points };
   let best = null;
   for (let from = 0; from < points.length; from++) {
-    const to = Math.min(from + 1, points.length - 1);
+    const to = points[from].preset && points[from + 1]?.preset ? from + 1 : from;
     const a = vector(points[from].at, values), b = vector(points[to].at, values), v = Object.values(values);
     const ab = b.map((value, i) => value - a[i]), length = dot(ab, ab);
     const share = length ? Math.min(1, Math.max(0, dot(ab, v.map((value, i) => value - a[i])) / length)) : 0;
@@ -133,7 +142,8 @@ function said({ exact, from, to, share, distance, points }, across, up) {
   if (exact) return `Measured at this setting (${points[from].name}): ${across} ${text(points[from].x)}, ${up} ${text(points[from].y)}.`;
   const where = share === 0 || from === to ? points[from].name : share === 1 ? points[to].name : `${points[from].name} and ${points[to].name}`;
   const nearest = where.includes(" and ") ? `between ${where}` : where;
-  return `Not measured at this setting. The ring marks the nearest place on the measured line (${nearest}), ${shown(distance)} away in coefficients.`;
+  if (distance > FAR) return `Not measured here, nor near it: the nearest measured setting (${nearest}) is ${shown(distance)} away in coefficients.`;
+  return `Not measured at this setting. The ring is the nearest place on the measured line (${nearest}), ${shown(distance)} away in coefficients.`;
 }
 
 const text = ({ mean, stderr }) => `${shown(mean)}${stderr ? ` ± ${shown(stderr)}` : ""}`;

@@ -31,10 +31,10 @@ export class Chat {
     tell("New chat");
   }
 
-  /** The bodies that `prompt` would be asked with now; `base` is null where it is not compared. */
-  bodies(prompt, before = this.#turns) {
+  /** The bodies that `prompt` would be asked with now; `base` is null where there is nothing to compare with. */
+  bodies(prompt, before = this.#before()) {
     const { compare, history, sampling } = this.settings();
-    const base = compare ? this.balance.base() : null;
+    const base = compare && !this.balance.isBase ? this.balance.base() : null;
     const body = (request, side) => ({ ...request, messages: messages(history ? before : [], prompt, side), ...sampling });
     return { steered: body(this.balance.request(), "steered"), base: base && body(base, "base") };
   }
@@ -42,7 +42,13 @@ export class Chat {
   /** The body of the last question, for those who copy code before they have typed the next. */
   last() {
     const turn = this.#turns.at(-1);
-    return turn ? this.bodies(turn.prompt, this.#turns.slice(0, -1)).steered : null;
+    return turn ? this.bodies(turn.prompt, this.#before(turn)).steered : null;
+  }
+
+  /** What was said before `turn` (default: up to now), but for questions that were asked again since. */
+  #before(turn = null) {
+    const until = turn ? this.#turns.indexOf(turn) : this.#turns.length;
+    return this.#turns.slice(0, until).filter((one) => !one.askedAgain);
   }
 
   /** Ask, and show what comes. Never throws: what goes wrong is shown in the answer's place. */
@@ -54,7 +60,7 @@ export class Chat {
     if (bodies.base) turn.sides.base = new Side("Base", zero, card);
     turn.sides.steered = new Side(this.balance.name(), values, card);
     const sides = Object.values(turn.sides);
-    const again = el("button", { type: "button", class: "quiet again", onclick: () => this.#again(turn) }, "Ask again at the present balance");
+    const again = el("button", { type: "button", class: "again", onclick: () => this.#again(turn) }, "↻ Ask again at the present balance");
     const same = el("p", { class: "same note", hidden: true }, "Both answers are the same, word for word.");
     turn.element = el(
       "article",
@@ -81,8 +87,10 @@ export class Chat {
     return problems[0] ?? null;
   }
 
-  async #again(turn) {
-    if (!this.running) $("composer").dispatchEvent(new CustomEvent("ask", { detail: turn.prompt }));
+  #again(turn) {
+    if (this.running) return;
+    turn.askedAgain = true; // the new turn takes its place in what later turns remember
+    $("composer").dispatchEvent(new CustomEvent("ask", { detail: turn.prompt }));
   }
 }
 
