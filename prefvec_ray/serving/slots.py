@@ -252,10 +252,10 @@ class SlotEngine:
         if not all(sound):
             logits_RV = torch.nan_to_num(logits_RV)
         chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
-        self._note_logprobs(tickets, logits_RV, chosen)
+        likely = self._likely(tickets, logits_RV, chosen)
         said = [
-            self._said(ticket, token) if fine else InputError(OVERFLOW)
-            for ticket, token, fine in zip(tickets, chosen, sound, strict=True)
+            self._said(ticket, token, told) if fine else InputError(OVERFLOW)
+            for ticket, token, told, fine in zip(tickets, chosen, likely, sound, strict=True)
         ]
         with self._news:
             self._tokens += sum(sound)
@@ -272,24 +272,29 @@ class SlotEngine:
             if piece:
                 ticket.emit(piece)
 
-    def _note_logprobs(self, tickets: list[Ticket], logits_RV: Tensor, chosen: list[int]) -> None:
-        """Keep what the rows that ask for log-probabilities will be told of this token, with its place in the text."""
+    def _likely(self, tickets: list[Ticket], logits_RV: Tensor, chosen: list[int]) -> list[tuple[Likely, ...] | None]:
+        """For each row that asks for log-probabilities: the chosen token, then the likeliest."""
+        likely: list[tuple[Likely, ...] | None] = [None] * len(tickets)
         rows = [row for row, ticket in enumerate(tickets) if ticket.request.logprobs is not None]
-        if not rows:
-            return
-        tops = [tickets[row].request.logprobs or 0 for row in rows]
-        for row, told in zip(rows, logprobs(logits_RV[rows], [chosen[row] for row in rows], tops), strict=True):
-            first, *top = (Likely(*self._token_texts[token], value) for token, value in told)
-            ticket = tickets[row]
-            ticket.untold.append(TokenLogprobs(first, tuple(top), ticket.text.decoded))
+        if rows:
+            tops = [tickets[row].request.logprobs or 0 for row in rows]
+            told = logprobs(logits_RV[rows], [chosen[row] for row in rows], tops)
+            for row, pairs in zip(rows, told, strict=True):
+                likely[row] = tuple(Likely(*self._token_texts[token], value) for token, value in pairs)
+        return likely
 
-    def _said(self, ticket: Ticket, token: int) -> Piece | None:
+    def _said(self, ticket: Ticket, token: int, likely: tuple[Likely, ...] | None) -> Piece | None:
         """What the token adds to the answer, if there is anything to tell yet."""
         ticket.last_token = token
         ticket.produced += 1
         ticket.unsent.append(token)
         ended = token in self._ends
+        known = ticket.text.decoded
         text = "" if ended else ticket.text.push(token)
+        if likely:
+            # What came out with it may begin with characters of tokens before it, whose other bytes never came.
+            offset = max(known, ticket.text.decoded - len(likely[0].text))
+            ticket.untold.append(TokenLogprobs(likely[0], likely[1:], offset))
         reason: FinishReason | None = None
         if ended or ticket.text.stopped:
             reason = "stop"

@@ -76,13 +76,16 @@ def lines(path: Path) -> list[dict[str, Any]]:
 # --- within policy or refused ---------------------------------------------------------------------------------------
 
 number = st.one_of(
+    st.floats(-1, 1),
+    st.floats(0, 0.5),
     st.floats(-2, 2),
     st.sampled_from([0.0, -0.0, 0.5, -1.0, 1.0, 5e-324, -5e-324, 1e308, -1e308, math.nan, math.inf, -math.inf]),
     st.integers(-3, 3),
     st.integers(10**300, 10**320),
 )
-name = st.sampled_from(
-    ["helpful", "harmless", "Harmless", "HARMLESS", "harmless ", "ｈarmless", "harm\u200bless", "x" * 9999]
+name = st.one_of(
+    st.sampled_from(["helpful", "harmless"]),
+    st.sampled_from(["helpful", "harmless", "Harmless", "harmless ", "ｈarmless", "harm\u200bless", "x" * 9999]),
 )
 
 
@@ -110,8 +113,9 @@ holder = st.fixed_dictionaries(
         "presets": st.sampled_from([(), ("cautious",), ("reckless",)]),
     },
 )
-model = st.sampled_from(
-    ["tiny", "tiny@cautious", "tiny@reckless", "tiny@reckless@1", "tiny@@reckless", "tiny@cautious@1", "TINY"]
+model = st.one_of(
+    st.just("tiny"),
+    st.sampled_from(["tiny@cautious", "tiny@cautious@1", "tiny@reckless", "tiny@reckless@1", "tiny@@reckless", "TINY"]),
 )
 
 
@@ -121,7 +125,7 @@ def a_body(draw: st.DrawFn) -> bytes:
     pairs = draw(st.lists(st.tuples(name, number), max_size=3))
     preferences = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs)
     fields = [f'"model": {json.dumps(draw(model))}', '"messages": [{"role": "user", "content": "x"}]']
-    fields += [f'"preferences": {{{preferences}}}'] * draw(st.integers(0, 2))
+    fields += [f'"preferences": {{{preferences}}}'] * draw(st.sampled_from([0, 1, 1, 1, 2]))
     return f"{{{', '.join(fields)}}}".encode()
 
 
@@ -130,7 +134,7 @@ def a_body(draw: st.DrawFn) -> bytes:
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(config, holder, st.lists(a_body(), min_size=1, max_size=5))
+@given(config, holder, st.lists(a_body(), min_size=4, max_size=8))
 def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_path, config, holder, bodies):
     keys = tmp_path / "keys.yaml"
     keys.unlink(missing_ok=True)
