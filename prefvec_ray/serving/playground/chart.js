@@ -115,7 +115,13 @@ function points_of(card, across, up) {
   const bases = card.presets.map((preset) => preset.metrics?.evidence?.base).filter(Boolean);
   const same = bases.every((base) => JSON.stringify(base) === JSON.stringify(bases[0])); // else of different searches
   const base = bases.length && same ? [point(null, "base", {}, bases[0])].filter(drawn) : [];
-  return [...line.sort((a, b) => a.x.mean - b.x.mean), ...base];
+  const places = [];
+  for (const one of [...line.sort((a, b) => a.x.mean - b.x.mean), ...base]) {
+    const twin = places.find((other) => other.x.mean === one.x.mean && other.y.mean === one.y.mean && equal(one.at, other.at));
+    if (twin) twin.name += `, ${one.name}`;
+    else places.push(one);
+  }
+  return places;
 }
 
 /** Where a setting lies: on a measured point, or nearest to which stretch between two of them, by coefficients. */
