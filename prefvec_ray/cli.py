@@ -106,6 +106,18 @@ def search(path: Path) -> None:
     commands.search(_config(path, "prefvec_ray.search", "SearchConfig"), _console())
 
 
+@main.command("roll-out")
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="What is served, as a file.")
+def roll_out(path: Path) -> None:
+    """Bring new vector versions, and aliases that moved, to every replica of the running endpoint, or to none."""
+    from prefvec_ray.serving import roll_out as bring
+    from prefvec_ray.serving.config import load_serving_config
+
+    lineup = bring(load_serving_config(path))
+    served = ", ".join(f"{name} = {vector.ref}" for name, vector in lineup.vectors.items())
+    click.echo(f"served now: {served} (generation {lineup.generation})")
+
+
 @main.command()
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see serve_configs.")
 @click.option("--host", default="127.0.0.1", show_default=True)

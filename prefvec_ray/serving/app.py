@@ -8,6 +8,7 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 
 import asyncio
 import contextlib
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from openai.types import Model
 from pydantic.json_schema import models_json_schema
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from starlette.requests import Request as HttpRequest
@@ -27,6 +29,9 @@ from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
 from prefvec_ray.serving.page import router as page
+from prefvec_ray.serving.records import ServingRecords
+from prefvec_ray.serving.rollout import LineupBook, RollOut
+from prefvec_ray.serving.routing import SettingRouter
 from prefvec_ray.serving.wire import (
     B,
     ChatBody,
@@ -94,9 +99,27 @@ def _unanswered(entry: Entry, error: Exception) -> ApiError:
 class Front:
     """Every route of the endpoint."""
 
-    def __init__(self, config: ServingConfig, lineup: Lineup, replicas: DeploymentHandle):
-        self._config, self._lineup, self._replicas = config, lineup, replicas
-        self._door = Door(config, lineup, open_registry(config.registry))
+    def __init__(self, config: ServingConfig, lineup: Lineup, deployment: str, replicas: DeploymentHandle):
+        self._config, self._replicas = config, replicas
+        registry = open_registry(config.registry)
+        book = LineupBook(deployment)
+        self._door = Door(config, book.newest() or lineup, registry)
+        self._records = ServingRecords(registry, deployment)
+        self._records.hold(self._lineup)
+        self._rollout = RollOut(config, registry, book, self._door, self._records, replicas)
+        if config.follow_seconds:
+            self._following = asyncio.get_running_loop().create_task(self._rollout.follow(config.follow_seconds))
+
+    def __del__(self) -> None:
+        self._records.close()
+
+    @property
+    def _lineup(self) -> Lineup:
+        return self._door.lineup
+
+    async def roll_out(self, wanted: ServingConfig) -> Lineup:
+        """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
+        return await self._rollout.to(wanted)
 
     @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat(self, request: HttpRequest) -> Response:
@@ -169,7 +192,9 @@ class Front:
         entry = await self._door.enter(request.url.path, request.headers, read)
         deadline = began + entry.seconds
         coefficients = entry.job.coefficients
-        writer = Writer(entry.body, coefficients, self._lineup.fingerprint(coefficients))
+        fingerprint = entry.lineup.fingerprint(coefficients)
+        self._records.note(fingerprint, entry.lineup, coefficients)
+        writer = Writer(entry.body, coefficients, fingerprint)
         if entry.body.stream:
             return await self._stream(entry, writer, deadline)
         response = self._replicas.answer.remote(entry.job)
@@ -251,9 +276,11 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     config = args.absolute()
     lineup = line_up(config)
     Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
-    replicas = serve.deployment(Replica, name="replica").options(**_scale(config)).bind(config, lineup)
+    deployment = uuid.uuid4().hex[:12]
+    replica = serve.deployment(Replica, name="replica").options(**_scale(config))
+    replicas = replica.bind(config, lineup, LineupBook(deployment))
     front = serve.deployment(Front, name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})
-    return front.bind(config, lineup, replicas)
+    return front.bind(config, lineup, deployment, replicas)
 
 
 def _scale(config: ServingConfig) -> dict[str, Any]:
@@ -266,6 +293,8 @@ def _scale(config: ServingConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.limits.seconds,
         "ray_actor_options": {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
     }
+    if config.engine.mode == "merged":
+        options["request_router_config"] = RequestRouterConfig(request_router_class=SettingRouter)
     if wanted.min == wanted.max:
         return options | {"num_replicas": wanted.max}
     scaling = {

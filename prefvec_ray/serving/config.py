@@ -132,6 +132,8 @@ class ServingConfig(Config):
     vectors: dict[Name, str] | None = None
     """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
     Default: the newest version of every vector of this base"""
+    follow_seconds: PositiveFloat | None = None
+    """look this often whether `vectors` now stand for other versions, and roll those out. None: only when told to"""
     ranges: dict[str, Range] = {}
     """preference -> allowed coefficients, for anonymous callers and for keys without a range of their own"""
     default_range: Range = Range()

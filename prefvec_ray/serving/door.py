@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -49,6 +49,8 @@ class Entry:
     caller: Caller
     body: Body
     job: Job
+    lineup: Lineup
+    """what was served when it came in: its coefficients are of these vectors, to the end"""
     seconds: float
     """until its deadline"""
     reservation: Reservation
@@ -75,8 +77,10 @@ class Door:
             self._rates.request(caller.id, caller.allowance)
             body = await read()
             known["asked"] = _asked(body)
-            coefficients = await self._coefficients(caller, body.model, body.preferences)
-            job = self._sized(caller, body, coefficients)
+            lineup = self.lineup
+            caller = self._identify(headers, known)  # once more: the lineup may have changed meanwhile
+            coefficients = await self._coefficients(caller, lineup, body.model, body.preferences)
+            job = replace(self._sized(caller, body, coefficients), generation=lineup.generation)
             reservation = self._rates.reserve(caller.id, caller.allowance, self._most_tokens(job))
         except ApiError as error:
             self._refused(known, error)
@@ -87,7 +91,7 @@ class Door:
             reservation.settle(0)
             raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
         seconds = min(self._config.limits.seconds, caller.allowance.seconds or math.inf)
-        return Entry(caller, body, job, seconds, reservation, self._rates.headers(caller.id, caller.allowance))
+        return Entry(caller, body, job, lineup, seconds, reservation, self._rates.headers(caller.id, caller.allowance))
 
     async def look(self, route: str, headers: Headers, model: str | None = None) -> Caller:
         """The caller of a route that gives no answers. Raises ApiError, also where they may not ask for `model`."""
@@ -96,7 +100,7 @@ class Door:
             caller = self._identify(headers, known)
             if model is not None:
                 known["asked"] = {"model": model[:LONGEST_NAME]}
-                await self._coefficients(caller, model, None)
+                await self._coefficients(caller, self.lineup, model, None)
         except ApiError as error:
             self._refused(known, error)
             raise
@@ -157,7 +161,9 @@ class Door:
 
     # --- what --------------------------------------------------------------------------------------------------------
 
-    async def _coefficients(self, caller: Caller, model: str, preferences: Mapping[str, float] | None) -> Coefficients:
+    async def _coefficients(
+        self, caller: Caller, lineup: Lineup, model: str, preferences: Mapping[str, float] | None
+    ) -> Coefficients:
         """What the caller asks for, by preset or by name. Raises ApiError where that is not served or not allowed."""
         name, at, preset = model.partition("@")
         if name != self._config.model or (at and not preset):
@@ -179,7 +185,7 @@ class Door:
         try:
             if not preset:
                 return caller.policy.coefficients(preferences or {})
-            return self.lineup.preset(await self._preset(caller, model, preset), caller.policy)
+            return lineup.preset(await self._preset(caller, model, preset), caller.policy)
         except InputError as error:
             raise explained(error) from None
 

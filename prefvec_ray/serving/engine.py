@@ -3,11 +3,15 @@
 `SlotEngine` (slots.py) is the embedded one, on plain transformers models.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from prefvec_ray.errors import InputError
+
+if TYPE_CHECKING:  # torch, which the front does without
+    from prefvec_ray.vectors import PreferenceVector
 
 Coefficients: TypeAlias = tuple[tuple[str, float], ...]
 """(preference, eta) for every served preference, sorted by name: hashable, and equal where the weights are"""
@@ -106,6 +110,12 @@ class Engine(Protocol):
     def stream(self, request: Request) -> AsyncIterator[Piece]:
         """The answer, piece by piece. Closing the iterator, or cancelling the task that reads it, stops the
         generation and frees its place. Raises InputError (before the first piece) or EngineError."""
+        ...
+
+    def change(self, vectors: "Mapping[str, PreferenceVector]") -> "Future[None]":
+        """Know these vectors, by the names that coefficients use, from the next step on; running requests go on.
+        The future raises InputError where one does not fit, and nothing has changed then. Names that running requests
+        use must stay, and stand for the same vectors."""
         ...
 
     def status(self) -> EngineStatus: ...

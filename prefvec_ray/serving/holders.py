@@ -1,14 +1,14 @@
 """Two ways to hold coefficients in a model: merged into its weights, or added beside them row by row."""
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from prefvec_ray.serving.engine import Coefficients
-from prefvec_ray.vectors import LiveModel, Steering
+from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering
 
 
 class Holder(Protocol):
@@ -29,6 +29,10 @@ class Holder(Protocol):
 
     def forget(self) -> None:
         """The model may be in any state (an error interrupted it): the next `apply` must not trust it."""
+        ...
+
+    def change(self, vectors: Mapping[str, PreferenceVector]) -> None:
+        """Have these vectors from now on. Raises InputError where one does not fit, and then has those of before."""
         ...
 
 
@@ -59,6 +63,14 @@ class Merged:
     def forget(self) -> None:
         self._current = None
 
+    def change(self, vectors: Mapping[str, PreferenceVector]) -> None:
+        self.forget()
+        self.live.set_coefficients({})  # the new one takes the weights that it finds for the base
+        # Until it stands there are two of everything: weights, and the pristine copy of those that change.
+        self.live = LiveModel(
+            self.model, vectors, base_fingerprint=self.live.base_fingerprint, threads=torch.get_num_threads()
+        )
+
 
 class Steered:
     """Every row's own coefficients, beside the weights: requests of all settings share one batch."""
@@ -75,10 +87,24 @@ class Steered:
         return None
 
     def apply(self, rows: Sequence[Coefficients]) -> None:
-        # Columns need no names: coefficients are sorted by preference, as the steering's columns are.
         if rows != self._current:
-            self.steering.set_coefficients(torch.tensor([[eta for _, eta in row] for row in rows]))
+            columns = {name: column for column, name in enumerate(self.steering.names)}
+            etas = torch.zeros(len(rows), len(columns))
+            for eta_P, row in zip(etas, rows, strict=True):
+                for name, eta in row:
+                    eta_P[columns[name]] = eta
+            self.steering.set_coefficients(etas)
             self._current = list(rows)
 
     def forget(self) -> None:
         self._current = None
+
+    def change(self, vectors: Mapping[str, PreferenceVector]) -> None:
+        self.forget()
+        before = self.steering
+        before.detach()
+        try:
+            self.steering = Steering(self.model, vectors, base_fingerprint=before.base_fingerprint)
+        except BaseException:
+            before.attach()
+            raise

@@ -24,6 +24,8 @@ class Job:
     stop: tuple[str, ...] = ()
     max_prompt_tokens: int | None = None
     """longest prompt that its caller may send; None: what the context has room for"""
+    generation: int = 0
+    """of the lineup whose vectors the coefficients are of"""
     logprobs: int | None = None
     """how many of each position's likeliest tokens to tell, with log-probabilities; None: none, nor the chosen one's"""
 

@@ -1,6 +1,7 @@
-"""What one deployment serves: the base and its vectors, each fixed to a version when the app is built.
+"""What one deployment serves: the base and its vectors, each fixed to a version.
 
-Every replica gets the same lineup, so an alias that moves later changes no running answer; deploying again takes it up.
+Every replica gets the same lineup, so an alias that moves later changes no running answer; a roll-out (`rollout.py`)
+brings the next lineup to all of them, as another generation, and every request keeps the one that it started with.
 """
 
 import time
@@ -33,7 +34,20 @@ class Lineup:
     vectors: Mapping[str, ServedVector]
     policy: Policy
     created: int
-    """seconds since 1970 at deployment"""
+    """seconds since 1970 when it was resolved"""
+    generation: int = 0
+    """0 at deployment; every roll-out counts on"""
+    named: Mapping[str, str] | None = None
+    """the references that it was resolved from; None: the newest vectors of the base"""
+
+    def columns(self, coefficients: Coefficients) -> Coefficients:
+        """The coefficients under names that also say which vector is meant. What an engine computes and caches under
+        them belongs to those very vectors, whatever other generations call by the same preference."""
+        return tuple((self.column(name), eta) for name, eta in coefficients)
+
+    def column(self, preference: str) -> str:
+        """Sorted as preferences are: a space comes before all that their names may hold."""
+        return f"{preference} {self.vectors[preference].digest}"
 
     def fingerprint(self, coefficients: Coefficients) -> str:
         """Digest of everything that decides the weights behind an answer: base, vectors, coefficients."""
@@ -70,8 +84,11 @@ def line_up(config: ServingConfig) -> Lineup:
 
     if not config.base.is_dir():
         raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
-    base = fingerprint(config.base)
-    registry = open_registry(config.registry)
+    return resolve(config, fingerprint(config.base), open_registry(config.registry))
+
+
+def resolve(config: ServingConfig, base: str, registry: Registry) -> Lineup:
+    """`line_up` where the base's fingerprint is known."""
     if config.vectors is None:
         versions = newest_vectors(registry, base)
     else:
@@ -92,7 +109,7 @@ def line_up(config: ServingConfig) -> Lineup:
     served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
     policy = policy_of(config, list(served))
     no_way_around(config.floors, versions)
-    lineup = Lineup(base, served, policy, int(time.time()))
+    lineup = Lineup(base, served, policy, int(time.time()), named=config.vectors)
     for name in config.anonymous.presets or ():
         try:
             lineup.preset(registry.resolve_preset(name))

@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,21 +17,35 @@ from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece,
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
 from prefvec_ray.serving.lineup import Lineup, open_registry
+from prefvec_ray.serving.rollout import LineupBook
 from prefvec_ray.serving.slots import SlotEngine
-from prefvec_ray.vectors import LiveModel, Steering, fingerprint, load_vector
+from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
 
 
 class Replica:
-    """Loads base and vectors, and answers jobs. Construction returns only once a token has been generated."""
+    """Loads base and vectors, and answers jobs. Construction returns only once a token has been generated.
 
-    def __init__(self, config: ServingConfig, lineup: Lineup):
+    It begins with the lineup that its book says is committed, and learns others by `prepare`, or when a job is of one
+    that it does not have yet. Vectors that no running job needs are dropped at the next change.
+    """
+
+    def __init__(self, config: ServingConfig, lineup: Lineup, book: LineupBook | None = None):
         torch.set_num_threads(config.engine.threads)
-        self._config = config
+        self._config, self._book = config, book
+        self._first = lineup
+        lineup = (book and book.newest()) or lineup
+        self._lineups = {lineup.generation: lineup}
+        self._jobs: Counter[int] = Counter()
+        """running, by generation"""
+        self._changing = asyncio.Lock()
+        self._unfit: Exception | None = None
         self._tokenizer = load_tokenizer(config)
         # A long prompt takes its time; meanwhile the answers of others must flow. One thread, because a tokenizer may
         # be changed by a call; the engine decodes with one of its own.
         self._encoding = ThreadPoolExecutor(1)
-        self.engine = build_engine(config, lineup)
+        self._registry = open_registry(config.registry)
+        self._vectors = self._loaded([lineup])
+        self.engine = build_engine(config, lineup, self._vectors)
 
     async def stream(self, job: Job) -> AsyncIterator[Started | list[Event]]:
         """`Started`, then lists of events until every answer has its finish_reason.
@@ -38,6 +53,15 @@ class Replica:
         Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
         prompts that do not fit and chats that the template refuses, EngineError where generation failed.
         """
+        lineup = await self._lineup(job.generation)
+        self._jobs[job.generation] += 1
+        try:
+            async for item in self._answers(replace(job, coefficients=lineup.columns(job.coefficients))):
+                yield item
+        finally:
+            self._jobs[job.generation] -= 1
+
+    async def _answers(self, job: Job) -> AsyncIterator[Started | list[Event]]:
         loop = asyncio.get_running_loop()
         requests = await loop.run_in_executor(self._encoding, self._requests, job)
         yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
@@ -81,6 +105,77 @@ class Replica:
     def check_health(self) -> None:
         """Serve asks this every few seconds and replaces a replica that raises."""
         self.engine.check_alive()
+        if self._unfit:
+            raise EngineError(f"this replica cannot load the lineup that is served: {self._unfit}")
+
+    # --- lineups -----------------------------------------------------------------------------------------------------
+
+    async def prepare(self, lineup: Lineup, beside: int) -> None:
+        """Load this lineup beside generation `beside` and those of running jobs, and generate a token with it.
+
+        Running jobs go on. Raises InputError or StoreError where it cannot be had; all goes on as before then.
+        """
+        async with self._changing:
+            await self._learn(lineup, beside)
+
+    async def _lineup(self, generation: int) -> Lineup:
+        if generation not in self._lineups:
+            async with self._changing:
+                if generation not in self._lineups:
+                    await self._catch_up(generation)
+        return self._lineups[generation]
+
+    async def _catch_up(self, generation: int) -> None:
+        """A job of a generation that was committed while this replica started, or before it did."""
+        found = self._first if generation == self._first.generation else None
+        if found is None and self._book:
+            found = await asyncio.to_thread(self._book.read, generation)
+        if found is None:
+            raise EngineError(f"no lineup of generation {generation} was committed")
+        try:
+            await self._learn(found, max(self._lineups))
+        except Exception as error:
+            self._unfit = error
+            raise EngineError(f"generation {generation} cannot be served here: {error}") from error
+
+    async def _learn(self, lineup: Lineup, beside: int) -> None:
+        new = await asyncio.to_thread(self._loaded, [lineup])
+        used = {beside, *(g for g, jobs in self._jobs.items() if jobs)}
+        # Jobs of what is dropped may come meanwhile: they wait, and load it again.
+        before, self._lineups = self._lineups, {g: known for g, known in self._lineups.items() if g in used}
+        vectors = self._loaded(list(self._lineups.values())) | new
+        try:
+            await asyncio.wrap_future(self.engine.change(vectors))
+        except BaseException:
+            self._lineups = before
+            raise
+        self._vectors = vectors
+        coefficients = lineup.columns(lineup.policy.coefficients({}))
+        async for _ in self.engine.stream(Request((0,), coefficients, max_new_tokens=1)):
+            pass
+        self._lineups[lineup.generation] = lineup
+
+    def _loaded(self, lineups: list[Lineup]) -> dict[str, PreferenceVector]:
+        """The vectors of these lineups under their engine's names; those that are loaded are not read again.
+
+        Raises InputError where a reference no longer is the vector that it was when the lineup was resolved.
+        """
+        known: dict[str, PreferenceVector] = getattr(self, "_vectors", {})
+        vectors = {}
+        for lineup in lineups:
+            for name, vector in lineup.vectors.items():
+                column = lineup.column(name)
+                if column not in vectors:
+                    vectors[column] = known[column] if column in known else self._load(vector.ref, vector.digest)
+        return vectors
+
+    def _load(self, ref: str, digest: str) -> PreferenceVector:
+        found = self._registry.resolve(ref)
+        if found.digest != digest:
+            raise InputError(f"{ref} is another vector in {self._config.registry} than at the roll-out; resolve again")
+        return load_vector(self._registry.fetch(ref))
+
+    # --- jobs --------------------------------------------------------------------------------------------------------
 
     def _requests(self, job: Job) -> list[Request]:
         """The job's requests, prompt by prompt; all are checked before any of them starts."""
@@ -140,8 +235,8 @@ def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_engine(config: ServingConfig, lineup: Lineup) -> Engine:
-    """Load the base with its vectors as the config says, generate one token, and start.
+def build_engine(config: ServingConfig, lineup: Lineup, vectors: Mapping[str, PreferenceVector]) -> Engine:
+    """Load the base with the lineup's vectors as the config says, generate one token, and start.
 
     Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
     """
@@ -157,8 +252,6 @@ def build_engine(config: ServingConfig, lineup: Lineup) -> Engine:
     model = AutoModelForCausalLM.from_pretrained(
         config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
-    registry = open_registry(config.registry)
-    vectors = {name: load_vector(registry.fetch(vector.ref)) for name, vector in lineup.vectors.items()}
     base = lineup.base_fingerprint
     holder: Holder
     if config.engine.mode == "steered":
@@ -168,5 +261,5 @@ def build_engine(config: ServingConfig, lineup: Lineup) -> Engine:
     engine = SlotEngine(
         holder, load_tokenizer(config), max_batch=config.engine.max_batch, switch_share=config.engine.switch_share
     )
-    engine.warm_up(lineup.policy.coefficients({}))
+    engine.warm_up(lineup.columns(lineup.policy.coefficients({})))
     return engine.start()

@@ -1,9 +1,13 @@
 """Starting and stopping the endpoint from Python: what `prefvec serve` and the demo call."""
 
 import time
+from typing import TYPE_CHECKING
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import THROUGH_RAY, ServingConfig
+
+if TYPE_CHECKING:
+    from prefvec_ray.serving.lineup import Lineup
 
 APP = "prefvec"
 
@@ -38,6 +42,31 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
     if not served:
         raise InputError(f"nothing answers at {url}: Serve runs on another port, or the port is taken; stop that")
     return url
+
+
+def roll_out(config: ServingConfig) -> "Lineup":
+    """Bring the vectors that `config.vectors` names now to every replica of the running endpoint, or to none.
+
+    Returns what is served from now on. Raises InputError where no endpoint runs, where `config` differs from the
+    running one in more than its vectors, and where a vector, a key or a replica does not take the new lineup: then the
+    old one goes on.
+    """
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    if not ray.is_initialized():
+        ray.init(address="auto", namespace="prefvec", log_to_driver=False)
+    try:
+        front = serve.get_deployment_handle("front", APP)
+        lineup: Lineup = front.roll_out.remote(config.absolute()).result()
+    except RayServeException as error:
+        raise InputError(f"no endpoint runs as application {APP!r} ({error}); `prefvec serve` starts one") from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise InputError(str(error.cause)) from None
+        raise
+    return lineup
 
 
 def stop() -> None:

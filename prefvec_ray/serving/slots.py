@@ -20,7 +20,8 @@ import random
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,7 @@ from prefvec_ray.serving.holders import Holder
 from prefvec_ray.serving.kv import SlotCache, context_length
 from prefvec_ray.serving.sampling import choose, logprobs
 from prefvec_ray.serving.text import TextStream, TokenTexts
+from prefvec_ray.vectors import PreferenceVector
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class SlotEngine:
         self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
         self._turn_began = time.monotonic()
         self._waiting: deque[Ticket] = deque()
+        self._changes: deque[tuple[Mapping[str, PreferenceVector], Future[None]]] = deque()
         self._news = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -145,6 +148,16 @@ class SlotEngine:
             ticket.cancelled = True
             self._news.notify()
 
+    def change(self, vectors: Mapping[str, PreferenceVector]) -> "Future[None]":
+        """See `Engine.change`."""
+        changed: Future[None] = Future()
+        with self._news:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            self._changes.append((vectors, changed))
+            self._news.notify()
+        return changed
+
     def status(self) -> EngineStatus:
         with self._news:
             running = sum(len(b.tickets) + len(b.joining) for b in self._batches.values())
@@ -163,6 +176,8 @@ class SlotEngine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Admit what fits, then give every row of the batch whose turn it is one more token. False: nothing to do."""
+        while self._changes:
+            self._change(*self._changes.popleft())
         with self._news:
             self._drop_cancelled()
             self._admit()
@@ -181,6 +196,15 @@ class SlotEngine:
             self._fail(batch, EngineError(f"the engine failed: {type(error).__name__}"))
         self._end_turn(key, batch)
         return True
+
+    @torch.inference_mode(False)  # what is built here lives on
+    def _change(self, vectors: Mapping[str, PreferenceVector], changed: "Future[None]") -> None:
+        try:
+            self._holder.change(vectors)
+        except Exception as error:
+            changed.set_exception(error)
+        else:
+            changed.set_result(None)
 
     def _drop_cancelled(self) -> None:
         for batch in self._batches.values():
@@ -350,7 +374,7 @@ class SlotEngine:
             while not self._closed:
                 if not self.step():
                     with self._news:
-                        self._news.wait_for(lambda: self._closed or self._waiting)
+                        self._news.wait_for(lambda: self._closed or self._waiting or self._changes)
         finally:  # also where the loop itself broke: nobody may wait for an answer that will not come
             self._end()
 
@@ -385,8 +409,11 @@ class SlotEngine:
             tickets += self._waiting
             self._waiting.clear()
             self._batches.clear()
+            changes, self._changes = self._changes, deque()
         for ticket in tickets:
             ticket.emit(EngineError("the engine was closed"))
+        for _, changed in changes:
+            changed.set_exception(EngineError("the engine was closed"))
 
     async def stream(self, request: Request) -> AsyncIterator[Piece]:
         """See `Engine.stream`. Needs `start`."""

@@ -65,7 +65,7 @@ class Steering:
         if rank is not None or energy is not None:
             check_rank(rank, energy)
         self.model, self.names = model, tuple(sorted(vectors))
-        base = base_fingerprint or fingerprint(model)
+        self.base_fingerprint = base = base_fingerprint or fingerprint(model)
         self._modules = dict(model.named_modules())
         if any(getattr(module.__dict__.get("forward"), "steered", False) for module in self._modules.values()):
             raise InputError("the model is steered already; detach() that steering first")
@@ -74,6 +74,7 @@ class Steering:
         inputs = self._inputs(sites)
         self._scales = Scales(torch.zeros(1, len(self.names)))
         self._before: dict[str, Any] = {}
+        self._steered: dict[str, Forward] = {}
         try:
             self._attach(sites, inputs)
         except BaseException:
@@ -111,6 +112,12 @@ class Steering:
             else:
                 self._modules[path].forward = before
         self._before = {}
+
+    def attach(self) -> None:
+        """Undo a `detach()`. The model must not have been given another steering meanwhile, or have lost it again."""
+        for path, steered in self._steered.items():
+            self._before[path] = self._modules[path].__dict__.get("forward")
+            self._modules[path].forward = steered
 
     def __enter__(self) -> "Steering":
         return self
@@ -214,4 +221,4 @@ class Steering:
         self._before.setdefault(path, module.__dict__.get("forward"))
         steered = wrap(module.forward)
         steered.steered = True  # type: ignore[attr-defined]
-        module.forward = steered
+        module.forward = self._steered[path] = steered

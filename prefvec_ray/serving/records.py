@@ -1,0 +1,63 @@
+"""What serving tells the registry: which versions it uses, so that none is collected, and what each fingerprint in an
+answer stands for, so that an answer can be traced back."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import Registry, StoreError
+from prefvec_ray.serving.engine import Coefficients
+from prefvec_ray.serving.lineup import Lineup
+
+log = logging.getLogger("ray.serve")
+
+MOST_RECORDED = 10_000
+"""fingerprints that one front writes down; with free coefficients there is no end of them"""
+
+
+class ServingRecords:
+    """The registry's records of one deployment, under the holder's name `serve-<deployment>`.
+
+    Serving goes on where the registry cannot be written (a read-only mount, say): then the log has a warning.
+    """
+
+    def __init__(self, registry: Registry, deployment: str):
+        self._registry, self.holder = registry, f"serve-{deployment}"
+        self._seen: set[str] = set()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="serving-records")
+
+    def hold(self, *lineups: Lineup) -> None:
+        """Keep the vectors of these lineups, and of no others, from `retire` and `gc`."""
+        refs = sorted({vector.ref for lineup in lineups for vector in lineup.vectors.values()})
+        try:
+            self._registry.hold(self.holder, refs)
+        except (InputError, StoreError, OSError) as error:
+            log.warning("the registry does not know that %s are served: %s", ", ".join(refs), error)
+
+    def note(self, fingerprint: str, lineup: Lineup, coefficients: Coefficients) -> None:
+        """Write down, some time soon, what this fingerprint stands for. Costs nothing when it is known."""
+        if fingerprint in self._seen or len(self._seen) >= MOST_RECORDED:
+            return
+        self._seen.add(fingerprint)
+        if len(self._seen) == MOST_RECORDED:
+            log.warning("%d fingerprints are recorded; further ones are not until the next start", MOST_RECORDED)
+        self._writer.submit(self._record, fingerprint, lineup, coefficients)
+
+    def close(self) -> None:
+        """Write what waits, and hold nothing any more."""
+        self._writer.shutdown()
+        try:
+            self._registry.release(self.holder)
+        except (InputError, StoreError, OSError) as error:
+            log.warning("the registry still holds what %s served: %s", self.holder, error)
+
+    def _record(self, fingerprint: str, lineup: Lineup, coefficients: Coefficients) -> None:
+        etas: dict[str, float] = {}
+        for name, eta in coefficients:  # two names may stand for one vector: their coefficients add up
+            ref = lineup.vectors[name].ref
+            etas[ref] = etas.get(ref, 0.0) + eta
+        try:
+            self._registry.record_served(etas, base_fingerprint=lineup.base_fingerprint)
+        except (InputError, StoreError, OSError) as error:
+            self._seen.discard(fingerprint)
+            log.warning("served fingerprint %s could not be recorded: %s", fingerprint, error)

@@ -1,0 +1,68 @@
+"""Many callers at once in one replica, every one at a setting of its own: each answer is a lone merged model's."""
+
+import asyncio
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.job import Job
+from prefvec_ray.serving.kv import FIRST_TOKENS
+from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.replica import Replica
+
+CLIENTS, NEW = 64, 12
+SETTINGS = [{"harmless": i / 63, "helpful": 1 - i / 31.5} for i in range(CLIENTS)]
+DRAW = random.Random(1)
+SHARED = tuple(DRAW.randrange(5, 300) for _ in range(FIRST_TOKENS + 30))
+
+
+def prompt(client: int) -> tuple[int, ...]:
+    """Half of the clients share one, longer than a block of the cache; the others add to it."""
+    return SHARED + tuple(range(5, 5 + client // 2)) * (client % 2)
+
+
+@pytest.fixture(scope="module")
+def alone(merged_alone) -> list[list[int]]:
+    return [merged_alone(prompt(client), SETTINGS[client], NEW) for client in range(CLIENTS)]
+
+
+def job(client: int, preferences: Mapping[str, float], **settings: Any) -> Job:
+    return Job((prompt(client),), tuple(sorted(preferences.items())), temperature=0.0, **settings)
+
+
+@pytest.mark.parametrize("mode", ["merged", "steered"])
+def test_64_clients_at_64_settings(mode, base_folder, registry_root, alone):
+    """With fewer rows than clients, and with callers who hang up in the middle of their answers."""
+    engine = {"mode": mode, "max_batch": 24, "max_new_tokens": 200}
+    config = ServingConfig.model_validate(
+        {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
+    )
+    replica = Replica(config, line_up(config))
+
+    async def ask(client: int) -> list[int]:
+        _, (answer,) = await replica.answer(job(client, SETTINGS[client], max_new_tokens=NEW))
+        return list(answer.tokens)
+
+    async def hang_up(client: int) -> None:
+        items = replica.stream(job(client, SETTINGS[client], max_new_tokens=200))
+        for _ in range(2 + client // 8 % 3):
+            await anext(items)
+        await items.aclose()
+
+    async def all_at_once() -> list[list[int]]:
+        leaving = asyncio.gather(*(hang_up(client) for client in range(0, CLIENTS, 8)))
+        told = await asyncio.gather(*(ask(client) for client in range(CLIENTS)))
+        await leaving
+        return told
+
+    try:
+        told = asyncio.run(asyncio.wait_for(all_at_once(), 240))
+    finally:
+        replica.engine.close()
+    assert told == alone
+    assert len({tuple(tokens) for tokens in told}) > CLIENTS // 2, "the settings must make a difference"
+    assert replica.status().finished >= CLIENTS
+    assert replica.status().cancelled > 0

@@ -1,0 +1,26 @@
+"""The registry knows what is served, and can say what an answer's fingerprint stands for."""
+
+import pytest
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.registry import Registry
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.records import ServingRecords
+
+
+def test_what_is_served_cannot_be_retired_until_it_is_let_go(base_folder, vector_folders, tmp_path):
+    registry = Registry.open(tmp_path / "registry")
+    registry.publish_vector(vector_folders["helpful"])
+    lineup = line_up(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))
+    records = ServingRecords(registry, "abc")
+    records.hold(lineup)
+    with pytest.raises(InputError, match="replica serve-abc"):
+        registry.retire("helpful@1", "old")
+    setting = (("helpful", 0.5),)
+    for _ in range(3):
+        records.note(lineup.fingerprint(setting), lineup, setting)
+    records.close()
+    assert registry.served(lineup.fingerprint(setting)).coefficients == {"helpful@1": 0.5}
+    assert registry.holds() == {}
+    registry.retire("helpful@1", "nobody serves it")
