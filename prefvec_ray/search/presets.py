@@ -129,7 +129,7 @@ def search_evidence(result: SearchResult, *, scorer: str | None, cards: Mapping[
 
 def _compromise(name: str, result: SearchResult) -> Preset | None:
     chosen = result.recommended
-    if chosen is None:
+    if chosen is None or not any(chosen.coefficients.values()):
         return None
     trial = next(e for e in result.front if e.coefficients == chosen.coefficients)
     rule = "of the settings on the front, the one that gives up least of what each objective could gain over the base"

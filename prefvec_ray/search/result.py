@@ -210,6 +210,11 @@ class SearchResult(BaseModel):
         return lines + [f"failed at {failed.coefficients}: {failed.error}" for failed in self.failed]
 
     def _reason(self, trial: Evaluation) -> str:
+        if not any(trial.coefficients.values()):
+            return (
+                f"stay with the base: judged over resamples of the prompts, none of the {len(self.front)} settings on "
+                f"the front{self._limits()} is better in every objective"
+            )
         base = np.array(self.goal.point(self.base))
         gains_SO = np.array([self.goal.point(t) for t in self.front]) - base
         gains = np.array(self.goal.point(trial)) - base

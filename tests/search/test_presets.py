@@ -73,6 +73,9 @@ def test_each_rule_picks_its_setting_and_says_why(result):
 def test_no_setting_beats_the_base_within_a_rule(result):
     poor = SearchResult(goal=GOAL, trials=[result.trials[0], result.trials[3]])
     assert [preset.name for preset in choose(poor, {"help": "help"})] == []
+    alone = SearchResult(goal=GOAL, trials=result.trials[:1])
+    assert "stay with the base" in alone.recommended.reason
+    assert choose(alone, {"balanced": "compromise"}) == [], "the base needs no name"
     with pytest.raises(InputError, match="unknown rule 'kind'; the rules of this search are: compromise, help, harm"):
         choose(result, {"nice": "kind"})
     assert default_rules(Goal(objectives=("help",), metrics=METRICS)) == {"balanced": "compromise"}
