@@ -21,7 +21,9 @@ LONGEST_RETRY = 60.0
 @dataclass
 class _Bin:
     number: int
-    amount: int
+    amount: int = 0
+    last: float = 0.0
+    """when something was last added"""
 
 
 class Window:
@@ -29,7 +31,7 @@ class Window:
     first sees that it fits, no stretch of `seconds` holds more than the limit."""
 
     def __init__(self, seconds: float):
-        self._width = seconds / BINS
+        self._seconds = seconds
         self._bins: deque[_Bin] = deque()
 
     def used(self, now: float) -> int:
@@ -47,19 +49,20 @@ class Window:
                 break
             over -= each.amount
             if over <= 0:
-                return self._end(each) - now
+                return min(self._end(each) - now, self._seconds)  # rounding would make it a little more
         return 0.0
 
     def add(self, amount: int, now: float) -> _Bin:
         """Count `amount`, without asking. The bin: for a correction later."""
-        number = math.floor(now / self._width)
+        number = math.floor(now / self._seconds * BINS)
         if not self._bins or self._bins[-1].number != number:
-            self._bins.append(_Bin(number, 0))
-        self._bins[-1].amount += amount
-        return self._bins[-1]
+            self._bins.append(_Bin(number))
+        newest = self._bins[-1]
+        newest.amount, newest.last = newest.amount + amount, now
+        return newest
 
     def _end(self, each: _Bin) -> float:
-        return (each.number + 1 + BINS) * self._width
+        return each.last + self._seconds
 
 
 @dataclass

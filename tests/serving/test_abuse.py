@@ -81,7 +81,10 @@ def test_a_thousand_malformed_bodies(endpoint, document, path):
     )  # fmt: skip
     @given(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
     def collect(case: schemathesis.Case) -> None:
-        bodies.append((path, json.dumps(case.body, default=str).encode()))
+        body = case.body
+        if isinstance(body, dict) and len(bodies) % 2:  # an unknown model is soon refused: get past it
+            body = body | {"model": "tiny"}
+        bodies.append((path, body if isinstance(body, bytes) else json.dumps(body, default=str).encode()))
 
     collect()
     sound = json.dumps(ASK if path == CHAT else {"model": "tiny", "prompt": "the fox", "max_tokens": 4}).encode()
@@ -96,7 +99,9 @@ def test_a_thousand_malformed_bodies(endpoint, document, path):
     responses = send_all(endpoint, bodies)
     bad = [(body, r.status_code, r.text) for (_, body), r in zip(bodies, responses, strict=True) if not refused_well(r)]
     assert not bad, bad[:3]
-    assert sum(response.status_code == 400 for response in responses) > len(bodies) / 2
+    assert sum(response.status_code == 400 for response in responses) > len(bodies) / 2, (
+        "not all for their model's name"
+    )
 
 
 def test_oversize_and_absurd_values(endpoint):

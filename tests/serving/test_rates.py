@@ -27,9 +27,9 @@ def test_no_minute_holds_more_than_the_limit(asks):
             assert wait == float("inf")
             continue
         if wait:
-            assert wait <= MINUTE + 1
+            assert wait <= MINUTE
             assert window.wait(amount, 10, now + wait * 0.98) > 0, "not earlier than told"
-            now += wait
+            now += wait * (1 + 1e-9)
             assert window.wait(amount, 10, now) == 0, "who waits as told is let in"
         window.add(amount, now)
         taken.append((now, amount))
@@ -46,9 +46,9 @@ def test_requests_beyond_the_minutes_are_told_when_to_come_back():
         rates.request("a", allowance)
     assert (caught.value.status, caught.value.error.code) == (429, "rate_limit_exceeded")
     headers = caught.value.headers
-    assert 1 <= int(headers["retry-after"]) <= 61
+    assert 1 <= int(headers["retry-after"]) <= 60, "OpenAI's client waits so long by itself"
     assert headers["x-ratelimit-remaining-requests"] == "0"
-    assert "x-should-retry" not in headers or int(headers["retry-after"]) > 60
+    assert "x-should-retry" not in headers
     rates.request("b", allowance)
     clock.now += int(headers["retry-after"])
     rates.request("a", allowance)
