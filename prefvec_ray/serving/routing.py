@@ -18,13 +18,15 @@ from prefvec_ray.serving.job import Job
 
 ROOM = 1.25
 """times the fair share that one replica takes before a setting spills over to its next"""
+FEW = 4
+"""requests that a replica takes at any rate: in one batch they cost hardly more than one, other weights do"""
 R = TypeVar("R", bound=Hashable)
 
 
 def preferred(setting: Hashable, loads: Mapping[R, int], room: float = ROOM) -> list[R]:
     """The replicas in the order in which a request of this setting should try them; `loads`: replica -> running
     requests. First those with room, by the setting's own order, then the others by load."""
-    bound = math.ceil(room * (sum(loads.values()) + 1) / max(len(loads), 1))
+    bound = max(FEW, math.ceil(room * (sum(loads.values()) + 1) / max(len(loads), 1)))
     order = sorted(loads, key=lambda replica: _weight(setting, replica))
     return sorted(order, key=lambda replica: 0 if loads[replica] < bound else loads[replica])
 

@@ -1,18 +1,28 @@
 """A new lineup: beside the old one in a replica, and to all replicas of an endpoint or none."""
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import ray
 import torch
+from openai import APIError, OpenAI
+from ray.util.state import list_actors
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import Registry
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving import ServingConfig, roll_out, start, stop
 from prefvec_ray.serving.engine import EngineError
 from prefvec_ray.serving.job import Job
 from prefvec_ray.serving.lineup import Lineup, ServedVector, line_up
@@ -130,3 +140,163 @@ def test_what_no_job_needs_is_dropped_and_comes_back_when_asked_for(config, repl
     for generation in (1, 2, 3):
         asyncio.run(replica.prepare(later(lineup, generation), beside=generation - 1))
     assert asyncio.run(ask(replica, 0)) == asyncio.run(ask(replica, 3)) == before
+
+
+# --- an endpoint of two replicas ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Served:
+    """`truths`: the text that a lone merged model answers, by the reference of `helpful`."""
+
+    url: str
+    config: ServingConfig
+    registry: Registry
+    truths: dict[str, str]
+
+    def ask(self, **settings: Any) -> tuple[str, str]:
+        """The answer's text and fingerprint."""
+        with OpenAI(base_url=self.url, api_key="none", max_retries=8, timeout=60) as client:
+            answer = client.completions.create(
+                model="tiny",
+                prompt=list(PROMPT),
+                temperature=0,
+                max_tokens=24,
+                extra_body={"preferences": dict(SETTING)},
+                **settings,
+            )
+        return answer.choices[0].text, answer.system_fingerprint
+
+    def says(self, ref: str) -> bool:
+        return self.ask()[0] == self.truths[ref]
+
+    def replicas(self) -> list[dict[str, Any]]:
+        return httpx.get(self.url.removesuffix("/v1") + "/healthz", timeout=30).json().get("replicas", [])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def served(
+    ray_cluster, running, base_folder, vector_folders, next_helpful, tokenizer, tmp_path_factory
+) -> Iterator[Served]:
+    stop()  # another file's endpoint; it deploys its own again
+    registry = Registry.open(tmp_path_factory.mktemp("rollout") / "registry")
+    for folder in vector_folders.values():
+        registry.publish_vector(folder)
+    registry.publish_vector(next_helpful)
+    registry.set_alias("helpful", "production", 1, "the first")
+    texts = {
+        ref: tokenizer.decode(alone(base_folder, vector_folders | change, PROMPT, 24), skip_special_tokens=True)
+        for ref, change in (("helpful@1", {}), ("helpful@2", {"helpful": next_helpful}))
+    }
+    config = ServingConfig.model_validate(
+        {
+            "model": "tiny",
+            "base": base_folder,
+            "registry": str(registry.store.folder),
+            "vectors": {"helpful": "helpful@production", "harmless": "harmless@1"},
+            "engine": {"max_new_tokens": 400, "max_batch": 8},
+            "replicas": {"min": 2, "max": 2, "cpus": 0.5},
+        }
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    yield Served(start(config, port=port), config, registry, texts)
+    stop()
+    wait_for(lambda: registry.holds() == {})
+
+
+def test_an_equal_lineup_changes_nothing(served):
+    assert roll_out(served.config).generation == 0
+    assert served.says("helpful@1")
+    (held,) = served.registry.holds().values()
+    assert held == ["harmless@1", "helpful@1"]
+    with pytest.raises(InputError, match="model: only 'vectors' can be rolled out"):
+        roll_out(served.config.model_copy(update={"model": "other"}))
+
+
+def test_settings_stay_where_they_are_merged(served):
+    before = sum(replica["merges"] for replica in served.replicas())
+    with OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=60) as client:
+        for i in range(40):
+            preferences = {"harmless": (i % 2) / 2 + 0.25}
+            client.completions.create(
+                model="tiny", prompt=[5, 6, 7], max_tokens=2, extra_body={"preferences": preferences}
+            )
+    merges = sum(replica["merges"] for replica in served.replicas()) - before
+    # Two settings by turns: a merge each, where they have a replica each, 40 where they share one; never by chance.
+    assert merges <= 4 or merges >= 36
+
+
+def test_a_vector_that_one_replica_cannot_load_is_served_by_none(served, next_helpful, tmp_path):
+    third = load_vector(next_helpful)
+    entries = {name: LowRank(entry.A_RI * 2, entry.B_OR) for name, entry in third.entries.items()}
+    version = served.registry.publish_vector(save_vector(type(third)(third.info, entries), tmp_path / "helpful"))
+    (file,) = (file for file in version.files if file.name.endswith(".safetensors"))
+    blob = next(served.registry.store.folder.rglob(f"{file.digest.removeprefix('blake3:')}*"))
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    broken = served.config.model_copy(update={"vectors": {"helpful": version.ref, "harmless": "harmless@1"}})
+    with pytest.raises(InputError, match="cannot prepare"):
+        roll_out(broken)
+    assert served.says("helpful@1")
+    assert len(served.replicas()) == 2
+    (held,) = served.registry.holds().values()
+    assert held == ["harmless@1", "helpful@1"]
+
+
+def test_a_moved_alias_reaches_all_while_callers_notice_nothing(served):
+    """Every answer is a lone merged model's for its fingerprint; none fails; after the roll-out all are new."""
+    fingerprints = {}
+    answers: list[tuple[str, str]] = []
+    done = threading.Event()
+
+    def keep_asking() -> None:
+        while not done.is_set():
+            answers.append(served.ask())
+
+    _, fingerprints["helpful@1"] = served.ask()
+    with ThreadPoolExecutor(6) as pool:
+        callers = [pool.submit(keep_asking) for _ in range(6)]
+        try:
+            wait_for(lambda: len(answers) > 6)
+            served.registry.set_alias("helpful", "production", 2, "a better one")
+            assert served.says("helpful@1"), "nothing moves by itself"
+            lineup = roll_out(served.config)
+            after = [served.ask() for _ in range(8)]
+        finally:
+            done.set()
+        for caller in callers:
+            caller.result()
+    assert lineup.vectors["helpful"].ref == "helpful@2"
+    fingerprints["helpful@2"] = lineup.fingerprint(SETTING)
+    truths = {fingerprints[ref]: text for ref, text in served.truths.items()}
+    assert len(truths) == 2
+    assert len(set(truths.values())) == 2
+    assert all(text == truths[fingerprint] for text, fingerprint in answers)
+    assert set(after) == {(served.truths["helpful@2"], fingerprints["helpful@2"])}
+    wait_for(lambda: served.registry.served(fingerprints["helpful@2"]) is not None)
+    assert served.registry.served(fingerprints["helpful@2"]).coefficients == {"harmless@1": 0.5, "helpful@2": 1.0}
+
+
+def test_restarted_replicas_and_a_restarted_front_begin_with_what_was_committed(served):
+    assert served.says("helpful@2")
+    for state in list_actors(filters=[("state", "=", "ALIVE")], limit=1000):
+        if "ServeReplica:prefvec:" in state.class_name:
+            ray.kill(ray.get_actor(state.name, "serve"), no_restart=False)
+
+    def back() -> bool:
+        with contextlib.suppress(httpx.HTTPError, APIError):
+            return len(served.replicas()) == 2 and served.says("helpful@2")
+        return False
+
+    wait_for(back)
+    for _ in range(6):
+        assert served.says("helpful@2")
