@@ -56,7 +56,13 @@ def summary(data: ReportData) -> list[str]:
             "there is nothing to recommend."
         )
     if search and chosen is not None:
-        found.append(f"We recommend {words(chosen.coefficients)}. {_outcome(chosen, search, data.metrics)}")
+        if any(chosen.coefficients.values()):
+            found.append(f"We recommend {words(chosen.coefficients)}. {_outcome(chosen, search, data.metrics)}")
+        else:
+            found.append(
+                "We recommend the base model as it is: no setting that was tried is better in everything that was "
+                "searched for, beyond chance."
+            )
         found.append(
             f"It was chosen from {len(search.trials) + search.dropped} settings; {len(search.front)} of them are best "
             "choices: no other setting is clearly better. Each is a point below: click one to see its dials, numbers "
