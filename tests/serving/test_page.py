@@ -260,10 +260,10 @@ def test_what_is_refused_is_said_in_words(visit, endpoint):
     ask(page)
     problem = page.locator("#problem")
     problem.wait_for()
-    assert "Refused max_tokens: 99999 is more than 400" in problem.text_content()
+    assert "Refused: max_tokens: 99999 is more than 400" in problem.text_content()
     use_key(page, "pv-nobody's")
     page.locator("#state[data-kind=bad]").wait_for()
-    assert "A key is needed this key is not known here" in problem.text_content()
+    assert "A key is needed: this key is not known here" in problem.text_content()
     page.keyboard.press("Escape")
     use_key(page, endpoint.key("hurried", requests_per_minute=1, ranges={"helpful": {"min": 0, "max": 0.5}}))
     page.locator("#state[data-kind=good]").wait_for()
@@ -273,7 +273,7 @@ def test_what_is_refused_is_said_in_words(visit, endpoint):
     page.keyboard.press("Escape")
     ask(page)
     ask(page)
-    assert re.search(r"Too many requests .* Try again in \d+ s\.", problem.text_content())
+    assert re.search(r"Too many requests: .* Try again in \d+ s\.", problem.text_content())
 
 
 def test_a_key_stays_in_its_tab_and_bounds_the_page(visit, endpoint):

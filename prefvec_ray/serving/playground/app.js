@@ -34,9 +34,9 @@ async function connect() {
     $("base").textContent = short(card.base_fingerprint);
     $("base").title = `base model ${card.base_fingerprint}`;
     const canCompare = balance.base() !== null;
+    if (canCompare === $("compare").disabled) $("compare").checked = canCompare;
     $("compare").disabled = !canCompare;
-    $("compare").checked &&= canCompare;
-    $("compare-label").title = canCompare ? "" : "You may not ask for the base model here: a range leaves 0 out";
+    $("compare-text").textContent = canCompare ? "Compare with base" : "The base is outside your ranges";
     state("ready", "good");
     problem(null);
   } catch (error) {
@@ -64,7 +64,7 @@ function problem(error) {
   box.hidden = !error;
   if (!error) return;
   const wait = error.status === 429 && error.again ? ` Try again in ${error.again} s.` : "";
-  box.replaceChildren(el("b", {}, error.title ?? "The page failed"), ` ${error.message}.${wait}`.replace(/\.\.(?= |$)/, "."));
+  box.replaceChildren(el("b", {}, `${error.title ?? "The page failed"}:`), ` ${error.message}.${wait}`.replace(/\.\.(?= |$)/, "."));
 }
 
 // --- asking ---

@@ -51,7 +51,7 @@ export class Chat {
     return this.#turns.slice(0, until).filter((one) => !one.askedAgain);
   }
 
-  /** Ask, and show what comes. Never throws: what goes wrong is shown in the answer's place. */
+  /** Ask, and show what comes. Returns the first Problem, or null: the caller says it in words. */
   async ask(prompt) {
     const bodies = this.bodies(prompt);
     const turn = { prompt, sides: {} };
@@ -60,7 +60,7 @@ export class Chat {
     if (bodies.base) turn.sides.base = new Side("Base", zero, card);
     turn.sides.steered = new Side(this.balance.name(), values, card);
     const sides = Object.values(turn.sides);
-    const again = el("button", { type: "button", class: "again", onclick: () => this.#again(turn) }, "↻ Ask again at the present balance");
+    const again = el("button", { type: "button", class: "again", onclick: () => this.#again(turn) }, "↻ Ask again at the current balance");
     const same = el("p", { class: "same note", hidden: true }, "Both answers are the same, word for word.");
     turn.element = el(
       "article",
@@ -149,7 +149,7 @@ class Side {
       const problem = error instanceof Problem ? error : new Problem("The page failed", String(error));
       this.element.classList.add("failed");
       this.#close([], fingerprint);
-      this.foot.prepend(el("p", { class: "wrong" }, el("b", {}, problem.title), ` ${problem.message}`));
+      this.foot.prepend(el("b", { class: "wrong" }, problem.title));
       return problem;
     } finally {
       this.element.classList.remove("running");
