@@ -15,11 +15,15 @@ def connect(console: Console) -> None:
     """Join the cluster of RAY_ADDRESS or of this machine, or start one here; once a process."""
     import ray
 
+    from prefvec_ray.serving import guard
+
     if ray.is_initialized():
         return
-    # Workers inherit these: Ray Train's print patch writes a line for every line, and forked tokenizers warn.
+    # Workers inherit these: Ray Train's print patch writes a line for every line, and forked tokenizers warn. Serve's
+    # proxy, where it is to run, looks at headers first.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault(guard.SETTING, guard.PATH)
     context = ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     resources = ray.cluster_resources()
     gpus = f" and {resources['GPU']:g} GPUs" if resources.get("GPU") else ""

@@ -1,5 +1,6 @@
 """Starting and stopping the endpoint from Python: what `prefvec serve` and the demo call."""
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,14 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
     import ray
     from ray import serve
 
+    from prefvec_ray.serving import guard
     from prefvec_ray.serving.app import build_app
 
     # A mistake in the config is told before the seconds that a cluster takes, unless the registry is an actor of it.
     through_ray = config.registry.startswith(THROUGH_RAY)
     app = None if through_ray else build_app(config)
     if not ray.is_initialized():
+        os.environ.setdefault(guard.SETTING, guard.PATH)
         ray.init(namespace="prefvec", log_to_driver=False)
     app = app or build_app(config)
     serve.start(http_options={"host": host, "port": port})
@@ -36,7 +39,8 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
     url = f"http://{host}:{port}/v1"
     try:
         # Serve ignores a port asked for when it already runs, so ask the endpoint itself.
-        served = httpx.get(f"{url}/models/{config.model}", timeout=30).is_success
+        response = httpx.get(f"{url}/models/{config.model}", timeout=30)
+        served = response.is_success or response.status_code == httpx.codes.UNAUTHORIZED
     except httpx.TransportError:
         served = False
     if not served:

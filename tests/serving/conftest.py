@@ -4,6 +4,7 @@ And one running endpoint of them, for all tests that talk HTTP.
 """
 
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefvec_ray.registry import Registry
-from prefvec_ray.serving import ServingConfig, start, stop
+from prefvec_ray.serving import ServingConfig, guard, start, stop
 from prefvec_ray.serving.keys import add_key
 from prefvec_ray.vectors import (
     LiveModel,
@@ -29,6 +30,8 @@ from prefvec_ray.vectors import (
     load_vector,
     save_vector,
 )
+
+os.environ[guard.SETTING] = guard.PATH  # before any test starts a cluster: Serve's proxy inherits it
 
 Alone: TypeAlias = Callable[[Sequence[int], Mapping[str, float], int], list[int]]
 
