@@ -3,7 +3,8 @@
     export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=prefvec_ray.serving.guard:middlewares   # before `ray start`
 
 `prefvec serve` and `prefvec_ray.serving.start` set it for clusters that they start. Without it Serve's proxy answers
-500 to headers that are no UTF-8, takes any size of them, and lets a caller switch off that its work ends when it hangs up.
+500 to headers that are no UTF-8, takes any size of them, and lets a caller switch off that its work ends when it hangs
+up.
 """
 
 import json
