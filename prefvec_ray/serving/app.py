@@ -28,6 +28,7 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
+from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
 from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.records import ServingRecords
 from prefvec_ray.serving.rollout import LineupBook, RollOut
@@ -87,9 +88,10 @@ def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> N
         call.cancel()
 
 
-def _unanswered(entry: Entry, error: Exception) -> ApiError:
+def _unanswered(entry: Entry, error: Exception, measure: RequestMetrics) -> ApiError:
     """Why there is no answer. Its tokens are given back, unless they were spent until the deadline."""
     told = explained(error)
+    measure.ended(told.status, 0)
     if told.status != 504:
         entry.reservation.settle(0)
     return told
@@ -106,6 +108,8 @@ class Front:
         self._door = Door(config, book.newest() or lineup, registry)
         self._records = ServingRecords(registry, deployment)
         self._records.hold(self._lineup)
+        self._metrics = FrontMetrics(config.model)
+        self._metrics.serves(self._lineup.generation)
         self._rollout = RollOut(config, registry, book, self._door, self._records, replicas)
         if config.follow_seconds:
             self._following = asyncio.get_running_loop().create_task(self._rollout.follow(config.follow_seconds))
@@ -120,6 +124,10 @@ class Front:
     async def roll_out(self, wanted: ServingConfig) -> Lineup:
         """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
         return await self._rollout.to(wanted)
+
+    def check_health(self) -> None:
+        """Serve asks this every few seconds."""
+        self._metrics.serves(self._lineup.generation)
 
     @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat(self, request: HttpRequest) -> Response:
@@ -189,14 +197,19 @@ class Front:
             return parse_body(await self._body(request), kind)
 
         began = asyncio.get_running_loop().time()
-        entry = await self._door.enter(request.url.path, request.headers, read)
+        try:
+            entry = await self._door.enter(request.url.path, request.headers, read)
+        except ApiError as error:
+            self._metrics.refused(error.status)
+            raise
+        measure = self._metrics.admitted(entry.body.model, free=bool(entry.body.preferences))
         deadline = began + entry.seconds
         coefficients = entry.job.coefficients
         fingerprint = entry.lineup.fingerprint(coefficients)
         self._records.note(fingerprint, entry.lineup, coefficients)
         writer = Writer(entry.body, coefficients, fingerprint)
         if entry.body.stream:
-            return await self._stream(entry, writer, deadline)
+            return await self._stream(entry, writer, deadline, measure)
         response = self._replicas.answer.remote(entry.job)
         try:
             async with asyncio.timeout_at(deadline):
@@ -204,14 +217,17 @@ class Front:
         except BaseException as error:  # also a cancelled request: its caller has gone
             _stop(response)
             if isinstance(error, Exception):
-                raise _unanswered(entry, error) from error
+                raise _unanswered(entry, error, measure) from error
+            measure.ended(HUNG_UP, 0)
             raise
-        entry.reservation.settle(prompt_tokens + sum(len(answer.tokens) for answer in answers))
+        new_tokens = sum(len(answer.tokens) for answer in answers)
+        entry.reservation.settle(prompt_tokens + new_tokens)
+        measure.ended(200, new_tokens)
         whole = writer.whole(prompt_tokens, answers)
         headers = {**entry.headers, **writer.headers()}
         return Response(whole.model_dump_json(exclude_unset=True), 200, headers, "application/json")
 
-    async def _stream(self, entry: Entry, writer: Writer, deadline: float) -> Response:
+    async def _stream(self, entry: Entry, writer: Writer, deadline: float, measure: RequestMetrics) -> Response:
         """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
         items = self._replicas.options(stream=True).stream.remote(entry.job)
         try:
@@ -219,9 +235,10 @@ class Front:
         except BaseException as error:
             _stop(items)
             if isinstance(error, Exception):
-                raise _unanswered(entry, error) from error
+                raise _unanswered(entry, error, measure) from error
+            measure.ended(HUNG_UP, 0)
             raise
-        events = self._events(items, entry, writer, started.prompt_tokens, deadline)
+        events = self._events(items, entry, writer, started.prompt_tokens, deadline, measure)
         headers = {**entry.headers, **writer.headers(), **SSE_HEADERS}
         return StreamingResponse(events, 200, headers, "text/event-stream")
 
@@ -232,19 +249,25 @@ class Front:
         writer: Writer,
         prompt_tokens: int,
         deadline: float,
+        measure: RequestMetrics,
     ) -> AsyncIterator[bytes]:
-        new_tokens = 0
+        new_tokens, status = 0, HUNG_UP
         try:
             yield b"".join(writer.opening(len(entry.job.prompts) * entry.job.n))
             while (pieces := await _next(items, deadline)) is not None:
+                measure.piece()
                 new_tokens += sum(len(piece.tokens) for _, piece in pieces)
                 yield b"".join(writer.piece(index, piece) for index, piece in pieces)
+            status = 200
             yield b"".join(writer.closing(prompt_tokens, new_tokens))
         except Exception as error:
-            yield error_event(explained(error))
+            told = explained(error)
+            status = told.status
+            yield error_event(told)
         finally:  # also where the caller has gone: nothing more is generated for it
             _stop(items)
             entry.reservation.settle(prompt_tokens + new_tokens)
+            measure.ended(status, new_tokens)
 
     async def _body(self, request: HttpRequest) -> bytes:
         """The request's JSON text. Raises ApiError where it is too large or of another type."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import jinja2
 import torch
+from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
@@ -17,6 +18,7 @@ from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece,
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
 from prefvec_ray.serving.lineup import Lineup, open_registry
+from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.rollout import LineupBook
 from prefvec_ray.serving.slots import SlotEngine
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
@@ -43,6 +45,7 @@ class Replica:
         # A long prompt takes its time; meanwhile the answers of others must flow. One thread, because a tokenizer may
         # be changed by a call; the engine decodes with one of its own.
         self._encoding = ThreadPoolExecutor(1)
+        self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
         self._registry = open_registry(config.registry)
         self._vectors = self._loaded([lineup])
         self.engine = build_engine(config, lineup, self._vectors)
@@ -103,7 +106,9 @@ class Replica:
         return self.engine.status()
 
     def check_health(self) -> None:
-        """Serve asks this every few seconds and replaces a replica that raises."""
+        """Serve asks this every few seconds and replaces a replica that raises; so the metrics are told here."""
+        if self._metrics:
+            self._metrics.tell(self.engine.status())
         self.engine.check_alive()
         if self._unfit:
             raise EngineError(f"this replica cannot load the lineup that is served: {self._unfit}")

@@ -16,13 +16,13 @@ import httpx
 import pytest
 import ray
 import torch
-from openai import APIError, OpenAI
+from openai import APIError, BadRequestError, OpenAI
 from ray.util.state import list_actors
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import Registry
-from prefvec_ray.serving import ServingConfig, roll_out, start, stop
+from prefvec_ray.serving import ServingConfig, metrics, roll_out, start, stop
 from prefvec_ray.serving.engine import EngineError
 from prefvec_ray.serving.job import Job
 from prefvec_ray.serving.lineup import Lineup, ServedVector, line_up
@@ -174,6 +174,12 @@ class Served:
         return httpx.get(self.url.removesuffix("/v1") + "/healthz", timeout=30).json().get("replicas", [])
 
 
+def metric_series() -> list[str]:
+    counters, others = metrics.COUNTERS, {**metrics.GAUGES, **metrics.HISTOGRAMS}
+    names = [f"ray_{name}_total" for name in counters]
+    return names + [f"ray_{name}_count" if name in metrics.HISTOGRAMS else f"ray_{name}" for name in others]
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     until = time.monotonic() + seconds
     while not condition():
@@ -284,6 +290,21 @@ def test_a_moved_alias_reaches_all_while_callers_notice_nothing(served):
     assert set(after) == {(served.truths["helpful@2"], fingerprints["helpful@2"])}
     wait_for(lambda: served.registry.served(fingerprints["helpful@2"]) is not None)
     assert served.registry.served(fingerprints["helpful@2"]).coefficients == {"harmless@1": 0.5, "helpful@2": 1.0}
+
+
+def test_prometheus_is_told(served):
+    """Every metric of the front and of both replicas, with its labels, once each has something to say."""
+    with OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=60) as client:
+        list(client.completions.create(model="tiny", prompt="a", max_tokens=2, stream=True))
+        with pytest.raises(BadRequestError):
+            client.completions.create(model="tiny", prompt="a", n=99)
+    port = ray.nodes()[0]["MetricsExportPort"]
+
+    def missing() -> set[str]:
+        lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
+        return {series for series in metric_series() if not any(line.startswith(series + "{") for line in lines)}
+
+    wait_for(lambda: not missing(), 60)
 
 
 def test_restarted_replicas_and_a_restarted_front_begin_with_what_was_committed(served):
