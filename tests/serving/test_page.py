@@ -5,6 +5,7 @@ import io
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,11 +28,15 @@ BASE = {"helpful": {"mean": 0.4, "stderr": 0.02, "n": 64}, "harmless": {"mean": 
 @pytest.fixture(scope="module")
 def site(endpoint) -> str:
     """Where the page is; its one preset has a measured trade-off."""
-    evidence = {"verdict": "confirmed", "search": {"objectives": ["helpful", "harmless"]}, "base": BASE}
-    endpoint.registry.publish_preset(
-        "cautious", {"helpful@1": 0.25, "harmless@1": 0.75}, metrics=FIGURES | {"evidence": evidence}, reason=REASON
-    )
+    publish(endpoint, helpful=0.25, harmless=0.75)
     return endpoint.url.removesuffix("v1")
+
+
+def publish(endpoint: Any, **coefficients: float) -> None:
+    """A new version of the preset."""
+    evidence = {"verdict": "confirmed", "search": {"objectives": ["helpful", "harmless"]}, "base": BASE}
+    pinned = {f"{name}@1": eta for name, eta in coefficients.items()}
+    endpoint.registry.publish_preset("cautious", pinned, metrics=FIGURES | {"evidence": evidence}, reason=REASON)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +178,17 @@ def test_a_preset_its_reason_and_what_was_measured(visit, endpoint):
     assert words(page.locator(".turn").last, 1) == steered.choices[0].message.content, "asked as the first time"
 
 
+def test_a_preset_that_moved_is_shown_as_it_answered(visit, endpoint):
+    page = visit()
+    page.get_by_role("button", name="cautious").click()
+    publish(endpoint, helpful=0.5, harmless=0.5)
+    try:
+        chips = ask(page).locator(".side").last.locator(".chip").all_text_contents()
+    finally:
+        publish(endpoint, helpful=0.25, harmless=0.75)
+    assert sorted(chips) == ["harmless 0.5", "helpful 0.5"]
+
+
 def test_the_copied_code_gets_the_same_answer(visit, endpoint):
     page = visit()
     page.get_by_label("helpful, exact coefficient").fill("0.5")
@@ -310,4 +326,8 @@ def test_stop_ends_the_generation(visit, endpoint):
     page.locator("#stop").wait_for(state="hidden")
     assert "stopped" in page.locator(".side footer").last.text_content()
     assert page.locator("#problem").is_hidden()
-    assert endpoint.status()["failed"] == before["failed"]
+    deadline = time.monotonic() + 15
+    while (now := endpoint.status())["cancelled"] < before["cancelled"] + 2 or now["running"]:
+        assert time.monotonic() < deadline, f"still running: {now}"
+        time.sleep(0.05)
+    assert now["failed"] == before["failed"]

@@ -53,7 +53,7 @@ async function ask(path, init = {}) {
 /** `GET /v1/preferences`: what this caller may have. */
 export const preferences = async () => (await ask("v1/preferences")).json();
 
-/** The events of one streamed answer: `{fingerprint}`, then `{text}`, `{reason}` and `{usage}` as they come. Throws a
+/** The events of one streamed answer: `{fingerprint, used}`, the coefficients that it really has, then `{text}`, `{reason}` and `{usage}` as they come. Throws a
  * Problem where the server refuses, fails midway, or hangs up before the end. */
 export async function* answer(body, signal) {
   const response = await ask("v1/chat/completions", {
@@ -62,7 +62,8 @@ export async function* answer(body, signal) {
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
-  yield { fingerprint: response.headers.get("x-prefvec-fingerprint") };
+  const told = (name) => response.headers.get(`x-prefvec-${name}`);
+  yield { fingerprint: told("fingerprint"), used: JSON.parse(told("preferences")) };
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);

@@ -25,7 +25,7 @@ async function connect() {
   try {
     const card = await preferences();
     waits = 0;
-    chart ??= new Chart((preset) => (preset ? balance.pick(preset) : balance.setAll(() => 0)));
+    chart ??= new Chart((preset) => (preset ? balance.pick(preset) : balance.base() && balance.setAll(() => 0)));
     chart.load(card);
     balance.load(card);
     document.body.classList.add("ready");

@@ -111,13 +111,14 @@ class Side {
 
   constructor(name, values, card) {
     this.name = name;
-    this.values = { ...values };
+    this.card = card;
+    this.head = el("header", {}, el("b", {}, name), ...chips(card, values));
     this.words = el("p", { class: "words" });
     this.foot = el("footer", {}, el("span", { class: "waiting" }, "waiting…"));
     this.element = el(
       "section",
       { class: name === "Base" ? "side base" : "side", "aria-label": `Answer: ${name}` },
-      el("header", {}, el("b", {}, name), ...chips(card, values)),
+      this.head,
       this.words,
       this.foot,
     );
@@ -131,6 +132,8 @@ class Side {
     try {
       for await (const event of answer(body, signal)) {
         fingerprint = event.fingerprint ?? fingerprint;
+        // What was used, by the server's word: a preset may have moved since the page was loaded.
+        if (event.used) this.head.replaceChildren(this.head.firstChild, ...chips(this.card, event.used));
         reason = event.reason ?? reason;
         usage = event.usage ?? usage;
         if (event.text) {
