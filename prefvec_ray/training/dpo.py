@@ -270,9 +270,9 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
     """What a run is measured on at its end, and the few of it that it is measured on while it trains."""
     full = {name: whole_batches(load_from_disk(folder), batch) for name, folder in spec.test.items()}
     watched = {name: few(pairs, spec.watch.held_out_pairs, batch) for name, pairs in full.items()}
-    if spec.answers:
-        answers = whole_batches(concatenate_datasets([load_from_disk(folder) for folder in spec.answers]), batch)
-        full[BASE_ANSWERS] = watched[BASE_ANSWERS] = answers
+    answers = [part for folder in spec.answers if len(part := load_from_disk(folder))]
+    if answers:
+        full[BASE_ANSWERS] = watched[BASE_ANSWERS] = whole_batches(concatenate_datasets(answers), batch)
     return full, watched
 
 

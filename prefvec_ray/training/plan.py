@@ -259,6 +259,8 @@ def _dpo_worker(config: dict[str, Any]) -> None:
 
     worker_setup()
     spec = RunSpec.model_validate(config["spec"])
+    if is_finished(spec):  # its process was lost after its result was whole
+        return
     board = config["board"]
     with tempfile.TemporaryDirectory() as work_dir:
         run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)

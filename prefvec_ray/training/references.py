@@ -100,14 +100,14 @@ def _reference_worker(config: dict[str, Any]) -> None:
                         config["base"], test, samples=task["samples"], tokens=task["tokens"], max_length=limit
                     )
                     shutil.rmtree(source, ignore_errors=True)
-                    drawn.save_to_disk(source)
+                    drawn.save_to_disk(source, num_shards=1)  # also where it is empty: no shard could not be read
                 if dist.is_initialized():
                     dist.barrier()
             pairs = load_from_disk(source)
             scored = reference_logps(config["base"], pairs, config["dpo"], work_dir, method) if len(pairs) else pairs
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                scored.save_to_disk(partial)
+                scored.save_to_disk(partial, num_shards=None if len(scored) else 1)
                 done = {"set": target.name, "pairs": len(scored), "workers": workers}
                 with (target.parent / "passes.jsonl").open("a") as file:
                     file.write(json.dumps({**done, "seconds": round(time.perf_counter() - started, 2)}) + "\n")

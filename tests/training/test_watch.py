@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from datasets import load_from_disk
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -15,9 +16,10 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
 from prefvec_ray.training.checkpoints import checkpoint_folder
-from prefvec_ray.training.config import Watch
+from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.progress import ProgressTable
+from prefvec_ray.training.references import _reference_worker
 from prefvec_ray.training.watch import RunStoppedError, wrong_way
 from prefvec_ray.vectors import load_vector
 
@@ -111,6 +113,21 @@ def test_answers_of_the_base_are_distinct_draws_that_leave_room(scored, world_fo
     assert max(map(len, drawn["chosen_ids"])) <= 12
     shortest = min(map(len, pairs["prompt_ids"]))
     assert len(base_answers(base, pairs, samples=16, tokens=12, max_length=shortest)) == 0
+
+
+def test_a_job_whose_prompts_leave_no_room_for_answers_trains_without_kl(scored, tmp_path):
+    spec, target = scored["spec"], tmp_path / "answers"
+    drawing = {"target": str(target), "source": spec.train[0], "pairs": 4, "samples": 4, "tokens": 100_000}
+    _reference_worker({"base": spec.base, "dpo": spec.dpo, "method": Method().model_dump(), "tasks": [drawing]})
+    assert len(load_from_disk(target)) == 0
+    recipe = {**spec.dpo, "max_steps": 2}
+    run = run_dpo(
+        spec.model_copy(update={"answers": [str(target)], "dpo": recipe, "out": str(tmp_path / "run")}),
+        lambda values: None,
+        tmp_path / "work",
+    )
+    assert run["kl"] is None
+    assert run["steps"] == 2
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_work_starts(config):
