@@ -32,11 +32,11 @@ def site(endpoint) -> str:
     return endpoint.url.removesuffix("v1")
 
 
-def publish(endpoint: Any, **coefficients: float) -> None:
-    """A new version of the preset."""
+def publish(endpoint: Any, reason: str = REASON, **coefficients: float) -> None:
+    """A new version of the preset, if none is quite the same."""
     evidence = {"verdict": "confirmed", "search": {"objectives": ["helpful", "harmless"]}, "base": BASE}
     pinned = {f"{name}@1": eta for name, eta in coefficients.items()}
-    endpoint.registry.publish_preset("cautious", pinned, metrics=FIGURES | {"evidence": evidence}, reason=REASON)
+    endpoint.registry.publish_preset("cautious", pinned, metrics=FIGURES | {"evidence": evidence}, reason=reason)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_preset_that_moved_is_shown_as_it_answered(visit, endpoint):
     try:
         chips = ask(page).locator(".side").last.locator(".chip").all_text_contents()
     finally:
-        publish(endpoint, helpful=0.25, harmless=0.75)
+        publish(endpoint, reason=f"{REASON}, as before", helpful=0.25, harmless=0.75)
     assert sorted(chips) == ["harmless 0.5", "helpful 0.5"]
 
 
