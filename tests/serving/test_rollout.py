@@ -307,9 +307,9 @@ def test_prometheus_is_told(served):
     wait_for(lambda: not missing(), 60)
 
 
-def test_restarted_replicas_and_a_restarted_front_begin_with_what_was_committed(served):
+def test_restarted_replicas_and_a_restarted_front_begin_with_what_was_committed(served, ray_cluster):
     assert served.says("helpful@2")
-    for state in list_actors(filters=[("state", "=", "ALIVE")], limit=1000):
+    for state in list_actors(address=ray_cluster, filters=[("state", "=", "ALIVE")], limit=1000):
         if "ServeReplica:prefvec:" in state.class_name:
             ray.kill(ray.get_actor(state.name, "serve"), no_restart=False)
 
