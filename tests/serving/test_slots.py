@@ -204,6 +204,26 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
     assert order.index("cold") <= 3
 
 
+def test_waiting_requests_of_one_setting_run_together(merged, merged_alone):
+    """Two settings by turns, and room for four requests: they are grouped, and nobody waits for ever."""
+    engine, settings = merged(max_batch=4, switch_share=1.0), [(0.5, 0.0), (-0.5, 0.5)]
+    asked = [ask(random_prompt(i, 9), *settings[i % 2], max_new_tokens=8) for i in range(16)]
+    order: list[int] = []
+    outputs: list[list[Any]] = [[] for _ in asked]
+    for i, (request, output) in enumerate(zip(asked, outputs, strict=True)):
+
+        def emit(piece: Piece, i: int = i, output: list[Any] = output) -> None:
+            output.append(piece)
+            order.extend([i] if piece.finish_reason else [])
+
+        engine.submit(request, emit)
+    while engine.step():
+        pass
+    assert all(abs(order.index(i) - i) <= 8 for i in range(16)), order
+    for request, output in zip(asked, outputs, strict=True):
+        assert tokens(output) == merged_alone(request.prompt, dict(request.coefficients), 8)
+
+
 def test_coefficients_that_overflow_the_sums_fail_alone(merged, merged_alone):
     engine = merged()
     outputs = run(engine, [ask(random_prompt(1, 9), 1e36), ask(random_prompt(1, 9), 0.5)])
