@@ -8,8 +8,10 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 
 import asyncio
 import contextlib
+import secrets
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,7 +19,7 @@ from fastapi.responses import Response, StreamingResponse
 from openai.types import Model
 from pydantic.json_schema import models_json_schema
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
@@ -27,10 +29,12 @@ from prefvec_ray.config import parse_config
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
+from prefvec_ray.serving.job import Event, Job, Started
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
 from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.records import ServingRecords
+from prefvec_ray.serving.replay import Replay
 from prefvec_ray.serving.rollout import LineupBook, RollOut
 from prefvec_ray.serving.routing import SettingRouter
 from prefvec_ray.serving.wire import (
@@ -48,6 +52,8 @@ from prefvec_ray.serving.wire import (
 )
 
 HEALTH_SECONDS = 5.0
+MOST_DEATHS = 3
+"""replicas that may die under one stream before it is broken off"""
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -229,7 +235,10 @@ class Front:
 
     async def _stream(self, entry: Entry, writer: Writer, deadline: float, measure: RequestMetrics) -> Response:
         """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
-        items = self._replicas.options(stream=True).stream.remote(entry.job)
+        # With a seed of its own, so that another replica could say the same (see _pieces).
+        seed = entry.job.seed if entry.job.seed is not None else secrets.randbits(63)
+        job = replace(entry.job, seed=seed)
+        items = self._replicas.options(stream=True).stream.remote(job)
         try:
             started = await _next(items, deadline)
         except BaseException as error:
@@ -238,26 +247,49 @@ class Front:
                 raise _unanswered(entry, error, measure) from error
             measure.ended(HUNG_UP, 0)
             raise
-        events = self._events(items, entry, writer, started.prompt_tokens, deadline, measure)
+        pieces = self._pieces(job, items, deadline)
+        events = self._events(pieces, entry, writer, started.prompt_tokens, measure)
         headers = {**entry.headers, **writer.headers(), **SSE_HEADERS}
         return StreamingResponse(events, 200, headers, "text/event-stream")
 
+    async def _pieces(
+        self, job: Job, items: DeploymentResponseGenerator[Any], deadline: float
+    ) -> AsyncGenerator[list[Event]]:
+        """What the job's replica says; where that one dies, what another says from there on."""
+        replay, deaths = Replay(), 0
+        try:
+            while True:
+                try:
+                    item = await _next(items, deadline)
+                except RayActorError:
+                    deaths += 1
+                    if deaths > MOST_DEATHS:
+                        raise
+                    replay.again()
+                    items = self._replicas.options(stream=True).stream.remote(job)
+                    continue
+                if item is None:
+                    return
+                if not isinstance(item, Started) and (new := replay.fresh(item)):
+                    yield new
+        finally:
+            _stop(items)
+
     async def _events(
         self,
-        items: DeploymentResponseGenerator[Any],
+        pieces: AsyncGenerator[list[Event]],
         entry: Entry,
         writer: Writer,
         prompt_tokens: int,
-        deadline: float,
         measure: RequestMetrics,
     ) -> AsyncIterator[bytes]:
         new_tokens, status = 0, HUNG_UP
         try:
             yield b"".join(writer.opening(len(entry.job.prompts) * entry.job.n))
-            while (pieces := await _next(items, deadline)) is not None:
+            async for events in pieces:
                 measure.piece()
-                new_tokens += sum(len(piece.tokens) for _, piece in pieces)
-                yield b"".join(writer.piece(index, piece) for index, piece in pieces)
+                new_tokens += sum(len(piece.tokens) for _, piece in events)
+                yield b"".join(writer.piece(index, piece) for index, piece in events)
             status = 200
             yield b"".join(writer.closing(prompt_tokens, new_tokens))
         except Exception as error:
@@ -265,7 +297,7 @@ class Front:
             status = told.status
             yield error_event(told)
         finally:  # also where the caller has gone: nothing more is generated for it
-            _stop(items)
+            await pieces.aclose()
             entry.reservation.settle(prompt_tokens + new_tokens)
             measure.ended(status, new_tokens)
 

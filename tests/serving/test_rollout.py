@@ -307,11 +307,33 @@ def test_prometheus_is_told(served):
     wait_for(lambda: not missing(), 60)
 
 
+def kill(dashboard: str, *deployments: str) -> Callable[[], None]:
+    """A function that kills all actors of these deployments, which are looked up now."""
+    alive = list_actors(address=dashboard, filters=[("state", "=", "ALIVE")], limit=1000)
+    classes = {f"ServeReplica:prefvec:{name}" for name in deployments}
+    actors = [ray.get_actor(actor.name, "serve") for actor in alive if actor.class_name in classes]
+    assert len(actors) >= len(deployments)
+    return lambda: [ray.kill(actor, no_restart=False) for actor in actors] and None
+
+
+def test_a_stream_goes_on_when_its_replica_dies(served, ray_cluster):
+    ask = {"model": "tiny", "prompt": list(PROMPT), "n": 8, "max_tokens": 300, "seed": 3, "temperature": 1}
+    texts = [""] * 8
+    strike, heard = kill(ray_cluster, "replica"), 0
+    with OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=100) as client:
+        for chunk in client.completions.create(**ask, stream=True):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+            heard += 1
+            if heard == 40:
+                strike()
+        assert texts == [choice.text for choice in client.completions.create(**ask).choices]
+    assert heard > 100
+    assert sum(replica["finished"] for replica in served.replicas()) >= 16, "both were answered by new replicas"
+
+
 def test_restarted_replicas_and_a_restarted_front_begin_with_what_was_committed(served, ray_cluster):
     assert served.says("helpful@2")
-    for state in list_actors(address=ray_cluster, filters=[("state", "=", "ALIVE")], limit=1000):
-        if "ServeReplica:prefvec:" in state.class_name:
-            ray.kill(ray.get_actor(state.name, "serve"), no_restart=False)
+    kill(ray_cluster, "replica", "front")()
 
     def back() -> bool:
         with contextlib.suppress(httpx.HTTPError, APIError):
