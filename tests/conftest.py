@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # a machine that others fill is no reason to kill a worker
 os.environ["RAY_ADDRESS"] = "local"  # a process that a test starts never joins another cluster of this machine
 
 import pytest
@@ -65,6 +67,27 @@ def ray_cluster() -> Iterator[str]:
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def new_cluster() -> Callable[..., AbstractContextManager[Any]]:
+    """`with new_cluster(num_cpus=1) as cluster`: a `ray.cluster_utils.Cluster` of a test's own, to lose nodes of."""
+
+    @contextmanager
+    def started(**head: Any) -> Iterator[Any]:
+        import ray
+        from ray.cluster_utils import Cluster
+        from ray.experimental import internal_kv
+
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+            if ray.is_initialized():  # its end also cuts this process's tie to the cluster that all tests share
+                internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+
+    return started
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
-from ray.cluster_utils import Cluster
 
 from prefvec_ray.serving import ServingConfig, start, stop
 
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is n
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, new_cluster) -> Path:
     """`prefvec train` on jobs/configs/hh_stories260k.yaml made shorter: one preference, one epoch, short sequences; on
     a cluster of two nodes, one run on each."""
     cwd = tmp_path_factory.mktemp("hh")
@@ -37,20 +36,17 @@ def run(tmp_path_factory) -> Path:
         text = text.replace(before, after)
     lines = [line for line in text.splitlines() if not line.startswith("  harmless:")]
     (cwd / "hh.yaml").write_text("\n".join(lines))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    cluster.add_node(num_cpus=1)
     environment = {
         **os.environ,
-        "RAY_ADDRESS": cluster.address,
         "HH_RLHF": str(SHARED / "preference"),
         "STORIES260K": str(SHARED / "models" / "stories260K"),
         "COLUMNS": "160",
     }
     command = [sys.executable, "-m", "prefvec_ray.cli", "train", "--config", "hh.yaml"]
-    try:
+    with new_cluster(num_cpus=1) as cluster:
+        cluster.add_node(num_cpus=1)
+        environment["RAY_ADDRESS"] = cluster.address
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
-    finally:
-        cluster.shutdown()
     assert done.returncode == 0, done.stdout + done.stderr
     (cwd / "printed.txt").write_text(done.stdout)
     return cwd

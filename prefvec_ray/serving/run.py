@@ -38,8 +38,10 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
     serve.run(app, name=APP, route_prefix="/")
     url = f"http://{host}:{port}/v1"
     try:
-        # Serve ignores a port asked for when it already runs, so ask the endpoint itself.
-        response = httpx.get(f"{url}/models/{config.model}", timeout=30)
+        # Serve ignores a port asked for when it already runs, so ask the endpoint itself; its proxy may come a moment
+        # later than its replicas.
+        with httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=30) as client:
+            response = client.get(f"{url}/models/{config.model}")
         served = response.is_success or response.status_code == httpx.codes.UNAUTHORIZED
     except httpx.TransportError:
         served = False

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ray.cluster_utils import Cluster
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import Registry
@@ -134,7 +133,7 @@ def wait_for(condition, driver: subprocess.Popen, log: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, tmp_path):
+def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new_cluster, tmp_path):
     """`prefvec train` on two nodes, one run on each. Its driver is killed; started again, it goes on from the
     checkpoints; then a node is lost, and the run that was on it goes on where there is room."""
     config = tmp_path / "job.yaml"
@@ -145,8 +144,7 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, tmp
         "checkpoint_every: 20\n"
     )
     folder, log = tmp_path / "job", tmp_path / "log.txt"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
+    with new_cluster(num_cpus=1, include_dashboard=False) as cluster:
         other = cluster.add_node(num_cpus=1)
         environment = {**os.environ, "RAY_ADDRESS": cluster.address, "COLUMNS": "160"}
         command = [sys.executable, "-m", "prefvec_ray.cli", "train", "--config", str(config)]
@@ -166,8 +164,6 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, tmp
         wait_for(lambda: min(steps_kept(folder)) > max(kept), driver, log)
         cluster.remove_node(other, allow_graceful=False)
         assert driver.wait(timeout=240) == 0, log.read_text()
-    finally:
-        cluster.shutdown()
 
     runs = json.loads((folder / "training.json").read_text())["runs"]
     assert [run["steps"] for run in runs] == [240, 240]

@@ -124,12 +124,12 @@ def error(vector: PreferenceVector, exact: PreferenceVector) -> float:
 
 
 def test_two_workers_give_the_vector_of_one_process(together, alone):
-    """DDP bit for bit; ZeRO sums in another order."""
-    for name, (preset, kind, recipe) in TWO_WORKERS.items():
+    """Up to the order of sums, which also depends on the number of threads."""
+    for name, (_, kind, recipe) in TWO_WORKERS.items():
         if recipe:
             continue
         off = error(together[name], alone[kind])
-        assert off <= (0 if preset is None else 1e-4), f"{name}: {off}"
+        assert off <= 1e-4, f"{name}: {off}"
         assert together[name].info.form == ("low-rank" if kind == "lora" else "full")
 
 

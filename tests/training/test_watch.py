@@ -30,9 +30,13 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
 
     def report(values):
         said.append(values)
-        models.add(sum(type(thing).__name__.endswith("ForCausalLM") for thing in gc.get_objects()))
+        models.add(models_in_memory() - before)
+
+    def models_in_memory() -> int:
+        return sum(type(thing).__name__.endswith("ForCausalLM") for thing in gc.get_objects())
 
     gc.collect()
+    before = models_in_memory()
     result = run_dpo(spec, report, tmp_path / "work")
     assert models == {1}  # no reference model beside the one that trains
 

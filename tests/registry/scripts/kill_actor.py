@@ -59,7 +59,7 @@ class Publisher:
 
 
 def main(folder: Path, kills: int) -> None:
-    ray.init(num_cpus=4, namespace="prefvec", include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=4, namespace="prefvec", include_dashboard=False, log_to_driver=False)
     clients = [start_registry(folder / victim, name=victim, cache=NodeCache(folder / "cache")) for victim in VICTIMS]
     publishers = [Publisher.remote(number, str(folder)) for number in range(PUBLISHERS)]
     work = [publisher.publish.remote() for publisher in publishers]
