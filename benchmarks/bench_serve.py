@@ -69,6 +69,7 @@ def peft_tokens_per_s(size: str) -> float:
     peft = get_peft_model(model, lora, adapter_name="a0")
     for number in range(1, len(asked)):
         peft.add_adapter(f"a{number}", lora)
+    peft.eval()
     modules = dict(peft.base_model.model.named_modules())
     for name in next(iter(vectors.values())).names():
         layer = modules[name.removesuffix(".weight")]
@@ -108,7 +109,8 @@ def merges_per_request(settings: int, replicas: int, choose: Choose) -> float:
         own = LlamaForCausalLM(config).eval()
         own.load_state_dict(model.state_dict())
         live = LiveModel(own, vectors, base_fingerprint=base, threads=1)
-        engines[f"r{number}"] = SlotEngine(Merged(live), _no_words(), max_batch=8)
+        # The engines share one thread here, so a turn by the clock holds so many times fewer steps.
+        engines[f"r{number}"] = SlotEngine(Merged(live), _no_words(), max_batch=8, switch_share=0.1 / replicas)
     draw, loads, asked = random.Random(0), dict.fromkeys(engines, 0), 0
 
     def done(name: str) -> Callable[[Any], None]:
