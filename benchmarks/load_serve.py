@@ -42,6 +42,8 @@ from prefvec_ray.serving.lineup import line_up
 from prefvec_ray.vectors import LiveModel
 
 ROWS, NEW = 8, 32
+TIE = 1e-4
+"""in logits of about 10, whose fp32 steps are 1e-6"""
 SETTINGS: list[dict[str, float]] = [{"helpful": i / 4 - 1, "harmless": i % 3 / 2} for i in range(6)]
 PRESETS = [{"harmless": 0.75}, {"harmless": 0.25}]
 
@@ -51,6 +53,8 @@ class Truths:
 
     def __init__(self, config: ServingConfig, registry: Registry, asked: list[list[int]]):
         self.texts: dict[tuple[str, int], str] = {}
+        self.unsure: set[tuple[str, int]] = set()
+        """where the two best tokens are somewhere so close that the shape of a batch decides between them"""
         for version in ("helpful@1", "helpful@2"):
             refs = {"harmless": "harmless@1", "helpful": version}
             lineup = line_up(config.model_copy(update={"vectors": refs}))
@@ -64,8 +68,12 @@ class Truths:
                         whole = live.model.generate(
                             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
                         )
+                        logits_TV = live.model(whole).logits[0, len(prompt) - 1 : -1]
                     words = " ".join(f"w{token}" for token in whole[0, len(prompt) :].tolist())
                     self.texts[lineup.fingerprint(coefficients), number] = words
+                    best_T2 = logits_TV.topk(2).values
+                    if (best_T2[:, 0] - best_T2[:, 1]).min() < TIE:
+                        self.unsure.add((lineup.fingerprint(coefficients), number))
 
 
 class Callers:
@@ -98,7 +106,11 @@ class Callers:
                 self.told[kind] += 1
                 truth = self.truths.texts.get((fingerprint, number))
                 # Words are the tokens; how they are spaced is the tokenizer's affair.
-                self.told["wrong"] += truth is None or "".join(text.split()) != "".join(truth.split())
+                if (fingerprint, number) in self.truths.unsure:
+                    self.told["ties"] += 1
+                elif truth is None or "".join(text.split()) != "".join(truth.split()):
+                    self.told["wrong"] += 1
+                    print(f"wrong, {kind}, prompt {number}, {fingerprint}: {text!r}, not {truth!r}", file=sys.stderr)
 
     def whole(self, client: OpenAI, ask: dict[str, Any]) -> tuple[str, str]:
         answer = client.completions.create(**ask)
@@ -179,6 +191,7 @@ def load(seconds: float, kill_every: float, size: str) -> dict[str, Any]:
         "answers_per_s": round(answered / seconds, 1),
         "failed_after_retries": told["failed"],
         "wrong": told["wrong"],
+        "not_compared_for_ties": told["ties"],
         "streams_cut_by_kills": told["streams_cut"],
         "kills": kills,
         "preset_moves": moves,
