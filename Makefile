@@ -9,7 +9,7 @@ export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search
+.PHONY: env demo test lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,3 +58,9 @@ bench-data: env ## Reading and checking a million preference pairs
 
 bench-search: env ## The search against a full grid and random search, and what a trial costs beside its answers
 	$(BIN)/python benchmarks/bench_search.py
+
+bench-serve: env ## The endpoint: steered and merged against plain, serial and PEFT; routing; time to first token
+	$(BIN)/python benchmarks/bench_serve.py --size 10M --rounds 3
+
+load-serve: env ## Ten minutes of mixed traffic while replicas are killed and a preset is moved
+	$(BIN)/python benchmarks/load_serve.py

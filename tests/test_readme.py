@@ -81,7 +81,11 @@ def test_the_endpoint_answers_the_readmes_client(project):
     (serve,) = [words for words in commands() if words[:2] == ["prefvec", "serve"]]
     log = (project / "serve.txt").open("w")
     process = subprocess.Popen(
-        [sys.executable, "-m", "prefvec_ray.cli", *serve[1:]], cwd=project, stdout=log, stderr=log
+        [sys.executable, "-m", "prefvec_ray.cli", *serve[1:]],
+        cwd=project,
+        stdout=log,
+        stderr=log,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores Ctrl-C
     )
     try:
         until = time.monotonic() + 240
@@ -102,8 +106,11 @@ def test_the_endpoint_answers_the_readmes_client(project):
         assert answer.usage.completion_tokens > 0
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=120)
-        log.close()
+        try:
+            process.wait(timeout=120)
+        finally:
+            process.kill()
+            log.close()
 
 
 def test_every_link_leads_somewhere():
