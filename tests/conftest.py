@@ -31,18 +31,27 @@ from filelock import FileLock
 torch.set_num_threads(1)
 
 
+DEAREST_FIRST = ["demo", "training", "ray"]
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests stay together (`--dist loadgroup`)."""
-    files = {}
+    """Say which tests stay together (`--dist loadgroup`), and begin with those that take longest."""
+    files: dict[Path, set[str]] = {}
     for item in items:
         files.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
-    for item in items:
-        group = str(item.path.relative_to(item.config.rootpath))
+
+    def group(item: pytest.Item) -> str:
+        folder = item.path.parent.name
+        if "demo_run" in files[item.path] or ("ray_cluster" in files[item.path] and folder == "tests"):
+            return "demo"
         if "ray_cluster" in files[item.path]:
-            group = "training" if "training" in item.path.parts or item.path.parent.name == "tests" else "ray"
-        elif "demo_run" in files[item.path]:
-            group = "demo"
-        item.add_marker(pytest.mark.xdist_group(group))
+            return "training" if folder == "training" else "ray"
+        return str(item.path.relative_to(item.config.rootpath))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: (*DEAREST_FIRST, group(item)).index(group(item)))
 
 
 def free_port() -> int:
