@@ -31,7 +31,7 @@ test: env ## Lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=25 -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --durations=25 -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: env ## ruff and mypy only
 	$(BIN)/ruff check .

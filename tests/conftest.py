@@ -34,24 +34,32 @@ torch.set_num_threads(1)
 DEAREST_FIRST = ["demo", "training", "ray"]
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
+def group(path: Path) -> str:
+    """Which process of the suite a test file runs in, told by the dear things that it names."""
+    text, folder = path.read_text(), path.parent.name
+    cluster = "ray_cluster" in text or (folder == "serving" and "endpoint" in text)
+    if "demo_run" in text or (cluster and folder == "tests"):
+        return "demo"
+    if cluster:
+        return "training" if folder == "training" else "ray"
+    return str(path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests stay together (`--dist loadgroup`), and begin with those that take longest."""
-    files: dict[Path, set[str]] = {}
-    for item in items:
-        files.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    """Begin with what takes longest."""
+    groups = {path: group(path) for path in {item.path for item in items}}
+    items.sort(key=lambda item: (*DEAREST_FIRST, groups[item.path]).index(groups[item.path]))
 
-    def group(item: pytest.Item) -> str:
-        folder = item.path.parent.name
-        if "demo_run" in files[item.path] or ("ray_cluster" in files[item.path] and folder == "tests"):
-            return "demo"
-        if "ray_cluster" in files[item.path]:
-            return "training" if folder == "training" else "ray"
-        return str(item.path.relative_to(item.config.rootpath))
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: (*DEAREST_FIRST, group(item)).index(group(item)))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the files of a group in one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(config.rootpath / nodeid.partition("::")[0])
+
+    return Together(config, log)
 
 
 def free_port() -> int:

@@ -33,8 +33,15 @@ LOST = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.WorkerCrashedError,
 )
-COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL Error", "DistBackendError")
-"""How gloo and NCCL say, on the workers that are left, that another one died."""
+COLLATERAL = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL Error",
+    "DistBackendError",
+    "EADDRINUSE",  # the port that Ray Train found free was taken before torch listened there
+)
+"""How gloo and NCCL say, on the workers that are left, that another one died; and that two runs met at one port."""
 
 OWN = "prefvec_ray."
 
