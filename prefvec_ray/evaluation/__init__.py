@@ -23,7 +23,7 @@ from prefvec_ray.evaluation.scorers import (
     scorer_digest,
     scorer_notes,
 )
-from prefvec_ray.evaluation.settings import Setting, baselines, grid, vector_settings, vectors_at
+from prefvec_ray.evaluation.settings import Setting, baselines, grid, is_base, vector_settings, vectors_at
 from prefvec_ray.evaluation.text_prompts import TextPrompt, load_prompts
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "compare",
     "grid",
     "improves",
+    "is_base",
     "load_prompts",
     "load_scorer",
     "monotone",

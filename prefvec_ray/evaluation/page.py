@@ -14,6 +14,7 @@ from prefvec_ray.evaluation.control import Effect, coupling, lines
 from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, compare, compare_metric, estimate
 from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary, SeedResults, together_name
 from prefvec_ray.evaluation.scorers import Metric
+from prefvec_ray.evaluation.settings import is_base
 
 SAMPLED = 200
 """Points beyond the front that keep their sample answers: a search of thousands must not make a page of gigabytes."""
@@ -56,13 +57,13 @@ def summary(data: ReportData) -> list[str]:
             "there is nothing to recommend."
         )
     if search and chosen is not None:
-        if any(chosen.coefficients.values()):
-            found.append(f"We recommend {words(chosen.coefficients)}. {_outcome(chosen, search, data.metrics)}")
-        else:
+        if is_base(chosen.coefficients):
             found.append(
                 "We recommend the base model as it is: no setting that was tried is better in everything that was "
                 "searched for, beyond chance."
             )
+        else:
+            found.append(f"We recommend {words(chosen.coefficients)}. {_outcome(chosen, search, data.metrics)}")
         found.append(
             f"It was chosen from {len(search.trials) + search.dropped} settings; {len(search.front)} of them are best "
             "choices: no other setting is clearly better. Each is a point below: click one to see its dials, numbers "

@@ -6,7 +6,7 @@ is then a setting of coefficients, and one model measures all of them.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,11 @@ class Setting(BaseModel):
     name: str
     kind: Kind
     coefficients: dict[str, float]
+
+
+def is_base(coefficients: Mapping[str, float]) -> bool:
+    """Whether a setting is the base model as it is: no coefficient but 0."""
+    return not any(coefficients.values())
 
 
 def baselines(preferences: Sequence[str], *, mixed: bool = True) -> list[Setting]:

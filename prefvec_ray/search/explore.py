@@ -24,7 +24,7 @@ import optuna
 import torch
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.evaluation import Evaluation, is_base
 from prefvec_ray.search.noise import Measured
 from prefvec_ray.search.result import FailedTrial, Goal, SearchResult, Tried
 
@@ -174,7 +174,7 @@ class Explorer:
 
     def promising(self, rungs: Sequence[Evaluation]) -> bool:
         """Whether a setting that scored so on its way up may still reach the front, given the errors. The base may."""
-        if len(rungs) == len(self.rungs) or not any(rungs[-1].coefficients.values()):
+        if len(rungs) == len(self.rungs) or is_base(rungs[-1].coefficients):
             return True
         seen = [tried.rungs[len(rungs) - 1] for tried in self.tried if len(tried.rungs) >= len(rungs)]
         return Measured(self.goal, [*seen, rungs[-1]]).hopeful(-1, self.plan.caution)
@@ -203,8 +203,8 @@ class Explorer:
             self._study.tell(self._open.pop(number), state=optuna.trial.TrialState.FAIL)
         self.failed.append(FailedTrial(coefficients=coefficients, error=error))
         attempts = len(self.tried) + len(self.failed)
-        if not any(coefficients.values()):
-            again = sum(not any(failed.coefficients.values()) for failed in self.failed)
+        if is_base(coefficients):
+            again = sum(is_base(failed.coefficients) for failed in self.failed)
             if again > 1:
                 self.end(f"the base itself could not be measured: {error}")
             else:

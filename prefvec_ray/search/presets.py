@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.evaluation import Evaluation, is_base
 from prefvec_ray.evaluation.control import ERRORS
 from prefvec_ray.evaluation.evaluate import compare_metric
 from prefvec_ray.evaluation.results import Preset
@@ -129,7 +129,7 @@ def search_evidence(result: SearchResult, *, scorer: str | None, cards: Mapping[
 
 def _compromise(name: str, result: SearchResult) -> Preset | None:
     chosen = result.recommended
-    if chosen is None or not any(chosen.coefficients.values()):
+    if chosen is None or is_base(chosen.coefficients):
         return None
     trial = next(e for e in result.front if e.coefficients == chosen.coefficients)
     rule = "of the settings on the front, the one that gives up least of what each objective could gain over the base"

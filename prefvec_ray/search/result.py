@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Evaluation, Metric
+from prefvec_ray.evaluation import Evaluation, Metric, is_base
 from prefvec_ray.evaluation.results import SearchSummary
 from prefvec_ray.search.noise import Measured
 from prefvec_ray.search.pareto import Point, Volume
@@ -135,10 +135,13 @@ class SearchResult(BaseModel):
 
     @cached_property
     def base(self) -> Evaluation:
-        for trial in self.trials:
-            if not any(trial.coefficients.values()):
-                return trial
-        raise InputError("the search has not measured the base (all coefficients 0); run the search again")
+        if not self.has_base:
+            raise InputError("the search has not measured the base (all coefficients 0); run the search again")
+        return next(trial for trial in self.trials if is_base(trial.coefficients))
+
+    @property
+    def has_base(self) -> bool:
+        return any(is_base(trial.coefficients) for trial in self.trials)
 
     @cached_property
     def _measured(self) -> Measured:
@@ -210,7 +213,7 @@ class SearchResult(BaseModel):
         return lines + [f"failed at {failed.coefficients}: {failed.error}" for failed in self.failed]
 
     def _reason(self, trial: Evaluation) -> str:
-        if not any(trial.coefficients.values()):
+        if is_base(trial.coefficients):
             return (
                 f"stay with the base: judged over resamples of the prompts, none of the {len(self.front)} settings on "
                 f"the front{self._limits()} is better in every objective"

@@ -135,7 +135,7 @@ def search(
     if not explorer.ended:
         _tune(task, explorer, journal, actors, timeout, dict(resources or {"cpu": 1}), progress, began)
     result = explorer.result(seconds=time.perf_counter() - began, resumed=len(journal.done))
-    if not any(not any(trial.coefficients.values()) for trial in result.trials):
+    if not result.has_base:
         first = f"; the first failure: {result.failed[0].error}" if result.failed else ""
         raise RuntimeError(f"the search gave no result: {result.stopped}{first}")
     return result
@@ -271,7 +271,6 @@ class _Conductor(tune.Callback):
         if self.progress is None:
             return
         result, explorer = self.explorer.result(), self.explorer
-        has_base = any(not any(trial.coefficients.values()) for trial in result.trials)
         self.progress(
             Progress(
                 done=len(explorer.tried),
@@ -280,7 +279,7 @@ class _Conductor(tune.Callback):
                 failed=len(explorer.failed),
                 answers=result.answers,
                 front=len(result.front) if result.trials else 0,
-                hypervolume=result.hypervolume if has_base else 0.0,
+                hypervolume=result.hypervolume if result.has_base else 0.0,
                 seconds=time.perf_counter() - self.began,
             )
         )
