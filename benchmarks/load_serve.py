@@ -5,8 +5,9 @@
 
 As many callers as two replicas have rows, and half as many again, ask without pause through OpenAI's client with its
 own two retries: coefficients of their own, presets by alias, streams. Every answer's text is compared with what one
-model, merged for its fingerprint alone, gives. A stream that has begun cannot be repeated by the client; those that a
-kill cut are counted by themselves. The preset's alias moves twice, `helpful` goes to its next version half-way.
+model, merged for its fingerprint alone, gives; where they part, the two logits are told. A stream that has begun
+cannot be repeated by the client; those that a kill cut are counted by themselves. The preset's alias moves twice,
+`helpful` goes to its next version half-way.
 The last line of stdout is one JSON object.
 """
 
@@ -14,12 +15,15 @@ import argparse
 import json
 import os
 import random
+import re
 import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ from merge_models import SIZES
 from openai import APIError, OpenAI
 from ray.util.state import list_actors
 from serve_world import load_vectors, make_world, prompts
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
@@ -43,18 +47,41 @@ from prefvec_ray.vectors import LiveModel
 
 ROWS, NEW = 8, 32
 TIE = 1e-4
-"""in logits of about 10, whose fp32 steps are 1e-6"""
+"""in logits of about 10, which the shape of a batch moves by up to 6e-5 here"""
 SETTINGS: list[dict[str, float]] = [{"helpful": i / 4 - 1, "harmless": i % 3 / 2} for i in range(6)]
 PRESETS = [{"harmless": 0.75}, {"harmless": 0.25}]
 
 
-class Truths:
-    """(fingerprint, prompt) -> the text that one merged model gives, for both versions of `helpful`."""
+@dataclass(frozen=True)
+class Truth:
+    """What one merged model says, and how sure it is of every token."""
+
+    tokens: list[int]
+    seconds: list[int]
+    """the second best at each place"""
+    best_two: list[list[float]]
+    """the logits of both"""
+
+    def judge(self, text: str) -> tuple[str, str]:
+        """("right", ""), or ("tie", where) or ("wrong", where): a tie took the second best where both lie closer than
+        the shape of a batch moves them; what follows it is another answer, and not compared."""
+        said = [int(word) for word in re.findall(r"w(\d+)", text)]  # how words are spaced is the tokenizer's affair
+        place = next((i for i, pair in enumerate(zip_longest(said, self.tokens)) if pair[0] != pair[1]), None)
+        if place is None:
+            return "right", ""
+        if place >= min(len(said), len(self.tokens)):
+            return "wrong", f"{len(said)} tokens, not {len(self.tokens)}"
+        (best, second), token = self.best_two[place], said[place]
+        where = (
+            f"token {place}: w{token}, not w{self.tokens[place]} ({best:.7f}, then w{self.seconds[place]} {second:.7f})"
+        )
+        return ("tie" if token == self.seconds[place] and best - second < TIE else "wrong"), where
+
+
+class Truths(dict[tuple[str, int], Truth]):
+    """By fingerprint and number of the prompt, for both versions of `helpful`."""
 
     def __init__(self, config: ServingConfig, registry: Registry, asked: list[list[int]]):
-        self.texts: dict[tuple[str, int], str] = {}
-        self.unsure: set[tuple[str, int]] = set()
-        """where the two best tokens are somewhere so close that the shape of a batch decides between them"""
         for version in ("helpful@1", "helpful@2"):
             refs = {"harmless": "harmless@1", "helpful": version}
             lineup = line_up(config.model_copy(update={"vectors": refs}))
@@ -63,17 +90,22 @@ class Truths:
                 coefficients = lineup.policy.coefficients(setting)
                 live.set_coefficients(dict(coefficients))
                 for number, prompt in enumerate(asked):
-                    ids = torch.tensor([prompt])
-                    with torch.inference_mode():
-                        whole = live.model.generate(
-                            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-                        )
-                        logits_TV = live.model(whole).logits[0, len(prompt) - 1 : -1]
-                    words = " ".join(f"w{token}" for token in whole[0, len(prompt) :].tolist())
-                    self.texts[lineup.fingerprint(coefficients), number] = words
-                    best_T2 = logits_TV.topk(2).values
-                    if (best_T2[:, 0] - best_T2[:, 1]).min() < TIE:
-                        self.unsure.add((lineup.fingerprint(coefficients), number))
+                    self[lineup.fingerprint(coefficients), number] = _truth(live.model, prompt)
+
+
+@torch.inference_mode()
+def _truth(model: PreTrainedModel, prompt: list[int]) -> Truth:
+    ids = torch.tensor([prompt])
+    told = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best_T2 = torch.cat(told.logits).topk(2)
+    return Truth(told.sequences[0, len(prompt) :].tolist(), best_T2.indices[:, 1].tolist(), best_T2.values.tolist())
 
 
 class Callers:
@@ -104,13 +136,11 @@ class Callers:
                     self.errors[f"{type(error).__name__}: {error}"[:160]] += 1
                     continue
                 self.told[kind] += 1
-                truth = self.truths.texts.get((fingerprint, number))
-                # Words are the tokens; how they are spaced is the tokenizer's affair.
-                if (fingerprint, number) in self.truths.unsure:
-                    self.told["ties"] += 1
-                elif truth is None or "".join(text.split()) != "".join(truth.split()):
-                    self.told["wrong"] += 1
-                    print(f"wrong, {kind}, prompt {number}, {fingerprint}: {text!r}, not {truth!r}", file=sys.stderr)
+                truth = self.truths.get((fingerprint, number))
+                verdict, where = truth.judge(text) if truth else ("wrong", "no such fingerprint")
+                self.told[verdict] += 1
+                if verdict != "right":
+                    print(f"{verdict}, {kind}, prompt {number}, {fingerprint[:23]}: {where}", file=sys.stderr)
 
     def whole(self, client: OpenAI, ask: dict[str, Any]) -> tuple[str, str]:
         answer = client.completions.create(**ask)
@@ -191,7 +221,7 @@ def load(seconds: float, kill_every: float, size: str) -> dict[str, Any]:
         "answers_per_s": round(answered / seconds, 1),
         "failed_after_retries": told["failed"],
         "wrong": told["wrong"],
-        "not_compared_for_ties": told["ties"],
+        "ties": told["tie"],
         "streams_cut_by_kills": told["streams_cut"],
         "kills": kills,
         "preset_moves": moves,
