@@ -165,9 +165,9 @@ def search(config: "SearchConfig", console: Console) -> None:
     """Search, print the front and the recommendation, publish it where the config names a preset."""
     from prefvec_ray.evaluation.results import card_warnings
     from prefvec_ray.evaluation.scorers import safety_cards
-    from prefvec_ray.registry import start_registry
     from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
+    from prefvec_ray.search.presets import publish_searched
 
     task = config.task()
     goal = Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits))
@@ -213,13 +213,25 @@ def search(config: "SearchConfig", console: Console) -> None:
         console.print(f"recommended {chosen.coefficients}: {chosen.reason}", soft_wrap=True)
     if reporting is not None:
         _report_search(config, *reporting, result, console)
-    elif config.preset and chosen is not None:
-        registry = start_registry(config.registry)
-        pinned = {registry.resolve(ref).ref: chosen.coefficients[name] for name, ref in config.vectors.items()}
-        best = next(trial for trial in result.front if trial.coefficients == chosen.coefficients)
-        evidence = {name: value.model_dump() for name, value in best.metrics.items() if value is not None}
-        preset = registry.publish_preset(config.preset, pinned, metrics=evidence, reason=chosen.reason)
-        console.print(f"published {preset.name}@{preset.version}, by the search prompts alone: give report_prompts")
+    elif config.preset:
+        registry, refs = _registry(config)
+        preset = publish_searched(registry, result, config.preset, refs)
+        if preset is None:
+            console.print(_unmet(config.preset), soft_wrap=True)
+        else:
+            console.print(f"published {preset.ref}, by the search prompts alone: give report_prompts", soft_wrap=True)
+
+
+def _registry(config: "SearchConfig") -> tuple[Any, dict[str, str]]:
+    """The client of the config's registry, and the pinned reference of each vector."""
+    from prefvec_ray.registry import start_registry
+
+    registry = start_registry(config.registry)
+    return registry, {name: registry.resolve(ref).ref for name, ref in config.vectors.items()}
+
+
+def _unmet(preset: str) -> str:
+    return f"no preset {preset!r}: no setting but the base, which needs no name, meets its rule"
 
 
 def _reporting(config: "SearchConfig", task: "Task", goal: "Goal") -> "tuple[Task, dict[str, str]] | None":
@@ -243,7 +255,6 @@ def _report_search(
 ) -> None:
     """Confirm on the report prompts, publish what the config names, and write the report."""
     from prefvec_ray.evaluation.report import write_report
-    from prefvec_ray.registry import start_registry
     from prefvec_ray.search.confirmation import publish_presets, report_search, search_report
 
     with progress_bar(console, "settings on the report prompts") as tell:
@@ -258,9 +269,7 @@ def _report_search(
             progress=tell,
         )
     if config.preset or config.presets:
-        registry = start_registry(config.registry)
-        refs = {name: registry.resolve(ref).ref for name, ref in config.vectors.items()}
-        summary = publish_presets(summary, result, task, registry, refs)
+        summary = publish_presets(summary, result, task, *_registry(config))
     title = f"Coefficients of {', '.join(config.vectors)}"
     data = search_report(summary, task, title, config=config.model_dump(mode="json"))
     for preset in summary.presets:
@@ -268,6 +277,9 @@ def _report_search(
         console.print(
             f"{preset.name}: {preset.verdict} on the report prompts{where}; {preset.evidence}", soft_wrap=True
         )
+    for name in rules:
+        if all(preset.name != name for preset in summary.presets):
+            console.print(_unmet(name), soft_wrap=True)
     write_report(config.output, data)
     console.print(f"{config.output / 'report.html'}", soft_wrap=True)
 

@@ -9,7 +9,7 @@ from prefvec_ray.evaluation.prompts import check_disjoint
 from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary
 from prefvec_ray.evaluation.scorers import safety_cards, scorer_digest
 from prefvec_ray.search.measure import measure
-from prefvec_ray.search.presets import choose, confirm, publish, search_evidence
+from prefvec_ray.search.presets import choose, confirm, figures, publish, search_evidence
 from prefvec_ray.search.result import SearchResult
 from prefvec_ray.search.trial import Task
 
@@ -75,8 +75,7 @@ def publish_presets(
     scorer = task.load_scorer()
     evidence = search_evidence(result, scorer=scorer_digest(scorer), cards=safety_cards(scorer))
     if summary.confirmed:  # what the presets' figures are to be compared with
-        base, _ = summary.confirmed
-        evidence["base"] = {name: value.model_dump() for name, value in base.metrics.items() if value is not None}
+        evidence["base"] = figures(summary.confirmed[0])
     presets: list[Preset] = []
     for preset in summary.presets:
         version = publish(registry, preset, refs, evidence)

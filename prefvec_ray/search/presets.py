@@ -96,10 +96,7 @@ def publish(
     """
     if preset.reported is None or preset.verdict in (None, "refuted"):
         return None
-    metrics: dict[str, Any] = {
-        name: value.model_dump() for name, value in preset.reported.metrics.items() if value is not None
-    }
-    metrics["evidence"] = {
+    told = {
         "verdict": preset.verdict,
         "numbers": preset.evidence,
         "rule": preset.rule,
@@ -107,8 +104,26 @@ def publish(
         "search_prompts": preset.searched.prompts_digest,
         **evidence,
     }
+    return _publish(registry, preset, vectors, {**figures(preset.reported), "evidence": told})
+
+
+def publish_searched(
+    registry: Any, result: SearchResult, name: str, vectors: Mapping[str, str]
+) -> "PresetVersion | None":
+    """Publish the recommendation as `name`, on the word of the search prompts alone; None where it is the base, which
+    needs no name, or where there is none."""
+    found = choose(result, {name: COMPROMISE})
+    return _publish(registry, found[0], vectors, figures(found[0].searched)) if found else None
+
+
+def _publish(registry: Any, preset: Preset, vectors: Mapping[str, str], metrics: Mapping[str, Any]) -> "PresetVersion":
     coefficients = {ref: preset.coefficients.get(name, 0.0) for name, ref in vectors.items()}
     return registry.publish_preset(preset.name, coefficients, metrics=metrics, reason=preset.reason)
+
+
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    """What an evaluation measured, as a published preset keeps it."""
+    return {name: value.model_dump() for name, value in evaluation.metrics.items() if value is not None}
 
 
 def search_evidence(result: SearchResult, *, scorer: str | None, cards: Mapping[str, Any]) -> dict[str, Any]:

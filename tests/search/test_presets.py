@@ -9,7 +9,7 @@ from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.registry import Registry
 from prefvec_ray.search import Goal, SearchResult
 from prefvec_ray.search.confirmation import along, publish_presets
-from prefvec_ray.search.presets import choose, confirm, default_rules, publish
+from prefvec_ray.search.presets import choose, confirm, default_rules, publish, publish_searched
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 METRICS = {
@@ -126,6 +126,19 @@ def test_what_is_published_brings_its_evidence(result, registry):
     evidence = kept.metrics["evidence"]
     assert (evidence["verdict"], evidence["scorer"]) == ("confirmed", "blake3:abc")
     assert (evidence["search_prompts"], evidence["report_prompts"]) == ("search", "report")
+
+
+def test_a_recommendation_by_the_search_prompts_alone(result, registry):
+    refs = {"a": "a@1", "b": "b@1"}
+    version = publish_searched(registry, result, "quick", refs)
+    kept = registry.resolve_preset("quick")
+    assert kept == version
+    assert kept.coefficients == {refs[name]: eta for name, eta in result.recommended.coefficients.items()}
+    assert (kept.reason, "evidence" in kept.metrics) == (result.recommended.reason, False)
+    assert kept.metrics["harm"]["n"] == 16
+    alone = SearchResult(goal=GOAL, trials=result.trials[:1])
+    assert publish_searched(registry, alone, "nothing", refs) is None
+    assert "nothing" not in {preset.name for preset in registry.list_presets()}
 
 
 def test_each_dial_by_itself():

@@ -1,0 +1,39 @@
+"""`prefvec search`, from its config to what it prints and publishes."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from prefvec_ray import commands
+from prefvec_ray.registry import Registry
+from prefvec_ray.search import SearchConfig
+
+
+@pytest.mark.slow
+def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tmp_path, ray_cluster):
+    """An untrained model never writes a valid answer, whatever its coefficients."""
+    store = Registry.open(tmp_path / "registry")
+    for name, folder in task.vectors.items():
+        assert store.publish_vector(folder).name == name
+    config = SearchConfig(
+        base=task.base,
+        registry=str(tmp_path / "registry"),
+        vectors={"left": "left@1", "right": "right@1"},
+        prompts="tiny-world:micro:0:search",
+        scorer="tiny-world:micro:0",
+        output=tmp_path / "search",
+        draws=1,
+        max_new_tokens=4,
+        objectives=["valid"],
+        trials=2,
+        sampler="random",
+        rungs=(1.0,),
+        actors=1,
+        preset="balanced",
+    )
+    printed = io.StringIO()
+    commands.search(config, Console(file=printed, width=200))
+    assert "recommended {'left': 0.0, 'right': 0.0}: stay with the base" in printed.getvalue()
+    assert "no preset 'balanced': no setting but the base" in printed.getvalue()
+    assert store.list_presets() == []
