@@ -215,12 +215,13 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def ray_run(spec: Any, config: Any, board: Any) -> dict[str, Any]:
-    from prefvec_ray.training.plan import fit
+    from prefvec_ray.training.plan import start_run
 
     spec = spec.model_copy(update={"out": f"{spec.out}-{time.time_ns()}"})
     started = time.time()
     job = {"spec": spec.model_dump(mode="json"), "board": board}
-    result = fit(ray_worker, job, Path(spec.out).name, config.resources, config.folder / "ray", retries=0)
+    run = start_run(ray_worker, job, Path(spec.out).name, config.resources, config.folder / "ray", retries=0)
+    result = run.result()
     return {**result, "started": started, "wall": time.time() - started}
 
 

@@ -127,16 +127,12 @@ def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, 
     """The tiny world's base model, in Hugging Face format under `base/`."""
     import ray
 
-    from prefvec_ray.training.progress import job_board
+    from prefvec_ray.training.progress import follow, job_board
 
     connect(console)
-    with job_board(folder / "base") as board, progress_bar(console, "steps of fine-tuning") as tell:
+    with job_board(folder / "base") as board:
         job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
-        while not ray.wait([job], timeout=1)[0]:
-            row = ray.get(board.read.remote()).get("base")
-            if row:
-                tell(row["step"], row["total"])
-        return ray.get(job)
+        return follow(job.future(), board, "base", "steps of fine-tuning", console)
 
 
 def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:

@@ -7,11 +7,11 @@ alone.
 
 import json
 import os
-import queue
 import re
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,37 +101,26 @@ def _run_waiting(
     waiting: list[RunSpec], resources: Resources, storage: Path, retries: int, board: Any, table: ProgressTable
 ) -> dict[str, str]:
     """Drive the runs until all have ended; the reasons of those that failed, by label."""
-    ended: queue.Queue[tuple[RunSpec, str | None]] = queue.Queue()
-
-    def control(spec: RunSpec) -> None:
-        config = {"spec": spec.model_dump(), "board": board}
-        try:
-            _fit(_dpo_worker, config, spec.key, resources, storage, retries)
-            ended.put((spec, None))
-        except RunsFailedError as error:
-            ended.put((spec, str(error)))
-        except Exception as error:  # a thread has nobody above it who would see this
-            ended.put((spec, f"{type(error).__name__}: {error}"))
-
     if not slots(resources):
         _say_too_small(resources)
     waiting = list(reversed(waiting))
     failures: dict[str, str] = {}
-    running = 0
+    running: dict[Future[Any], RunSpec] = {}
     _ask_autoscaler(len(waiting), resources)
     while waiting or running:
         # Counted anew each time: a cluster may grow. Workers of one run are reserved all together or not at all
         # (a placement group), so that runs which wait for each other's rest cannot be.
-        while waiting and running < max(1, slots(resources)):
-            threading.Thread(target=control, args=[waiting.pop()], daemon=True).start()
-            running += 1
-        with suppress(queue.Empty):
-            spec, reason = ended.get(timeout=0.5)
-            running -= 1
-            if reason is not None:
-                failures[spec.label] = reason
-            table.finish(spec.label, "failed" if reason else "finished", reason or "")
-            _ask_autoscaler(len(waiting) + running, resources)
+        while waiting and len(running) < max(1, slots(resources)):
+            spec = waiting.pop()
+            config = {"spec": spec.model_dump(), "board": board}
+            running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries)] = spec
+        for run in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+            spec, error = running.pop(run), run.exception()
+            if error is not None:
+                known = isinstance(error, RunsFailedError)
+                failures[spec.label] = str(error) if known else f"{type(error).__name__}: {error}"
+            table.finish(spec.label, "failed" if error else "finished", failures.get(spec.label, ""))
+            _ask_autoscaler(len(waiting) + len(running), resources)
         with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs go on without it
             table.update(ray.get(board.read.remote()))
     return failures
@@ -157,7 +146,7 @@ def _say_too_small(resources: Resources) -> None:
     print(f"   a run takes {needs}, the cluster has {has}: waiting for it to grow (Ctrl-C ends the job)", flush=True)
 
 
-def fit(
+def start_run(
     worker: Callable[[dict[str, Any]], Any],
     config: dict[str, Any],
     name: str,
@@ -165,47 +154,22 @@ def fit(
     storage: Path,
     *,
     retries: int = 2,
-) -> Any:
-    """One Ray Train run of `worker(config)`; what its rank 0 returned.
+) -> Future[Any]:
+    """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
     It is started again up to `retries` times after a worker or its node died. An exception that the worker raised
-    itself would only be raised again, so it ends the run at once. Ctrl-C works while it waits: in the main thread Ray
-    Train would take that signal over and never give it back, so the run is watched from a thread of its own.
+    itself would only be raised again, so it ends the run at once. Ctrl-C works while one waits for the result: in the
+    main thread Ray Train would take that signal over and never give it back, so a thread of its own controls the run.
 
     Raises:
-        RunsFailedError: the run failed for good; the message is the reason alone.
+        RunsFailedError: from `result()`: the run failed for good; the message is the reason alone.
     """
-    ended: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-
-    def watch() -> None:
-        try:
-            ended.put((_fit(worker, config, name, resources, storage, retries), None))
-        except Exception as error:  # raised again where `fit` was called
-            ended.put((None, error))
-
-    threading.Thread(target=watch, daemon=True).start()
-    while True:
-        with suppress(queue.Empty):
-            value, error = ended.get(timeout=0.5)
-            if error is not None:
-                raise error
-            return value
-
-
-def _fit(
-    worker: Callable[[dict[str, Any]], Any],
-    config: dict[str, Any],
-    name: str,
-    resources: Resources,
-    storage: Path,
-    retries: int,
-) -> Any:
-    """`fit` for a caller that is not the main thread."""
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
-    for attempt in range(retries + 1):
-        trainer = TorchTrainer(
+
+    def trainer() -> TorchTrainer:
+        return TorchTrainer(
             worker,
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
@@ -216,8 +180,24 @@ def _fit(
             ),
             run_config=RunConfig(name=name, storage_path=str(storage)),
         )
+
+    run: Future[Any] = Future()
+
+    def control() -> None:
         try:
-            return trainer.fit().return_value
+            run.set_result(_fit(trainer, retries))
+        except BaseException as error:  # raised again where the result is asked for
+            run.set_exception(error)
+
+    threading.Thread(target=control, daemon=True).start()
+    return run
+
+
+def _fit(trainer: Callable[[], TorchTrainer], retries: int) -> Any:
+    """What a run returned, begun anew where a process of it was lost."""
+    for attempt in range(retries + 1):
+        try:
+            return trainer().fit().return_value
         except (TrainingFailedError, *LOST) as error:  # the second kind: the run's controller itself was lost
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error

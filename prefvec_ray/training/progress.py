@@ -7,9 +7,10 @@ all of them.
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from blake3 import blake3
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from prefvec_ray.cluster import NAMESPACE
+from prefvec_ray.cluster import NAMESPACE, progress_bar
 from prefvec_ray.errors import JobError
 
 COLUMNS = ("run", "state", "step", "loss", "margin", "acc", "held out", "KL", "Δ chosen", "|grad|", "tok/s", "left")
@@ -25,6 +26,8 @@ NARROW = ("run", "state", "step", "loss", "held out", "left")
 """What a terminal of 80 columns shows."""
 
 LONGEST_SILENCE = 600.0
+
+T = TypeVar("T")
 
 
 class Board:
@@ -81,6 +84,18 @@ def job_board(folder: Path, *, patience: float = 30) -> Iterator[Any]:
         yield board
     finally:
         ray.kill(board)
+
+
+def follow(work: Future[T], board: Any, key: str, what: str, console: Console) -> T:
+    """The result of `work`; until it is there, a bar of `what` follows the steps of row `key` on the board."""
+    told = 0
+    with progress_bar(console, what) as tell:
+        while not wait([work], timeout=0.5).done:
+            with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the work goes on without it
+                row = ray.get(board.read.remote()).get(key)
+                if row and row["step"] != told:
+                    tell(told := row["step"], row["total"])
+    return work.result()
 
 
 class ProgressTable:

@@ -16,7 +16,7 @@ from datasets import load_from_disk
 
 from prefvec_ray.training.config import Method, TrainingConfig
 from prefvec_ray.training.dpo import load_tokenizer
-from prefvec_ray.training.plan import RunsFailedError, fit, slots, worker_setup
+from prefvec_ray.training.plan import RunsFailedError, slots, start_run, worker_setup
 from prefvec_ray.vectors import fingerprint
 
 PARTS = {"train": "pairs", "test": "test_pairs"}
@@ -67,7 +67,8 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
         resources = config.resources.model_copy(update={"workers": config.resources.workers * times})
         name = f"reference-{key_of(*(task['target'] for task in missing))}"
         try:
-            fit(_reference_worker, job, name, resources, config.folder / "ray", retries=config.retries)
+            storage = config.folder / "ray"
+            start_run(_reference_worker, job, name, resources, storage, retries=config.retries).result()
         except RunsFailedError as error:
             raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
     return references

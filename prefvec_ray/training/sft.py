@@ -8,22 +8,19 @@ import json
 import math
 import shutil
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
-from prefvec_ray.cluster import progress_bar
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences.sources import read_rows
 from prefvec_ray.training.config import Method, SftStage, TrainingConfig
-from prefvec_ray.training.plan import RunsFailedError, fit, worker_setup
+from prefvec_ray.training.plan import RunsFailedError, start_run, worker_setup
+from prefvec_ray.training.progress import follow
 from prefvec_ray.training.references import key_of, working_base
 from prefvec_ray.vectors import fingerprint
 
@@ -63,7 +60,12 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
             "out": str(out),
             "board": board,
         }
-        _fit_and_tell(job, f"sft-{key}", config, f"steps of fine-tuning on {examples} examples")
+        storage = config.folder / "ray"
+        run = start_run(_sft_worker, job, f"sft-{key}", config.resources, storage, retries=config.retries)
+        try:
+            follow(run, board, "sft", f"steps of fine-tuning on {examples} examples", Console())
+        except RunsFailedError as error:
+            raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {error}") from error
     return config.model_copy(update={"base": out, "chat_template": None, "sft": None})
 
 
@@ -131,31 +133,6 @@ def _example(column: str, value: Any) -> str | list[dict[str, str]] | None:
 
 def _tokenizer_files(base: Path) -> list[str]:
     return sorted(path.name for path in base.iterdir() if "token" in path.name or path.suffix == ".jinja")
-
-
-def _fit_and_tell(job: dict[str, Any], name: str, config: TrainingConfig, what: str) -> None:
-    """One Ray Train run, with a bar or lines that follow it on the board."""
-    ended: list[Exception | None] = []
-
-    def run() -> None:
-        try:
-            fit(_sft_worker, job, name, config.resources, config.folder / "ray", retries=config.retries)
-            ended.append(None)
-        except Exception as error:  # raised again below, where somebody waits for it
-            ended.append(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    with progress_bar(Console(), what) as tell:
-        told = 0
-        while not ended:
-            time.sleep(0.5)
-            row = ray.get(job["board"].read.remote()).get("sft")
-            if row and row["step"] != told:
-                tell(told := row["step"], row["total"])
-    if isinstance(ended[0], RunsFailedError):
-        raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {ended[0]}") from ended[0]
-    if ended[0] is not None:
-        raise ended[0]
 
 
 def _sft_worker(job: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from prefvec_ray.training import Resources
 from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.dpo import REFERENCE, RunSpec, reference_logps, run_dpo
 from prefvec_ray.training.model import load_base
-from prefvec_ray.training.plan import fit
+from prefvec_ray.training.plan import start_run
 from prefvec_ray.training.zero import deepspeed_config
 from prefvec_ray.vectors import PreferenceVector, checkpoint_state, fingerprint, load_vector
 
@@ -112,7 +112,7 @@ def together(ray_cluster, world_folder, folder) -> dict[str, PreferenceVector]:
                 run_dpo(spec, str, work_dir)
 
     config = {"specs": specs, "pairs": str(folder / "pairs"), "folder": str(folder)}
-    fit(worker, config, "two-workers", Resources(workers=2), folder / "ray", retries=0)
+    start_run(worker, config, "two-workers", Resources(workers=2), folder / "ray", retries=0).result()
     return {name: load_vector(folder / name / "delta") for name in TWO_WORKERS}
 
 
