@@ -8,6 +8,7 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -107,12 +108,13 @@ def _unanswered(entry: Entry, error: Exception, measure: RequestMetrics) -> ApiE
 class Front:
     """Every route of the endpoint."""
 
-    def __init__(self, config: ServingConfig, lineup: Lineup, deployment: str, replicas: DeploymentHandle):
+    def __init__(self, config: ServingConfig, lineup: Lineup, replicas: DeploymentHandle):
         self._config, self._replicas = config, replicas
         registry = open_registry(config.registry)
-        book = LineupBook(deployment)
+        book = LineupBook(lineup.deployment)
+        book.begin(lineup)
         self._door = Door(config, book.newest() or lineup, registry)
-        self._records = ServingRecords(registry, deployment)
+        self._records = ServingRecords(registry, lineup.deployment)
         self._records.hold(self._lineup)
         self._metrics = FrontMetrics(config.model)
         self._metrics.serves(self._lineup.generation)
@@ -329,13 +331,23 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     if not isinstance(args, ServingConfig):
         args = parse_config(dict(args), ServingConfig, source="args")
     config = args.absolute()
-    lineup = line_up(config)
+    lineup = replace(line_up(config), deployment=uuid.uuid4().hex[:12])
     Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
-    deployment = uuid.uuid4().hex[:12]
-    replica = serve.deployment(Replica, name="replica").options(**_scale(config))
-    replicas = replica.bind(config, lineup, LineupBook(deployment))
-    front = serve.deployment(Front, name="front", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.1})
-    return front.bind(config, lineup, deployment, replicas)
+    replica = serve.deployment(Replica, name=_replica_name(config, lineup)).options(**_scale(config))
+    replicas = replica.bind(config, lineup, LineupBook(lineup.deployment))
+    front = serve.deployment(Front, name="front").options(
+        max_ongoing_requests=1000,
+        graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return front.bind(config, lineup, replicas)
+
+
+def _replica_name(config: ServingConfig, lineup: Lineup) -> str:
+    """While Serve puts new replicas in the place of old ones, the new front may ask the old replicas, and the old front
+    the new. They learn each other's vectors; another base, or another engine, must be another deployment to Serve."""
+    engine = hashlib.blake2b(config.engine.model_dump_json().encode() + lineup.base_fingerprint.encode(), digest_size=4)
+    return f"replica-{engine.hexdigest()}"
 
 
 def _scale(config: ServingConfig) -> dict[str, Any]:
@@ -356,5 +368,10 @@ def _scale(config: ServingConfig) -> dict[str, Any]:
         "min_replicas": wanted.min,
         "max_replicas": wanted.max,
         "target_ongoing_requests": wanted.target_requests,
+        "look_back_period_s": wanted.window_seconds,
+        "metrics_interval_s": wanted.window_seconds / 3,  # Serve's own proportion
+        "upscale_delay_s": wanted.grow_seconds,
+        "downscale_delay_s": wanted.shrink_seconds,
+        "downscale_to_zero_delay_s": wanted.idle_seconds,
     }
     return options | {"autoscaling_config": scaling}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, FiniteFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from prefvec_ray.config import Config, load_config
 
@@ -60,6 +60,14 @@ class ReplicaConfig(Config):
     """more than `min`: Serve adds and removes replicas between the two"""
     target_requests: PositiveFloat = 16.0
     """running and waiting requests per replica that autoscaling aims at"""
+    window_seconds: PositiveFloat = 30.0
+    """requests are counted as their mean over so long"""
+    grow_seconds: NonNegativeFloat = 10.0
+    """more replicas must be needed for so long before they are added; the first one comes at once"""
+    shrink_seconds: NonNegativeFloat = 300.0
+    """fewer must be needed for so long before any go"""
+    idle_seconds: NonNegativeFloat | None = None
+    """min: 0 only: no request for so long before the last one goes. None: as `shrink_seconds`"""
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
 

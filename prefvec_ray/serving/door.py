@@ -80,7 +80,7 @@ class Door:
             lineup = self.lineup
             caller = self._identify(headers, known)  # once more: the lineup may have changed meanwhile
             coefficients = await self._coefficients(caller, lineup, body.model, body.preferences)
-            job = replace(self._sized(caller, body, coefficients), generation=lineup.generation)
+            job = replace(self._sized(caller, body, coefficients), lineup=lineup.id)
             reservation = self._rates.reserve(caller.id, caller.allowance, self._most_tokens(job))
         except ApiError as error:
             self._refused(known, error)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from prefvec_ray.serving.engine import Coefficients, Piece
+from prefvec_ray.serving.lineup import LineupId
 
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
 """text, token ids, or the messages of a chat"""
@@ -24,8 +25,8 @@ class Job:
     stop: tuple[str, ...] = ()
     max_prompt_tokens: int | None = None
     """longest prompt that its caller may send; None: what the context has room for"""
-    generation: int = 0
-    """of the lineup whose vectors the coefficients are of"""
+    lineup: LineupId = ("", 0)
+    """whose vectors the coefficients are of"""
     logprobs: int | None = None
     """how many of each position's likeliest tokens to tell, with log-probabilities; None: none, nor the chosen one's"""
 

@@ -7,7 +7,7 @@ brings the next lineup to all of them, as another generation, and every request 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, serving_fingerprint
@@ -26,6 +26,10 @@ class ServedVector:
     metrics: Mapping[str, Any]
 
 
+LineupId: TypeAlias = tuple[str, int]
+"""deployment and generation: while one deployment takes another's place, replicas of both get jobs of both"""
+
+
 @dataclass(frozen=True)
 class Lineup:
     """`vectors` by preference. Equal lineups give equal weights at equal coefficients."""
@@ -39,6 +43,12 @@ class Lineup:
     """0 at deployment; every roll-out counts on"""
     named: Mapping[str, str] | None = None
     """the references that it was resolved from; None: the newest vectors of the base"""
+    deployment: str = ""
+    """that it is of"""
+
+    @property
+    def id(self) -> "LineupId":
+        return self.deployment, self.generation
 
     def columns(self, coefficients: Coefficients) -> Coefficients:
         """The coefficients under names that also say which vector is meant. What an engine computes and caches under

@@ -17,7 +17,7 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
-from prefvec_ray.serving.lineup import Lineup, open_registry
+from prefvec_ray.serving.lineup import Lineup, LineupId, open_registry
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.rollout import LineupBook
 from prefvec_ray.serving.slots import SlotEngine
@@ -36,9 +36,9 @@ class Replica:
         self._config, self._book = config, book
         self._first = lineup
         lineup = (book and book.newest()) or lineup
-        self._lineups = {lineup.generation: lineup}
-        self._jobs: Counter[int] = Counter()
-        """running, by generation"""
+        self._lineups = {lineup.id: lineup}
+        self._jobs: Counter[LineupId] = Counter()
+        """running, by lineup"""
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
         self._tokenizer = load_tokenizer(config)
@@ -56,13 +56,13 @@ class Replica:
         Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
         prompts that do not fit and chats that the template refuses, EngineError where generation failed.
         """
-        lineup = await self._lineup(job.generation)
-        self._jobs[job.generation] += 1
+        lineup = await self._lineup(job.lineup)
+        self._jobs[lineup.id] += 1
         try:
             async for item in self._answers(replace(job, coefficients=lineup.columns(job.coefficients))):
                 yield item
         finally:
-            self._jobs[job.generation] -= 1
+            self._jobs[lineup.id] -= 1
 
     async def _answers(self, job: Job) -> AsyncIterator[Started | list[Event]]:
         loop = asyncio.get_running_loop()
@@ -115,39 +115,41 @@ class Replica:
 
     # --- lineups -----------------------------------------------------------------------------------------------------
 
-    async def prepare(self, lineup: Lineup, beside: int) -> None:
-        """Load this lineup beside generation `beside` and those of running jobs, and generate a token with it.
+    async def prepare(self, lineup: Lineup, beside: LineupId) -> None:
+        """Load this lineup beside the lineup `beside` and those of running jobs, and generate a token with it.
 
         Running jobs go on. Raises InputError or StoreError where it cannot be had; all goes on as before then.
         """
         async with self._changing:
             await self._learn(lineup, beside)
 
-    async def _lineup(self, generation: int) -> Lineup:
-        if generation not in self._lineups:
+    async def _lineup(self, wanted: LineupId) -> Lineup:
+        if wanted not in self._lineups:
             async with self._changing:
-                if generation not in self._lineups:
-                    await self._catch_up(generation)
-        return self._lineups[generation]
+                if wanted not in self._lineups:
+                    await self._catch_up(wanted)
+        return self._lineups[wanted]
 
-    async def _catch_up(self, generation: int) -> None:
-        """A job of a generation that was committed while this replica started, or before it did."""
-        found = self._first if generation == self._first.generation else None
+    async def _catch_up(self, wanted: LineupId) -> None:
+        """A job of a lineup that was committed while this replica started or before it did; or of the deployment
+        before this one or after it."""
+        found = self._first if wanted == self._first.id else None
         if found is None and self._book:
-            found = await asyncio.to_thread(self._book.read, generation)
-        if found is None:
-            raise EngineError(f"no lineup of generation {generation} was committed")
+            found = await asyncio.to_thread(self._book.read, wanted)
+        if found is None or found.base_fingerprint != self._first.base_fingerprint:
+            raise EngineError(f"no lineup of generation {wanted[1]} was committed for this base")
         try:
-            await self._learn(found, max(self._lineups))
+            await self._learn(found, next(reversed(self._lineups)))  # the one learned last
         except Exception as error:
-            self._unfit = error
-            raise EngineError(f"generation {generation} cannot be served here: {error}") from error
+            if found.deployment == self._first.deployment:
+                self._unfit = error
+            raise EngineError(f"generation {wanted[1]} cannot be served here: {error}") from error
 
-    async def _learn(self, lineup: Lineup, beside: int) -> None:
+    async def _learn(self, lineup: Lineup, beside: LineupId) -> None:
         new = await asyncio.to_thread(self._loaded, [lineup])
-        used = {beside, *(g for g, jobs in self._jobs.items() if jobs)}
+        used = {beside, *(name for name, jobs in self._jobs.items() if jobs)}
         # Jobs of what is dropped may come meanwhile: they wait, and load it again.
-        before, self._lineups = self._lineups, {g: known for g, known in self._lineups.items() if g in used}
+        before, self._lineups = self._lineups, {name: known for name, known in self._lineups.items() if name in used}
         vectors = self._loaded(list(self._lineups.values())) | new
         try:
             await asyncio.wrap_future(self.engine.change(vectors))
@@ -158,7 +160,7 @@ class Replica:
         coefficients = lineup.columns(lineup.policy.coefficients({}))
         async for _ in self.engine.stream(Request((0,), coefficients, max_new_tokens=1)):
             pass
-        self._lineups[lineup.generation] = lineup
+        self._lineups[lineup.id] = lineup
 
     def _loaded(self, lineups: list[Lineup]) -> dict[str, PreferenceVector]:
         """The vectors of these lineups under their engine's names; those that are loaded are not read again.

@@ -25,7 +25,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door
-from prefvec_ray.serving.lineup import Lineup, resolve
+from prefvec_ray.serving.lineup import Lineup, LineupId, resolve
 from prefvec_ray.serving.records import ServingRecords
 
 log = logging.getLogger("ray.serve")
@@ -36,13 +36,19 @@ SPACE = b"prefvec-lineups"
 
 
 class LineupBook:
-    """The committed lineups of one deployment, by generation. Usable in every process of a Ray cluster."""
+    """The committed lineups of one deployment, and what others committed. Usable in every process of a Ray cluster."""
 
     def __init__(self, deployment: str):
         self._deployment = deployment
 
-    def read(self, generation: int) -> Lineup | None:
-        return self._read(str(generation))
+    def read(self, lineup: LineupId) -> Lineup | None:
+        """Any deployment's."""
+        deployment, generation = lineup
+        return LineupBook(deployment)._read(str(generation))
+
+    def begin(self, lineup: Lineup) -> None:
+        """What the deployment begins with."""
+        self._write(str(lineup.generation), pickle.dumps(lineup))
 
     def newest(self) -> Lineup | None:
         """The committed lineup; None where the deployment still serves what it began with."""
@@ -121,10 +127,10 @@ class RollOut:
                 return before
             # A door of the new lineup refuses what would leave a key or a floor without its meaning.
             await asyncio.to_thread(Door, self._config, found, self._registry)
-            after = replace(found, generation=self._book.next_generation())
+            after = replace(found, deployment=before.deployment, generation=self._book.next_generation())
             await asyncio.to_thread(self._records.hold, before, after)
             try:
-                await self._prepared(after, before.generation)
+                await self._prepared(after, before)
             except BaseException:
                 await asyncio.to_thread(self._records.hold, before)
                 raise
@@ -133,8 +139,8 @@ class RollOut:
             log.info("generation %d: %s", after.generation, ", ".join(v.ref for v in after.vectors.values()))
             return after
 
-    async def _prepared(self, lineup: Lineup, beside: int) -> None:
-        asked = self._replicas.broadcast("prepare", lineup, beside=beside)
+    async def _prepared(self, lineup: Lineup, beside: Lineup) -> None:
+        asked = self._replicas.broadcast("prepare", lineup, beside=beside.id)
         try:
             await asked.results_async(timeout_s=PREPARE_SECONDS)
         except DeploymentUnavailableError:

@@ -52,4 +52,4 @@ class SettingRouter(RequestRouter):
 
 def _setting(request: PendingRequest | None) -> Hashable:
     jobs: Sequence[Job] = [arg for arg in (request.args if request else ()) if isinstance(arg, Job)]
-    return (jobs[0].generation, jobs[0].coefficients) if jobs else None
+    return (jobs[0].lineup, jobs[0].coefficients) if jobs else None

@@ -83,7 +83,7 @@ def later(lineup: Lineup, generation: int) -> Lineup:
 
 
 async def ask(replica: Replica, generation: int, new: int = 24) -> list[int]:
-    job = Job((PROMPT,), SETTING, max_new_tokens=new, temperature=0.0, generation=generation)
+    job = Job((PROMPT,), SETTING, max_new_tokens=new, temperature=0.0, lineup=("", generation))
     _, (answer,) = await replica.answer(job)
     return list(answer.tokens)
 
@@ -103,7 +103,7 @@ def test_a_request_keeps_the_lineup_that_it_started_with(
         for _ in range(4):
             item: Any = await anext(items)
             first += [token for _, piece in item for token in piece.tokens] if isinstance(item, list) else []
-        await replica.prepare(second, beside=0)
+        await replica.prepare(second, beside=("", 0))
         told = await asyncio.gather(*(ask(replica, generation) for generation in (0, 1, 0, 1)))
         async for item in items:
             first += [token for _, piece in item for token in piece.tokens]
@@ -127,7 +127,7 @@ def test_what_cannot_be_prepared_leaves_everything_as_it_was(config, replica, re
     ):
         bad = Lineup(lineup.base_fingerprint, {**lineup.vectors, "helpful": vector}, lineup.policy, 0, 1)
         with pytest.raises(InputError, match=error):
-            asyncio.run(replica.prepare(bad, beside=0))
+            asyncio.run(replica.prepare(bad, beside=("", 0)))
     replica.check_health()
     assert asyncio.run(ask(replica, 0)) == before
     with pytest.raises(EngineError, match="generation 1"):
@@ -138,7 +138,7 @@ def test_what_no_job_needs_is_dropped_and_comes_back_when_asked_for(config, repl
     lineup = line_up(config)
     before = asyncio.run(ask(replica, 0))
     for generation in (1, 2, 3):
-        asyncio.run(replica.prepare(later(lineup, generation), beside=generation - 1))
+        asyncio.run(replica.prepare(later(lineup, generation), beside=("", generation - 1)))
     assert asyncio.run(ask(replica, 0)) == asyncio.run(ask(replica, 3)) == before
 
 
@@ -310,8 +310,8 @@ def test_prometheus_is_told(served):
 def kill(dashboard: str, *deployments: str) -> Callable[[], None]:
     """A function that kills all actors of these deployments, which are looked up now."""
     alive = list_actors(address=dashboard, filters=[("state", "=", "ALIVE")], limit=1000)
-    classes = {f"ServeReplica:prefvec:{name}" for name in deployments}
-    actors = [ray.get_actor(actor.name, "serve") for actor in alive if actor.class_name in classes]
+    classes = tuple(f"ServeReplica:prefvec:{name}" for name in deployments)
+    actors = [ray.get_actor(actor.name, "serve") for actor in alive if actor.class_name.startswith(classes)]
     assert len(actors) >= len(deployments)
     return lambda: [ray.kill(actor, no_restart=False) for actor in actors] and None
 
