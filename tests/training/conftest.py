@@ -1,5 +1,6 @@
 """An untrained micro base and a few pairs of its world: enough to see every mechanism of training."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from datasets import Dataset
 from prefvec_ray.preferences import TinyWorld, build_tokenizer, load_preferences, new_model
 from prefvec_ray.training import PreferenceData, TrainingConfig
 from prefvec_ray.training.config import Watch
+from prefvec_ray.training.dpo import RunSpec, reference_logps
 from prefvec_ray.vectors import fingerprint
 
 
@@ -39,6 +41,22 @@ def config(world_folder: Path, tmp_path: Path) -> TrainingConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def spec_of(world_folder: Path) -> Callable[..., RunSpec]:
+    """`spec_of(train=..., out=..., ...)`: a positive run of `helpful` on the untrained base."""
+    base = str(world_folder / "base")
+    common = {
+        "key": "run",
+        "preference": "helpful",
+        "polarity": "positive",
+        "seed": 0,
+        "base": base,
+        "base_fingerprint": fingerprint(base),
+        "data_digest": "none",
+    }
+    return lambda **given: RunSpec.model_validate(common | given)
+
+
 SCORED_RECIPE = {
     "learning_rate": 1e-3,
     "per_device_train_batch_size": 16,
@@ -49,10 +67,11 @@ SCORED_RECIPE = {
 
 
 @pytest.fixture(scope="session")
-def scored(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def scored(
+    world_folder: Path, spec_of: Callable[..., RunSpec], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """128 scored pairs, two answers of the base to 8 of their prompts, and a spec that trains on them."""
     from prefvec_ray.training.answers import base_answers
-    from prefvec_ray.training.dpo import RunSpec, reference_logps
 
     folder, base = tmp_path_factory.mktemp("scored"), str(world_folder / "base")
     pairs = load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(128))
@@ -61,14 +80,7 @@ def scored(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     base_answers(base, scored, samples=16, tokens=12, max_length=512).save_to_disk(folder / "drawn")
     answers = reference_logps(base, Dataset.load_from_disk(folder / "drawn"), SCORED_RECIPE, folder / "work")
     answers.save_to_disk(folder / "answers")
-    spec = RunSpec(
-        key="run",
-        preference="helpful",
-        polarity="positive",
-        seed=0,
-        base=base,
-        base_fingerprint=fingerprint(base),
-        data_digest="none",
+    spec = spec_of(
         train=[str(folder / "pairs")],
         test={"helpful": str(folder / "pairs")},
         answers=[str(folder / "answers")],

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from datasets import concatenate_datasets, load_from_disk
 from transformers import AutoModelForCausalLM
@@ -19,30 +20,23 @@ from prefvec_ray.vectors import fingerprint, load_vector
 RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1, "logging_steps": 1}
 
 
-def spec_of(world_folder, tmp_path, train, **changes) -> RunSpec:
-    train.save_to_disk(tmp_path / "train")
-    base = str(world_folder / "base")
-    values = {
-        "key": "run",
-        "preference": "helpful",
-        "polarity": "positive",
-        "seed": 0,
-        "base": base,
-        "base_fingerprint": fingerprint(base),
-        "data_digest": "none",
-        "train": [str(tmp_path / "train")],
-        "test": {"helpful": str(tmp_path / "train")},
-        "dpo": RECIPE,
-        "out": str(tmp_path / "run"),
-    }
-    return RunSpec(**{**values, **changes})
+@pytest.fixture
+def trained_on(spec_of):
+    """The spec of a run on some pairs, which lie beside it."""
+
+    def made(folder, train, **changes) -> RunSpec:
+        train.save_to_disk(folder / "train")
+        pairs = str(folder / "train")
+        return spec_of(train=[pairs], test={"helpful": pairs}, dpo=RECIPE, out=str(folder / "run"), **changes)
+
+    return made
 
 
 def pairs_of(world_folder, rows=64):
     return load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(rows))
 
 
-def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tmp_path):
+def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tmp_path, trained_on):
     pairs, base = pairs_of(world_folder), str(world_folder / "base")
     stock = DPOTrainer(
         model=load_base(base),
@@ -55,13 +49,13 @@ def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tm
     expected = [log["loss"] for log in stock.state.log_history if "loss" in log]
 
     scored = reference_logps(base, pairs, RECIPE, tmp_path / "reference")
-    result = run_dpo(spec_of(world_folder, tmp_path, scored), lambda values: None, tmp_path / "work")
+    result = run_dpo(trained_on(tmp_path, scored), lambda values: None, tmp_path / "work")
 
     assert len(expected) == 4
     torch.testing.assert_close(torch.tensor([log["loss"] for log in result["history"]]), torch.tensor(expected))
 
 
-def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(world_folder, tmp_path):
+def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(world_folder, tmp_path, trained_on):
     pairs, base = pairs_of(world_folder), str(world_folder / "base")
     scored = reference_logps(base, pairs, RECIPE, tmp_path / "one")
     swapped = reference_logps(
@@ -74,8 +68,8 @@ def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(wor
 
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    flipped = spec_of(world_folder, tmp_path / "a", scored, polarity="negative")
-    trained_on_swapped = spec_of(world_folder, tmp_path / "b", swapped)
+    flipped = trained_on(tmp_path / "a", scored, polarity="negative")
+    trained_on_swapped = trained_on(tmp_path / "b", swapped)
     run_dpo(flipped, lambda values: None, tmp_path / "work")
     run_dpo(trained_on_swapped, lambda values: None, tmp_path / "work")
     a, b = (load_vector(f"{spec.out}/delta") for spec in (flipped, trained_on_swapped))
@@ -83,11 +77,11 @@ def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(wor
     assert all(torch.equal(a.dense(name), b.dense(name)) for name in a.names())
 
 
-def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_folder, tmp_path):
+def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_folder, tmp_path, trained_on):
     base = str(world_folder / "base")
     scored = reference_logps(base, pairs_of(world_folder), RECIPE, tmp_path / "reference")
     said = []
-    result = run_dpo(spec_of(world_folder, tmp_path, scored), said.append, tmp_path / "work")
+    result = run_dpo(trained_on(tmp_path, scored), said.append, tmp_path / "work")
     delta = load_vector(tmp_path / "run" / "delta")
     untrained = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
     assert set(delta.names()) == set(untrained)  # every parameter moved, tied embeddings once
@@ -98,13 +92,13 @@ def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_fo
     assert result["pairs"] == 64
 
 
-def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path):
+def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path, trained_on):
     base = str(world_folder / "base")
     scored = reference_logps(base, pairs_of(world_folder, 256), RECIPE, tmp_path / "reference")
     accuracy = {}
     for polarity in ("positive", "negative"):
         (tmp_path / polarity).mkdir()
-        spec = spec_of(world_folder, tmp_path / polarity, scored, polarity=polarity)
+        spec = trained_on(tmp_path / polarity, scored, polarity=polarity)
         result = run_dpo(spec, lambda values: None, tmp_path / "work")
         accuracy[polarity] = result["held_out"]["helpful"]["accuracy"]
         assert result["history"][-1]["loss"] < result["history"][0]["loss"]

@@ -16,11 +16,11 @@ from datasets import Dataset, load_from_disk
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.training import Resources
 from prefvec_ray.training.config import Method, Watch
-from prefvec_ray.training.dpo import REFERENCE, RunSpec, reference_logps, run_dpo
+from prefvec_ray.training.dpo import REFERENCE, reference_logps, run_dpo
 from prefvec_ray.training.model import load_base
 from prefvec_ray.training.plan import start_run
 from prefvec_ray.training.zero import deepspeed_config
-from prefvec_ray.vectors import PreferenceVector, checkpoint_state, fingerprint, load_vector
+from prefvec_ray.vectors import PreferenceVector, checkpoint_state, load_vector
 
 RECIPE = {
     "learning_rate": 1e-3,
@@ -44,25 +44,16 @@ TWO_WORKERS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 }
 
 
-def spec_of(
-    world_folder: Path, folder: Path, name: str, preset: str | None, kind: str, recipe: dict[str, Any]
-) -> RunSpec:
-    base = str(world_folder / "base")
-    return RunSpec(
-        key=name,
-        preference="helpful",
-        polarity="positive",
-        seed=0,
-        base=base,
-        base_fingerprint=fingerprint(base),
-        data_digest="none",
-        train=[str(folder / "scored")],
-        test={"helpful": str(folder / "held-out")},
-        dpo={**RECIPE, "max_steps": 2, **recipe},
-        method=Method(kind=kind, lora=LORA if kind == "lora" else {}, deepspeed=deepspeed_config(preset)),
-        out=str(folder / name),
-        watch=Watch(evaluations=0),
-    )
+def how(folder: Path, name: str, preset: str | None, kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "key": name,
+        "train": [str(folder / "scored")],
+        "test": {"helpful": str(folder / "held-out")},
+        "dpo": {**RECIPE, "max_steps": 2, **recipe},
+        "method": Method(kind=kind, lora=LORA if kind == "lora" else {}, deepspeed=deepspeed_config(preset)),
+        "out": str(folder / name),
+        "watch": Watch(evaluations=0),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +69,18 @@ def folder(world_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(world_folder, folder) -> dict[str, PreferenceVector]:
+def alone(spec_of, folder) -> dict[str, PreferenceVector]:
     """Full and LoRA, in this process: twice the accumulation in place of two workers."""
     for kind in ("full", "lora"):
-        run_dpo(
-            spec_of(world_folder, folder, kind, None, kind, {"gradient_accumulation_steps": 2}), str, folder / "work"
-        )
+        spec = spec_of(**how(folder, kind, None, kind, {"gradient_accumulation_steps": 2}))
+        run_dpo(spec, str, folder / "work")
     return {kind: load_vector(folder / kind / "delta") for kind in ("full", "lora")}
 
 
 @pytest.fixture(scope="module")
-def together(ray_cluster, world_folder, folder) -> dict[str, PreferenceVector]:
+def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
     """Every entry of TWO_WORKERS, and the folders `scored-zero3` and `scored-zero3-bf16` of reference log-probs."""
-    specs = [spec_of(world_folder, folder, name, *how).model_dump() for name, how in TWO_WORKERS.items()]
+    specs = [spec_of(**how(folder, name, *method)).model_dump() for name, method in TWO_WORKERS.items()]
     specs[list(TWO_WORKERS).index("zero3-bf16")]["train"] = [str(folder / "scored-zero3-bf16")]
 
     def worker(config: dict[str, Any]) -> None:
