@@ -82,7 +82,8 @@ class Store:
         there.
         """
         store = cls(root, clock=clock)
-        if store.read(MARKER) is None and (strangers := set(store.children("")) - OWN_FOLDERS):
+        strangers = set(store.children("")) - OWN_FOLDERS if store.read(MARKER) is None else None
+        if strangers and store.read(MARKER) is None:  # still: another process may have begun it in between
             raise InputError(
                 f"{store.label}: not a registry (no {MARKER}): holds '{min(strangers)}'; choose an empty one"
             )
