@@ -34,6 +34,8 @@ class Range(Config):
 class EngineConfig(Config):
     """How one replica generates."""
 
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """transformers: the slot engine, for any model of transformers. vllm: vLLM, where it is installed"""
     mode: Literal["merged", "steered"] = "merged"
     """merged: one set of coefficients at a time in the weights, any vectors, best where callers share settings.
     steered: low-rank vectors beside the weights, every request its own coefficients in one batch"""
@@ -50,6 +52,16 @@ class EngineConfig(Config):
     smaller gives more tokens a second and longer pauses within each answer"""
     threads: PositiveInt = 1
     """torch threads; for small models one is fastest"""
+    vllm: dict[str, Any] = {}
+    """kind: vllm only: more of vLLM's engine arguments, such as gpu_memory_utilization or tensor_parallel_size"""
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        if self.vllm and self.kind != "vllm":
+            raise ValueError(f"'vllm' settings with kind: {self.kind}; give kind: vllm, or leave them out")
+        if self.kind == "vllm" and self.device != "auto":
+            raise ValueError(f"device: {self.device}: vLLM chooses its device itself; leave it out")
+        return self
 
 
 class ReplicaConfig(Config):

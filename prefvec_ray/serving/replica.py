@@ -253,20 +253,25 @@ def build_engine(config: ServingConfig, lineup: Lineup, vectors: Mapping[str, Pr
             f"base {config.base}: {found[:23]}… here, {lineup.base_fingerprint[:23]}… at deployment;"
             " put the same base on every node, or deploy again"
         )
+    tokenizer, base = load_tokenizer(config), lineup.base_fingerprint
+    coefficients = lineup.columns(lineup.policy.coefficients({}))
+    if config.engine.kind == "vllm":
+        from prefvec_ray.serving.vllm_engine import VllmEngine
+
+        served = VllmEngine(config.base, base, tokenizer, vectors, config.engine)
+        served.warm_up(coefficients)
+        return served
     device = config.engine.device
     if device == "auto":
         device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
-    base = lineup.base_fingerprint
     holder: Holder
     if config.engine.mode == "steered":
         holder = Steered(Steering(model, vectors, base_fingerprint=base))
     else:
         holder = Merged(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
-    engine = SlotEngine(
-        holder, load_tokenizer(config), max_batch=config.engine.max_batch, switch_share=config.engine.switch_share
-    )
-    engine.warm_up(lineup.columns(lineup.policy.coefficients({})))
+    engine = SlotEngine(holder, tokenizer, max_batch=config.engine.max_batch, switch_share=config.engine.switch_share)
+    engine.warm_up(coefficients)
     return engine.start()

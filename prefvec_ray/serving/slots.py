@@ -13,14 +13,12 @@ vectors beside the weights, so there is one batch for all.
 `Engine` protocol's asynchronous face of it.
 """
 
-import asyncio
-import contextlib
 import logging
 import random
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+from collections.abc import AsyncIterator, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -29,16 +27,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.serving.answer import OVERFLOW, Answer, Emit, check_request, end_tokens, stream_of
 from prefvec_ray.serving.engine import (
     Coefficients,
     EngineError,
     EngineStatus,
-    FinishReason,
     Likely,
     Piece,
-    PromptTooLongError,
     Request,
-    TokenLogprobs,
 )
 from prefvec_ray.serving.holders import Holder
 from prefvec_ray.serving.kv import SlotCache, context_length
@@ -48,23 +44,15 @@ from prefvec_ray.vectors import PreferenceVector
 
 log = logging.getLogger(__name__)
 
-OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
-
 
 @dataclass(eq=False)
 class Ticket:
     """A submitted request, until its last piece has been emitted."""
 
     request: Request
-    emit: Callable[[Piece | Exception], None]
-    text: TextStream
+    emit: Emit
+    answer: Answer
     draw: random.Random
-    last_token: int = -1
-    produced: int = 0
-    unsent: list[int] = field(default_factory=list)
-    untold: list[TokenLogprobs] = field(default_factory=list)
-    sent: int = 0
-    """characters of the answer's text"""
     cancelled: bool = False
     passed: int = 0
     """younger requests that were admitted before it"""
@@ -106,7 +94,7 @@ class SlotEngine:
         self._holder, self._tokenizer = holder, tokenizer
         self._device = self.model.device
         self._additive = _wants_additive_mask(self.model)
-        self._ends = _end_tokens(self.model, tokenizer)
+        self._ends = end_tokens(self.model.generation_config, tokenizer)
         self._token_texts = TokenTexts(tokenizer)
         self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
         self._turn_began = time.monotonic()
@@ -119,25 +107,16 @@ class SlotEngine:
 
     def check(self, request: Request) -> None:
         """See `Engine.check`."""
-        if not request.prompt:
-            raise InputError("the prompt has no tokens; give at least one")
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
-        if len(request.prompt) + request.max_new_tokens > self.context:
-            raise PromptTooLongError(
-                f"prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the"
-                f" model's context of {self.context}; shorten the prompt or ask for fewer tokens"
-            )
+        check_request(request, self.model.get_input_embeddings().weight.shape[0], self.context)
 
-    def submit(self, request: Request, emit: Callable[[Piece | Exception], None]) -> Ticket:
+    def submit(self, request: Request, emit: Emit) -> Ticket:
         """Queue a request. `emit` is called from the engine's thread with every piece, or once with what went wrong.
 
         Raises InputError as `check` does, and EngineError where the engine is closed.
         """
         self.check(request)
-        text = TextStream(self._tokenizer, request.prompt, request.stop)
-        ticket = Ticket(request, emit, text, random.Random(request.seed))
+        answer = Answer(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
+        ticket = Ticket(request, emit, answer, random.Random(request.seed))
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
@@ -265,7 +244,7 @@ class SlotEngine:
         self._advance(batch, len(batch.tickets) - len(new), logits_RV)
 
     def _decode(self, batch: _Batch) -> None:
-        ids_R1 = torch.tensor([[t.last_token] for t in batch.tickets])
+        ids_R1 = torch.tensor([[t.answer.last_token] for t in batch.tickets])
         positions_R1, mask = batch.cache.begin_decode(self._device)
         logits_R1V = self._forward(batch.tickets, ids_R1, positions_R1, mask, batch.cache, torch.tensor([0]))
         self._advance(batch, 0, logits_R1V[:, 0])
@@ -296,7 +275,7 @@ class SlotEngine:
         chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
         likely = self._likely(tickets, logits_RV, chosen)
         said = [
-            self._said(ticket, token, told) if fine else InputError(OVERFLOW)
+            ticket.answer.push(token, told) if fine else InputError(OVERFLOW)
             for ticket, token, told, fine in zip(tickets, chosen, likely, sound, strict=True)
         ]
         with self._news:
@@ -324,35 +303,6 @@ class SlotEngine:
             for row, pairs in zip(rows, told, strict=True):
                 likely[row] = tuple(Likely(*self._token_texts[token], value) for token, value in pairs)
         return likely
-
-    def _said(self, ticket: Ticket, token: int, likely: tuple[Likely, ...] | None) -> Piece | None:
-        """What the token adds to the answer, if there is anything to tell yet."""
-        ticket.last_token = token
-        ticket.produced += 1
-        ticket.unsent.append(token)
-        ended = token in self._ends
-        known = ticket.text.decoded
-        text = "" if ended else ticket.text.push(token)
-        if likely:
-            # What came out with it may begin with characters of tokens before it, whose other bytes never came.
-            offset = max(known, ticket.text.decoded - len(likely[0].text))
-            ticket.untold.append(TokenLogprobs(likely[0], likely[1:], offset))
-        reason: FinishReason | None = None
-        if ended or ticket.text.stopped:
-            reason = "stop"
-        elif ticket.produced == ticket.request.max_new_tokens:
-            reason = "length"
-        if reason:
-            text += ticket.text.finish()
-        if not text and not reason:
-            return None
-        ticket.sent += len(text)
-        # A token that begins in text held back may still turn out to belong to a stop string.
-        told = tuple(t for t in ticket.untold if t.offset < ticket.sent)
-        piece = Piece(text, tuple(ticket.unsent), reason, told)
-        ticket.unsent.clear()
-        ticket.untold = ticket.untold[len(told) :]
-        return piece
 
     def _free(self, batch: _Batch, row: int) -> None:
         last = batch.tickets.pop()
@@ -433,26 +383,9 @@ class SlotEngine:
         for _, changed in changes:
             changed.set_exception(EngineError("the engine was closed"))
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
         """See `Engine.stream`. Needs `start`."""
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-
-        def emit(piece: Piece | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        ticket = self.submit(request, emit)
-        try:
-            while True:
-                piece = await pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.finish_reason:
-                    return
-        finally:
-            self.cancel(ticket)
+        return stream_of(lambda emit: self.submit(request, emit), self.cancel)
 
 
 def _discard_cancelled(tickets: deque[Ticket]) -> int:
@@ -462,13 +395,6 @@ def _discard_cancelled(tickets: deque[Ticket]) -> int:
         tickets.clear()
         tickets.extend(kept)
     return gone
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, and the tokenizer's, which ends a turn of a chat."""
-    named = model.generation_config.eos_token_id if model.generation_config else None
-    both = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return frozenset(token for token in both if token is not None)
 
 
 def _wants_additive_mask(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@ from prefvec_ray.vectors.adapters import vector_from_adapter, vectors_from_adapt
 from prefvec_ray.vectors.algebra import combine, dare, keep_largest, merge, reward_soup, ties
 from prefvec_ray.vectors.checkpoint import Checkpoint, checkpoint_state
 from prefvec_ray.vectors.entries import Entry, Full, Int8, LowRank
-from prefvec_ray.vectors.export import export_adapter, export_model
+from prefvec_ray.vectors.export import export_adapter, export_model, merged_weights
 from prefvec_ray.vectors.extract import subtract, vector_from_checkpoints, vector_from_state
 from prefvec_ray.vectors.file import PreferenceVector, VectorInfo, load_vector, save_vector
 from prefvec_ray.vectors.fingerprint import fingerprint
@@ -39,6 +39,7 @@ __all__ = [
     "keep_largest",
     "load_vector",
     "merge",
+    "merged_weights",
     "reward_soup",
     "save_vector",
     "subtract",

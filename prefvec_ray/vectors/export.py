@@ -5,7 +5,7 @@ export_model("base", {"helpful": helpful, "harmless": harmless}, {"helpful": 0.7
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def export_model(
         if not terms and base.dtype == scratch.dtype:
             return base
         if FusedMerge([Segment(name, scratch, base, tuple(terms))], threads=1).run(numbers) is not None:
-            raise InputError(f"'{name}' would hold NaN or infinity at {etas}; choose smaller coefficients")
+            raise _overflow(name, etas)
         return scratch
 
     like = {name: tensor.to("meta") for name, tensor in state.items()}
@@ -94,6 +94,41 @@ def export_model(
         checked.result()
         writer.finish()
     return out
+
+
+@torch.inference_mode()
+def merged_weights(
+    base_folder: str | Path,
+    vectors: Mapping[str, PreferenceVector],
+    coefficients: Mapping[str, float],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """theta_base + sum_p eta_p phi_p, (name, tensor) one at a time, for programs that load weights from an iterator.
+
+    The numbers are `export_model`'s. A tensor is only good until the next one is asked for. Bases are not compared: do
+    it once, not at every change of coefficients. Raises InputError for what does not fit together, and where a weight
+    would be NaN or infinite.
+    """
+    checkpoint = Checkpoint(base_folder)
+    etas = check_coefficients(coefficients, dict(sorted(vectors.items())))
+    check_fit(checkpoint, vectors)
+    moved = {name: vectors[name] for name, eta in etas.items() if eta != 0}
+    numbers = [etas[name] for name in moved]
+    for name, base in checkpoint.items():
+        terms = tuple((k, vector.entry(name)) for k, vector in enumerate(moved.values()) if name in vector)
+        wanted = dtype if dtype is not None and base.dtype in CODES else base.dtype
+        if not terms:
+            yield name, base.to(wanted)
+            continue
+        merged = torch.empty(base.shape, dtype=wanted)
+        if FusedMerge([Segment(name, merged, base, terms)]).run(numbers) is not None:
+            raise _overflow(name, etas)
+        yield name, merged
+
+
+def _overflow(name: str, etas: Mapping[str, float]) -> InputError:
+    return InputError(f"'{name}' would hold NaN or infinity at {dict(etas)}; choose smaller coefficients")
 
 
 def check_fit(checkpoint: Checkpoint, vectors: Mapping[str, PreferenceVector]) -> None:
