@@ -10,8 +10,8 @@ from torch import Tensor
 Z = 1.959964
 
 
-class Rate(BaseModel):
-    """A share of `n` inputs, with Wilson's score interval."""
+class _Interval(BaseModel):
+    """A mean over `n` inputs or runs, and the ends of its interval."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -20,6 +20,10 @@ class Rate(BaseModel):
     low: float
     high: float
     n: int
+
+
+class Rate(_Interval):
+    """A share of `n` inputs, with Wilson's score interval."""
 
     @classmethod
     def of(cls, name: str, hits: Tensor) -> "Rate":
@@ -36,16 +40,8 @@ class Rate(BaseModel):
         return f"{100 * self.mean:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
-class Gap(BaseModel):
+class Gap(_Interval):
     """A difference, with its interval."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    mean: float
-    low: float
-    high: float
-    n: int
 
     @classmethod
     def paired(cls, name: str, first: Tensor, second: Tensor) -> "Gap":

@@ -125,15 +125,10 @@ def trades_loss(
     if not beta > 0:
         raise InputError(f"beta {beta}: TRADES weighs its robust term with more than 0")
     fixed = x.detach()
-    with attacked(model):
-        noise = torch.randn(fixed.shape, generator=generator).to(fixed)
-        objective = divergence_of(model, fixed)
-        moved, _ = ascend(
-            objective, ball.project(fixed + 1e-3 * noise, fixed), fixed, ball,
-            steps=steps, step_size=step_size or ball.epsilon / 4,
-        )  # fmt: skip
+    near = ball.project(fixed + 1e-3 * torch.randn(fixed.shape, generator=generator).to(fixed), fixed)
+    moved = _worst(model, x, ball, near, lambda: divergence_of(model, fixed), steps, step_size)
     logits = model(x)
-    robust = kl_rows(model(x + (moved - fixed)), logits).mean()
+    robust = kl_rows(model(moved), logits).mean()
     natural = F.cross_entropy(logits, y)
     return Loss(natural + beta * robust, float(natural.detach()), float(robust.detach()))
 
@@ -150,11 +145,25 @@ def adversarial_loss(
 ) -> Loss:
     """Plain adversarial training: the cross-entropy at the end of PGD from a uniform start (arXiv 1706.06083,
     equation 2.1)."""
-    fixed = x.detach()
-    with attacked(model):
-        moved, _ = ascend(
-            cross_entropy_of(model, y), ball.around(fixed, generator), fixed, ball,
-            steps=steps, step_size=step_size or ball.epsilon / 4,
-        )  # fmt: skip
-    robust = F.cross_entropy(model(x + (moved - fixed)), y)
+    start = ball.around(x.detach(), generator)
+    moved = _worst(model, x, ball, start, lambda: cross_entropy_of(model, y), steps, step_size)
+    robust = F.cross_entropy(model(moved), y)
     return Loss(robust, float("nan"), float(robust.detach()))
+
+
+def _worst(
+    model: nn.Module,
+    x: Tensor,
+    ball: Ball,
+    start: Tensor,
+    objective: Callable[[], Objective],
+    steps: int,
+    step_size: float | None,
+) -> Tensor:
+    """`x`, with its graph, moved to where PGD from `start` finds the objective largest with the model in evaluation
+    mode."""
+    fixed = x.detach()
+    size = ball.epsilon / 4 if step_size is None else step_size
+    with attacked(model):
+        moved, _ = ascend(objective(), start, fixed, ball, steps=steps, step_size=size)
+    return x + (moved - fixed)
