@@ -254,13 +254,20 @@ def _dpo_worker(config: dict[str, Any]) -> None:
 
 
 def worker_setup() -> None:
-    """Quiet libraries, and as many torch threads as the worker has CPUs: more only wait for each other."""
+    """Quiet libraries, and as many torch threads as the worker has CPUs: more only wait for each other.
+
+    A run with one worker has nobody to average gradients with. Accelerate would wrap its model in DDP all the same,
+    because Ray Train names ranks, and copy all gradients at every step; without those names it does not.
+    """
     import datasets
     import torch
+    import torch.distributed as dist
 
     datasets.disable_progress_bars()
-
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
 
 
 def slots(resources: Resources, *, free: bool = False) -> int:
