@@ -22,7 +22,7 @@ from pydantic.json_schema import models_json_schema
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 from starlette.requests import Request as HttpRequest
 
@@ -194,11 +194,13 @@ class Front:
         """200 while every replica answers, with their engines' counters; asked past the queue, so also under load."""
         try:
             replicas = await self._replicas.broadcast("status").results_async(timeout_s=HEALTH_SECONDS)
+        except DeploymentUnavailableError:
+            replicas = []
         except Exception as error:
             raise ApiError(503, "a replica does not answer", code="unavailable") from error
-        if not replicas:
+        if not replicas and self._config.replicas.min:
             raise ApiError(503, "no replica is running", code="unavailable")
-        return {"status": "ok", "replicas": replicas}
+        return {"status": "ok" if replicas else "idle", "replicas": replicas}
 
     async def _complete(self, request: HttpRequest, kind: type[B]) -> Response:
         async def read() -> B:

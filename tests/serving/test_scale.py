@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -41,11 +42,12 @@ class Deployed:
         self.config = ServingConfig.model_validate(self.config.model_dump() | changes)
         start(self.config, port=self.port)
 
+    def health(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/healthz", timeout=30).json()
+
     def replicas(self) -> list[dict[str, Any]]:
         """Those that take requests."""
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/healthz", timeout=30).json().get("replicas", [])
-        return []
+        return self.health().get("replicas", [])
 
     def client(self, retries: int) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=retries, timeout=100)
@@ -68,13 +70,13 @@ class Deployed:
         return texts == [self.truths[fingerprint, eta, LONG]] * n
 
     @contextlib.contextmanager
-    def traffic(self, callers: int, retries: int) -> Iterator[list[bool]]:
+    def traffic(self, callers: int, ask: Callable[[float], bool]) -> Iterator[list[bool]]:
         """Callers who ask without pause; what their answers were worth, so far. Raises what any of them met."""
         done, told = threading.Event(), []
 
         def keep_asking(eta: float) -> None:
             while not done.is_set():
-                told.append(self.ask(eta, retries))
+                told.append(ask(eta))
 
         with ThreadPoolExecutor(callers) as pool:
             asking = [pool.submit(keep_asking, ETAS[i % len(ETAS)]) for i in range(callers)]
@@ -136,24 +138,37 @@ def deployed(
 
 
 STEPS = {
-    "in place": {"vectors": {"helpful": "helpful@2"}},
-    "beside": {"engine": {"mode": "merged"} | ENGINE, "vectors": {"helpful": "helpful@1"}},
+    "other vectors": {"vectors": {"helpful": "helpful@2"}},
+    "another engine": {"engine": {"mode": "merged"} | ENGINE, "vectors": {"helpful": "helpful@1"}},
 }
 
 
 @pytest.mark.parametrize("changes", STEPS.values(), ids=list(STEPS))
 def test_a_new_deployment_cuts_no_answer_and_mixes_no_vectors(deployed, changes):
     """Old and new replicas, and callers of both, at once."""
-    with ThreadPoolExecutor(2) as pool, deployed.traffic(6, retries=2) as told:
+    with ThreadPoolExecutor(2) as pool, deployed.traffic(6, partial(deployed.ask, retries=2)) as told:
         wait_for(lambda: len(told) > 12)
         streams = [pool.submit(deployed.stream, eta, 12) for eta in ETAS[:2]]
-        before = len(told)
-        began = time.monotonic()
         deployed.deploy(**changes)
-        print("deploy", time.monotonic() - began, len(told) - before)
         assert all(stream.result() for stream in streams)
-        print("streams", time.monotonic() - began)
-        wait_for(lambda: len(told) > before + 50)
-        print("end", time.monotonic() - began)
-    print(len(told), told.count(False))
+        after = len(told)
+        wait_for(lambda: len(told) > after + 12)
     assert all(told)
+
+
+def test_from_zero_to_two_replicas_to_one_to_none_and_back(deployed):
+    """Without a client's retry. Each replica has answered before it takes requests, and ends what it has begun."""
+    scaling = {"min": 0, "max": 2, "target_requests": 6, "window_seconds": 1.5, "grow_seconds": 0.5}
+    deployed.deploy(replicas={**scaling, "shrink_seconds": 0.5, "idle_seconds": 1, "cpus": 0.5})
+    wait_for(lambda: deployed.health()["status"] == "idle")
+    assert deployed.ask(ETAS[0])
+    with deployed.traffic(12, deployed.ask) as told:
+        wait_for(lambda: len(deployed.replicas()) == 2)
+        assert all(replica["finished"] for replica in deployed.replicas())
+    assert all(told)
+    with deployed.traffic(4, partial(deployed.stream, n=8)) as streams:
+        wait_for(lambda: len(deployed.replicas()) == 1)
+    assert all(streams)
+    wait_for(lambda: deployed.health()["status"] == "idle")
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(deployed.ask, ETAS))
