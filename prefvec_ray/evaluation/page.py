@@ -168,10 +168,7 @@ def _search_view(search: SearchSummary, metrics: Mapping[str, Metric]) -> dict[s
     for number, e in enumerate(search.trials):
         key = _key(e)
         presets = named.get(key, [])
-        broken = [
-            name for name, limit in search.limits.items()
-            if (value := e.metrics.get(name)) is None or metrics[name].gain(value.mean, limit) < 0
-        ]  # fmt: skip
+        broken = search.broken(e, metrics)
         is_base = key == _key(search.base)
         places = {"base": is_base, "preset": bool(presets), "front": key in front, "limit": bool(broken), "tried": True}
         kind = next(name for name, here in places.items() if here)

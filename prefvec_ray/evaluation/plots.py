@@ -224,12 +224,8 @@ def front(search: SearchSummary, metrics: Mapping[str, Metric]) -> Figure:
     figure, (left, right) = _panels(2, width=5.2, height=4.3)
     best = sorted(search.front, key=lambda e: e.mean(x))
     others = [e for e in search.trials if e not in best]
-    kept = {
-        id(e): all(metrics[name].gain(e.mean(name), limit) >= 0 for name, limit in search.limits.items())
-        for e in others
-    }
-    for fine, marker, label in ((True, "o", "beaten by the front"), (False, "x", "breaks a limit")):
-        some = [e for e in others if kept[id(e)] is fine]
+    for breaks, marker, label in ((False, "o", "beaten by the front"), (True, "x", "breaks a limit")):
+        some = [e for e in others if bool(search.broken(e, metrics)) is breaks]
         if some:
             xs, ys = [e.mean(x) for e in some], [e.mean(y) for e in some]
             left.scatter(xs, ys, s=18, color=GREY, marker=marker, lw=1.2, label=label)

@@ -111,6 +111,15 @@ class SearchSummary(_Data):
     control: list[Evaluation] = []
     """Settings along each coefficient with the others at 0, on the report prompts."""
 
+    def broken(self, trial: Evaluation, metrics: Mapping[str, Metric]) -> list[str]:
+        """The limits that `trial` breaks, or does not define and so is not known to keep."""
+        found = {name: trial.metrics.get(name) for name in self.limits}
+        return [
+            name
+            for name, value in found.items()
+            if value is None or metrics[name].gain(value.mean, self.limits[name]) < 0
+        ]
+
 
 class ServedAnswer(_Data):
     """One answer that came over HTTP."""

@@ -73,10 +73,17 @@ class Measured:
 
     def resampled(self, resamples: int, seed: int = 0) -> tuple[Array, NDArray[np.bool_], NDArray[np.int64]]:
         """Bootstrap over prompts: means of the gains (B, S, O), which settings keep the limits (B, S), and how often
-        each prompt was drawn (B, P)."""
+        each prompt was drawn (B, P).
+
+        A resample without any of the prompts on which a metric is defined says nothing of a setting that keeps the
+        limits, and is left out; where that leaves none, the prompts as they are stand for all.
+        """
         prompts = self.gains_SOP.shape[-1]
         rng = np.random.default_rng(seed)
         counts_BP = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+        values_SXP = np.concatenate([self.gains_SOP, self.slack_SLP], axis=1)[self.kept]
+        says_B = ~np.isnan(_weighted(values_SXP, counts_BP)).any((1, 2))
+        counts_BP = counts_BP[says_B] if says_B.any() else np.ones((1, prompts), np.int64)
         return *self.weighted(counts_BP), counts_BP
 
     def weighted(self, weights_BP: NDArray[np.int64]) -> tuple[Array, NDArray[np.bool_]]:
@@ -106,7 +113,7 @@ class Measured:
         for mean_SO, kept_S in zip(mean_BSO, kept_BS, strict=True):
             covered = (points_NO[:, None] <= mean_SO[None]).all(-1) & kept_S
             added.append((covered[:, before:].any(-1) & ~covered[:, :before].any(-1)).mean())
-        return float(np.std(added, ddof=1) * np.prod(high - low))
+        return float(np.std(added, ddof=1) * np.prod(high - low)) if len(added) > 1 else 0.0
 
 
 def _weighted(values_SXP: Array, weights_BP: NDArray[np.int64]) -> Array:

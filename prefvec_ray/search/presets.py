@@ -58,13 +58,15 @@ def confirm(preset: Preset, base: Evaluation, measured: Evaluation, goal: Goal) 
     """`preset` with what the report prompts say: `measured` is its setting there, `base` the base's.
 
     Refuted: by more than two paired standard errors, an objective that it was chosen to keep or to raise is below the
-    base, or a limit is broken. Confirmed: not refuted, and every objective that it raised on the search prompts is
-    above the base by more than two. Unclear: neither.
+    base, or a limit is broken. Confirmed: not refuted, it raised some objective on the search prompts and every such
+    one is above the base by more than two, and the limits were measured. Unclear: neither.
     """
-    refuted, confirmed, words = [], True, []
+    refuted, confirmed, words = [], bool(preset.raises), []
     for name in goal.objectives:
         difference = compare_metric(measured, base, name)
         if difference is None:
+            confirmed &= name not in preset.raises
+            words.append(f"{name} was defined on none of the report prompts")
             continue
         gain, error = goal.metrics[name].gain(difference.mean, 0.0), difference.stderr or 0.0
         words.append(f"{name} {base.mean(name):.3f} → {measured.mean(name):.3f} ({difference.mean:+.3f} ± {error:.3f})")
@@ -74,7 +76,10 @@ def confirm(preset: Preset, base: Evaluation, measured: Evaluation, goal: Goal) 
             confirmed &= gain > ERRORS * error
     for name, limit in goal.limits.items():
         value = measured.metrics.get(name)
-        if value is not None and goal.metrics[name].gain(value.mean, limit) < -ERRORS * (value.stderr or 0.0):
+        if value is None:
+            confirmed = False
+            words.append(f"{name} was defined on none of the report prompts")
+        elif goal.metrics[name].gain(value.mean, limit) < -ERRORS * (value.stderr or 0.0):
             refuted.append(f"{name} {value} breaks its limit {limit:g}")
     return preset.model_copy(
         update={

@@ -57,11 +57,11 @@ def data(measured):
             ],
             search=SearchSummary(
                 objectives=["helpful", "harmless"],
-                trials=[base, chosen],
+                trials=[base, chosen, score({"helpful": -1.0})],
                 front=[chosen],
                 base=base,
                 hypervolume_history=[0.16, 0.3],
-                limits={"valid": 0.9},
+                limits={"valid": 0.9, "over_refusal": 0.5},
                 recommended=chosen.coefficients,
                 reason="it gives up least",
                 preset="balanced@1",

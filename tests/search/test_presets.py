@@ -99,6 +99,24 @@ def test_the_report_prompts_confirm_leave_open_or_refute(result):
     assert "breaks its limit 0.9" in broken.evidence
 
 
+def test_what_the_report_prompts_do_not_say_is_not_confirmed(result):
+    (cautious,) = choose(result, {"cautious": "harm"})
+    good = on_report((0.2, 0.9), 0.31, 0.25, 1.0, spread=0.02)
+
+    def without(evaluation, name):
+        unknown = dict.fromkeys([name], [None] * 16)
+        return evaluation.model_copy(
+            update={"metrics": evaluation.metrics | {name: None}, "per_prompt": evaluation.per_prompt | unknown}
+        )
+
+    for name in ("harm", "valid"):
+        found = confirm(cautious, without(BASE, name), without(good, name), GOAL)
+        assert found.verdict == "unclear"
+        assert f"{name} was defined on none of the report prompts" in found.evidence
+    claims_nothing = cautious.model_copy(update={"raises": []})
+    assert confirm(claims_nothing, BASE, good, GOAL).verdict == "unclear", "it had nothing to show"
+
+
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory) -> Registry:
     root = tmp_path_factory.mktemp("presets")

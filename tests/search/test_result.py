@@ -56,6 +56,20 @@ def test_no_setting_within_the_limits(result):
     assert fresh.hypervolume == 0
 
 
+def test_an_objective_of_few_prompts_does_not_decide_by_the_resamples_that_miss_them(measured):
+    """`harm` is known of 2 of 16 prompts, which a tenth of all resamples leave out."""
+    harm, help = [None] * 14, [0.0] * 4
+    rows = {(0.0, 0.0): (0.3, 0.5), (1.0, 0.0): (0.8, 0.6), (1.0, 1.0): (0.6, 0.3), (0.0, 1.0): (0.2, 0.1)}
+    trials = [
+        measured({"a": a, "b": b}, help=[x + noise for noise in help * 4], harm=[y, y, *harm])
+        for (a, b), (x, y) in rows.items()
+    ]
+    result = SearchResult(goal=Goal(objectives=("help", "harm"), metrics=METRICS), trials=trials)
+    assert result.recommended.coefficients == {"a": 1.0, "b": 1.0}
+    known = [(trial.mean("help"), chance) for trial, chance in zip(result.front, result.front_probability, strict=True)]
+    assert known == [(0.2, 1.0), (0.6, 1.0), (0.8, 1.0)], "nothing about the front is in doubt"
+
+
 def test_an_unbounded_objective_is_measured_from_the_base(result):
     goal = Goal(objectives=("help", "perplexity"), metrics=METRICS)
     assert goal.reference(result.base) == (0.0, -2.0)
