@@ -167,6 +167,9 @@ class ServingConfig(Config):
     engine: EngineConfig = EngineConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     limits: LimitsConfig = LimitsConfig()
+    system: Literal["template", "fold"] = "template"
+    """system messages of a chat. template: as the model's chat template takes them, or refuses them. fold: put in front
+    of the first user message, for a template that knows no system role"""
 
     @model_validator(mode="after")
     def _somebody(self) -> Self:

@@ -13,6 +13,7 @@ from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Holder, Merged, Steered
@@ -216,8 +217,11 @@ class Replica:
             return tuple(token for token in prompt if isinstance(token, int))
         if self._tokenizer.chat_template is None:
             raise InputError("this model has no chat template; use /v1/completions")
+        chat = [message for message in prompt if not isinstance(message, int)]
+        if self._config.system == "fold":
+            chat = fold_system(chat)
         try:
-            text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,67 @@
+"""System messages and a chat template that refuses them."""
+
+import asyncio
+import shutil
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.serving.chat import fold_system
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.job import Job
+from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.replica import Replica
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+BRIEF = {"role": "system", "content": "Be brief."}
+KIND = {"role": "developer", "content": "Be kind."}
+ASKED = {"role": "user", "content": "the quick fox"}
+SAID = {"role": "assistant", "content": "jumps"}
+
+
+def test_system_messages_go_in_front_of_the_first_user_message():
+    folded = {"role": "user", "content": "Be brief.\n\nthe quick fox"}
+    assert fold_system([BRIEF, ASKED]) == [folded]
+    assert fold_system([BRIEF, ASKED, SAID, ASKED]) == [folded, SAID, ASKED]
+    assert fold_system([BRIEF, KIND, ASKED])[0]["content"] == "Be brief.\n\nBe kind.\n\nthe quick fox"
+    assert fold_system([ASKED, SAID]) == [ASKED, SAID]
+
+
+@pytest.mark.parametrize("chat", [[BRIEF], [BRIEF, SAID, ASKED], [ASKED, BRIEF], [BRIEF, ASKED, SAID, KIND, ASKED]])
+def test_where_there_is_no_place_for_one_it_is_refused(chat):
+    with pytest.raises(InputError, match="system message"):
+        fold_system(chat)
+
+
+@pytest.fixture(scope="module")
+def without_system_role(base_folder, tmp_path_factory):
+    """The base with a chat template as Gemma's, which knows no system role."""
+    folder = shutil.copytree(base_folder, tmp_path_factory.mktemp("gemma") / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = REFUSES + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("system", ["template", "fold"])
+def test_the_operator_decides(without_system_role, registry_root, tokenizer, system):
+    settings = {"model": "tiny", "base": without_system_role, "registry": registry_root}
+    config = ServingConfig.model_validate(settings | ({"system": system} if system != "template" else {}))
+    replica = Replica(config, line_up(config))
+
+    def told(*prompts: Any) -> list[Any]:
+        job = Job(prompts, (("harmless", 0.0), ("helpful", 0.5)), temperature=0.0, max_new_tokens=8)
+        return asyncio.run(replica.answer(job))[1]
+
+    try:
+        if system == "template":
+            with pytest.raises(InputError, match="refuses these messages: System role not supported"):
+                told((BRIEF, ASKED))
+        else:
+            ids = tokenizer("<|user|>Be brief.\n\nthe quick fox<|end|><|assistant|>").input_ids
+            folded, spelled = told((BRIEF, ASKED), tuple(ids))
+            assert folded == spelled
+    finally:
+        replica.engine.close()
