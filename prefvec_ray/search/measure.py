@@ -6,9 +6,10 @@ from typing import Any
 import ray
 from ray.util import ActorPool
 
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import shares_batch
-from prefvec_ray.search.trial import Task
+from prefvec_ray.search.trial import DEATHS, Task
 
 
 class _Measurer:
@@ -31,11 +32,17 @@ def measure(
     cluster.
 
     What a setting scores does not depend on which actor measures it, or after what. `resources` of one
-    actor, default one CPU. `progress(done, total)` is called after each setting.
+    actor, default one CPU. `progress(done, total)` is called after each setting. An actor that dies begins
+    anew with what it was measuring.
+
+    Raises:
+        InputError: as `Evaluator` and its scorer.
+        JobError: the scorer raised something else, or an actor died again and again; says what.
     """
     wanted = dict(resources or {"cpu": 1})
     actor: Any = ray.remote(_Measurer)
     options: dict[str, Any] = {"num_cpus": wanted.pop("cpu", 0), "num_gpus": wanted.pop("gpu", 0), "resources": wanted}
+    options |= {"max_restarts": DEATHS, "max_task_retries": DEATHS}
     shared = ray.put(task)
     pool = ActorPool([actor.options(**options).remote(shared) for _ in range(min(actors, len(settings)))])
     # Small settings go several at a time: they may share a batch (`Evaluator.evaluate_many`).
@@ -43,8 +50,17 @@ def measure(
     size = max(1, min(8, len(settings) // (2 * actors))) if small else 1
     parts = [list(settings[i : i + size]) for i in range(0, len(settings), size)]
     results: list[Evaluation] = []
-    for texts in pool.map(lambda actor, part: actor.measure.remote(part), parts):
-        results += [Evaluation.model_validate_json(text) for text in texts]
-        if progress:
-            progress(len(results), len(settings))
+    try:
+        for texts in pool.map(lambda actor, part: actor.measure.remote(part), parts):
+            results += [Evaluation.model_validate_json(text) for text in texts]
+            if progress:
+                progress(len(results), len(settings))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError | JobError):
+            raise error.cause from error
+        text = " ".join(str(error.cause).split())
+        raise JobError(f"measuring failed: {type(error.cause).__name__}: {text}") from error
+    except ray.exceptions.RayActorError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise JobError(f"measuring failed, a process of it was lost: {lines[0]} {lines[-1]}") from error
     return results

@@ -7,6 +7,7 @@ Tune's own snapshots are pickles that come every few seconds and hold one trial 
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -29,11 +30,9 @@ from prefvec_ray.evaluation.scorers import scorer_digest
 from prefvec_ray.search.explore import Explorer, Plan, Sampler
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.result import Goal, SearchResult, Tried
-from prefvec_ray.search.trial import Task, Trial
+from prefvec_ray.search.trial import DEATHS, Task, Trial
 
 FULL_RANGE = (-1.0, 1.0)
-DEATHS = 2
-"""So often a setting is measured again whose process died, before it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,7 @@ def search(
     Raises:
         InputError: a vector of another base, an unknown objective, limit or sampler, a range that does not contain 0,
             or a folder that holds another search.
+        JobError: another process is searching into the folder.
         RuntimeError: nothing could be measured, or not the base; with the reason.
     """
     began = time.perf_counter()
@@ -130,10 +130,10 @@ def search(
         vectors={name: Path(vector).absolute() for name, vector in task.vectors.items()},
         base_fingerprint=check_vectors(task),
     )
-    journal = Journal(Path(folder), _definition(task, goal, bounds, seed))
-    explorer = Explorer(goal, plan, rungs, known=journal.done)
-    if not explorer.ended:
-        _tune(task, explorer, journal, actors, timeout, dict(resources or {"cpu": 1}), progress, began)
+    with Journal(Path(folder), _definition(task, goal, bounds, seed)) as journal:
+        explorer = Explorer(goal, plan, rungs, known=journal.done)
+        if not explorer.ended:
+            _tune(task, explorer, journal, actors, timeout, dict(resources or {"cpu": 1}), progress, began)
     result = explorer.result(seconds=time.perf_counter() - began, resumed=len(journal.done))
     if not result.has_base:
         first = f"; the first failure: {result.failed[0].error}" if result.failed else ""
@@ -359,7 +359,7 @@ def _ranges(task: Task, ranges: Mapping[str, tuple[float, float]] | None) -> dic
             raise InputError(f"a range is given for {name!r}, but the vectors are {', '.join(task.vectors)}")
     bounds = {name: tuple(map(float, (ranges or {}).get(name, FULL_RANGE))) for name in task.vectors}
     for name, (low, high) in bounds.items():
-        if not low <= 0 <= high or low == high:
+        if not -math.inf < low <= 0 <= high < math.inf or low == high:
             raise InputError(
                 f"the range of {name!r} is [{low:g}, {high:g}]; it must contain 0, the base, and more than that"
             )

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import scorer
 from prefvec_ray.search import measure, search
+from prefvec_ray.search.journal import Journal
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 OBJECTIVES = ["length", "letters"]
@@ -78,6 +79,37 @@ def test_trials_that_raise_score_nan_die_or_hang_never_enter_the_front(task, len
     assert result.stopped == "all 7 settings were tried"
 
 
+@pytest.mark.slow
+def test_measuring_survives_a_process_that_dies_and_tells_what_a_scorer_raised(task, lengths, tmp_path, ray_cluster):
+    calls = tmp_path / "calls"
+
+    @scorer(**lengths.metrics)
+    def unreliable(prompts, responses):
+        with calls.open("a") as file:
+            file.write("x")
+            number = file.tell()
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 4:
+            raise RuntimeError("the judge is out for lunch")
+        return lengths(prompts, responses)
+
+    settings = [{}, {"left": 1.0}]
+    task = replace(task, batch_size=8)  # a setting fills a batch, so they go one by one
+    expected = [task.evaluator().evaluate(setting) for setting in settings]
+    unsteady = replace(task, scorer=unreliable)
+    assert [e.metrics for e in measure(unsteady, settings, actors=1)] == [e.metrics for e in expected]
+    with pytest.raises(JobError, match=r"measuring failed: RuntimeError: the judge is out for lunch$"):
+        measure(unsteady, settings, actors=1)
+
+
+def test_one_search_at_a_time_in_a_folder(task, tmp_path):
+    with Journal(tmp_path / "s", {}), pytest.raises(JobError, match="another search is running in"):
+        Journal(tmp_path / "s", {})
+    with Journal(tmp_path / "s", {}):
+        pass
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -138,6 +170,7 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
         ({"objectives": ["kindness"]}, "'kindness' is not a metric"),
         ({"ranges": {"up": (0, 1)}}, "a range is given for 'up'"),
         ({"ranges": {"left": (0.2, 1)}}, "it must contain 0, the base"),
+        ({"ranges": {"left": (-math.inf, 1)}}, "it must contain 0, the base"),
         ({"start": [{"left": 7.0}]}, "not within the ranges"),
         ({"trials": 0}, "0 trials; this search begins with 1 settings"),
         ({"actors": 0}, "give at least one actor"),
