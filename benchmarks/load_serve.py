@@ -12,6 +12,7 @@ The last line of stdout is one JSON object.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -168,7 +170,16 @@ def slope_mb_per_minute(samples: list[tuple[float, float]]) -> float | None:
     return round(float(np.polyfit(*zip(*late, strict=True), 1)[0]) * 60, 3) if len(late) > 2 else None
 
 
-def load(seconds: float, kill_every: float, size: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray cluster of its own; the value: its dashboard's URL."""
+    context = ray.init(address="local", num_cpus=4, namespace="prefvec", log_to_driver=False)
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+
+
+def load(dashboard: str, seconds: float, kill_every: float, size: str = "1M", fewest: int = 0) -> dict[str, Any]:
+    """Deploy, and do all of it, on this process's cluster: for `seconds`, and until there were `fewest` kills."""
     with tempfile.TemporaryDirectory() as folder:
         base, registry = make_world(Path(folder), size)
         config = ServingConfig.model_validate(
@@ -186,17 +197,15 @@ def load(seconds: float, kill_every: float, size: str) -> dict[str, Any]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = ray.init(address="local", num_cpus=4, namespace="prefvec", log_to_driver=False)
-        dashboard = f"http://{context.dashboard_url}"
         callers = Callers(start(config, port=port), asked, truths)
         threads = [threading.Thread(target=callers.run, args=(seed,), daemon=True) for seed in range(3 * ROWS)]
         for thread in threads:
             thread.start()
         (front,) = (psutil.Process(actor.pid) for actor in actors("front", dashboard))
         began, kills, moves, rolled, samples = time.monotonic(), 0, 0, 0, []
-        while (now := time.monotonic() - began) < seconds:
+        while (now := time.monotonic() - began) < seconds or kills < fewest:
             samples.append((now, front.memory_info().rss / 1e6))
-            due = now > kill_every * (kills + 1) and seconds - now > kill_every / 2
+            due = now > kill_every * (kills + 1) and (seconds - now > kill_every / 2 or kills < fewest)
             if due and len(victims := actors("replica", dashboard)) > 1:  # the other one answers meanwhile
                 ray.kill(ray.get_actor(random.choice(victims).name, "serve"), no_restart=False)
                 kills += 1
@@ -211,7 +220,6 @@ def load(seconds: float, kill_every: float, size: str) -> dict[str, Any]:
         for thread in threads:
             thread.join()
         stop()
-        ray.shutdown()
     told = callers.told
     answered = told["free"] + told["preset"] + told["stream"]
     first = sorted(callers.first_ms) or [float("nan")]
@@ -226,6 +234,7 @@ def load(seconds: float, kill_every: float, size: str) -> dict[str, Any]:
         "kills": kills,
         "preset_moves": moves,
         "generation": rolled,
+        "front_memory_mb": [round(mb) for _, mb in samples[::60]],
         "front_memory_mb_per_minute": slope_mb_per_minute(samples),
         "ttft_ms": {"p50": round(first[len(first) // 2], 1), "p99": round(first[int(len(first) * 0.99)], 1)},
         "errors": dict(callers.errors.most_common(5)),
@@ -239,7 +248,8 @@ def main() -> None:
     parser.add_argument("--size", default="1M", help=f"of {', '.join(SIZES)}")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = load(given.seconds, given.kill_every, given.size)
+    with cluster() as dashboard:
+        found = load(dashboard, given.seconds, given.kill_every, given.size)
     print(json.dumps(found))
     sys.exit(bool(found["wrong"] or found["failed_after_retries"]))
 

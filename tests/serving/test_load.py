@@ -1,12 +1,14 @@
-"""Many callers at once in one replica, every one at a setting of its own: each answer is a lone merged model's."""
+"""Many callers at once, every one at a setting of its own: each answer is a lone merged model's, whatever happens."""
 
 import asyncio
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefvec_ray.serving import stop
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.job import Job
 from prefvec_ray.serving.kv import FIRST_TOKENS
@@ -66,3 +68,17 @@ def test_64_clients_at_64_settings(mode, base_folder, registry_root, alone):
     assert len({tuple(tokens) for tokens in told}) > CLIENTS // 2, "the settings must make a difference"
     assert replica.status().finished >= CLIENTS
     assert replica.status().cancelled > 0
+
+
+def test_traffic_at_capacity_while_replicas_die_a_preset_moves_and_new_vectors_come(ray_cluster, running, monkeypatch):
+    """What `make load-serve` does for ten minutes, for a few seconds."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from load_serve import load
+
+    stop()  # another file's endpoint; it deploys its own again
+    found = load(ray_cluster, seconds=12, kill_every=4, fewest=2)
+    assert found["answered"] > 50
+    assert found["kills"] >= 2
+    assert (found["preset_moves"], found["generation"]) == (2, 1)
+    assert (found["wrong"], found["failed_after_retries"], found["streams_cut_by_kills"]) == (0, 0, 0), found["errors"]
+    assert found["ties"] < found["answered"] / 10
