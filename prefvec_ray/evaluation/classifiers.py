@@ -200,9 +200,12 @@ class ClassifierScorer:
         A decoder's classifier reads the last token that is not `pad_token_id`. Where its config names none, any token
         that occurs in no row pads without changing which token that is.
         """
-        if self._pad is not None or len(rows) == 1:
-            return self._pad or 0
+        if self._pad is not None:
+            return self._pad
         config = model.config.get_text_config()
+        config.pad_token_id = None  # what padded the batch before may be a token of these rows
+        if len(rows) == 1:
+            return 0  # nothing to pad
         used = {token for row in rows for token in row["input_ids"]}
         config.pad_token_id = next((token for token in range(config.vocab_size) if token not in used), None)
         return config.pad_token_id

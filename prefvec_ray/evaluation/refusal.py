@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.scorers import Metric, Scorer, Scores, content_digest, scorer_digest, scorer_notes
+from prefvec_ray.evaluation.scorers import (
+    Metric,
+    Scorer,
+    Scores,
+    content_digest,
+    run_scorer,
+    scorer_digest,
+    scorer_notes,
+)
 
 LABELS = ("safe", "unsafe")
 READ = 400
@@ -126,7 +134,7 @@ class RefusalScorer:
                 self.reasons.update([rule] if rule else [])
                 refused[i] = float(rule is not None)
             return refused
-        (values,) = self.classifier([prompts[i] for i in there], [responses[i] for i in there]).values()
+        (values,) = run_scorer(self.classifier, [prompts[i] for i in there], [responses[i] for i in there]).values()
         for i, value in zip(there, values, strict=True):
             refused[i] = None if value is None else float(value >= self.threshold)
         return refused

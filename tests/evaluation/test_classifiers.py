@@ -64,6 +64,13 @@ def test_a_reward_model_scores_as_the_model_itself_does(reward, tokenizer):
     assert run_scorer(judged, [], []) == {"reward": []}
 
 
+def test_what_an_earlier_batch_padded_with_is_still_a_token_of_the_next(reward, tokenizer):
+    answers = ["no", "tea", "a longer answer that says <|pad|>"]
+    judged = ClassifierScorer(reward, batch_size=2, **REWARD | {"encoding": "response"})
+    expected = by_hand(reward, tokenizer, answers)
+    assert run_scorer(judged, PROMPTS, answers)["reward"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_config_that_names_its_padding_is_followed(reward, tokenizer, tmp_path):
     named = shutil.copytree(reward, tmp_path / "named")
     config = json.loads((named / "config.json").read_text())

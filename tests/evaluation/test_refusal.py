@@ -1,3 +1,4 @@
+import math
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -71,6 +72,12 @@ def test_a_classifier_in_place_of_rules():
     unbounded = scorer(r=Metric(direction="maximize"))(lambda prompts, responses: {})
     with pytest.raises(InputError, match=r"one metric in \[0, 1\]"):
         RefusalScorer(classifier=unbounded)
+
+
+def test_a_classifier_that_breaks_down_refuses_nothing():
+    broken = scorer(refusal=Metric(direction="maximize", low=0, high=1))(lambda p, r: {"refusal": [math.nan] * len(r)})
+    with pytest.raises(ValueError, match="'refusal' gave nan"):
+        RefusalScorer(classifier=broken)(["p"], ["no"])
 
 
 def test_own_rules():
