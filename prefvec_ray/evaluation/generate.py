@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 
 Conversation = str | Sequence[dict[str, str]]
 """Messages for the tokenizer's chat template, or a plain text that the model goes on from."""
@@ -81,6 +81,7 @@ def sample_ids(
 
     Raises:
         InputError: a number out of range, a prompt that is empty or does not fit the model's context.
+        JobError: the model gives logits that are not finite.
     """
     for name, value, low in [
         ("draws", draws, 1),
@@ -94,18 +95,20 @@ def sample_ids(
     noise_NDT = _uniforms(len(prompts), draws, max_new_tokens, seed)
     distinct, prompts = len(prompts), [*prompts] * copies
     stop = _end_tokens(model, tokenizer)
-    was_training = model.training
-    model.eval()
     answers: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     step = max(1, batch_size // draws)
-    for chunk in (order[i : i + step] for i in range(0, len(order), step)):
-        noise = noise_NDT[[i % distinct for i in chunk]]
-        tell = partial(_tell, steer, torch.tensor(chunk)) if steer else None
-        rows = _decode_batch(model, [prompts[i] for i in chunk], noise, temperature, stop, tell)
-        for place, i in enumerate(chunk):
-            answers[i] = rows[place * draws : (place + 1) * draws]
-    model.train(was_training)
+    was_training = model.training
+    model.eval()
+    try:
+        for chunk in (order[i : i + step] for i in range(0, len(order), step)):
+            noise = noise_NDT[[i % distinct for i in chunk]]
+            tell = partial(_tell, steer, torch.tensor(chunk)) if steer else None
+            rows = _decode_batch(model, [prompts[i] for i in chunk], noise, temperature, stop, tell)
+            for place, i in enumerate(chunk):
+                answers[i] = rows[place * draws : (place + 1) * draws]
+    finally:
+        model.train(was_training)
     return answers
 
 
@@ -155,7 +158,9 @@ def _decode_batch(
     stop = stop.to(device)
     rows = torch.arange(len(noise_BT), device=device)
     answers = torch.full((len(rows), steps), -1, device=device)
+    finite = torch.tensor(True, device=device)
     for step in range(steps):
+        finite &= logits_BV.amax(-1).isfinite().all()  # a token that is ruled out has -inf
         token_B = _pick(logits_BV, noise_BT[rows, step], temperature)
         answers[rows, step] = token_B
         alive = ~torch.isin(token_B, stop)
@@ -175,6 +180,8 @@ def _decode_batch(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
+    if not finite:
+        raise JobError("the model's logits are not finite: its weights are damaged, or the coefficients far too large")
     return [[token for token in row if token >= 0] for row in answers.tolist()]
 
 

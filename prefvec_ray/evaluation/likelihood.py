@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.generate import encode
 from prefvec_ray.evaluation.scorers import Metric
 
@@ -69,6 +69,7 @@ def answer_measures(
 
     Raises:
         InputError: an unknown measure, or `kl` of greedy answers, where the policies are single points.
+        JobError: a value is not finite: the model gives no finite logits, or the base no probability to a token.
     """
     check_measures(measures, temperature)
     found: dict[str, list[float | None]] = {name: [None] * len(answers) for name in measures}
@@ -84,12 +85,20 @@ def answer_measures(
         for place, (logits_TV, answer_T) in enumerate(_answer_logits(model, pairs)):
             if "kl" in measures:
                 p_TV, q_TV = policy[place], _log_softmax(logits_TV, temperature)
-                kl_T = (p_TV.exp() * (p_TV - q_TV)).nan_to_num(nan=0.0).sum(-1).clamp(min=0)  # 0 log 0 = 0
-                found["kl"][block[place]] = float(kl_T.double().sum())
+                terms_TV = torch.where(p_TV.isneginf(), 0.0, p_TV.exp() * (p_TV - q_TV))  # 0 log 0 = 0
+                found["kl"][block[place]] = _finite("kl", terms_TV.sum(-1).clamp(min=0).double().sum())
             if "perplexity" in measures:
                 logp_T = _log_softmax(logits_TV, 1.0).gather(-1, answer_T[:, None])
-                found["perplexity"][block[place]] = max(1.0, float(logp_T.double().mean().neg().exp()))
+                found["perplexity"][block[place]] = _finite(
+                    "perplexity", logp_T.double().mean().neg().exp().clamp(min=1)
+                )
     return found
+
+
+def _finite(name: str, value: Tensor) -> float:
+    if not value.isfinite():
+        raise JobError(f"{name} of an answer is {float(value)}: the model's logits or their ratio are not finite")
+    return float(value)
 
 
 def check_measures(measures: Sequence[str], temperature: float) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, PreTrainedModel, Qwen3Config
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import sample
 from prefvec_ray.evaluation.generate import sample_ids
 
@@ -105,6 +105,16 @@ def test_special_tokens_stay_out_of_the_text_and_plain_text_needs_no_template(mo
 def test_bad_numbers_are_refused(change, message, model, tokenizer):
     with pytest.raises(InputError, match=message):
         sample(model, tokenizer, ["How to"], **change)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_model_without_finite_logits_says_nothing(temperature, model, tokenizer):
+    model.train()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(JobError, match="the model's logits are not finite"):
+        sample(model, tokenizer, ["How to"], temperature=temperature)
+    assert model.training, "it is left as it was"
 
 
 def test_a_conversation_needs_a_chat_template_and_a_prompt_needs_tokens(model, tokenizer):

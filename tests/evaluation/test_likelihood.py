@@ -4,7 +4,7 @@ import statistics
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluator, Metric, scorer
 from prefvec_ray.evaluation.generate import sample_ids
 from prefvec_ray.evaluation.likelihood import TokenPair, answer_measures, cut_pairs, log_probs, token_pairs
@@ -89,6 +89,18 @@ def test_perplexity_is_the_bases_and_rounds_change_nothing(live, tokenizer):
         assert parts[name][2] is None
         some, all_ = ([value for value in found[name] if value is not None] for found in (parts, whole))
         assert some == pytest.approx(all_, rel=1e-3), "in as many rounds as the room asks for"
+
+
+def test_a_model_that_breaks_down_has_no_measures(model, tokenizer):
+    live = LiveModel(model, {})
+
+    def use(coefficients):
+        with torch.no_grad():
+            model.model.norm.weight.fill_(torch.nan)
+
+    for name in ("kl", "perplexity"):
+        with pytest.raises(JobError, match=f"{name} of an answer is nan"):
+            answer_measures(live.model, use, {}, [PROMPT], [[7]], measures=[name], temperature=1.0)
 
 
 def test_margins_are_trls(demo_run):
