@@ -53,7 +53,6 @@ class IsolatedScorer:
         try:
             pipe.send((list(prompts), list(responses)))
             if not pipe.poll(self.timeout):
-                self.close()
                 raise ScorerTimeoutError(
                     f"scorer {self.where}: no scores of {len(responses)} answers within {self.timeout:g} s; "
                     "its process was ended"
@@ -62,6 +61,9 @@ class IsolatedScorer:
         except (EOFError, OSError):
             self.close()
             raise ScorerError(f"scorer {self.where}: its process died ({_ending(process.returncode)})") from None
+        except BaseException:  # an answer that comes after this must not be taken for the next one's
+            self.close()
+            raise
         if error:
             raise ScorerError(f"scorer {self.where} raised {error}")
         return scores

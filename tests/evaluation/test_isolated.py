@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import sys
 
 import pytest
@@ -16,6 +17,8 @@ from prefvec_ray.evaluation import Metric, scorer
 def labelled(prompts, responses):
     if "hang" in responses:
         time.sleep(600)
+    if "slow" in responses:
+        time.sleep(1)
     if "raise" in responses:
         raise KeyError("no such word")
     print("what a scorer prints is not mistaken for its scores")
@@ -55,6 +58,25 @@ def test_a_scorer_in_a_process_of_its_own_ends_when_its_time_is_over(where):
     with pytest.raises(ScorerTimeoutError, match=r"no scores of 2 answers within 0.5 s; its process was ended"):
         scorer(prompts, ["a", "hang"])
     assert scorer._child is None
+
+
+@pytest.mark.slow
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(where):
+    scorer = IsolatedScorer(where, timeout=60)
+    prompts = [TextPrompt("p", "safe"), TextPrompt("q", "unsafe")]
+    scorer(prompts, ["a", "b"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            scorer(prompts, ["a", "slow"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert scorer(prompts[::-1], ["b", "a"]) == {"safe": [0.0, 1.0]}
 
 
 def test_what_cannot_be_run_is_refused_at_once(where):
