@@ -1,6 +1,5 @@
 """What a judge is asked, how its reply is read, and what its section of a YAML file holds."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.text_prompts import prompt_text
+from prefvec_ray.preferences.sources import read_rows
 
 POINTWISE = """\
 You judge one answer of an assistant. What counts: {criterion}
@@ -73,7 +73,7 @@ class JudgeConfig(Config):
     """What counts, in words: it goes into the template."""
     mode: Literal["pointwise", "pairwise"] = "pointwise"
     baseline: Path | None = None
-    """Pairwise: JSONL rows {prompt, answer}, one for every prompt that is judged."""
+    """Pairwise: a file of rows {prompt, answer}, one for every prompt that is judged."""
     template: Path | None = None
     """A text with {prompt} and {answer}, or {answer_a} and {answer_b}, in place of this module's."""
     low: FiniteFloat = 1
@@ -144,15 +144,11 @@ def load_baseline(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise InputError(f"judge: baseline {path}: no such file")
     answers: dict[str, str] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, answer = row["prompt"], row["answer"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"judge: baseline {path}, line {number}: expected {{prompt, answer}} ({error})") from error
-        if not isinstance(answer, str) or answers.get(prompt_text(prompt), answer) != answer:
-            raise InputError(f"judge: baseline {path}, line {number}: expected one answer, a text, for each prompt")
-        answers[prompt_text(prompt)] = answer
+    for at in read_rows(path):
+        if not isinstance(at.row, dict) or not {"prompt", "answer"} <= set(at.row):
+            raise InputError(f"judge: baseline {at.where}: expected {{prompt, answer}}")
+        prompt, answer = prompt_text(at.row["prompt"]), at.row["answer"]
+        if not isinstance(answer, str) or answers.get(prompt, answer) != answer:
+            raise InputError(f"judge: baseline {at.where}: expected one answer, a text, for each prompt")
+        answers[prompt] = answer
     return answers

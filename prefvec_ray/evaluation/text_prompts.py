@@ -1,6 +1,5 @@
 """Prompts from a file, with what the file says about each: a label, a type, any other column."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.preferences.sources import KINDS, read_rows
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class TextPrompt:
 
 
 def load_prompts(path: str | Path) -> list[TextPrompt]:
-    """Read prompts: `.jsonl` or `.csv` with a `prompt` column, or text with a prompt a line.
+    """Read prompts: a file of rows (see `read_rows`) with a `prompt` column, or `.txt` with a prompt a line.
 
     The columns `label` and `type` become fields, the others are kept in `columns`. Nothing is left out or stripped.
 
@@ -33,19 +33,21 @@ def load_prompts(path: str | Path) -> list[TextPrompt]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"prompts {path}: no such file")
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
-        else:
-            rows = [{"prompt": line} for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"prompts {path}: not readable as {path.suffix or 'text'}: {error}") from error
-    if not rows:
+    if path.suffix == ".txt":
+        try:
+            with path.open(encoding="utf-8-sig") as lines:
+                found = [TextPrompt(line.removesuffix("\n")) for line in lines if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"prompts {path}: not UTF-8 text ({error})") from error
+    elif not path.suffix or not {*path.suffixes} & {*KINDS}:
+        raise InputError(
+            f"prompts {path}: expected .txt, a prompt a line, or rows in one of {', '.join(KINDS)} with a `prompt`"
+        )
+    else:
+        found = [_prompt(at.row, f"prompts {at.where}") for at in read_rows(path)]
+    if not found:
         raise InputError(f"prompts {path}: holds no prompts; give at least one")
-    return [_prompt(row, f"prompts {path}, row {number}") for number, row in enumerate(rows, start=1)]
+    return found
 
 
 def _prompt(row: Any, where: str) -> TextPrompt:
@@ -53,9 +55,9 @@ def _prompt(row: Any, where: str) -> TextPrompt:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: every row needs a `prompt`, a text that is not empty")
     rest = {
-        str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        str(name): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         for name, value in row.items()
-        if name not in (None, "prompt") and value is not None
+        if name != "prompt" and value is not None
     }
     return TextPrompt(text, rest.pop("label", None) or None, rest.pop("type", None) or None, rest)
 

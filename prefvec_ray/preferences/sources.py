@@ -222,14 +222,15 @@ def _csv(system: Any, path: str, shown: str) -> Iterator[Numbered]:
     """CSV with a header. It has no types: labels that are 0 or 1 elsewhere are read as such, the rest is text."""
     csv.field_size_limit(ROW_LIMIT)
     with _open_text(system, path) as file:
-        rows = csv.DictReader(file, restkey="", strict=True)
+        rows: csv.DictReader[Any] = csv.DictReader(file, strict=True)
         header = rows.fieldnames or []
         if len(set(header)) < len(header):
             raise InputError(f"{shown}: two columns have one name in the header {', '.join(header)}; rename one")
         try:
             for number, row in enumerate(rows, start=1):
-                if "" in row or None in row.values():
-                    found = sum(value is not None for value in row.values())
+                surplus = row.pop(None, [])
+                found = len(row) - sum(value is None for value in row.values()) + len(surplus)
+                if found != len(header):
                     raise InputError(
                         f"{shown}, row {number} (line {rows.line_num}): {found} columns where the header names "
                         f"{len(header)}; put quotes around commas and line ends"

@@ -270,5 +270,5 @@ def test_contradictions_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"baseline|low < high|less than 1"):
             JudgeConfig(**stated, **wrong)
     (tmp_path / "twice.jsonl").write_text('{"prompt": "p", "answer": "a"}\n{"prompt": "p", "answer": "b"}\n')
-    with pytest.raises(InputError, match=r"twice.jsonl, line 2: expected one answer, a text, for each prompt"):
+    with pytest.raises(InputError, match=r"twice.jsonl, row 2: expected one answer, a text, for each prompt"):
         JudgeScorer(JudgeConfig(**stated, mode="pairwise", baseline=tmp_path / "twice.jsonl"))

@@ -71,6 +71,17 @@ def test_a_json_list_is_decoded_as_it_is_read(tmp_path):
         assert list(read_rows(tmp_path / name)) == []
 
 
+def test_a_column_without_a_name_is_one_all_the_same(tmp_path):
+    """As pandas writes its index."""
+    (tmp_path / "a.csv").write_text(",prompt,chosen,rejected\n0,p,a,b\n")
+    assert [at.row for at in read_rows(tmp_path / "a.csv")] == [
+        {"": "0", "prompt": "p", "chosen": "a", "rejected": "b"}
+    ]
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\np, with commas, too,a,b\n")
+    with pytest.raises(InputError, match="5 columns where the header names 3"):
+        list(read_rows(tmp_path / "a.csv"))
+
+
 def test_labels_in_csv_are_numbers(tmp_path):
     row = {"prompt": "1", "response_0": "0", "response_1": "1", "better_response_id": 1, "safer_response_id": 0}
     write_csv(tmp_path / "a.csv", [row])
