@@ -24,6 +24,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.schema import LoggingConfig
 from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
@@ -338,6 +339,7 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     replica = serve.deployment(Replica, name=_replica_name(config, lineup)).options(**_scale(config))
     replicas = replica.bind(config, lineup, LineupBook(lineup.deployment))
     front = serve.deployment(Front, name="front").options(
+        logging_config=_logs(config),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections
         ray_actor_options={"num_cpus": 0.1},
@@ -352,10 +354,15 @@ def _replica_name(config: ServingConfig, lineup: Lineup) -> str:
     return f"replica-{engine.hexdigest()}"
 
 
+def _logs(config: ServingConfig) -> LoggingConfig:
+    return LoggingConfig(log_level=config.logs.level, enable_access_log=config.logs.access)
+
+
 def _scale(config: ServingConfig) -> dict[str, Any]:
     """Serve's options for the replicas. One replica takes twice its batch, so that its queue is never empty."""
     wanted = config.replicas
     options: dict[str, Any] = {
+        "logging_config": _logs(config),
         "max_ongoing_requests": 2 * config.engine.max_batch,
         "max_queued_requests": config.limits.queued_requests,
         # A replica that must go finishes the answers it has begun.

@@ -139,6 +139,14 @@ class AuditConfig(Config):
     """files kept; older lines are lost"""
 
 
+class LogsConfig(Config):
+    """What front and replicas write into Ray's `logs/serve`."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    access: bool = False
+    """a line for every request, in the front's log and its replica's; metrics count them, `audit` says who asked"""
+
+
 class ServingConfig(Config):
     """One served model. Relative paths are taken from the folder that the command runs in."""
 
@@ -167,6 +175,7 @@ class ServingConfig(Config):
     engine: EngineConfig = EngineConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     limits: LimitsConfig = LimitsConfig()
+    logs: LogsConfig = LogsConfig()
     system: Literal["template", "fold"] = "template"
     """system messages of a chat. template: as the model's chat template takes them, or refuses them. fold: put in front
     of the first user message, for a template that knows no system role"""

@@ -1,5 +1,6 @@
 """Starting and stopping the endpoint from Python: what `prefvec serve` and the demo call."""
 
+import logging
 import os
 import time
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
     import httpx
     import ray
     from ray import serve
+    from ray.serve.schema import LoggingConfig
 
     from prefvec_ray.serving import guard
     from prefvec_ray.serving.app import build_app
@@ -34,7 +36,9 @@ def start(config: ServingConfig, *, host: str = "127.0.0.1", port: int = 8000) -
         os.environ.setdefault(guard.SETTING, guard.PATH)
         ray.init(namespace="prefvec", log_to_driver=False)
     app = app or build_app(config)
-    serve.start(http_options={"host": host, "port": port})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what Serve tells of starting, this function returns
+    proxy_logs = LoggingConfig(log_level=config.logs.level, enable_access_log=config.logs.access)
+    serve.start(http_options={"host": host, "port": port}, logging_config=proxy_logs)
     serve.run(app, name=APP, route_prefix="/")
     url = f"http://{host}:{port}/v1"
     try:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from openai import OpenAI
 
 from prefvec_ray.registry import Registry
@@ -156,12 +158,25 @@ def test_a_new_deployment_cuts_no_answer_and_mixes_no_vectors(deployed, changes)
     assert all(told)
 
 
+def front_log() -> str:
+    """What the newest front has logged."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path(), "serve").glob("replica_prefvec_front_*.log")
+    return max(logs, key=lambda log: log.stat().st_ctime).read_text()
+
+
+def test_the_log_has_no_line_for_every_request(deployed):
+    assert deployed.ask(ETAS[0])
+    assert "POST /v1/completions" not in front_log()
+
+
 def test_from_zero_to_two_replicas_to_one_to_none_and_back(deployed):
     """Without a client's retry. Each replica has answered before it takes requests, and ends what it has begun."""
     scaling = {"min": 0, "max": 2, "target_requests": 6, "window_seconds": 1.5, "grow_seconds": 0.5}
-    deployed.deploy(replicas={**scaling, "shrink_seconds": 0.5, "idle_seconds": 1, "cpus": 0.5})
+    replicas = {**scaling, "shrink_seconds": 0.5, "idle_seconds": 1, "cpus": 0.5}
+    deployed.deploy(replicas=replicas, logs={"access": True})
     wait_for(lambda: deployed.health()["status"] == "idle")
     assert deployed.ask(ETAS[0])
+    assert "POST /v1/completions" in front_log(), "where it is wanted, every request has its line"
     with deployed.traffic(12, deployed.ask) as told:
         wait_for(lambda: len(deployed.replicas()) == 2)
         assert all(replica["finished"] for replica in deployed.replicas())
