@@ -103,10 +103,9 @@ def _greedy(
         logits[:, label] = -torch.inf
         return own - logits.max(1).values
 
-    importance = margins([[*words[:i], "", *words[i + 1 :]] for i in places])
-    asked = len(places)
-    best = float("inf")
-    touched = 0
+    first = margins([words, *([*words[:i], "", *words[i + 1 :]] for i in places)])
+    best, importance = float(first[0]), first[1:]
+    asked, touched = len(first), 0
     for k in importance.argsort()[: attack.tried].tolist():
         i = places[k]
         candidates = [[*words[:i], slip, *words[i + 1 :]] for slip in perturbations(words[i], rng, drops=attack.drops)]

@@ -42,6 +42,22 @@ def test_greedy_finds_the_word_that_matters_and_random_slips_mostly_do_not():
     assert filler in found["examples"][0]["attacked"], "one word is touched, and no other"
 
 
+def test_an_edit_that_makes_the_label_surer_is_not_made():
+    """Slips of "poison", the word that matters most, only help; one in "garden" is enough."""
+
+    def classify(rows):
+        worth = [
+            sum({"poison": 2, "garden": 1}.get(word, 5 * word.startswith("p")) for word in row[-1].split())
+            for row in rows
+        ]
+        surer = torch.tensor(worth) - 2.5
+        return torch.stack([-surer, surer], dim=1)
+
+    found = attack_words(classify, [("poison garden",)], torch.tensor([1]), WordAttack(edits=1, drops=False))
+    assert found["mean"] == 0.0
+    assert found["examples"][0]["attacked"].startswith("poison g")
+
+
 def test_the_budget_holds():
     rows, y = [("poison curse steal",)], torch.tensor([1])
     classify = looks_for("poison", "curse", "steal")
