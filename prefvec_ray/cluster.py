@@ -4,9 +4,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayError
 
 NAMESPACE = "prefvec"
 
@@ -29,6 +33,16 @@ def connect(console: Console) -> None:
     gpus = f" and {resources['GPU']:g} GPUs" if resources.get("GPU") else ""
     where = context.dashboard_url or "off"
     console.print(f"   [dim]Ray cluster with {resources.get('CPU', 0):g} CPUs{gpus}, dashboard {where}[/dim]")
+
+
+def reason(error: "RayError") -> str:
+    """In a line, why a task or an actor failed: what its own code raised, else what Ray says first."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:1000]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no word why"]
+    # Of an actor that could not be made Ray shows the traceback: the reason is at its end.
+    return f"{type(error).__name__}: {lines[-1 if 'creation task' in lines[0] else 0]}"
 
 
 @contextmanager

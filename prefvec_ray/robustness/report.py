@@ -38,7 +38,7 @@ def study_markdown(study: Study, images: str = "images") -> str:
     """The block of tables. `images` is where the plots lie, seen from the file that the block goes into."""
     runs = by_cell(study)
     if not runs:
-        return "No run has finished yet.\n"
+        return _unlearned(study) or "No run has finished yet.\n"
     parts = [
         _summary(study, runs),
         _cells(runs, study.config.ladder),
@@ -57,7 +57,7 @@ def write_study(study: Study, out: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
     runs = by_cell(study)
     with rc_context(STYLE):
-        for name, figure in (("gaps", gaps_plot(runs)), ("curves", curves_plot(study, runs))):
+        for name, figure in (("gaps", gaps_plot(runs)), ("curves", curves_plot(study, runs))) if runs else ():
             figure.savefig(images / f"robustness-{name}.png", dpi=110, metadata={"Software": None})
     block = f"{BEGIN}\n{study_markdown(study)}{END}"
     text = out.read_text("utf-8") if out.is_file() else ""
@@ -93,10 +93,12 @@ def _summary(study: Study, runs: Runs) -> str:
                     f"({Rate.counted('', over, len(group))}); masked gradients shown in {_masked(group)}; "
                     f"{config.ladder.strong} minus black box is {masking}."
                 )
+    return "\n".join(lines) + f"\n{_unlearned(study)}"
+
+
+def _unlearned(study: Study) -> str:
     collapsed = [f"{run.cell.name} (seed {run.seed})" for run in study.runs if not learned(run)]
-    if collapsed:
-        lines.append(f"- Left out of everything below, since they did not learn: {'; '.join(collapsed)}.")
-    return "\n".join(lines) + "\n"
+    return f"- Left out of all tables, since they did not learn: {'; '.join(collapsed)}.\n" if collapsed else ""
 
 
 def _masked(group: Sequence[Run]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
+from prefvec_ray.cluster import reason
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
@@ -266,10 +267,8 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
         name = under_way.pop(ready[0])
         try:
             study.add(ray.get(ready[0]))
-        except ray.exceptions.RayTaskError as error:
-            failed[name] = str(error.cause or error).strip().splitlines()[-1]
         except ray.exceptions.RayError as error:
-            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            failed[name] = reason(error)
         if progress:
             progress(len(study.runs), total)
     return failed

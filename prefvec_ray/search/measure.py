@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray.util import ActorPool
 
+from prefvec_ray.cluster import reason
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import shares_batch
@@ -58,9 +59,7 @@ def measure(
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError | JobError):
             raise error.cause from error
-        text = " ".join(str(error.cause).split())
-        raise JobError(f"measuring failed: {type(error.cause).__name__}: {text}") from error
-    except ray.exceptions.RayActorError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise JobError(f"measuring failed, a process of it was lost: {lines[0]} {lines[-1]}") from error
+        raise JobError(f"measuring failed: {reason(error)}") from error
+    except ray.exceptions.RayError as error:
+        raise JobError(f"measuring failed: {reason(error)}") from error
     return results

@@ -98,6 +98,11 @@ def test_tables_and_plots(study, tmp_path):
     assert out.read_text() == text, "the same runs give the same page"
 
 
+def test_a_study_in_which_nothing_was_learned_says_so(tmp_path):
+    write_study(Study(tmp_path / "study", CONFIG), tmp_path / "robustness.md")
+    assert "No run has finished yet." in (tmp_path / "robustness.md").read_text()
+
+
 def test_cells_are_compared_with_their_own_control(study):
     runs = by_cell(study)
     names = {cell.name: cell for cell in runs}
