@@ -4,6 +4,7 @@ network."""
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -62,7 +63,13 @@ def load_images(data: str, classes: int, *, train: int | None = None, watch: int
 def _read_npz(path: Path) -> tuple[Tensor, ...]:
     if not path.is_file():
         raise InputError(f"images {path}: no such file; give `digits` or a .npz of CIFAR-10")
-    with np.load(path, allow_pickle=False) as arrays:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise InputError(f"images {path}: not a .npz file ({error})") from error
+    if isinstance(found, np.ndarray):
+        raise InputError(f"images {path}: one array; expected a .npz of x_train, y_train, x_test, y_test")
+    with found as arrays:
         missing = sorted({"x_train", "y_train", "x_test", "y_test"} - set(arrays.files))
         if missing:
             raise InputError(f"images {path}: has no {', '.join(missing)}; expected x_train, y_train, x_test, y_test")

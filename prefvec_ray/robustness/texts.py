@@ -1,9 +1,6 @@
 """Labelled texts for a harm classifier: the tiny world's categories, pairs of a safe and an unsafe answer, and
 tables."""
 
-import csv
-import gzip
-import io
 import json
 import random
 from collections import Counter
@@ -15,6 +12,7 @@ from blake3 import blake3
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import Prompt, TinyWorld
+from prefvec_ray.preferences.sources import read_rows
 
 CATEGORIES = ("fine", "over-refusal", "declined", "harmful")
 """The tiny world's: a fine prompt answered, a fine prompt declined, an unsafe prompt declined, an unsafe prompt
@@ -76,21 +74,22 @@ def _held_out(text: str) -> bool:
 def load_texts(data: str, label: str | None = None) -> tuple[Texts, Texts]:
     """To train on, and held out.
 
-    `data` is `tiny` or `micro` (the embedded world in its four categories; held-out phrasings are held out), or a file:
-    .csv, .jsonl or .json, perhaps .gz. Its rows have a label in column `label` (default "label") and a `text`, or a
-    `prompt` with or without a `response`; or `response` holds two answers, of which the first is safe and the second
-    unsafe.
+    `data` is `tiny` or `micro` (the embedded world in its four categories; held-out phrasings are held out), or a file
+    of rows: .csv, .jsonl, .json or .parquet, perhaps .gz. They have a label in column `label` (default "label") and a
+    `text`, or a `prompt` with or without a `response`; or `response` holds two answers, of which the first is safe and
+    the second unsafe.
 
     Raises:
         InputError: no such file, another format, or a row without what it needs, by its number.
     """
     if data in ("tiny", "micro"):
         return _tiny_world(TinyWorld(data))
-    rows = _read(Path(data))
+    if not Path(data).is_file():
+        raise InputError(f"texts {data}: no such file; give `tiny`, `micro`, or a .csv, .jsonl or .json (.gz)")
     texts: list[tuple[str, ...]] = []
     labels = []
-    for number, row in enumerate(rows, start=1):
-        for text, given in _labelled(row, label or "label", f"{data}, row {number}"):
+    for at in read_rows(data):
+        for text, given in _labelled(at.row, label or "label", at.where):
             texts.append(text)
             labels.append(given)
     if len({len(text) for text in texts}) > 1:
@@ -117,24 +116,6 @@ def _labelled(row: Any, column: str, where: str) -> list[tuple[tuple[str, ...], 
     if given in (None, "") or isinstance(given, dict | list):
         raise InputError(f"{where}: no label in column {column!r}; its columns are: {', '.join(map(str, row))}")
     return [(texts, str(given))]
-
-
-def _read(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise InputError(f"texts {path}: no such file; give `tiny`, `micro`, or a .csv, .jsonl or .json (.gz)")
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8")
-        if suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(content)))
-        if suffix == ".jsonl":
-            return [json.loads(line) for line in content.splitlines() if line.strip()]
-        if suffix == ".json" and isinstance(found := json.loads(content), list):
-            return found
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"texts {path}: cannot be read: {error}") from error
-    raise InputError(f"texts {path}: expected .csv, .jsonl, or .json with a list of rows")
 
 
 def _tiny_world(world: TinyWorld) -> tuple[Texts, Texts]:

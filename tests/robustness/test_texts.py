@@ -37,6 +37,16 @@ def test_files(tmp_path, suffix):
     assert not set(train.rows) & set(held.rows)
 
 
+def test_a_text_may_hold_what_ends_a_line_in_print(tmp_path):
+    rows = [row | {"prompt": f"{row['prompt']}\u2028and more"} for row in ROWS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    train, held = load_texts(str(tmp_path / "rows.jsonl"), "type")
+    assert len(train.rows) + len(held.rows) == 60
+    (tmp_path / "rows.csv").write_text("prompt,type\nyes, indeed,odd\n")
+    with pytest.raises(InputError, match="3 columns where the header names 2"):
+        load_texts(str(tmp_path / "rows.csv"), "type")
+
+
 def test_a_safe_and_an_unsafe_answer_lie_on_one_side(tmp_path):
     (tmp_path / "pairs.json").write_text(json.dumps(PAIRS))
     train, held = load_texts(str(tmp_path / "pairs.json"))

@@ -96,3 +96,6 @@ def test_cifar_files_are_read_and_refused(tmp_path):
     np.savez(path, x_train=pictures, y_train=labels)
     with pytest.raises(InputError, match="has no x_test, y_test"):
         load_images(str(path), 10)
+    path.write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(InputError, match=r"cifar.npz: not a .npz file"):
+        load_images(str(path), 10)
