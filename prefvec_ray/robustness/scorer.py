@@ -113,6 +113,7 @@ class Encoder:
         return ids.to(device), mask.to(device), types.to(device)
 
 
+@torch.random.fork_rng()
 def train_scorer(
     train: Texts,
     held: Texts,
@@ -138,9 +139,8 @@ def train_scorer(
     safe = recipe.safe or tuple(name for name in names if name in SAFE)
     _check_labels(names, held, safe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model, tokenizer = _build(train, recipe, names)
+    torch.manual_seed(seed)  # of new weights, and of an encoder's dropout
+    model, tokenizer = _build(train, recipe, names)
     encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(device))
     view.eval().check(*encoder(train.rows[:16], device))
     y = torch.tensor([names.index(label) for label in train.labels], device=device)

@@ -58,6 +58,23 @@ def test_evaluation_reads_the_folder_and_the_card(folder, card):
     assert scorer.card["words"]["n"] == 60
 
 
+def test_an_encoder_with_dropout_is_trained_the_same_by_the_same_seed(folder, tmp_path):
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    train, held = load_texts("micro")
+    recipe = ScorerRecipe(encoder=str(tmp_path / "encoder"), max_length=48, epochs=1, inner_steps=1)
+    few = train.sample(64), held.sample(32)
+    curves = []
+    for name in ("first", "again"):
+        torch.rand(1)  # the random state that it is called in is not the same
+        curves.append(train_scorer(*few, recipe, tmp_path / name, seed=3)["curve"])
+    assert curves[0] == curves[1]
+
+
 def test_what_the_audit_attacks_is_the_classifier_itself(folder):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
