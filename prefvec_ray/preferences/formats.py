@@ -142,6 +142,9 @@ def _ultrafeedback(row: Row, where: str, preference: str | None) -> Pair:
     if not any(turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in chosen[:-1]):
         raise InputError(f"{where}: the text in 'prompt' is no user message of 'chosen'; which one is the prompt?")
     above, below = row.get("score_chosen"), row.get("score_rejected")
+    for name, score in (("score_chosen", above), ("score_rejected", below)):
+        if score is not None and type(score) not in (int, float):
+            raise InputError(f"{where}: {name} {score!r:.40} is no number")
     if above is not None and below is not None:
         if above == below:
             raise UnusableError("both answers have the same score")
@@ -158,7 +161,7 @@ def _pku(row: Row, where: str, preference: str | None) -> Pair:
             "them to use (label)"
         )
     better = row.get(PKU_LABELS[preference])
-    if better not in (0, 1) or isinstance(better, bool):
+    if type(better) is not int or better not in (0, 1):
         raise InputError(f"{where}: field {PKU_LABELS[preference]!r} is {better!r}; expected 0 or 1")
     responses = [_text(row, "response_0", where), _text(row, "response_1", where)]
     return {

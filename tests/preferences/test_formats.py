@@ -108,6 +108,8 @@ def test_alpaca_input_and_history_come_in_their_places():
         (ROWS["safe-unsafe"] | {"response": ["a", None]}, "'response' is missing"),
         (ROWS["ultrafeedback"] | {"prompt": "Why?"}, "is no user message of 'chosen'"),
         (ROWS["ultrafeedback"] | {"score_chosen": 1.0}, "score_chosen 1.0 is not above score_rejected 4.5"),
+        (ROWS["ultrafeedback"] | {"score_chosen": "10", "score_rejected": "9"}, "score_chosen '10' is no number"),
+        (ROWS["ultrafeedback"] | {"score_rejected": True}, "score_rejected True is no number"),
         (ROWS["sharegpt"] | {"chosen": {"from": "tool", "value": "x"}}, "chosen has a turn from 'tool'"),
         (ROWS["sharegpt"] | {"conversations": [HUMAN, GPT]}, "must end with human"),
         (ROWS["sharegpt"] | {"conversations": None}, "'conversations' must be a list"),
@@ -124,6 +126,12 @@ def test_what_does_not_follow_its_format_is_named_with_its_row(row, words):
         load(row)
     assert "row 1" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("label", [1.0, True, "1", 2, None])
+def test_a_label_is_the_number_0_or_1(label):
+    with pytest.raises(InputError, match=r"row 1: field 'better_response_id' is .*; expected 0 or 1"):
+        load_preferences([ROWS["pku-saferlhf"] | {"better_response_id": label}], preference="helpful")
 
 
 def test_pairs_that_say_nothing_are_counted_by_reason():
