@@ -98,7 +98,7 @@ def _summary(study: Study, runs: Runs) -> str:
 
 def _unlearned(study: Study) -> str:
     collapsed = [f"{run.cell.name} (seed {run.seed})" for run in study.runs if not learned(run)]
-    return f"- Left out of all tables, since they did not learn: {'; '.join(collapsed)}.\n" if collapsed else ""
+    return f"- Left out of everything below, since they did not learn: {'; '.join(collapsed)}.\n" if collapsed else ""
 
 
 def _masked(group: Sequence[Run]) -> str:
