@@ -157,7 +157,7 @@ class Explorer:
         their parents) is told again what it scored, which costs nothing; after some of that, chance decides."""
         if self._queue:
             self._study.enqueue_trial(self._queue.popleft())
-        known = {tuple(tried.coefficients.values()): tried for tried in self.tried}
+        known = {tuple(tried.coefficients[name] for name in self.plan.bounds): tried for tried in self.tried}
         for _ in range(AGAIN):
             trial = self._study.ask(self._distributions)
             tried = known.get(tuple(trial.params[name] for name in self.plan.bounds))

@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from blake3 import blake3
+from pydantic_core import to_json
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
@@ -394,11 +395,11 @@ def _definition(task: Task, goal: Goal, bounds: dict[str, tuple[float, float]], 
     measurement."""
     from prefvec_ray.vectors import load_vector
 
-    prompts = json.dumps([getattr(prompt, "text", prompt) for prompt in task.prompts])
+    prompts = to_json(task.prompts, fallback=lambda prompt: getattr(prompt, "text", repr(prompt)))
     return {
         "base": task.base_fingerprint,
         "vectors": {name: load_vector(folder).digest() for name, folder in task.vectors.items()},
-        "prompts": blake3(prompts.encode()).hexdigest(),
+        "prompts": blake3(prompts).hexdigest(),
         "sampling": [task.draws, task.temperature, task.max_new_tokens, task.seed, task.template],
         "rungs": list(task.rungs),
         "scorer": scorer_digest(task.load_scorer()),

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.evaluation import scorer
-from prefvec_ray.search import measure, search
+from prefvec_ray.evaluation import TextPrompt, scorer
+from prefvec_ray.search import Goal, measure, search
 from prefvec_ray.search.journal import Journal
+from prefvec_ray.search.run import _definition
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 OBJECTIVES = ["length", "letters"]
@@ -101,6 +102,22 @@ def test_measuring_survives_a_process_that_dies_and_tells_what_a_scorer_raised(t
     assert [e.metrics for e in measure(unsteady, settings, actors=1)] == [e.metrics for e in expected]
     with pytest.raises(JobError, match=r"measuring failed: RuntimeError: the judge is out for lunch$"):
         measure(unsteady, settings, actors=1)
+
+
+def test_another_label_is_another_search(task, tmp_path):
+    """A scorer may read it, and what is in the folder was scored by the old one."""
+    folder = tmp_path / "s"
+    goal = Goal(objectives=("length",), metrics=task.metrics)
+
+    def opened(label):
+        labelled = replace(task, prompts=[TextPrompt("Why?", label)], base_fingerprint="none")
+        return Journal(folder, _definition(labelled, goal, {"left": (-1.0, 1.0)}, 0))
+
+    for _ in range(2):
+        with opened("safe") as journal:
+            assert journal.done == []
+    with pytest.raises(InputError, match="holds a search with other prompts"):
+        opened("unsafe")
 
 
 def test_one_search_at_a_time_in_a_folder(task, tmp_path):
