@@ -24,6 +24,7 @@ from prefvec_ray.evaluation.likelihood import (
     margin_metrics,
 )
 from prefvec_ray.evaluation.scorers import Metric, Scorer, run_scorer, scorer_digest
+from prefvec_ray.evaluation.text_prompts import prompt_messages
 
 if TYPE_CHECKING:
     from prefvec_ray.vectors import LiveModel, Steering
@@ -309,11 +310,7 @@ def better(metric: Metric, difference: Estimate, errors: float) -> bool:
 
 def _conversation(prompt: Any, template: bool) -> Conversation:
     text = getattr(prompt, "text", prompt)
-    if isinstance(text, str):
-        return [{"role": "user", "content": text}] if template else text
-    if isinstance(text, Sequence) and all(isinstance(turn, Mapping) for turn in text):
-        return [dict(turn) for turn in text]
-    raise InputError(f"prompt {prompt!r}: expected a text, an object with .text, or a list of chat messages")
+    return text if isinstance(text, str) and not template else prompt_messages(prompt)
 
 
 def _last_turn(conversation: Conversation) -> str:

@@ -27,7 +27,7 @@ from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.classifiers import SCORER_FILE, ClassifierScorer, ScorerFile, model_digest
 from prefvec_ray.evaluation.held_out import HeldOut, held_out_report
 from prefvec_ray.evaluation.scorers import run_scorer
-from prefvec_ray.preferences import TRANSCRIPT_TEMPLATE, data_digest, load_preferences, split_by_prompt
+from prefvec_ray.preferences import data_digest, load_preferences, read_template, split_by_prompt
 from prefvec_ray.preferences.splits import text_key
 
 OWNED = ("output_dir", "seed", "data_seed", "save_strategy", "chat_template_path", "eos_token", "model_init_kwargs")
@@ -222,12 +222,8 @@ def _tokenizer(config: ScorerTrainingConfig) -> PreTrainedTokenizerBase:
         raise InputError(f"base {config.base}: expected the folder of a Hugging Face model, with safetensors")
     _recipe(config, 8, config.output)  # a mistake there is told before the data is read
     tokenizer = AutoTokenizer.from_pretrained(config.base)
-    if config.chat_template == "transcript":
-        tokenizer.chat_template = TRANSCRIPT_TEMPLATE
-    elif config.chat_template is not None:
-        if not Path(config.chat_template).is_file():
-            raise InputError(f"chat_template {config.chat_template}: neither a file nor 'transcript'")
-        tokenizer.chat_template = Path(config.chat_template).read_text("utf-8")
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_template(config.chat_template)
     if tokenizer.chat_template is None:
         raise InputError(f"base {config.base}: its tokenizer has no chat template; set chat_template")
     if tokenizer.pad_token is None:
