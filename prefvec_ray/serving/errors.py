@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import StoreError
-from prefvec_ray.serving.engine import PromptTooLongError
+from prefvec_ray.serving.engine import EngineError, PromptTooLongError
 from prefvec_ray.serving.policy import PreferenceError
 
 log = logging.getLogger("ray.serve")
@@ -72,7 +72,7 @@ def explained(error: Exception) -> ApiError:
             return ApiError(504, "the answer took too long and was stopped; ask for less", code="timeout")
         case BackPressureError():
             return ApiError(503, "the server is busy; try again soon", code="overloaded")
-        case RayServeException() | RayError() | StoreError():
+        case RayServeException() | RayError() | EngineError() | StoreError():
             log.warning("could not answer: %s", error)
             return ApiError(503, "the server could not finish this request; try again", code="unavailable")
     log.error("unexpected error", exc_info=error)

@@ -1,34 +1,67 @@
 """A stream whose replica died goes on: another replica answers the same job from its start, and what the caller has
-heard already is left out. Answers depend on their request alone, so both say the same."""
+heard already is left out. Answers depend on their request alone, so both say the same; not always in equal pieces."""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from prefvec_ray.serving.engine import EngineError
+from prefvec_ray.serving.engine import EngineError, Piece
 from prefvec_ray.serving.job import Event
+
+
+@dataclass
+class _Said:
+    """How far an answer has come."""
+
+    tokens: list[int] = field(default_factory=list)
+    characters: int = 0
+    logprobs: int = 0
+    ended: bool = False
+
+    def add(self, piece: Piece) -> None:
+        self.tokens += piece.tokens
+        self.characters += len(piece.text)
+        self.logprobs += len(piece.logprobs)
+        self.ended = piece.finish_reason is not None
 
 
 class Replay:
     """`fresh` passes on what is new of a job's events; after `again` the events of a second run are expected."""
 
     def __init__(self) -> None:
-        self._told: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
-        self._heard: defaultdict[int, int] = defaultdict(int)
-        """pieces of each answer in this run"""
+        self._told: defaultdict[int, _Said] = defaultdict(_Said)
+        self._runs: defaultdict[int, _Said] | None = None
+        """of the present run; None: it is the first, and all of it is new"""
 
     def again(self) -> None:
-        self._heard.clear()
+        self._runs = defaultdict(_Said)
 
     def fresh(self, events: Sequence[Event]) -> list[Event]:
         """Raises EngineError where this run says something else than the one before: a draw or a greedy choice within
         rounding distance, which another batch may turn."""
         new = []
         for index, piece in events:
-            told, place = self._told[index], self._heard[index]
-            self._heard[index] += 1
-            if place == len(told):
-                told.append(piece.tokens)
-                new.append((index, piece))
-            elif told[place] != piece.tokens:
-                raise EngineError("a replica died, and the answer cannot be continued as it began")
+            told = self._told[index]
+            rest = piece if self._runs is None else _unheard(index, piece, told, self._runs[index])
+            if rest.tokens or rest.text or (rest.finish_reason and not told.ended):
+                told.add(rest)
+                new.append((index, rest))
         return new
+
+
+def _unheard(index: int, piece: Piece, told: _Said, run: _Said) -> Piece:
+    place = len(run.tokens)
+    known = told.tokens[place : place + len(piece.tokens)]
+    if known != list(piece.tokens[: len(known)]):
+        raise EngineError(
+            f"a replica died, and answer {index} cannot be continued as it began: from token {place} {known} were told,"
+            f" now {list(piece.tokens)}"
+        )
+    rest = Piece(
+        piece.text[max(0, told.characters - run.characters) :],
+        piece.tokens[len(known) :],
+        piece.finish_reason,
+        piece.logprobs[max(0, told.logprobs - run.logprobs) :],
+    )
+    run.add(piece)
+    return rest

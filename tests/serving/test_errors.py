@@ -28,6 +28,7 @@ def from_a_replica(error: Exception) -> Exception:
         (BackPressureError(num_queued_requests=9, max_queued_requests=9), 503, "overloaded", "busy"),
         (ActorDiedError(), 503, "unavailable", "try again"),
         (StoreError("/secret/blob is damaged"), 503, "unavailable", "try again"),
+        (EngineError("secret"), 503, "unavailable", "try again"),
         (from_a_replica(EngineError("secret")), 503, "unavailable", "try again"),
         (KeyError("secret"), 500, None, "failed to answer"),
     ],
