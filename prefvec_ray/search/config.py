@@ -28,7 +28,8 @@ class MeasureConfig(Config):
     vectors: dict[str, str] = Field(min_length=1)
     """Name -> reference such as `helpful@1` or `helpful@production`."""
     prompts: str
-    """A file (.jsonl or .csv with a `prompt` column, .txt a line each), or `tiny-world:<preset>:<seed>:<split>`."""
+    """A file of rows with a `prompt` column (.jsonl, .json, .csv, .parquet), .txt with a prompt a line, or
+    `tiny-world:<preset>:<seed>:<split>`."""
     scorer: str | None = None
     """`module:function` of your own, or `tiny-world:<preset>:<seed>`."""
     scorers: list[ScorerConfig] = []

@@ -25,7 +25,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.scorers import scorer_digest
 from prefvec_ray.search.explore import Explorer, Plan, Sampler
@@ -100,8 +100,8 @@ def search(
     Raises:
         InputError: a vector of another base, an unknown objective, limit or sampler, a range that does not contain 0,
             or a folder that holds another search.
-        JobError: another process is searching into the folder.
-        RuntimeError: nothing could be measured, or not the base; with the reason.
+        JobError: another process is searching into the folder; nothing could be measured, or not the base, with the
+            reason.
     """
     began = time.perf_counter()
     goal = Goal(objectives=tuple(objectives), metrics=task.metrics, limits=dict(limits or {}))
@@ -138,7 +138,7 @@ def search(
     result = explorer.result(seconds=time.perf_counter() - began, resumed=len(journal.done))
     if not result.has_base:
         first = f"; the first failure: {result.failed[0].error}" if result.failed else ""
-        raise RuntimeError(f"the search gave no result: {result.stopped}{first}")
+        raise JobError(f"the search gave no result: {result.stopped}{first}")
     return result
 
 

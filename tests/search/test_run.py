@@ -104,6 +104,16 @@ def test_measuring_survives_a_process_that_dies_and_tells_what_a_scorer_raised(t
         measure(unsteady, settings, actors=1)
 
 
+@pytest.mark.slow
+def test_a_search_that_cannot_measure_its_base_ends_and_says_why(task, lengths, tmp_path, ray_cluster):
+    @scorer(**lengths.metrics)
+    def broken(prompts, responses):
+        raise RuntimeError("the judge is out for lunch")
+
+    with pytest.raises(JobError, match=r"the base itself could not be measured: RuntimeError: the judge is out"):
+        search(replace(task, scorer=broken), OBJECTIVES, tmp_path / "s", trials=3, actors=1)
+
+
 def test_another_label_is_another_search(task, tmp_path):
     """A scorer may read it, and what is in the folder was scored by the old one."""
     folder = tmp_path / "s"
