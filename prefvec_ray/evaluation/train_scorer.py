@@ -26,7 +26,7 @@ from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.classifiers import SCORER_FILE, ClassifierScorer, ScorerFile, model_digest
 from prefvec_ray.evaluation.held_out import HeldOut, held_out_report
-from prefvec_ray.evaluation.scorers import run_scorer
+from prefvec_ray.evaluation.scorers import Scorer, run_scorer
 from prefvec_ray.preferences import data_digest, load_preferences, read_template, split_by_prompt
 from prefvec_ray.preferences.splits import text_key
 
@@ -278,13 +278,17 @@ def _balanced(pairs: Dataset, seed: int) -> Dataset:
     return pairs.select(sorted(kept))
 
 
-def _measure(scorer: ClassifierScorer, metric: str, test: Dataset, longer_wins: bool) -> HeldOut:
+def _measure(scorer: Scorer, metric: str, test: Dataset, longer_wins: bool) -> HeldOut:
     prompts = list(test["prompt"])
+
+    def rewards(side: str) -> list[float | None]:
+        """An answer of several turns: all but the last are part of what was asked."""
+        answers = list(test[side])
+        asked = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+        return run_scorer(scorer, asked, [answer[-1]["content"] for answer in answers])[metric]
+
     try:
-        chosen, rejected = (
-            run_scorer(scorer, prompts, [_text(answer) for answer in test[side]])[metric]
-            for side in ("chosen", "rejected")
-        )
+        chosen, rejected = rewards("chosen"), rewards("rejected")
     except ValueError as error:
         raise JobError(f"the trained model gives no rewards that could be used: {error}") from error
     margins = [float(c) - float(r) for c, r in zip(chosen, rejected, strict=True)]  # type: ignore[arg-type]
@@ -293,11 +297,12 @@ def _measure(scorer: ClassifierScorer, metric: str, test: Dataset, longer_wins: 
 
 
 def _lengths(pairs: Dataset) -> list[tuple[int, int]]:
-    return [(len(_text(c)), len(_text(r))) for c, r in zip(pairs["chosen"], pairs["rejected"], strict=True)]
+    """Characters of each pair's answers, all their turns together."""
 
+    def length(answer: list[dict[str, str]]) -> int:
+        return sum(len(turn["content"]) for turn in answer)
 
-def _text(answer: list[dict[str, str]]) -> str:
-    return answer[-1]["content"]
+    return [(length(c), length(r)) for c, r in zip(pairs["chosen"], pairs["rejected"], strict=True)]
 
 
 def _context(base: Path, tokenizer: PreTrainedTokenizerBase) -> int:

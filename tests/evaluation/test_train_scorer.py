@@ -5,13 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefvec_ray.cli import main
 from prefvec_ray.errors import InputError
+from prefvec_ray.evaluation import Metric, scorer
 from prefvec_ray.evaluation.classifiers import ClassifierScorer, model_digest
 from prefvec_ray.evaluation.held_out import held_out_report
-from prefvec_ray.evaluation.train_scorer import ScorerTrainingConfig, train_scorer
+from prefvec_ray.evaluation.train_scorer import ScorerTrainingConfig, _measure, train_scorer
 
 THINGS = ["tea", "soup", "milk", "rice", "eggs", "water", "beans", "pasta"]
 WAYS = ["How do I boil {}?", "Can you boil {}?", "Tell me how to heat {}.", "What heats {}?", "I want {}.", "Some {}?"]
@@ -26,6 +28,23 @@ def base(tmp_path_factory, tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_answers_of_several_turns_are_measured_whole():
+    """The scorer counts the turns that it is shown."""
+
+    @scorer(turns=Metric(direction="maximize", low=0))
+    def turns(prompts, responses):
+        return {"turns": [float(len(prompt)) for prompt in prompts]}
+
+    def said(*texts):
+        return [{"role": "assistant", "content": text} for text in texts]
+
+    asked = [{"role": "user", "content": "How?"}]
+    test = Dataset.from_list([{"prompt": asked, "chosen": said("so", "and", "so"), "rejected": said("so and so")}] * 3)
+    found = _measure(turns, "turns", test, longer_wins=True)
+    assert found.accuracy.mean == 1.0
+    assert found.longer.mean == 0.0, "seven characters against nine"
 
 
 @pytest.fixture
