@@ -101,6 +101,10 @@ class Encoder:
     """Texts as token ids of one length: (N, L) ids, mask and types."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
+        if tokenizer.pad_token is None:
+            raise InputError(
+                "the tokenizer has no padding token: give an encoder, such as BERT, with its own tokenizer"
+            )
         self.tokenizer, self.max_length = tokenizer, max_length
 
     def __call__(self, rows: Sequence[tuple[str, ...]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,12 +218,15 @@ def audit_scorer(
     largest class: a scorer that does worse under attack is not robust, however honest its figure.
 
     Raises:
-        InputError: not a classifier folder; a label that it does not know; no epsilon; as `check_data`.
+        InputError: not a classifier folder; one that reads other texts (answers alone, or chats); a label that it does
+            not know; no epsilon; as `check_data`.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = classifier_folder(folder)
     stated = json.loads((folder / SCORER_FILE).read_text()) if (folder / SCORER_FILE).is_file() else {}
+    if stated.get("encoding", texts.encoding) != texts.encoding:
+        raise InputError(f"{folder} reads texts as {stated['encoding']!r}, these are of kind {texts.encoding!r}")
     epsilon = epsilon if epsilon is not None else stated.get("recipe", {}).get("epsilon")
     if epsilon is None:
         raise InputError(f"{folder} does not say which epsilon it was trained with; give one, in {SPACE}")

@@ -144,6 +144,16 @@ def test_a_decoder_is_refused_and_an_encoder_with_text_types_taken(folder, tmp_p
     assert audit_scorer(tmp_path / "b", held, ladder=LADDER).epsilon == RECIPE.epsilon
 
 
+def test_an_audit_attacks_what_the_scorer_reads(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    about = json.loads((copy / "scorer.json").read_text())
+    (copy / "scorer.json").write_text(json.dumps(about | {"encoding": "chat"}))
+    with pytest.raises(InputError, match="reads texts as 'chat', these are of kind 'pair'"):
+        audit_scorer(copy, load_texts("micro")[1].sample(40), ladder=LADDER)
+
+
 def test_weights_that_change_make_the_card_stale(card, folder, tmp_path):
     import shutil
 
