@@ -1,6 +1,5 @@
 """Search prompts and report prompts share nothing: what was tuned on must not be reported on."""
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,9 @@ from prefvec_ray.evaluation.text_prompts import prompt_text
 def normalised(prompt: Any) -> str:
     """The prompt's words: Unicode NFKC, case folded, punctuation and runs of white space as one space. Two prompts
     that ask the same in the same words are equal."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", prompt_text(prompt)).casefold()))
+    text = unicodedata.normalize("NFKC", prompt_text(prompt)).casefold()
+    words = "".join(" " if unicodedata.category(c)[0] in "PZC" else c for c in text).split()
+    return " ".join(words or text.split())
 
 
 def check_disjoint(search: Sequence[Any], report: Sequence[Any]) -> None:

@@ -28,3 +28,9 @@ def test_the_tiny_worlds_own_prompts_share_nothing():
     check_disjoint(world.prompts("search"), world.prompts("report"))
     with pytest.raises(InputError, match="search prompts too"):
         check_disjoint(world.prompts("report"), world.prompts("report"))
+
+
+def test_what_differs_in_vowel_signs_or_symbols_is_not_shared():
+    check_disjoint(["की?", "🍵", "2 + 2", "?!"], ["का?", "🍲", "2 - 2", "..."])
+    with pytest.raises(InputError, match="3 of the report prompts are search prompts too"):
+        check_disjoint(["की?", "🍵!", "2 + 2"], ["की", "🍵", "2 +  2?"])
