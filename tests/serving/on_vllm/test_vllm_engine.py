@@ -1,0 +1,264 @@
+"""The engine on vLLM, against models merged for one request alone, and against the slot engine."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from prefvec_ray.errors import InputError
+from prefvec_ray.serving.engine import EngineError, PromptTooLongError, Request
+from prefvec_ray.serving.holders import Steered
+from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
+
+BLOCK = 128
+"""tokens of a block of vLLM's cache on CPUs"""
+BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 32 * 4
+"""layers, keys and values, heads, numbers of a head, bytes of a number"""
+
+
+def ask(prompt: tuple[int, ...], helpful: float = 0.0, harmless: float = 0.0, **settings: Any) -> Request:
+    settings = {"max_new_tokens": 24, "temperature": 0.0} | settings
+    return Request(prompt, (("harmless", harmless), ("helpful", helpful)), **settings)
+
+
+def some_prompt(seed: int, length: int) -> tuple[int, ...]:
+    draw = random.Random(seed)
+    return tuple(draw.randrange(5, 300) for _ in range(length))
+
+
+def tokens(pieces: list[Any]) -> list[int]:
+    return [token for piece in pieces for token in piece.tokens]
+
+
+def shared_prompts(settings: int) -> list[Request]:
+    """Prompts longer than a block that begin alike, each at a setting of its own, all at once."""
+    common = some_prompt(0, BLOCK + 40)
+    return [
+        ask(common + some_prompt(i, i % 5), 2 * i / settings - 1, 1 - 2 * (i * 7 % settings) / settings)
+        for i in range(settings)
+    ]
+
+
+def check(requests: list[Request], outputs: list[list[Any]], alone: Any) -> None:
+    for request, pieces in zip(requests, outputs, strict=True):
+        truth = alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+        assert tokens(pieces) == truth, request.coefficients
+        assert pieces[-1].finish_reason == ("length" if len(truth) == request.max_new_tokens else "stop")
+
+
+def test_64_settings_in_one_engine_each_get_what_their_own_merged_model_gives(engine, run, merged_alone):
+    requests = shared_prompts(64)
+    first, again = run(engine, requests), run(engine, requests)  # the second time from the prefix cache
+    check(requests, first, merged_alone)
+    check(requests, again, merged_alone)
+    assert len({tuple(tokens(pieces)) for pieces in first}) > 32, "the settings must make a difference"
+
+
+def test_the_same_where_the_cache_holds_few_of_them(make_engine, run, merged_alone):
+    """Blocks are evicted and requests preempted, computed again and read from the cache, under 64 settings."""
+    engine = make_engine("steered", vllm={"kv_cache_memory_bytes": 10 * BLOCK_BYTES})
+    requests = [ask(r.prompt, **dict(r.coefficients), max_new_tokens=100) for r in shared_prompts(64)]
+    check(requests, run(engine, requests), merged_alone)
+    engine.close()
+
+
+def test_requests_of_few_settings_share_turns(make_engine, run, merged_alone):
+    engine = make_engine("merged", switch_share=0.01)
+    requests = [ask(some_prompt(i, 9 + i), i % 3 - 1.0, max_new_tokens=12) for i in range(30)]
+    check(requests, run(engine, requests), merged_alone)
+    assert engine.status().merges <= 4
+    engine.close()
+
+
+def test_the_base_comes_back(engine, run, merged_alone):
+    requests = [ask(some_prompt(3, 20)), ask(some_prompt(3, 20), 1.0, 1.0), ask(some_prompt(3, 20))]
+    for request in requests:
+        check([request], run(engine, [request]), merged_alone)
+
+
+def test_text_log_probabilities_and_stop_strings_are_the_slot_engines(engine, run, base_folder, tokenizer, vectors):
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    asked = ask(some_prompt(5, 30), 0.4, -0.6, logprobs=3, max_new_tokens=40)
+    with Steering(model, vectors) as steering:
+        slots = SlotEngine(Steered(steering), tokenizer).start()
+        (expected,) = run(slots, [asked])
+        (got,) = run(engine, [asked])
+        text = "".join(piece.text for piece in expected)
+        assert "".join(piece.text for piece in got) == text
+        theirs = [entry for piece in expected for entry in piece.logprobs]
+        ours = [entry for piece in got for entry in piece.logprobs]
+        assert [e.chosen.text for e in ours] == [e.chosen.text for e in theirs]
+        assert [e.offset for e in ours] == [e.offset for e in theirs]
+        for mine, other in zip(ours, theirs, strict=True):
+            assert [e.logprob for e in mine.top] == pytest.approx([e.logprob for e in other.top], abs=1e-3)
+        stop = text[len(text) // 2 :][:3]
+        stopped = ask(asked.prompt, 0.4, -0.6, stop=(stop,), max_new_tokens=40)
+        (expected,), (got,) = run(slots, [stopped]), run(engine, [stopped])
+        assert "".join(p.text for p in got) == "".join(p.text for p in expected) == text[: text.find(stop)]
+        assert got[-1].finish_reason == "stop"
+        slots.close()
+
+
+def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):
+    seeded = ask(some_prompt(6, 15), 0.5, temperature=1.0, seed="7", max_new_tokens=30)
+    others = [ask(some_prompt(i, 15), 0.5, temperature=1.0, seed=str(i), max_new_tokens=30) for i in range(8)]
+    (alone,), beside = run(engine, [seeded]), run(engine, [*others, seeded])
+    assert tokens(beside[-1]) == tokens(alone)
+    assert len({tuple(tokens(pieces)) for pieces in beside}) == 9
+
+
+def test_bad_requests_are_refused(engine):
+    with pytest.raises(InputError, match="no tokens"):
+        engine.check(ask(()))
+    with pytest.raises(InputError, match="outside the model's vocabulary"):
+        engine.check(ask((10**6,)))
+    with pytest.raises(PromptTooLongError, match="model's context of 512"):
+        engine.check(ask(some_prompt(1, 500)))
+
+
+def test_coefficients_that_overflow_are_told_and_the_others_go_on(engine, run, merged_alone):
+    async def both() -> list[Any]:
+        async def one(request: Request) -> list[Any]:
+            return [piece async for piece in engine.stream(request)]
+
+        fine = ask(some_prompt(8, 12), 0.3)
+        return await asyncio.gather(one(ask((5, 6), 1e38, 1e38)), one(fine), return_exceptions=True)
+
+    wrong, right = asyncio.run(both())
+    assert isinstance(wrong, InputError)
+    assert "NaN or infinity" in str(wrong)
+    check([ask(some_prompt(8, 12), 0.3)], [right], merged_alone)
+
+
+def test_who_leaves_frees_the_place(engine):
+    before = engine.status()
+
+    async def leave() -> None:
+        stream = engine.stream(ask(some_prompt(9, 20), 0.9, max_new_tokens=400))
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    deadline = time.monotonic() + 20
+    while engine.status().running and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert engine.status().running == 0
+    assert engine.status().cancelled + engine.status().finished > before.cancelled + before.finished
+
+
+@pytest.mark.parametrize("mode", ["steered", "merged"])
+def test_vectors_change_under_running_requests(mode, make_engine, run, base_folder, vectors, merged_alone):
+    """A request keeps the vectors it began with; those of the new generation come from the next one."""
+    named = {f"{name} 1": vector for name, vector in vectors.items()}
+    turned = {f"{name} 2": _times(vector, -1.0) for name, vector in vectors.items()}
+    engine = make_engine(mode, named)
+
+    def of(generation: int, prompt: tuple[int, ...], length: int) -> Request:
+        etas = ((f"harmless {generation}", 0.5), (f"helpful {generation}", 0.8))
+        return Request(prompt, etas, max_new_tokens=length, temperature=0.0)
+
+    async def everything() -> tuple[list[Any], list[Any]]:
+        long = engine.stream(of(1, some_prompt(2, 30), 300))
+        began = [await anext(long)]
+        await asyncio.wrap_future(engine.change(named | turned))
+        new = [piece async for piece in engine.stream(of(2, some_prompt(2, 30), 30))]
+        return began + [piece async for piece in long], new
+
+    old, new = asyncio.run(everything())
+    assert tokens(old) == merged_alone(some_prompt(2, 30), {"harmless": 0.5, "helpful": 0.8}, 300)
+    assert tokens(new) == merged_alone(some_prompt(2, 30), {"harmless": -0.5, "helpful": -0.8}, 30)
+    other = vectors["helpful"].replace(base_fingerprint="blake3:" + "0" * 64)
+    with pytest.raises(InputError, match="base"):
+        engine.change({"helpful 3": other}).result()
+    check_again = run(engine, [of(2, some_prompt(2, 30), 30)])  # nothing has changed
+    assert tokens(check_again[0]) == tokens(new)
+    engine.close()
+    with pytest.raises(EngineError):
+        engine.check_alive()
+
+
+def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, base_folder, vectors):
+    model = LlamaForCausalLM.from_pretrained(base_folder)
+    info = vectors["helpful"].info
+    draw = torch.Generator().manual_seed(3)
+    norms = {
+        name: Full(torch.randn(weight.shape, generator=draw) * 0.3)
+        for name, weight in model.named_parameters()
+        if name.endswith("norm.weight")
+    }
+    assert len(norms) == 5
+    both = {"norms": PreferenceVector(info, {**vectors["helpful"].entries, **norms}), "harmless": vectors["harmless"]}
+    engine = make_engine("steered", both)
+    live = LiveModel(model.eval(), both)
+    for eta in (0.7, -1.0):
+        request = Request(some_prompt(4, 40), (("harmless", 0.5), ("norms", eta)), max_new_tokens=24, temperature=0.0)
+        live.set_coefficients(dict(request.coefficients))
+        ids = torch.tensor([request.prompt])
+        with torch.inference_mode():
+            whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert tokens(run(engine, [request])[0]) == whole[0, 40:].tolist()
+    tokens_table = LowRank(torch.randn(2, 64), torch.randn(model.config.vocab_size, 2))
+    embedding = PreferenceVector(info, {"model.embed_tokens.weight": tokens_table})
+    with pytest.raises(InputError, match=r"embed_tokens.weight', which cannot be steered in vLLM.*mode: merged"):
+        engine.change({"embedding": embedding}).result()
+    engine.close()
+
+
+def test_tensor_parallel_ranks_steer_their_own_parts(make_engine, run, merged_alone):
+    engine = make_engine("steered", vllm={"tensor_parallel_size": 2, "distributed_executor_backend": "mp"})
+    requests = shared_prompts(12)
+    check(requests, run(engine, requests), merged_alone)
+    engine.close()
+
+
+def test_options_that_vllm_does_not_have_are_named(make_engine):
+    with pytest.raises(InputError, match=r"engine\.vllm: warp_speed: no option"):
+        make_engine("steered", vllm={"warp_speed": 9})
+    with pytest.raises(InputError, match=r"engine\.vllm: enforce_eager: .* decided by the other settings"):
+        make_engine("steered", vllm={"enforce_eager": False})
+
+
+def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine):
+    engine = make_engine("steered")
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
+    )
+    newest = max(int(pid) for pid in children.stdout.split() if _is_core(int(pid)))
+
+    async def killed() -> None:
+        stream = engine.stream(ask(some_prompt(9, 20), 0.9, max_new_tokens=400))
+        await anext(stream)
+        os.kill(newest, signal.SIGKILL)
+        async for _ in stream:
+            pass
+
+    engine.check_alive()
+    with pytest.raises(EngineError, match="vLLM failed"):
+        asyncio.run(killed())
+    deadline = time.monotonic() + 20
+    with pytest.raises(EngineError):  # noqa: PT012 - it takes a moment until vLLM has seen it
+        while time.monotonic() < deadline:
+            engine.check_alive()
+            time.sleep(0.1)
+    engine.close()
+
+
+def _is_core(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/comm") as file:  # noqa: PTH123
+            return "Engine" in file.read()
+    except FileNotFoundError:
+        return False
+
+
+def _times(vector: PreferenceVector, by: float) -> PreferenceVector:
+    entries = {n: LowRank(e.A_RI * by, e.B_OR) for n, e in vector.entries.items()}  # type: ignore[union-attr]
+    return vector.replace(entries)
