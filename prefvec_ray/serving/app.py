@@ -271,6 +271,7 @@ class Front:
                     if deaths > MOST_DEATHS:
                         raise
                     replay.again()
+                    job = replace(job, heard=replay.heard(len(job.prompts) * job.n))
                     items = self._replicas.options(stream=True).stream.remote(job)
                     continue
                 if item is None:

@@ -36,6 +36,9 @@ class Request:
     """texts that end the answer; they are not part of it"""
     logprobs: int | None = None
     """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
+    begins: tuple[int, ...] = ()
+    """the answer's first tokens, where its caller has heard them already from a replica that died: within rounding
+    distance they need not be what this engine would choose. One that does not heed them may say something else"""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class Job:
     """longest prompt that its caller may send; None: what the context has room for"""
     lineup: LineupId = ("", 0)
     """whose vectors the coefficients are of"""
+    heard: tuple[tuple[int, ...], ...] = ()
+    """the tokens of each answer that its caller has heard already; empty: none of any"""
     logprobs: int | None = None
     """how many of each position's likeliest tokens to tell, with log-probabilities; None: none, nor the chosen one's"""
 

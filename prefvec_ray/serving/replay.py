@@ -1,5 +1,6 @@
 """A stream whose replica died goes on: another replica answers the same job from its start, and what the caller has
-heard already is left out. Answers depend on their request alone, so both say the same; not always in equal pieces."""
+heard already is left out. It is told those tokens, so that it begins with them also where a choice within rounding
+distance would fall otherwise; after them answers depend on their request alone. Not always in equal pieces."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -36,9 +37,12 @@ class Replay:
     def again(self) -> None:
         self._runs = defaultdict(_Said)
 
+    def heard(self, answers: int) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each of so many answers, for the next run to begin with."""
+        return tuple(tuple(self._told[index].tokens) for index in range(answers))
+
     def fresh(self, events: Sequence[Event]) -> list[Event]:
-        """Raises EngineError where this run says something else than the one before: a draw or a greedy choice within
-        rounding distance, which another batch may turn."""
+        """Raises EngineError where this run says something else than the one before."""
         new = []
         for index, piece in events:
             told = self._told[index]

@@ -187,7 +187,7 @@ class Replica:
 
     def _requests(self, job: Job) -> list[Request]:
         """The job's requests, prompt by prompt; all are checked before any of them starts."""
-        requests = []
+        requests: list[Request] = []
         for prompt in job.prompts:
             ids = self._tokens(prompt)
             if job.max_prompt_tokens is not None and len(ids) > job.max_prompt_tokens:
@@ -207,7 +207,8 @@ class Replica:
             self.engine.check(first)
             for choice in range(job.n):
                 seed = secrets.token_hex(8) if job.seed is None else str(job.seed)
-                requests.append(replace(first, seed=f"{seed}/{choice}"))
+                begins = job.heard[len(requests)] if job.heard else ()
+                requests.append(replace(first, seed=f"{seed}/{choice}", begins=begins))
         return requests
 
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:

@@ -273,6 +273,10 @@ class SlotEngine:
         if not all(sound):
             logits_RV = torch.nan_to_num(logits_RV)
         chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
+        chosen = [
+            t.request.begins[t.answer.produced] if t.answer.produced < len(t.request.begins) else token
+            for t, token in zip(tickets, chosen, strict=True)
+        ]
         likely = self._likely(tickets, logits_RV, chosen)
         said = [
             ticket.answer.push(token, told) if fine else InputError(OVERFLOW)

@@ -12,6 +12,7 @@ def test_a_second_run_goes_on_where_the_first_was_cut():
     replay = Replay()
     assert replay.fresh(FIRST) == FIRST
     replay.again()
+    assert replay.heard(3) == ((1, 2, 3), (7,), ())
     rest = [(1, Piece("y", (8,), "stop")), (0, Piece("d", (4,), "length"))]
     assert replay.fresh([FIRST[0], FIRST[2], FIRST[1], *rest]) == rest
 

@@ -107,6 +107,18 @@ def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):
     assert tokens(other) != tokens(alone[0])
 
 
+def test_an_answer_goes_on_from_what_was_heard_of_it(make_engine, merged_alone):
+    prompt, heard = random_prompt(5, 20), random_prompt(6, 5)
+    engine = make_engine(max_batch=4)
+    greedy, other = run(engine, [ask(prompt, 0.5, begins=heard, logprobs=0), ask(prompt, 0.5)])
+    assert tokens(greedy) == [*heard, *merged_alone([*prompt, *heard], {"helpful": 0.5}, 19)]
+    assert tokens(other) == merged_alone(prompt, {"helpful": 0.5}, 24)
+    assert next(said.chosen.logprob for piece in greedy for said in piece.logprobs) < -1, "not what the model would say"
+    (whole,) = run(engine, [ask(prompt, temperature=1.0, seed="7")])
+    (again,) = run(engine, [ask(prompt, temperature=1.0, seed="7", begins=tuple(tokens(whole)[:9]))])
+    assert tokens(again) == tokens(whole), "what is drawn after it is what would have been"
+
+
 def test_pieces_join_to_the_decoded_answer(make_engine, tokenizer):
     request = ask(tuple(tokenizer("the quick brown").input_ids), 1.0, temperature=1.0, max_new_tokens=80)
     (pieces,) = run(make_engine(), [request])
