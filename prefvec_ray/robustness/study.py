@@ -7,7 +7,6 @@ same command goes on from them.
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import Field
 from prefvec_ray.cluster import reason
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
+from prefvec_ray.lines import LineWriter, whole_lines
 from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
 from prefvec_ray.robustness.images import Network
 from prefvec_ray.robustness.train import Method, Moment, Recipe, Remedy
@@ -193,8 +193,7 @@ _MAY_CHANGE = ("grids", "resources")
 
 
 class Study:
-    """The finished runs of one study in a folder: `study.json` says what it is, `runs.jsonl` holds a line a run; a
-    torn last line is cut off.
+    """The finished runs of one study in a folder: `study.json` says what it is, `runs.jsonl` holds a line a run.
 
     A study may grow: grids with more cells or seeds keep what is finished. Runs that its grids no longer ask for stay
     in the file, and out of `runs`.
@@ -223,20 +222,9 @@ class Study:
         partial.write_text(config.model_dump_json(indent=2))
         partial.replace(described)
         self.path = self.folder / "runs.jsonl"
-        self.path.touch()
-        whole = self.path.read_bytes()
-        lines = whole[: whole.rfind(b"\n") + 1]
-        os.truncate(self.path, len(lines))
         asked = set(config.runs())
-        found = (Run.model_validate_json(line) for line in lines.splitlines())
+        found = (Run.model_validate_json(line) for line in whole_lines(self.path))
         self.runs = [run for run in found if (run.cell, run.seed) in asked]
-
-    def add(self, run: Run) -> None:
-        with self.path.open("a") as file:
-            file.write(run.model_dump_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.runs.append(run)
 
     @property
     def missing(self) -> list[tuple[Cell, int]]:
@@ -249,6 +237,9 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
     on disk at once.
 
     Returns the runs that failed, name to reason. They are not written: the same call tries them again.
+
+    Raises:
+        JobError: another process is at it.
     """
     import ray
 
@@ -259,18 +250,21 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
     waiting, failed = study.missing[::-1], dict[str, str]()
     under_way: dict[Any, str] = {}
     total, config = len(study.config.runs()), ray.put(study.config)
-    while waiting or under_way:
-        while waiting and len(under_way) < workers:
-            cell, seed = waiting.pop()
-            under_way[task.remote(config, cell, seed)] = f"{cell.name}, seed {seed}"
-        ready, _ = ray.wait(list(under_way), num_returns=1)
-        name = under_way.pop(ready[0])
-        try:
-            study.add(ray.get(ready[0]))
-        except ray.exceptions.RayError as error:
-            failed[name] = reason(error)
-        if progress:
-            progress(len(study.runs), total)
+    with LineWriter(study.path, f"another command is running the study in {study.folder}; wait for it") as lines:
+        while waiting or under_way:
+            while waiting and len(under_way) < workers:
+                cell, seed = waiting.pop()
+                under_way[task.remote(config, cell, seed)] = f"{cell.name}, seed {seed}"
+            ready, _ = ray.wait(list(under_way), num_returns=1)
+            name = under_way.pop(ready[0])
+            try:
+                run: Run = ray.get(ready[0])
+                lines.add(run.model_dump_json())
+                study.runs.append(run)
+            except ray.exceptions.RayError as error:
+                failed[name] = reason(error)
+            if progress:
+                progress(len(study.runs), total)
     return failed
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.lines import LineWriter
 from prefvec_ray.robustness import Ladder, Remedy
 from prefvec_ray.robustness.report import BEGIN, END, control_of, study_markdown, write_study
 from prefvec_ray.robustness.study import PRESETS, Grid, Study, StudyConfig, by_cell, run_study
@@ -68,6 +69,13 @@ def test_another_study_in_the_folder_is_refused(study, tmp_path):
         Study(study.folder, CONFIG.model_copy(update={"epochs": 3}))
     with pytest.raises(InputError, match="holds no study"):
         Study(tmp_path)
+
+
+def test_one_command_at_a_time_runs_a_study(study):
+    busy = "another command is running the study"
+    with LineWriter(study.path, "two"), pytest.raises(JobError, match=busy):
+        run_study(Study(study.folder))
+    assert run_study(Study(study.folder)) == {}, "nothing is missing, and nobody is at it"
 
 
 def test_a_study_may_grow_and_shrink(study, tmp_path):
