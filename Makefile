@@ -77,8 +77,8 @@ bench-data: env ## Reading and checking a million preference pairs
 bench-search: env ## The search against a full grid and random search, and what a trial costs beside its answers
 	$(BIN)/python benchmarks/bench_search.py
 
-bench-serve: env ## The endpoint: steered and merged against plain, serial and PEFT; routing; time to first token
-	$(BIN)/python benchmarks/bench_serve.py --size 10M --rounds 3
+bench-serve: env env-vllm ## The endpoint: steered and merged against plain, serial, PEFT and vLLM's LoRA; routing; time to first token
+	$(BIN)/python benchmarks/bench_serve.py --size 30M --rounds 3
 
 load-serve: env ## Ten minutes of mixed traffic while replicas are killed and a preset is moved
 	$(BIN)/python benchmarks/load_serve.py

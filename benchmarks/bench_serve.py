@@ -1,9 +1,10 @@
 """Serving, measured: the engine at 48 settings against itself without any, the usual ways, and the first word.
 
-    python benchmarks/bench_serve.py --size 10M --rounds 3
+    python benchmarks/bench_serve.py --size 30M --rounds 3
 
 Engine figures are those of bench_engine.py (CPU seconds of one thread), with PEFT's `adapter_names` added: one batch of
-the same 48 requests, padded, every setting as a LoRA adapter of its own. Routing: changes of weights a request when
+the same 48 requests, padded, every setting as a LoRA adapter of its own. `vllm` has what bench_vllm.py measures of the
+other engine. Routing: changes of weights a request when
 merged engines stand side by side, by `routing.preferred` against the less loaded of two by chance. `ttft_ms` comes over
 HTTP through OpenAI's client, `--callers` streams at once, each at a setting of its own. The last line is one JSON
 object.
@@ -91,6 +92,16 @@ def peft_tokens_per_s(size: str) -> float:
             adapter_names=[f"a{number}" for number in range(len(asked))],
         )
     return sum(request.max_new_tokens for request in asked) / (time.process_time() - start)
+
+
+def on_vllm(size: str, rounds: int) -> dict[str, Any]:
+    """bench_vllm.py in its own environment; where that is missing, what to do about it."""
+    python = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    if not python.exists():
+        return {"missing": "make env-vllm makes the environment that vLLM needs"}
+    command = [python, Path(__file__).with_name("bench_vllm.py"), "--size", size, "--rounds", str(rounds)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 Choose = Callable[[Hashable, Mapping[str, int]], str]
@@ -217,7 +228,7 @@ _QUIET: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNUL
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="10M", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--size", default="30M", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--callers", type=int, default=16)
     given = parser.parse_args()
@@ -225,6 +236,7 @@ def main() -> None:
     engine = measure(given.size, given.rounds, "cpu")
     speed = engine["tokens_per_s"]
     peft = statistics.median(peft_tokens_per_s(given.size) for _ in range(given.rounds))
+    vllm = on_vllm(given.size, given.rounds)
     routes = routing()
     ray.init(address="local", num_cpus=4, namespace="prefvec", log_to_driver=False)
     served = {mode: endpoint(given.size, mode, given.callers, 4) for mode in ("steered", "merged")}
@@ -241,8 +253,8 @@ def main() -> None:
                 "ttft_ms": {mode: [found["ttft_ms_p50"], found["ttft_ms_p99"]] for mode, found in served.items()},
                 "vs_peft_adapter_names": round(speed["steered_48_settings"] / peft, 2),
                 "vs_serial": round(speed["steered_48_settings"] / speed["serial_48_settings"], 2),
-                "vs_vllm_lora_slots": None,
-                "vs_vllm_lora_slots_reason": "no vLLM here: it needs other versions of torch and transformers",
+                "vs_vllm_lora_slots": vllm.get("vs_vllm_lora_slots"),
+                "vllm": vllm,
                 "replica_ready_s": {mode: found["replica_ready_s"] for mode, found in served.items()},
                 "merges_per_request": routes,
                 "steered_equal_to_serial": engine["steered_equal_to_serial"],

@@ -1,12 +1,13 @@
 """vLLM with every request at its own coefficients, against vLLM without any and against its LoRA slots.
 
-    .venv-vllm/bin/python benchmarks/bench_vllm.py --size 10M --rounds 3      (make env-vllm makes that environment)
+    .venv-vllm/bin/python benchmarks/bench_vllm.py --size 30M --rounds 3      (make env-vllm makes that environment)
 
 The 48 requests of bench_engine.py, each at a setting of its own, greedy, fp32, one thread. `plain` is vLLM alone, eager
 as steering needs it; `plain_compiled` is vLLM as it comes. `lora_slots` is the way without steering: each setting an
-adapter of its own (the two vectors, scaled, in one of rank 32), 16 of them loaded at a time. Seconds are CPU seconds of
-vLLM's processes, the engine's share of this one included; every variant is started once and measured in rounds that
-take turns. The last line is one JSON object.
+adapter of its own (the two vectors, scaled, in one of rank 32), 16 of them loaded at a time. Every variant is started
+once and measured in rounds that take turns; medians of the rounds' ratios. Ratios are of wall-clock seconds, so the
+machine should be idle; `by_cpu` has them by the CPU seconds of the processes that compute. The last line is one JSON
+object.
 """
 
 import argparse
@@ -83,7 +84,8 @@ def adapters(base: Path, requests: list[dict[str, Any]]) -> list[Any]:
     return made
 
 
-def preference(base: Path, requests: list[dict[str, Any]], mode: str) -> Variant:
+def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: list[float]) -> Variant:
+    """`seconds` is told what the last change of the weights took, in merged mode."""
     from transformers import AutoTokenizer
 
     from prefvec_ray.serving.config import EngineConfig
@@ -110,18 +112,24 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str) -> Variant
 
         return await asyncio.gather(*(one(request) for request in made))
 
-    return lambda: dict(enumerate(asyncio.run(everything())))
+    def run() -> dict[int, list[int]]:
+        told = dict(enumerate(asyncio.run(everything())))
+        seconds.append(engine._turns.switch_seconds)
+        return told
+
+    return run
 
 
 OURS: dict[str, Any] = {"kv_cache_memory_bytes": 2**30, "max_model_len": 512}
 
 
 def cpu_seconds() -> float:
-    """Of this process and all that it has started."""
+    """Of this process and vLLM's workers. Its core is left out: it waits for them in a busy loop."""
     import psutil
 
     here = psutil.Process()
-    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    working = [p for p in here.children(recursive=True) if "EngineCore" not in p.name()]
+    times = [process.cpu_times() for process in (here, *working)]
     return sum(t.user + t.system for t in times)
 
 
@@ -133,12 +141,13 @@ def one(variant: str, base: Path, rounds: int) -> None:
     torch.set_num_threads(1)
     requests = asked(min(8000, AutoConfig.from_pretrained(base).vocab_size))
     eager = {"enforce_eager": True}
+    switches: list[float] = []
     make: dict[str, Callable[[], Variant]] = {
         "plain": lambda: plain(base, requests, **eager),
         "plain_compiled": lambda: plain(base, requests),
         "lora_slots": lambda: plain(base, requests, **eager, enable_lora=True, max_loras=SLOTS, max_lora_rank=2 * RANK),
-        "steered": lambda: preference(base, requests, "steered"),
-        "merged": lambda: preference(base, requests, "merged"),
+        "steered": lambda: preference(base, requests, "steered", switches),
+        "merged": lambda: preference(base, requests, "merged", switches),
     }
     run = make[variant]()
     run()  # warm
@@ -148,12 +157,15 @@ def one(variant: str, base: Path, rounds: int) -> None:
         told = run()
         spent, wall = cpu_seconds() - began, time.perf_counter() - wall
         count = sum(len(tokens) for tokens in told.values())
-        print(json.dumps({"cpu": spent, "wall": wall, "tokens": count, "answers": told}), flush=True)
+        print(
+            json.dumps({"cpu": spent, "wall": wall, "tokens": count, "answers": told, "switch": (switches or [0])[-1]}),
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="10M")
+    parser.add_argument("--size", default="30M")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--variants", default="plain,plain_compiled,steered,merged,lora_slots")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -182,28 +194,34 @@ def main() -> None:
                 started[variant].stdin.write("go\n")
                 started[variant].stdin.flush()
                 found.setdefault(variant, []).append(json.loads(_line(started[variant], "{")))
+                time.sleep(2)  # the core goes on looping for a second
         for process in started.values():
             process.stdin.close()
             process.wait(60)
-    speed = {name: statistics.median(r["tokens"] / r["cpu"] for r in rounds) for name, rounds in found.items()}
     told = {name: rounds[0]["answers"] for name, rounds in found.items()}
-    ratio = {
+    pairs = {
         "steered_throughput_vs_plain": ("steered", "plain"),
         "steered_throughput_vs_plain_compiled": ("steered", "plain_compiled"),
         "merged_throughput_vs_plain": ("merged", "plain"),
         "vs_vllm_lora_slots": ("steered", "lora_slots"),
     }
-    result: dict[str, Any] = {
-        key: round(speed[a] / speed[b], 3) for key, (a, b) in ratio.items() if a in speed and b in speed
-    }
+
+    def ratios(seconds: str) -> dict[str, float]:
+        return {
+            key: round(statistics.median(b[seconds] / a[seconds] for a, b in zip(found[x], found[y], strict=True)), 3)
+            for key, (x, y) in pairs.items()
+            if x in found and y in found
+        }
+
+    result: dict[str, Any] = ratios("wall") | {"by_cpu": ratios("cpu")}
     for name in ("merged", "lora_slots"):
         if name in told and "steered" in told:
             same = sum(told[name][number] == told["steered"][number] for number in told["steered"])
             result[f"{name}_equal_to_steered"] = f"{same}/{REQUESTS}"
-    result |= {"tokens_per_cpu_s": {name: round(value, 1) for name, value in speed.items()}}
-    result |= {
-        "tokens_per_s": {n: round(statistics.median(r["tokens"] / r["wall"] for r in f), 1) for n, f in found.items()}
-    }
+    if "merged" in found:
+        result["merged_switch_ms"] = round(1000 * statistics.median(r["switch"] for r in found["merged"]), 1)
+    for key, seconds in (("tokens_per_s", "wall"), ("tokens_per_cpu_s", "cpu")):
+        result[key] = {n: round(statistics.median(r["tokens"] / r[seconds] for r in f), 1) for n, f in found.items()}
     print(json.dumps(result | {"size": given.size, "rounds": given.rounds, "requests": REQUESTS}))
 
 

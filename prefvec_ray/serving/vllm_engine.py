@@ -137,6 +137,9 @@ class VllmEngine:
         return self._call(self._answer(request, emit))
 
     async def _answer(self, request: Request, emit: Emit) -> None:
+        if self._closed:
+            emit(EngineError("the engine was closed"))
+            return
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
@@ -235,9 +238,10 @@ class Turns:
     def __init__(self, switch: Callable[[Coefficients], Awaitable[None]], share: float):
         self._switch, self._share = switch, share
         self.switches = 0
+        self.switch_seconds = 0.0
+        """what the last one took"""
         self._current: Coefficients | None = None
         self._began = 0.0
-        self._seconds = 0.0
         self._inside = 0
         self._switching: asyncio.Task[None] | None = None
         self._waiting: deque[tuple[Coefficients, asyncio.Future[None]]] = deque()
@@ -265,7 +269,7 @@ class Turns:
     def _go_on(self) -> None:
         if self._switching or not self._waiting:
             return
-        late = (time.monotonic() - self._began) * self._share >= self._seconds
+        late = (time.monotonic() - self._began) * self._share >= self.switch_seconds
         others = any(wanted != self._current for wanted, _ in self._waiting)
         if not (late and others) or (self._inside == 0 and self._waiting[0][0] == self._current):
             self._admit()
@@ -290,7 +294,7 @@ class Turns:
             self._waiting = deque(waits for waits in self._waiting if not waits[1].done())
         else:
             self._current, self._began = wanted, time.monotonic()
-            self._seconds = self._began - began
+            self.switch_seconds = self._began - began
             self.switches += 1
             self._admit()
         finally:
