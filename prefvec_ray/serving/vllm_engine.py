@@ -62,8 +62,11 @@ class VllmEngine:
         self._numbers = itertools.count()
         self._turns = Turns(self._merge, config.switch_share)
         self._scratch = tempfile.TemporaryDirectory(prefix="prefvec-vllm-")
-        self._running = self._waiting = self._finished = self._cancelled = self._failed = self._tokens = 0
+        self._finished = self._cancelled = self._failed = self._tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        """one for every request"""
+        self._generating: set[asyncio.Task[None]] = set()
+        """those that have got a token from vLLM"""
         self._closed = False
         arguments = _arguments(base, config)
         self._loop = asyncio.new_event_loop()
@@ -92,8 +95,8 @@ class VllmEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            running=self._running,
-            waiting=self._waiting,
+            running=len(self._generating),
+            waiting=len(self._tasks - self._generating),
             finished=self._finished,
             cancelled=self._cancelled,
             failed=self._failed,
@@ -144,7 +147,6 @@ class VllmEngine:
         assert task is not None
         self._tasks.add(task)
         answer = Answer(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
-        self._waiting += 1
         try:
             async with contextlib.nullcontext() if self._steered else self._turns.of(request.coefficients):
                 said: Piece | Exception = await self._generate(answer, emit)
@@ -161,35 +163,46 @@ class VllmEngine:
             self._failed += 1
             said = EngineError(f"vLLM failed: {type(error).__name__}")
         finally:
-            if answer.produced:
-                self._running -= 1
-            else:
-                self._waiting -= 1
             self._tasks.discard(task)
+            self._generating.discard(task)
         emit(said)  # told last: who has its answer finds itself counted
 
     async def _generate(self, answer: Answer, emit: Emit) -> Piece:
         """Emits all pieces but the last, which it returns."""
         from vllm.inputs.engine import tokens_input
 
-        request = answer.request
-        prompt = tokens_input(list(request.prompt), cache_salt=salt(request.coefficients))
-        params = sampling(request, self._ends)
-        outputs = self._llm.generate(prompt, params, str(next(self._numbers)))
+        task, request = asyncio.current_task(), answer.request
+        assert task is not None
+
+        def tell(token: int, likely: tuple[Likely, ...] | None = None) -> Piece | None:
+            piece = answer.push(token, likely)
+            if piece and not piece.finish_reason:
+                emit(piece)
+            return piece if piece and piece.finish_reason else None
+
+        # Tokens that were heard already are part of vLLM's prompt, and told from there.
+        heard = request.begins
+        told_by_vllm = request.logprobs is not None and len(heard) < request.max_new_tokens
+        for token in () if told_by_vllm else heard:
+            if last := tell(token):
+                return last
+        prompt = tokens_input([*request.prompt, *heard], cache_salt=salt(request.coefficients))
+        outputs = self._llm.generate(prompt, sampling(request, self._ends), str(next(self._numbers)))
         async with contextlib.aclosing(outputs):
             async for output in outputs:
+                if answer.produced < len(heard):
+                    at = output.prompt_logprobs[len(request.prompt) :]
+                    for token, logprobs in zip(heard, at, strict=True):
+                        if last := tell(token, self._likely(request, token, logprobs)):
+                            return last
                 new = output.outputs[0]
                 for token, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
                     if math.isnan(logprobs[token].logprob):
                         raise InputError(OVERFLOW)
-                    if not answer.produced:
-                        self._waiting, self._running = self._waiting - 1, self._running + 1
+                    self._generating.add(task)
                     self._tokens += 1
-                    piece = answer.push(token, self._likely(request, token, logprobs))
-                    if piece and piece.finish_reason:
-                        return piece
-                    if piece:
-                        emit(piece)
+                    if last := tell(token, self._likely(request, token, logprobs)):
+                        return last
         raise EngineError("vLLM ended an answer early")
 
     def _likely(self, request: Request, token: int, logprobs: Mapping[int, Any]) -> tuple[Likely, ...] | None:
@@ -317,10 +330,11 @@ def sampling(request: Request, ends: frozenset[int]) -> Any:
         temperature=request.temperature,
         top_p=request.top_p,
         seed=int.from_bytes(hashlib.blake2b(request.seed.encode(), digest_size=8).digest()) >> 1,
-        max_tokens=request.max_new_tokens,
+        max_tokens=request.max_new_tokens - len(request.begins),
         stop_token_ids=sorted(ends),
         ignore_eos=True,
         logprobs=request.logprobs or 0,
+        prompt_logprobs=request.logprobs if request.begins else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args={ETAS: {name: eta for name, eta in request.coefficients if eta}},

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,6 +114,23 @@ def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):
     (alone,), beside = run(engine, [seeded]), run(engine, [*others, seeded])
     assert tokens(beside[-1]) == tokens(alone)
     assert len({tuple(tokens(pieces)) for pieces in beside}) == 9
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_an_answer_that_was_heard_in_part_goes_on_from_there(logprobs, engine, run):
+    whole = ask(some_prompt(7, 18), 0.6, -0.2, max_new_tokens=30, logprobs=logprobs)
+    ((*_, last),) = (expected,) = run(engine, [whole])
+    for heard in (1, 11, len(tokens(expected))):
+        begun = replace(whole, begins=tuple(tokens(expected)[:heard]))
+        (got,) = run(engine, [begun])
+        assert tokens(got) == tokens(expected)
+        assert "".join(p.text for p in got) == "".join(p.text for p in expected)
+        assert got[-1].finish_reason == last.finish_reason
+        if heard < len(tokens(expected)):
+            entries = [[e for p in pieces for e in p.logprobs] for pieces in (got, expected)]
+            assert [e.chosen.text for e in entries[0]] == [e.chosen.text for e in entries[1]]
+            chosen = [[e.chosen.logprob for e in side] for side in entries]
+            assert chosen[0] == pytest.approx(chosen[1], abs=1e-3)
 
 
 def test_bad_requests_are_refused(engine):
