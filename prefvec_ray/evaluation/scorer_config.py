@@ -178,7 +178,12 @@ def scorer_from_name(name: str) -> Scorer:
     """
     if not name.startswith(TINY_WORLD):
         return load_scorer(name)
+    return TinyWorldScorer(world_from_name(name, "tiny-world:tiny:0")[0])
+
+
+def world_from_name(name: str, example: str) -> tuple[TinyWorld, list[str]]:
+    """The world that `tiny-world:<preset>:<seed>` names, and the words after it, as many as in `example`."""
     _, *words = name.split(":")
-    if len(words) != 2 or not words[1].isdigit():
-        raise InputError(f"{name!r}: expected something like tiny-world:tiny:0")
-    return TinyWorldScorer(TinyWorld(words[0], int(words[1])))
+    if len(words) != example.count(":") or not words[1].isdigit():
+        raise InputError(f"{name!r}: expected something like {example}")
+    return TinyWorld(words[0], int(words[1])), words[2:]

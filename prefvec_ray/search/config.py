@@ -10,13 +10,11 @@ from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import load_prompts
 from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_pairs
-from prefvec_ray.evaluation.scorer_config import ScorerConfig, build_scorers
+from prefvec_ray.evaluation.scorer_config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
 from prefvec_ray.evaluation.training_run import TrainingRun
-from prefvec_ray.preferences import TinyWorld, load_preferences
+from prefvec_ray.preferences import load_preferences
 from prefvec_ray.registry import Registry
 from prefvec_ray.search.trial import Task
-
-TINY_WORLD = "tiny-world:"
 
 
 class MeasureConfig(Config):
@@ -157,14 +155,8 @@ class SearchConfig(MeasureConfig):
 
 
 def read_prompts(source: str) -> list[Any]:
+    """The prompts that `MeasureConfig.prompts` names."""
     if source.startswith(TINY_WORLD):
-        world, split = _tiny_world(source)
+        world, (split,) = world_from_name(source, "tiny-world:tiny:0:report")
         return list(world.prompts(split))  # type: ignore[arg-type]
     return list(load_prompts(source))
-
-
-def _tiny_world(source: str) -> tuple[TinyWorld, str]:
-    _, *words = source.split(":")
-    if len(words) != 3 or not words[1].isdigit():
-        raise InputError(f"{source!r}: expected something like tiny-world:tiny:0:report")
-    return TinyWorld(words[0], int(words[1])), words[-1]
