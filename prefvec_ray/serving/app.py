@@ -13,6 +13,7 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI
@@ -28,6 +29,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
+from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
@@ -335,6 +337,8 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     if not isinstance(args, ServingConfig):
         args = parse_config(dict(args), ServingConfig, source="args")
     config = args.absolute()
+    if config.engine.kind == "vllm" and find_spec("vllm") is None:
+        raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
     lineup = replace(line_up(config), deployment=uuid.uuid4().hex[:12])
     Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
     replica = serve.deployment(Replica, name=_replica_name(config, lineup)).options(**_scale(config))

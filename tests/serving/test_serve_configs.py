@@ -1,5 +1,6 @@
 """The shipped Serve configs are valid for Serve and for us, and `build_app` makes an application of them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def test_its_args_build_an_application(base_folder, registry_root):
     (application,) = yaml.safe_load(CONFIGS[0].read_text())["applications"]
     args = application["args"] | {"base": str(base_folder), "registry": registry_root, "vectors": None}
     assert isinstance(build_app(args), serve.Application)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_an_engine_that_is_not_installed_is_told_before_anything_is_deployed(base_folder, registry_root):
+    args = {"model": "tiny", "base": str(base_folder), "registry": registry_root, "engine": {"kind": "vllm"}}
+    with pytest.raises(InputError, match="vLLM is not installed here"):
+        build_app(args)
 
 
 def test_wrong_args_are_one_clear_line():
