@@ -8,6 +8,9 @@ from torch import Tensor
 
 from prefvec_ray.serving.engine import Request
 
+LOWEST = -9999.0
+"""stands for a log-probability of -inf, which JSON cannot say; OpenAI's API means it by this number"""
+
 
 def choose(logits_RV: Tensor, requests: Sequence[Request], draws: Sequence[random.Random]) -> list[int]:
     """One token for each row of logits: argmax at temperature 0, else sampled.
@@ -29,10 +32,10 @@ def choose(logits_RV: Tensor, requests: Sequence[Request], draws: Sequence[rando
 def logprobs(logits_RV: Tensor, chosen: Sequence[int], tops: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row: (token, log-probability) of the chosen token, then of the row's `tops` likeliest, best first.
 
-    Natural logarithms, of the model's own distribution: before temperature and top_p. -inf becomes -9999, which JSON
-    can say and OpenAI's API means by it.
+    Natural logarithms, of the model's own distribution: before temperature and top_p. None is below
+    LOWEST.
     """
-    logp_RV = torch.log_softmax(logits_RV.float(), -1).clamp_min(-9999.0)
+    logp_RV = torch.log_softmax(logits_RV.float(), -1).clamp_min(LOWEST)
     tokens_R1 = torch.tensor(chosen, device=logp_RV.device).unsqueeze(-1)
     best = logp_RV.topk(min(max(tops), logp_RV.shape[-1]), dim=-1)
     tokens_RK = torch.cat([tokens_R1, best.indices], -1).tolist()

@@ -31,20 +31,20 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.serving.answer import OVERFLOW, Answer, Emit, check_request, end_tokens, stream_of
 from prefvec_ray.serving.config import EngineConfig
 from prefvec_ray.serving.engine import Coefficients, EngineError, EngineStatus, Likely, Piece, Request
+from prefvec_ray.serving.sampling import LOWEST
 from prefvec_ray.serving.text import TextStream, TokenTexts
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
 WORKER = "prefvec_ray.serving.vllm_worker.PreferenceWorker"
 ETAS = "prefvec"
-LOWEST = -9999.0
+"""where a request's coefficients are in its `SamplingParams.extra_args`"""
 
 
 class VllmEngine:
-    """See `Engine`. `device` is vLLM's own choice: the GPUs that the process sees, else the CPU.
+    """See `Engine`. Which device is vLLM's own choice: the GPUs that the process sees, else the CPU.
 
-    options: more of vLLM's `AsyncEngineArgs`, by name.
-    Raises InputError for options that vLLM does not have or that are decided here, for vectors that cannot be steered,
-    and where vLLM is not installed.
+    Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors that
+    cannot be steered, and where vLLM is not installed.
     """
 
     def __init__(
@@ -67,6 +67,8 @@ class VllmEngine:
         """one for every request"""
         self._generating: set[asyncio.Task[None]] = set()
         """those that have got a token from vLLM"""
+        self._known: frozenset[str] = frozenset()
+        """names of the vectors that vLLM has"""
         self._closed = False
         arguments = _arguments(base, config)
         self._loop = asyncio.new_event_loop()
@@ -148,6 +150,8 @@ class VllmEngine:
         self._tasks.add(task)
         answer = Answer(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
         try:
+            if unknown := [name for name, _ in request.coefficients if name not in self._known]:
+                raise EngineError(f"no vector {unknown[0]!r} is known here")
             async with contextlib.nullcontext() if self._steered else self._turns.of(request.coefficients):
                 said: Piece | Exception = await self._generate(answer, emit)
             self._finished += 1
@@ -156,7 +160,7 @@ class VllmEngine:
             if self._closed:
                 emit(EngineError("the engine was closed"))
             raise
-        except InputError as error:
+        except (InputError, EngineError) as error:
             self._failed += 1
             said = error
         except Exception as error:
@@ -215,6 +219,7 @@ class VllmEngine:
         folders = {name: str(self._folder(vector)) for name, vector in vectors.items()}
         method = "prefvec_steer" if self._steered else "prefvec_hold"
         await self._ask(method, folders, self._fingerprint)
+        self._known = frozenset(vectors)
 
     def _folder(self, vector: PreferenceVector) -> Path:
         if vector.path is not None:
@@ -243,8 +248,9 @@ class VllmEngine:
 class Turns:
     """Who may generate while the weights hold one set of coefficients.
 
-    Requests of the setting in force run together. Once another has waited for so long that rewriting the weights costs
-    no more than `share` of the time, nobody joins any more, and when the last is done the oldest waiting setting comes.
+    Requests of the setting in force run together. Once its turn has lasted so long that rewriting the weights costs no
+    more than `share` of the time, and another waits, nobody joins any more; when the last is done the oldest waiting
+    setting comes.
     Unlike the slot engine's batches, answers that run are never paused.
     """
 

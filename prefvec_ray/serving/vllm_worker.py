@@ -25,13 +25,11 @@ from vllm.model_executor.layers.linear import (
 )
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.serving.vllm_engine import ETAS
 from prefvec_ray.vectors import LowRank, PreferenceVector, load_vector, merged_weights
 from prefvec_ray.vectors.entries import Entry
 from prefvec_ray.vectors.live import check_base
 from prefvec_ray.vectors.sites import Forward, Scales, Terms, twin
-
-ETAS = "prefvec"
-"""where a request's coefficients are in its `SamplingParams.extra_args`"""
 
 
 class PreferenceWorker:
@@ -65,9 +63,8 @@ class PreferenceWorker:
     def prefvec_merge(self, base: str, coefficients: Mapping[str, float]) -> str | None:
         """Rewrite the weights. The model may be in any state where this failed, until it succeeds again."""
         try:
-            used = {name: vector for name, vector in self._vectors.items() if coefficients.get(name)}
             dtype = self.model_runner.model_config.dtype
-            weights = merged_weights(base, used, {name: coefficients[name] for name in used}, dtype=dtype)
+            weights = merged_weights(base, self._vectors, coefficients, dtype=dtype)
             self.model_runner.reload_weights(weights_iterator=weights)
         except InputError as error:
             return str(error)

@@ -133,13 +133,15 @@ def test_an_answer_that_was_heard_in_part_goes_on_from_there(logprobs, engine, r
             assert chosen[0] == pytest.approx(chosen[1], abs=1e-3)
 
 
-def test_bad_requests_are_refused(engine):
+def test_bad_requests_are_refused(engine, run):
     with pytest.raises(InputError, match="no tokens"):
         engine.check(ask(()))
     with pytest.raises(InputError, match="outside the model's vocabulary"):
         engine.check(ask((10**6,)))
     with pytest.raises(PromptTooLongError, match="model's context of 512"):
         engine.check(ask(some_prompt(1, 500)))
+    with pytest.raises(EngineError, match="no vector 'kind' is known here"):
+        run(engine, [Request((5,), (("kind", 0.5),), max_new_tokens=1)])
 
 
 def test_coefficients_that_overflow_are_told_and_the_others_go_on(engine, run, merged_alone):
