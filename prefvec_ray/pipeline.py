@@ -127,12 +127,16 @@ def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, 
     """The tiny world's base model, in Hugging Face format under `base/`."""
     import ray
 
+    from prefvec_ray.scheduling import Waiting, check_room
     from prefvec_ray.training.progress import follow, job_board
 
     connect(console)
+    check_room("fine-tuning", [{"CPU": 1}])
     with job_board(folder / "base") as board:
         job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
-        return follow(job.future(), board, "base", "steps of fine-tuning", console)
+        return follow(
+            job.future(), board, "base", "steps of fine-tuning", console, Waiting(console, "fine-tuning", [{"CPU": 1}])
+        )
 
 
 def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
@@ -143,6 +147,7 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
     from prefvec_ray.training.base import sft
     from prefvec_ray.vectors import fingerprint
 
+    board.begin.remote("base")
     torch.set_num_threads(1)
     world = TinyWorld(preset, seed)
     tokenizer = build_tokenizer(world)

@@ -1,65 +1,167 @@
 """Many settings measured at once: a few actors, each with its own live model, share a list of settings."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util import ActorPool
+from rich.console import Console
 
 from prefvec_ray.cluster import reason
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import shares_batch
+from prefvec_ray.scheduling import Waiting, actor_options, bundle_of, check_room
 from prefvec_ray.search.trial import DEATHS, Task
+
+Setting = Mapping[str, float]
 
 
 class _Measurer:
     def __init__(self, task: Task) -> None:
-        self.evaluator = task.evaluator()
+        self.task = task
 
-    def measure(self, settings: Sequence[Mapping[str, float]]) -> list[str]:
+    def load(self) -> None:
+        """Apart from construction, so that what it raises arrives as it is."""
+        self.evaluator = self.task.evaluator()
+
+    def measure(self, settings: Sequence[Setting]) -> list[str]:
         return [evaluation.model_dump_json() for evaluation in self.evaluator.evaluate_many(settings)]
 
 
 def measure(
     task: Task,
-    settings: Sequence[Mapping[str, float]],
+    settings: Sequence[Setting],
     *,
     actors: int = 4,
     resources: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    console: Console | None = None,
 ) -> list[Evaluation]:
     """Evaluate every setting of `task.vectors`, in the order given, on up to `actors` processes of the
     cluster.
 
-    What a setting scores does not depend on which actor measures it, or after what. `resources` of one
-    actor, default one CPU. `progress(done, total)` is called after each setting. An actor that dies begins
-    anew with what it was measuring.
+    As many processes measure as the cluster has room for, and one is enough. More join while room comes free, and a
+    process that is lost is made anew where there is room. What a setting scores does not depend on which process
+    measures it, or after what. `resources` of one process, default one CPU. `progress(done, total)` is called after
+    each setting. Where there is no room, `console` says what is missing (default: standard output).
 
     Raises:
-        InputError: as `Evaluator` and its scorer.
-        JobError: the scorer raised something else, or an actor died again and again; says what.
+        InputError: as `Evaluator` and its scorer; a process that the cluster can never hold.
+        JobError: the scorer raised something else, or processes died again and again; says what.
     """
-    wanted = dict(resources or {"cpu": 1})
-    actor: Any = ray.remote(_Measurer)
-    options: dict[str, Any] = {"num_cpus": wanted.pop("cpu", 0), "num_gpus": wanted.pop("gpu", 0), "resources": wanted}
-    options |= {"max_restarts": DEATHS, "max_task_retries": DEATHS}
-    shared = ray.put(task)
-    pool = ActorPool([actor.options(**options).remote(shared) for _ in range(min(actors, len(settings)))])
+    bundle = bundle_of(resources)
+    check_room("a process that measures", [bundle])
     # Small settings go several at a time: they may share a batch (`Evaluator.evaluate_many`).
     small = shares_batch(len(task.prompts), task.draws, task.batch_size)
     size = max(1, min(8, len(settings) // (2 * actors))) if small else 1
-    parts = [list(settings[i : i + size]) for i in range(0, len(settings), size)]
-    results: list[Evaluation] = []
+    parts = [_Part(i, list(settings[i : i + size])) for i in range(0, len(settings), size)]
+    pool = _Pool(ray.put(task), bundle, parts, min(actors, len(parts)))
+    wait = Waiting(console or Console(highlight=False), "measuring", [bundle])
+    results: list[Evaluation | None] = [None] * len(settings)
+    done = 0
     try:
-        for texts in pool.map(lambda actor, part: actor.measure.remote(part), parts):
-            results += [Evaluation.model_validate_json(text) for text in texts]
-            if progress:
-                progress(len(results), len(settings))
+        while pool.unfinished:
+            for part, texts in pool.step():
+                for i, text in enumerate(texts, part.first):
+                    results[i] = Evaluation.model_validate_json(text)
+                done += len(texts)
+                if progress:
+                    progress(done, len(settings))
+            wait.poll(started=pool.working)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError | JobError):
             raise error.cause from error
         raise JobError(f"measuring failed: {reason(error)}") from error
     except ray.exceptions.RayError as error:
         raise JobError(f"measuring failed: {reason(error)}") from error
-    return results
+    finally:
+        pool.stop()
+    return [evaluation for evaluation in results if evaluation is not None]
+
+
+@dataclass
+class _Part:
+    """Settings that go to one process together; `first` is the place of the first of them."""
+
+    first: int
+    settings: list[Setting]
+    deaths: int = 0
+
+
+class _Pool:
+    """Actors that take parts from a queue once they are up; one without room stays out until there is some."""
+
+    def __init__(self, task: Any, bundle: Mapping[str, float], parts: Sequence[_Part], actors: int) -> None:
+        # An actor that dies is replaced here, not by Ray, whose restart would hold its part until there is room again.
+        self._make = lambda: ray.remote(_Measurer).options(**actor_options(bundle), max_restarts=0).remote(task)
+        self._queue = deque(parts)
+        self._starting: dict[Any, Any] = {}
+        self._busy: dict[Any, tuple[Any, _Part]] = {}
+        self._start_deaths = 0
+        for _ in range(actors):
+            self._start()
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._queue or self._busy)
+
+    @property
+    def working(self) -> bool:
+        return bool(self._busy)
+
+    def step(self) -> list[tuple[_Part, list[str]]]:
+        """Wait up to half a second; what has been measured since."""
+        found = []
+        ready, _ = ray.wait([*self._starting, *self._busy], timeout=0.5)
+        for reference in ready:
+            if reference in self._starting:
+                actor = self._starting.pop(reference)
+                self._ready(actor, reference)
+            else:
+                actor, part = self._busy.pop(reference)
+                texts = self._result(actor, part, reference)
+                if texts is not None:
+                    found.append((part, texts))
+        return found
+
+    def stop(self) -> None:
+        """End the actors; also those that never found room."""
+        for actor in [*self._starting.values(), *(actor for actor, _ in self._busy.values())]:
+            ray.kill(actor)
+
+    def _start(self) -> None:
+        actor = self._make()
+        self._starting[actor.load.remote()] = actor
+
+    def _ready(self, actor: Any, reference: Any) -> None:
+        try:
+            ray.get(reference)
+        except ray.exceptions.RayActorError:  # its process or node was lost
+            self._start_deaths += 1
+            if self._start_deaths > DEATHS:
+                raise
+            self._start()
+            return
+        self._give(actor)
+
+    def _give(self, actor: Any) -> None:
+        if self._queue:
+            part = self._queue.popleft()
+            self._busy[actor.measure.remote(part.settings)] = actor, part
+        else:
+            ray.kill(actor)
+
+    def _result(self, actor: Any, part: _Part, reference: Any) -> list[str] | None:
+        try:
+            texts: list[str] = ray.get(reference)
+        except ray.exceptions.RayActorError:
+            part.deaths += 1
+            if part.deaths > DEATHS:
+                raise
+            self._queue.appendleft(part)
+            self._start()
+            return None
+        self._give(actor)
+        return texts

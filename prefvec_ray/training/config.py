@@ -77,6 +77,12 @@ class Resources(Config):
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
 
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What each worker needs, by Ray's names."""
+        bundle = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker}
+        return [{name: amount for name, amount in bundle.items() if amount}] * self.workers
+
 
 class Method(Config):
     """How a run changes the model, as its workers are told."""

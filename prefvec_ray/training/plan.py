@@ -22,6 +22,7 @@ from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.errors import JobError
+from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import remove_checkpoints
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
@@ -101,8 +102,8 @@ def _run_waiting(
     waiting: list[RunSpec], resources: Resources, storage: Path, retries: int, board: Any, table: ProgressTable
 ) -> dict[str, str]:
     """Drive the runs until all have ended; the reasons of those that failed, by label."""
-    if not slots(resources):
-        _say_too_small(resources)
+    check_room("a run", resources.bundles)
+    wait_for_room = Waiting(table.console, "a run", resources.bundles)
     waiting = list(reversed(waiting))
     failures: dict[str, str] = {}
     running: dict[Future[Any], RunSpec] = {}
@@ -122,7 +123,9 @@ def _run_waiting(
             table.finish(spec.label, "failed" if error else "finished", failures.get(spec.label, ""))
             _ask_autoscaler(len(waiting) + len(running), resources)
         with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs go on without it
-            table.update(ray.get(board.read.remote()))
+            rows = ray.get(board.read.remote())
+            table.update(rows)
+            wait_for_room.poll(started=all(spec.label in rows for spec in running.values()))
     return failures
 
 
@@ -131,19 +134,7 @@ def _ask_autoscaler(runs: int, resources: Resources) -> None:
 
     The newest word of all jobs of a cluster counts. Where there is no autoscaler, nothing happens.
     """
-    bundle = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    wanted = {name: amount for name, amount in bundle.items() if amount}
-    request_resources(bundles=[wanted] * (runs * resources.workers))
-
-
-def _say_too_small(resources: Resources) -> None:
-    total = ray.cluster_resources()
-    needs = f"{resources.workers} x {resources.cpus_per_worker:g} CPUs"
-    has = f"{total.get('CPU', 0):g} CPUs"
-    if resources.gpus_per_worker:
-        needs += f" and {resources.gpus_per_worker:g} GPUs"
-        has += f" and {total.get('GPU', 0):g} GPUs"
-    print(f"   a run takes {needs}, the cluster has {has}: waiting for it to grow (Ctrl-C ends the job)", flush=True)
+    request_resources(bundles=resources.bundles * runs)
 
 
 def start_run(
@@ -164,9 +155,6 @@ def start_run(
     Raises:
         RunsFailedError: from `result()`: the run failed for good; the message is the reason alone.
     """
-    per_worker = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
 
     def trainer() -> TorchTrainer:
         return TorchTrainer(
@@ -176,7 +164,7 @@ def start_run(
             scaling_config=ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=per_worker,
+                resources_per_worker=dict(resources.bundles[0]),
             ),
             run_config=RunConfig(name=name, storage_path=str(storage)),
         )
@@ -249,6 +237,7 @@ def _dpo_worker(config: dict[str, Any]) -> None:
     if is_finished(spec):  # its process was lost after its result was whole
         return
     board = config["board"]
+    board.begin.remote(spec.label)
     with tempfile.TemporaryDirectory() as work_dir:
         run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)
 

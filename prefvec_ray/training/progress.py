@@ -20,6 +20,7 @@ from rich.table import Table
 
 from prefvec_ray.cluster import NAMESPACE, progress_bar
 from prefvec_ray.errors import JobError
+from prefvec_ray.scheduling import Waiting
 
 COLUMNS = ("run", "state", "step", "loss", "margin", "acc", "held out", "KL", "Δ chosen", "|grad|", "tok/s", "left")
 NARROW = ("run", "state", "step", "loss", "held out", "left")
@@ -35,6 +36,10 @@ class Board:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
+
+    def begin(self, key: str) -> None:
+        """A process of the run is up: it no longer waits for room."""
+        self.rows.setdefault(key, {})
 
     def update(self, key: str, values: dict[str, Any]) -> None:
         row = self.rows.setdefault(key, {})
@@ -86,15 +91,20 @@ def job_board(folder: Path, *, patience: float = 30) -> Iterator[Any]:
         ray.kill(board)
 
 
-def follow(work: Future[T], board: Any, key: str, what: str, console: Console) -> T:
-    """The result of `work`; until it is there, a bar of `what` follows the steps of row `key` on the board."""
-    told = 0
-    with progress_bar(console, what) as tell:
+def follow(work: Future[T], board: Any, key: str, what: str, console: Console, waiting: Waiting | None = None) -> T:
+    """The result of `work`; until it is there, a bar of `what` follows the steps of row `key` on the board.
+
+    Until the row is there the work has not begun, and `waiting` reports what it waits for.
+    """
+    shown = 0
+    with progress_bar(console, what) as show:
         while not wait([work], timeout=0.5).done:
             with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the work goes on without it
                 row = ray.get(board.read.remote()).get(key)
-                if row and row["step"] != told:
-                    tell(told := row["step"], row["total"])
+                if waiting is not None:
+                    waiting.poll(started=row is not None)
+                if row and row.get("step", shown) != shown:
+                    show(shown := row["step"], row["total"])
     return work.result()
 
 

@@ -13,10 +13,13 @@ from typing import Any
 
 from blake3 import blake3
 from datasets import load_from_disk
+from rich.console import Console
 
+from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, TrainingConfig
 from prefvec_ray.training.dpo import load_tokenizer
 from prefvec_ray.training.plan import RunsFailedError, slots, start_run, worker_setup
+from prefvec_ray.training.progress import follow, job_board
 from prefvec_ray.vectors import fingerprint
 
 PARTS = {"train": "pairs", "test": "test_pairs"}
@@ -24,15 +27,23 @@ PAIRS_PER_WORKER = 4096
 """Below that another worker costs more to start than it saves."""
 
 
-def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def compute_references(
+    config: TrainingConfig, prepared: dict[str, dict[str, Any]], board: Any = None
+) -> dict[str, dict[str, Any]]:
     """Reference log-probs of every split and of a few answers of the base itself, in one Ray Train run.
 
     A large data set is scored by as many workers as the cluster has free for it.
+
+    Args:
+        board: of `job_board`; one for this pass alone is made where it is left out.
 
     Returns:
         By preference: {"train": folder, "test": folder, "answers": folder, "digest"} of the tokenized pairs with
         reference columns; no "answers" where the config wants none.
     """
+    if board is None:
+        with job_board(config.folder) as board:
+            return compute_references(config, prepared, board)
     base = fingerprint(config.base)
     tokenizer = load_tokenizer(working_base(config))
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -59,16 +70,20 @@ def compute_references(config: TrainingConfig, prepared: dict[str, dict[str, Any
     missing = [task for task in wanted if not Path(task["target"]).is_dir()]
     if missing:
         method = config.run_method.model_dump()
-        job = {"base": str(working_base(config)), "dpo": config.dpo, "method": method, "tasks": missing}
-        print(f"   reference log-probs of {len(missing)} sets of pairs, once for all runs", flush=True)
+        job = {"base": str(working_base(config)), "dpo": config.dpo, "method": method, "tasks": missing, "board": board}
         times = max(
             1, min(slots(config.resources, free=True), sum(task["pairs"] for task in missing) // PAIRS_PER_WORKER)
         )
         resources = config.resources.model_copy(update={"workers": config.resources.workers * times})
+        check_room("the pass over the reference model", resources.bundles)
         name = f"reference-{key_of(*(task['target'] for task in missing))}"
         try:
             storage = config.folder / "ray"
-            start_run(_reference_worker, job, name, resources, storage, retries=config.retries).result()
+            run = start_run(_reference_worker, job, name, resources, storage, retries=config.retries)
+            console = Console(highlight=False)
+            room = Waiting(console, "the pass over the reference model", resources.bundles)
+            what = "sets of pairs with reference log-probs, once for all runs"
+            follow(run, board, "reference", what, console, room)
         except RunsFailedError as error:
             raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
     return references
@@ -84,7 +99,9 @@ def _reference_worker(config: dict[str, Any]) -> None:
     worker_setup()
     method = Method.model_validate(config["method"])
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for task in config["tasks"]:
+    if rank == 0:
+        config["board"].begin.remote("reference")
+    for number, task in enumerate(config["tasks"], 1):
         started = time.perf_counter()
         target = Path(task["target"])
         if target.is_dir():  # an earlier attempt got as far as this
@@ -113,6 +130,7 @@ def _reference_worker(config: dict[str, Any]) -> None:
                 with (target.parent / "passes.jsonl").open("a") as file:
                     file.write(json.dumps({**done, "seconds": round(time.perf_counter() - started, 2)}) + "\n")
                 partial.rename(target)
+                config["board"].update.remote("reference", {"step": number, "total": len(config["tasks"])})
             if dist.is_initialized():
                 dist.barrier()
             if "samples" in task and rank == 0:

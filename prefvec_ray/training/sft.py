@@ -18,6 +18,7 @@ from rich.console import Console
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences.sources import read_rows
+from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, SftStage, TrainingConfig
 from prefvec_ray.training.plan import RunsFailedError, start_run, worker_setup
 from prefvec_ray.training.progress import follow
@@ -61,9 +62,12 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
             "board": board,
         }
         storage = config.folder / "ray"
+        check_room("fine-tuning", config.resources.bundles)
         run = start_run(_sft_worker, job, f"sft-{key}", config.resources, storage, retries=config.retries)
         try:
-            follow(run, board, "sft", f"steps of fine-tuning on {examples} examples", Console())
+            console = Console()
+            room = Waiting(console, "fine-tuning", config.resources.bundles)
+            follow(run, board, "sft", f"steps of fine-tuning on {examples} examples", console, room)
         except RunsFailedError as error:
             raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {error}") from error
     return config.model_copy(update={"base": out, "chat_template": None, "sft": None})
@@ -138,6 +142,7 @@ def _tokenizer_files(base: Path) -> list[str]:
 def _sft_worker(job: dict[str, Any]) -> None:
     worker_setup()
     board = job.pop("board")
+    board.begin.remote("sft")
     with tempfile.TemporaryDirectory() as work_dir:
         run_sft(job, lambda values: board.update.remote("sft", values), work_dir)
 

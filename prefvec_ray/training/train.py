@@ -46,7 +46,7 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
     prepared = prepare_data(config) if prepared is None else prepared
     with job_board(config.folder) as board, told_when_full(config.folder):
         config = fine_tuned(config, board)
-        references = compute_references(config, prepared)
+        references = compute_references(config, prepared, board)
         left_out = {
             name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
             for name, data in prepared.items()
