@@ -24,10 +24,14 @@ def check_visible(*paths: str | Path) -> None:
 
 
 def this_node() -> str:
-    """Host name and address of this machine: `gpu-2 (10.0.0.2)`; in a pod the host name is the pod's name."""
+    """Host name and address of this machine: `gpu-2 (10.0.0.2)`; the name alone where it has no network.
+
+    In a pod the host name is the pod's name.
+    """
     name = os.uname().nodename
-    try:
-        address = socket.gethostbyname(name)
-    except OSError:  # the name is in no hosts file and no DNS
-        return name
-    return f"{name} ({address})"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address reserved for documentation: UDP sends nothing to connect
+        except OSError:
+            return name
+        return f"{name} ({probe.getsockname()[0]})"

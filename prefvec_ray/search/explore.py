@@ -287,9 +287,9 @@ class Explorer:
             return
         result = self.result()
         before = sum(tried.complete for tried in self.tried[:-patience])
-        history = result.hypervolume_history
-        if not before:
+        if not before or not result.has_base:
             return
+        history = result.hypervolume_history
         gain = history[-1] - history[before - 1]
         table = Measured(self.goal, result.trials)
         error = table.gain_error(before, self.goal.reference(result.base)) if gain > 0 else 0.0

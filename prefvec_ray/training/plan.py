@@ -22,7 +22,8 @@ from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.errors import JobError
-from prefvec_ray.training.checkpoints import remove_checkpoints
+from prefvec_ray.paths import check_visible
+from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
 from prefvec_ray.training.progress import ProgressTable, job_board
@@ -113,7 +114,8 @@ def _run_waiting(
         while waiting and len(running) < max(1, slots(resources)):
             spec = waiting.pop()
             config = {"spec": spec.model_dump(), "board": board}
-            running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries)] = spec
+            lost = _reporter(spec, resources.workers, table)
+            running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost)] = spec
         for run in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
             spec, error = running.pop(run), run.exception()
             if error is not None:
@@ -154,12 +156,17 @@ def start_run(
     storage: Path,
     *,
     retries: int = 2,
+    lost: Callable[[str], None] | None = None,
 ) -> Future[Any]:
     """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
     It is started again up to `retries` times after a worker or its node died. An exception that the worker raised
     itself would only be raised again, so it ends the run at once. Ctrl-C works while one waits for the result: in the
     main thread Ray Train would take that signal over and never give it back, so a thread of its own controls the run.
+
+    Args:
+        lost: called in that thread when a worker was lost and the run is started again, with what was lost in a line;
+            it is printed where this is left out.
 
     Raises:
         RunsFailedError: from `result()`: the run failed for good; the message is the reason alone.
@@ -183,9 +190,12 @@ def start_run(
 
     run: Future[Any] = Future()
 
+    def said(what: str) -> None:
+        print(f"   {name}: {what}; it is started again and keeps what it has finished", flush=True)
+
     def control() -> None:
         try:
-            run.set_result(_fit(trainer, retries))
+            run.set_result(_fit(trainer, retries, lost or said))
         except BaseException as error:  # raised again where the result is asked for
             run.set_exception(error)
 
@@ -193,14 +203,26 @@ def start_run(
     return run
 
 
-def _fit(trainer: Callable[[], TorchTrainer], retries: int) -> Any:
-    """What a run returned, begun anew where a process of it was lost."""
+def _reporter(spec: RunSpec, workers: int, table: ProgressTable) -> Callable[[str], None]:
+    """Says in a line of `table` which run lost a worker, and which step it continues from."""
+
+    def report(what: str) -> None:
+        found = newest_checkpoint(checkpoint_folder(spec.out), workers)
+        where = f"it continues from step {found[1]}" if found else "it starts over: it has no checkpoint yet"
+        table.say(f"{spec.label}: {what}; {where}")
+
+    return report
+
+
+def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[str], None]) -> Any:
+    """What a run returned, started again where a process of it was lost; `lost` hears of it each time."""
     for attempt in range(retries + 1):
         try:
             return trainer().fit().return_value
         except (TrainingFailedError, *LOST) as error:  # the second kind: the run's controller itself was lost
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error
+            lost(_what_was_lost(error))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -210,42 +232,65 @@ def _worker_died(error: Exception) -> bool:
     Where one worker of several dies, the others may be the first to notice, as a connection that was closed; and where
     one of them stops the run for a reason, the others notice that in the same way.
     """
-    if OWN in failure_reason(error, full=True):
+    failures, causes = _failures(error)
+    if any(_is_own(failure) for failure in failures if failure is not None):
         return False
-    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
-    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
     if isinstance(error, PreemptionError) or any(isinstance(cause, LOST) for cause in causes):
         return True
     return any(sign in str(failure) for failure in failures for sign in COLLATERAL)
 
 
-def failure_reason(error: Exception, *, full: bool = False) -> str:
-    """The last line of a worker's traceback: the exception itself, without the stacks around it.
+def _failures(error: Exception) -> tuple[list[Any], list[Any]]:
+    """The error and those of its controller and workers; and what caused each of them."""
+    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
+    return failures, [getattr(failure, "health_check_failure", failure) for failure in failures]
+
+
+def _what_was_lost(error: Exception) -> str:
+    """`a worker was lost (node 10.0.0.2)`, with the nodes that Ray names."""
+    texts = [str(cause) for cause in _failures(error)[1] if isinstance(cause, LOST)]
+    nodes = dict.fromkeys(address for text in texts for address in re.findall(r"\bip: ([\w.:-]+)", text, re.IGNORECASE))
+    return "a worker was lost" + (f" (node {', '.join(nodes)})" if nodes else "")
+
+
+def failure_reason(error: Exception) -> str:
+    """In a line, what the failing worker raised.
 
     Of several workers the one that raised an error of ours knows the reason; the others only lost their connection.
-
-    Args:
-        full: with the exception's module before its name.
     """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    reasons = [_line(failure) for failure in failures or [error]]
-    reason = next((line for line in reasons if line.startswith(OWN)), reasons[0])
-    return reason if full else re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+    failures = failures or [error]
+    reason = _line(next(filter(_is_own, failures), failures[0]))
+    return re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+
+
+def _lines(error: Exception) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
+def _is_own(failure: Exception) -> bool:
+    """Whether our code raised it: Ray Train hands over what a worker raised itself, its controller a traceback."""
+    return type(failure).__module__.startswith(OWN) or _lines(failure)[-1].startswith(OWN)
 
 
 def _line(failure: Exception) -> str:
-    """What a traceback ends with; of a process that was lost what Ray says first, before pages of advice."""
+    """What a worker raised, or a traceback ends with; of a lost process what Ray says first, before pages of advice."""
     cause = getattr(failure, "health_check_failure", failure)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(failure).__name__]
-    return f"a process was lost: {lines[0]}" if isinstance(cause, LOST) else lines[-1]
+    lines = _lines(cause)
+    if isinstance(cause, LOST):
+        return f"a process was lost: {lines[0]}"
+    if lines[0].startswith("Traceback"):
+        return lines[-1]
+    return lines[0] if _is_own(cause) else f"{type(cause).__name__}: {lines[0]}"
 
 
 def _dpo_worker(config: dict[str, Any]) -> None:
     """Body of a Ray Train worker; what it imports is heavy, and only workers need it."""
     from prefvec_ray.training.dpo import run_dpo
 
-    worker_setup()
     spec = RunSpec.model_validate(config["spec"])
+    check_visible(spec.base, *spec.train, *spec.test.values(), *spec.answers)
+    worker_setup()
     if is_finished(spec):  # its process was lost after its result was whole
         return
     board = config["board"]

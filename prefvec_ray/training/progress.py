@@ -133,7 +133,7 @@ class ProgressTable:
         else:
             self.console.print(self._table())
         for name, reason in self.reasons.items():
-            self._say(f"{name} {self.states[name]}: {reason}")
+            self.say(f"{name} {self.states[name]}: {reason}")
 
     def update(self, rows: dict[str, dict[str, Any]]) -> None:
         self.rows = rows
@@ -147,11 +147,11 @@ class ProgressTable:
             measured = max((point["step"] for point in row.get("held_out", {}).values()), default=-1)
             if measured > self.measured.get(name, -1):
                 self.measured[name] = measured
-                self._say(f"{name}: {self._details(name)}")
+                self.say(f"{name}: {self._details(name)}")
         if time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + self.interval
             self.interval = min(2 * self.interval, LONGEST_SILENCE)
-            self._say(self._summary())
+            self.say(self._summary())
 
     def finish(self, name: str, state: str, reason: str = "") -> None:
         """A run has ended; `reason`: why, where it failed."""
@@ -161,9 +161,10 @@ class ProgressTable:
         if self.live:
             self.live.update(self._table())
         elif reason:
-            self._say(f"{name} {state}: {reason}")
+            self.say(f"{name} {state}: {reason}")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line: above the table on a terminal."""
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _cells(self, name: str) -> list[str]:

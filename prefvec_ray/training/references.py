@@ -14,6 +14,7 @@ from typing import Any
 from blake3 import blake3
 from datasets import load_from_disk
 
+from prefvec_ray.paths import check_visible
 from prefvec_ray.training.config import Method, TrainingConfig
 from prefvec_ray.training.dpo import load_tokenizer
 from prefvec_ray.training.plan import RunsFailedError, slots, start_run, worker_setup
@@ -81,6 +82,8 @@ def _reference_worker(config: dict[str, Any]) -> None:
     from prefvec_ray.training.answers import base_answers
     from prefvec_ray.training.dpo import dpo_config, reference_logps
 
+    sources = [task["source"] for task in config["tasks"] if "samples" not in task]
+    check_visible(config["base"], *sources)
     worker_setup()
     method = Method.model_validate(config["method"])
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -17,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.paths import check_visible
 from prefvec_ray.preferences.sources import read_rows
 from prefvec_ray.training.config import Method, SftStage, TrainingConfig
 from prefvec_ray.training.plan import RunsFailedError, start_run, worker_setup
@@ -136,6 +137,7 @@ def _tokenizer_files(base: Path) -> list[str]:
 
 
 def _sft_worker(job: dict[str, Any]) -> None:
+    check_visible(job["base"], job["data"])
     worker_setup()
     board = job.pop("board")
     with tempfile.TemporaryDirectory() as work_dir:

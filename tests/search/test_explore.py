@@ -111,7 +111,7 @@ def test_a_dropped_setting_is_beaten_beyond_error_and_the_base_never_is(world, m
 def test_it_stops_when_the_front_has_stopped_moving(world):
     explorer = Explorer(GOAL, Plan(BOUNDS, trials=200, patience=10, sampler="tpe"), RUNGS)
     climb(explorer, world)
-    assert 20 <= len(explorer.tried) < 80
+    assert 20 <= len(explorer.tried) < 200
     assert "the front has stopped moving: the last 10 settings added" in explorer.ended
     again = Explorer(GOAL, explorer.plan, RUNGS, known=explorer.tried, end=explorer.final())
     assert again.result() == explorer.result(), "a finished search is still finished when it is opened again"
@@ -136,6 +136,17 @@ def still(measured) -> Explorer:
     assert not finish(proposals[6], 0.95)
     explorer.fail(proposals[7].number, proposals[7].coefficients, "TimeoutError: the judge sleeps")
     return explorer
+
+
+def test_a_front_is_not_judged_before_the_base_is_measured(measured):
+    """The base may be the slowest of those in flight: its process died, or its node is busy."""
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=2, sampler="random"), (8,))
+    base, *others = (explorer.propose() for _ in range(6))
+    for proposal in (*others, base):
+        assert not explorer.ended
+        evaluation = measured(proposal.coefficients, help=[0.5] * 8, harm=[0.5] * 8, valid=[1.0] * 8)
+        assert explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
+    assert "added nothing" in explorer.ended
 
 
 def test_what_was_in_flight_when_the_front_stood_still_does_not_count(still):

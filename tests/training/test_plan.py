@@ -5,6 +5,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from prefvec_ray.errors import JobError
 from prefvec_ray.training import Resources, Watch
 from prefvec_ray.training.plan import _worker_died, failure_reason
 from prefvec_ray.training.train import plan_runs
@@ -27,6 +28,10 @@ BUG = "Traceback:\n  ...\nKeyError: 'chosen'"
         ([RuntimeError(CLOSED)], True, ""),
         ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "RunStoppedError: loss is nan at step 3"),
         ([RuntimeError(BUG)], False, "KeyError: 'chosen'"),
+        ([KeyError("chosen")], False, "KeyError: 'chosen'"),
+        ([OSError("no such file\nadvice")], False, "OSError: no such file"),
+        ([RuntimeError(CLOSED), JobError("node b does not see /x")], False, "node b does not see /x"),
+        ([JobError("helpful+: Broken pipe")], False, "helpful+: Broken pipe"),
     ],
 )
 def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(failures, lost, reason):
