@@ -114,7 +114,7 @@ def _run_waiting(
         while waiting and len(running) < max(1, slots(resources)):
             spec = waiting.pop()
             config = {"spec": spec.model_dump(), "board": board}
-            lost = _reporter(spec, resources.workers, table)
+            lost = _reporter(spec, resources.workers, board, table)
             running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost)] = spec
         for run in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
             spec, error = running.pop(run), run.exception()
@@ -156,7 +156,7 @@ def start_run(
     storage: Path,
     *,
     retries: int = 2,
-    lost: Callable[[str], None] | None = None,
+    lost: Callable[[list[int]], None] | None = None,
 ) -> Future[Any]:
     """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
@@ -165,8 +165,8 @@ def start_run(
     main thread Ray Train would take that signal over and never give it back, so a thread of its own controls the run.
 
     Args:
-        lost: called in that thread when a worker was lost and the run is started again, with what was lost in a line;
-            it is printed where this is left out.
+        lost: called in that thread when a worker was lost, before the run is started again, with the ranks that Ray
+            knows to be lost; a line is printed where this is left out.
 
     Raises:
         RunsFailedError: from `result()`: the run failed for good; the message is the reason alone.
@@ -190,12 +190,12 @@ def start_run(
 
     run: Future[Any] = Future()
 
-    def said(what: str) -> None:
-        print(f"   {name}: {what}; it is started again and keeps what it has finished", flush=True)
+    def say(ranks: list[int]) -> None:
+        print(f"   {name}: a worker was lost; it is started again and keeps what it has finished", flush=True)
 
     def control() -> None:
         try:
-            run.set_result(_fit(trainer, retries, lost or said))
+            run.set_result(_fit(trainer, retries, lost or say))
         except BaseException as error:  # raised again where the result is asked for
             run.set_exception(error)
 
@@ -203,18 +203,23 @@ def start_run(
     return run
 
 
-def _reporter(spec: RunSpec, workers: int, table: ProgressTable) -> Callable[[str], None]:
-    """Says in a line of `table` which run lost a worker, and which step it continues from."""
+def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[list[int]], None]:
+    """Says in a line of `table` which run lost a worker, on which node, and which step it continues from."""
 
-    def report(what: str) -> None:
+    def report(ranks: list[int]) -> None:
+        places: dict[int, str] = {}
+        with suppress(ray.exceptions.RayError):  # the board was lost with that node: which one is not known then
+            places = ray.get(board.places.remote(spec.label), timeout=10)
+        nodes = sorted({places[rank] for rank in ranks if rank in places})
+        where = f" (node {', '.join(nodes)})" if nodes else ""
         found = newest_checkpoint(checkpoint_folder(spec.out), workers)
-        where = f"it continues from step {found[1]}" if found else "it starts over: it has no checkpoint yet"
-        table.say(f"{spec.label}: {what}; {where}")
+        then = f"it continues from step {found[1]}" if found else "it starts over: it has no checkpoint yet"
+        table.say(f"{spec.label}: a worker was lost{where}; {then}")
 
     return report
 
 
-def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[str], None]) -> Any:
+def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[list[int]], None]) -> Any:
     """What a run returned, started again where a process of it was lost; `lost` hears of it each time."""
     for attempt in range(retries + 1):
         try:
@@ -222,7 +227,7 @@ def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[str]
         except (TrainingFailedError, *LOST) as error:  # the second kind: the run's controller itself was lost
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error
-            lost(_what_was_lost(error))
+            lost(_lost_ranks(error))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -232,25 +237,23 @@ def _worker_died(error: Exception) -> bool:
     Where one worker of several dies, the others may be the first to notice, as a connection that was closed; and where
     one of them stops the run for a reason, the others notice that in the same way.
     """
-    failures, causes = _failures(error)
+    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     if any(_is_own(failure) for failure in failures if failure is not None):
         return False
-    if isinstance(error, PreemptionError) or any(isinstance(cause, LOST) for cause in causes):
+    if isinstance(error, PreemptionError) or any(isinstance(_cause(f), LOST) for f in failures):
         return True
     return any(sign in str(failure) for failure in failures for sign in COLLATERAL)
 
 
-def _failures(error: Exception) -> tuple[list[Any], list[Any]]:
-    """The error and those of its controller and workers; and what caused each of them."""
-    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
-    return failures, [getattr(failure, "health_check_failure", failure) for failure in failures]
+def _cause(failure: Any) -> Any:
+    """What a failed health check found; any other failure itself."""
+    return getattr(failure, "health_check_failure", failure)
 
 
-def _what_was_lost(error: Exception) -> str:
-    """`a worker was lost (node 10.0.0.2)`, with the nodes that Ray names."""
-    texts = [str(cause) for cause in _failures(error)[1] if isinstance(cause, LOST)]
-    nodes = dict.fromkeys(address for text in texts for address in re.findall(r"\bip: ([\w.:-]+)", text, re.IGNORECASE))
-    return "a worker was lost" + (f" (node {', '.join(nodes)})" if nodes else "")
+def _lost_ranks(error: Exception) -> list[int]:
+    """The ranks whose process is gone, not those that only lost their connection to it."""
+    failures: dict[int, Any] = getattr(error, "worker_failures", {})
+    return [rank for rank, failure in failures.items() if isinstance(_cause(failure), LOST)]
 
 
 def failure_reason(error: Exception) -> str:
@@ -275,7 +278,7 @@ def _is_own(failure: Exception) -> bool:
 
 def _line(failure: Exception) -> str:
     """What a worker raised, or a traceback ends with; of a lost process what Ray says first, before pages of advice."""
-    cause = getattr(failure, "health_check_failure", failure)
+    cause = _cause(failure)
     lines = _lines(cause)
     if isinstance(cause, LOST):
         return f"a process was lost: {lines[0]}"
@@ -294,6 +297,7 @@ def _dpo_worker(config: dict[str, Any]) -> None:
     if is_finished(spec):  # its process was lost after its result was whole
         return
     board = config["board"]
+    board.place.remote(spec.label, ray.train.get_context().get_world_rank(), ray.util.get_node_ip_address())
     with tempfile.TemporaryDirectory() as work_dir:
         run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)
 

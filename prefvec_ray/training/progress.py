@@ -35,6 +35,15 @@ class Board:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
+        self.nodes: dict[str, dict[int, str]] = {}
+
+    def place(self, key: str, rank: int, node: str) -> None:
+        """A worker of run `key` says on which node it is."""
+        self.nodes.setdefault(key, {})[rank] = node
+
+    def places(self, key: str) -> dict[int, str]:
+        """Rank -> node of the workers of run `key`, as they said last."""
+        return self.nodes.get(key, {})
 
     def update(self, key: str, values: dict[str, Any]) -> None:
         row = self.rows.setdefault(key, {})

@@ -166,11 +166,8 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new
         cluster.remove_node(other, allow_graceful=False)
         assert driver.wait(timeout=240) == 0, log.read_text()
 
-    told = re.findall(
-        r"^helpful[+-] seed 0: a worker was lost \(node ([\d.]+)\); it continues from step (\d+)$",
-        log.read_text(),
-        re.M,
-    )
+    lost = r"helpful[+-] seed 0: a worker was lost \(node ([\d.]+)\); it continues from step (\d+)"
+    told = re.findall(f"^{lost}$", log.read_text(), re.MULTILINE)
     assert [node for node, step in told] == [other.node_ip_address]
     runs = json.loads((folder / "training.json").read_text())["runs"]
     assert [run["steps"] for run in runs] == [240, 240]
