@@ -15,7 +15,7 @@ from prefvec_ray.cluster import connect, progress_bar
 
 if TYPE_CHECKING:
     from prefvec_ray.preferences import DataCheck
-    from prefvec_ray.search import EvalConfig, Goal, Progress, SearchConfig, SearchResult, Task
+    from prefvec_ray.search import EvalConfig, Goal, SearchConfig, SearchResult, Task
     from prefvec_ray.training import TrainingConfig
 
 
@@ -168,6 +168,7 @@ def search(config: "SearchConfig", console: Console) -> None:
     from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
     from prefvec_ray.search.presets import publish_searched
+    from prefvec_ray.search.run import show_progress
 
     task = config.task()
     goal = Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits))
@@ -176,14 +177,7 @@ def search(config: "SearchConfig", console: Console) -> None:
     for line in card_warnings(safety_cards(task.load_scorer())):
         console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     connect(console)
-
     with progress_bar(console, "settings measured") as tell:
-
-        def show(now: "Progress") -> None:
-            if now.failure:
-                console.print(str(now.failure), style="red", markup=False, highlight=False, soft_wrap=True)
-            tell(now.done, now.trials)
-
         result = run_search(
             task,
             config.objectives,
@@ -201,7 +195,7 @@ def search(config: "SearchConfig", console: Console) -> None:
             actors=config.actors,
             seed=config.seed,
             resources=config.resources,
-            progress=show,
+            progress=show_progress(console, tell),
         )
     for line in result.notes():
         console.print(line, soft_wrap=True)

@@ -36,6 +36,8 @@ Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 GP_OBJECTIVES = 4
 AGAIN = 20
+ROUNDING = 1e-9
+"""A share of the hypervolume below which a gain is a processor's rounding."""
 MANY = 4
 """So many settings must have been tried before "most of them fail" is said."""
 
@@ -291,6 +293,8 @@ class Explorer:
             return
         history = result.hypervolume_history
         gain = history[-1] - history[before - 1]
+        if gain <= ROUNDING * history[-1]:
+            gain = 0.0
         table = Measured(self.goal, result.trials)
         error = table.gain_error(before, self.goal.reference(result.base)) if gain > 0 else 0.0
         if gain <= error:

@@ -25,6 +25,7 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from rich.console import Console
 
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
@@ -60,6 +61,21 @@ class Progress:
             f"{self.front} on the front, hypervolume {self.hypervolume:.4f}, {self.seconds:.0f} s"
             + (f"; {self.failure}" if self.failure else "")
         )
+
+
+def show_progress(console: Console, bar: Callable[[int, int], None]) -> Callable[[Progress], None]:
+    """What `search` is to call: a failing setting is printed at once, and only measured and dropped ones move the bar.
+
+    Args:
+        bar: called with (done, total), as `progress_bar` gives it.
+    """
+
+    def show(now: Progress) -> None:
+        if now.failure:
+            console.print(str(now.failure), style="red", markup=False, highlight=False, soft_wrap=True)
+        bar(now.done, now.trials)
+
+    return show
 
 
 def search(

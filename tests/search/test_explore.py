@@ -149,6 +149,19 @@ def test_a_front_is_not_judged_before_the_base_is_measured(measured):
     assert "added nothing" in explorer.ended
 
 
+def test_a_last_bit_is_no_gain(measured):
+    """Equal scores that were summed in another order, or on another processor, do not keep a search going."""
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=2, sampler="random"), (8,))
+    help = 0.7
+    for _ in range(4):
+        assert not explorer.ended
+        proposal = explorer.propose()
+        evaluation = measured(proposal.coefficients, help=[help] * 8, harm=[0.5] * 8, valid=[1.0] * 8)
+        explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
+        help = math.nextafter(help, 1)
+    assert explorer.ended == "the front has stopped moving: the last 2 settings added nothing to its hypervolume"
+
+
 def test_what_was_in_flight_when_the_front_stood_still_does_not_count(still):
     assert still.ended == "the front has stopped moving: the last 3 settings added nothing to its hypervolume"
     result = still.result()

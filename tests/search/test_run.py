@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -11,13 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import TextPrompt, scorer
 from prefvec_ray.search import Goal, Progress, Tried, measure, search
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.result import Ended, FailedTrial
-from prefvec_ray.search.run import _definition
+from prefvec_ray.search.run import _definition, show_progress
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 OBJECTIVES = ["length", "letters"]
@@ -116,6 +118,20 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
     assert "the last 3 settings added nothing" in more.stopped
     assert len(more.trials) == 6
     assert search(task, OBJECTIVES, tmp_path / "s", patience=3, **settings).trials == more.trials
+
+
+def test_a_failing_setting_is_shown_at_once_and_is_no_progress():
+    output, bar = io.StringIO(), []
+    show = show_progress(Console(file=output, width=60), lambda done, total: bar.append((done, total)))
+    failed = FailedTrial(
+        coefficients={"left": 1.0}, error="RuntimeError: the judge [out] is out for lunch and for long"
+    )
+    now = Progress(done=3, trials=7, dropped=0, failed=1, answers=9, front=1, hypervolume=0.1, seconds=2.0)
+    show(now)
+    assert output.getvalue() == ""
+    show(replace(now, failure=failed))
+    assert output.getvalue() == f"failed at {{'left': 1.0}}: {failed.error}\n"
+    assert bar == [(3, 7), (3, 7)]
 
 
 def test_a_journal_keeps_how_the_search_ended_unless_it_went_on(tmp_path, measured):
