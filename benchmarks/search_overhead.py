@@ -38,7 +38,7 @@ def overhead(task: Task, *, settings: int = 16, actors: int = 2) -> dict[str, An
 def _time(task: Task, folder: Path, settings: int, actors: int) -> dict[str, Any]:
     began = time.time()
     search(task, ["helpful", "harmless"], folder, trials=settings, actors=actors, patience=None)
-    tried = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    tried = [row for line in (folder / "trials.jsonl").read_text().splitlines() if "rungs" in (row := json.loads(line))]
     merge = _merge_seconds(task)
     spans: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in tried:

@@ -260,7 +260,7 @@ def _start(console: Console | None) -> Any:
 @contextmanager
 def _watched_start(console: Console | None) -> Iterator[None]:
     """Says after ten seconds that Ray is still starting, and gives up when none of its processes is left."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     over, given_up = threading.Event(), threading.Event()
     began = time.monotonic()

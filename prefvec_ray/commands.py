@@ -168,6 +168,7 @@ def search(config: "SearchConfig", console: Console) -> None:
     from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
     from prefvec_ray.search.presets import publish_searched
+    from prefvec_ray.search.run import show_progress
 
     task = config.task()
     goal = Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits))
@@ -176,7 +177,7 @@ def search(config: "SearchConfig", console: Console) -> None:
     for line in card_warnings(safety_cards(task.load_scorer())):
         console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     connect(console)
-    with progress_bar(console, "settings tried") as tell:
+    with progress_bar(console, "settings measured") as tell:
         result = run_search(
             task,
             config.objectives,
@@ -194,7 +195,7 @@ def search(config: "SearchConfig", console: Console) -> None:
             actors=config.actors,
             seed=config.seed,
             resources=config.resources,
-            progress=lambda now: tell(now.done + now.failed, now.trials),
+            progress=show_progress(console, tell),
         )
     for line in result.notes():
         console.print(line, soft_wrap=True)

@@ -240,13 +240,14 @@ def search(
     from prefvec_ray.search import search as run_search
     from prefvec_ray.search.confirmation import publish_presets, report_search, report_task
     from prefvec_ray.search.presets import default_rules
+    from prefvec_ray.search.run import show_progress
 
     connect(console)
     seed = config.dpo_seeds[0]
     vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
     task = measuring(world, "search", folder, vectors, draws=config.search_draws)
     unseen = report_task(task, world.prompts("report"), config.draws)
-    with progress_bar(console, "settings tried") as tell:
+    with progress_bar(console, "settings measured") as tell:
         result = run_search(
             task,
             PREFERENCES,
@@ -255,7 +256,7 @@ def search(
             trials=config.trials,
             actors=config.actors,
             seed=config.seed,
-            progress=lambda now: tell(now.done, now.trials),
+            progress=show_progress(console, tell),
         )
     # The control curves are those of the evaluation's grid, so no dial is measured by itself here.
     summary = report_search(result, unseen, default_rules(result.goal), control=0, actors=config.actors)

@@ -6,6 +6,7 @@ Tests that share what is dear stay together: those of one Ray cluster, those aro
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,6 +104,44 @@ def new_cluster() -> Callable[..., AbstractContextManager[Any]]:
             cluster.shutdown()
             if ray.is_initialized():  # its end also cuts this process's tie to the cluster that all tests share
                 internal_kv._initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
+
+    return started
+
+
+BLIND = """
+mount --make-rprivate / && mount -t tmpfs tmpfs "$2" && hostname blind
+exec "$0" -m ray.scripts.scripts start --address "$1" --num-cpus 1 --disable-usage-stats --block
+"""
+
+
+@pytest.fixture(scope="session")
+def blind_node() -> Callable[[Any, Path], AbstractContextManager[None]]:
+    """`with blind_node(cluster, folder)`: a node of one CPU, host name `blind`, on which `folder` is empty.
+
+    Its raylet runs in a mount namespace of its own, as on a machine where the shared storage is not mounted.
+    """
+
+    @contextmanager
+    def started(cluster: Any, folder: Path) -> Iterator[None]:
+        unshare = ["unshare", "--mount", "--uts"]
+        tried = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, text=True)
+        if tried.returncode:
+            pytest.skip(f"a mount namespace is not permitted here: {tried.stderr.strip()}")
+        before = len(cluster.global_state.node_table())
+        command = [*unshare, "bash", "-c", BLIND, sys.executable, cluster.address, str(folder)]
+        raylet = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            until = time.monotonic() + 120
+            while len(cluster.global_state.node_table()) == before:
+                if raylet.poll() is not None or time.monotonic() > until:
+                    pytest.fail(f"no second node: {raylet.communicate(timeout=60)[0]}")
+                time.sleep(0.2)
+            yield
+        finally:
+            os.killpg(raylet.pid, signal.SIGKILL)
+            raylet.wait()
 
     return started
 

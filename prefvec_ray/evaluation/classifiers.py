@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.scorers import Direction, Metric, Scores, content_digest
 from prefvec_ray.evaluation.text_prompts import prompt_messages, prompt_text
+from prefvec_ray.paths import check_visible
 
 Encoding = Literal["chat", "pair", "response"]
 """How prompt and answer reach the model: through the tokenizer's chat template, as a pair of texts, or the answer
@@ -134,6 +135,7 @@ class ClassifierScorer:
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
+            check_visible(self.folder)
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
             tokenizer = AutoTokenizer.from_pretrained(self.folder, truncation_side="left")
             model, info = AutoModelForSequenceClassification.from_pretrained(

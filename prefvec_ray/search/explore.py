@@ -7,6 +7,10 @@
         explorer.finish(proposal, tried)
 
 No Ray and no model here. `run.py` carries it out on Ray Tune with many settings in flight, the benchmark in a loop.
+
+A search ends in one of two ways. Its plan is used up (trials, answers, seconds, grid): settings in flight are still
+measured and count. Or what was measured decides it (the front stands still, most settings fail): it is `closed` at that
+setting, and what finishes later counts for nothing.
 """
 
 import itertools
@@ -17,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import optuna
@@ -26,12 +30,14 @@ import torch
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import Evaluation, is_base
 from prefvec_ray.search.noise import Measured
-from prefvec_ray.search.result import FailedTrial, Goal, SearchResult, Tried
+from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 GP_OBJECTIVES = 4
 AGAIN = 20
+ROUNDING = 1e-9
+"""A share of the hypervolume below which a gain is a processor's rounding."""
 MANY = 4
 """So many settings must have been tried before "most of them fail" is said."""
 
@@ -93,12 +99,15 @@ class Explorer:
     clock: Callable[[], float] = time.monotonic
     known: Sequence[Tried] = ()
     """What an earlier run of the same search has tried."""
+    end: Ended | None = None
+    """How the earlier run ended. Asked for the same again, the search has ended in the same way; asked for anything
+    else (more trials, another limit), it decides anew from `known`."""
     tried: list[Tried] = field(init=False, default_factory=list)
     failed: list[FailedTrial] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.plan.check()
-        self._began, self._ended = self.clock(), ""
+        self._began, self._ended, self._failing = self.clock(), "", False
         few = len(self.goal.objectives) <= GP_OBJECTIVES
         self.sampler = self.plan.sampler if self.plan.sampler != "auto" else "gp" if few else "tpe"
         self._random = random.Random(self.plan.seed + len(self.known))
@@ -120,6 +129,8 @@ class Explorer:
             self.tried.append(tried)
         done = [tried.coefficients for tried in self.known]
         self._queue = deque(point for point in self._first() if point not in done)
+        if self.end is not None and self.end.asked == self._asked():
+            self._ended, self.failed = self.end.stopped, list(self.end.failed)
         self._stop_if_still()
 
     @property
@@ -136,6 +147,26 @@ class Explorer:
         if not self._open and not self._affordable():
             return f"the budget of {self.plan.answers} answers does not cover another setting"
         return ""
+
+    @property
+    def closed(self) -> bool:
+        """Whether what was measured has ended the search: what is still in flight does not count any more."""
+        return bool(self._ended)
+
+    def final(self, seconds: float = 0.0) -> Ended | None:
+        """How the search ended, for its journal, and `closed` from now on; `seconds` it took.
+
+        None where it has not ended, where settings are in flight, or where failures ended it: it may be tried again.
+        """
+        if not self.ended or self._failing or (self._open and not self.closed):
+            return None
+        self._ended = self.ended
+        return Ended(stopped=self.ended, asked=self._asked(), failed=self.failed, seconds=seconds)
+
+    def _asked(self) -> dict[str, Any]:
+        """What decides when the search ends, as JSON; bounds and seed belong to every measurement."""
+        asked = {name: value for name, value in asdict(self.plan).items() if name not in ("bounds", "seed")}
+        return {**asked, "start": [dict(point) for point in self.plan.start], "limits": dict(self.goal.limits)}
 
     @property
     def answers(self) -> int:
@@ -180,7 +211,13 @@ class Explorer:
         return Measured(self.goal, [*seen, rungs[-1]]).hopeful(-1, self.plan.caution)
 
     def finish(self, number: int, tried: Tried) -> bool:
-        """Take in a setting that was measured or dropped. False where it has no number for an objective: it failed."""
+        """Take in a setting that was measured or dropped.
+
+        False where it does not count: it has no number for an objective and so failed, or the search is `closed`.
+        """
+        if self.closed:
+            self._cancel(number)
+            return False
         for name in (*self.goal.objectives, *self.goal.limits):
             estimate = tried.rungs[-1].metrics.get(name)
             if estimate is not None and not math.isfinite(estimate.mean):
@@ -199,22 +236,29 @@ class Explorer:
 
     def fail(self, number: int, coefficients: dict[str, float], error: str) -> None:
         """A setting that gave no result. The base is tried once more; without it the search ends."""
-        with quiet():
-            self._study.tell(self._open.pop(number), state=optuna.trial.TrialState.FAIL)
+        self._cancel(number)
+        if self.closed:
+            return
         self.failed.append(FailedTrial(coefficients=coefficients, error=error))
         attempts = len(self.tried) + len(self.failed)
         if is_base(coefficients):
             again = sum(is_base(failed.coefficients) for failed in self.failed)
             if again > 1:
-                self.end(f"the base itself could not be measured: {error}")
+                self.give_up(f"the base itself could not be measured: {error}")
             else:
                 self._queue.appendleft(coefficients)
                 self._proposed -= 1
         elif attempts >= MANY and 2 * len(self.failed) > attempts:
-            self.end(f"most settings fail, {len(self.failed)} of {attempts}; the last one with: {error}")
+            self.give_up(f"most settings fail, {len(self.failed)} of {attempts}; the last one with: {error}")
 
-    def end(self, reason: str) -> None:
-        self._ended = self._ended or reason
+    def give_up(self, reason: str) -> None:
+        """End the search for a failure. The journal does not keep that: opened again, the search goes on."""
+        if not self.closed:
+            self._ended, self._failing = reason, True
+
+    def _cancel(self, number: int) -> None:
+        with quiet():
+            self._study.tell(self._open.pop(number), state=optuna.trial.TrialState.FAIL)
 
     def result(self, **more: Any) -> SearchResult:
         """What is known so far."""
@@ -245,15 +289,17 @@ class Explorer:
             return
         result = self.result()
         before = sum(tried.complete for tried in self.tried[:-patience])
-        history = result.hypervolume_history
-        if not before:
+        if not before or not result.has_base:
             return
+        history = result.hypervolume_history
         gain = history[-1] - history[before - 1]
+        if gain <= ROUNDING * history[-1]:
+            gain = 0.0
         table = Measured(self.goal, result.trials)
         error = table.gain_error(before, self.goal.reference(result.base)) if gain > 0 else 0.0
         if gain <= error:
             added = f"{gain:.4f} ± {error:.4f}" if gain else "nothing"
-            self.end(f"the front has stopped moving: the last {patience} settings added {added} to its hypervolume")
+            self._ended = f"the front has stopped moving: the last {patience} settings added {added} to its hypervolume"
 
     def _first(self) -> list[dict[str, float]]:
         """The settings that are tried whatever comes out: the base, the caller's, and the sampler's own beginning."""

@@ -6,11 +6,17 @@ from typing import Any
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.lines import LineWriter
-from prefvec_ray.search.result import Tried
+from prefvec_ray.search.result import Ended, Tried
+
+END = b'{"end": '
+"""How the line begins that says how the search ended."""
 
 
 class Journal:
-    """The settings that one search has measured or dropped, one JSON line each, in `trials.jsonl`.
+    """The settings that one search has measured or dropped, one JSON line each, in `trials.jsonl`; then how it ended.
+
+    `done` are the settings. `end` is the record of the end, None while no search has ended here, or where one went on
+    after it: only a record in the last line counts. Journals of earlier versions have none.
 
     A context manager: until it is closed, or its process ends, no other search can open the folder.
 
@@ -36,7 +42,14 @@ class Journal:
             partial = described.with_suffix(".partial")
             partial.write_text(json.dumps(definition, indent=2))
             partial.replace(described)
-        self.done = [Tried.model_validate_json(line) for line in self._writer.lines]
+        self.done: list[Tried] = []
+        self.end: Ended | None = None
+        for line in self._writer.lines:
+            if line.startswith(END):
+                self.end = Ended.model_validate(json.loads(line)["end"])
+            else:
+                self.done.append(Tried.model_validate_json(line))
+                self.end = None
 
     def __enter__(self) -> "Journal":
         return self
@@ -47,3 +60,7 @@ class Journal:
     def add(self, tried: Tried) -> None:
         """Append a setting; it is on the disk when this returns."""
         self._writer.add(tried.model_dump_json())
+
+    def close_with(self, end: Ended) -> None:
+        """Append how the search ended; it is on the disk when this returns."""
+        self._writer.add(json.dumps({"end": end.model_dump(mode="json")}))

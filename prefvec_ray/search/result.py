@@ -3,6 +3,7 @@ data."""
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,9 @@ class FailedTrial(BaseModel):
 
     coefficients: dict[str, float]
     error: str
+
+    def __str__(self) -> str:
+        return f"failed at {self.coefficients}: {self.error}"
 
 
 class Tried(BaseModel):
@@ -42,6 +46,19 @@ class Tried(BaseModel):
     @property
     def coefficients(self) -> dict[str, float]:
         return self.rungs[-1].coefficients
+
+
+class Ended(BaseModel):
+    """How a search ended, as its journal keeps it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stopped: str
+    """Why, in words."""
+    asked: dict[str, Any]
+    """The plan and the limits that it ended under."""
+    failed: list[FailedTrial] = []
+    seconds: float = 0.0
 
 
 class Recommendation(BaseModel):
@@ -123,13 +140,13 @@ class SearchResult(BaseModel):
     """Settings that a cheaper rung showed to be beaten, as that rung saw them."""
     failed: list[FailedTrial] = []
     answers: int = 0
-    """Generated in all, dropped settings included; failed ones are not counted."""
+    """Generated in all, dropped settings included; those that failed or were cancelled at the end are not counted."""
     spent: list[int] = []
     """How many of the answers had been generated when each of `trials` finished."""
     stopped: str = ""
     """Why the search ended, in words."""
     seconds: float = 0.0
-    """Wall-clock of the last run of the search, start-up included; an interrupted run's time is not in it."""
+    """Wall-clock of the last run that measured something, start-up included; an interrupted run's time is not in it."""
     resumed: int = 0
     """How many settings, measured or dropped, an earlier run had done."""
 
@@ -210,7 +227,7 @@ class SearchResult(BaseModel):
             f"{len(self.trials)} settings measured to the end, {len(self.dropped)} dropped early, "
             f"{self.answers} answers generated",
         ]
-        return lines + [f"failed at {failed.coefficients}: {failed.error}" for failed in self.failed]
+        return lines + [str(failed) for failed in self.failed]
 
     def _reason(self, trial: Evaluation) -> str:
         if is_base(trial.coefficients):

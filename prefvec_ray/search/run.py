@@ -2,7 +2,8 @@
 
 Every finished setting is a line of `trials.jsonl`, written before the next one is proposed. A search that was killed,
 at any moment and in any way, goes on from those lines when it is called again with the same folder: plain data, where
-Tune's own snapshots are pickles that come every few seconds and hold one trial more or less than was paid for.
+Tune's own snapshots are pickles that come every few seconds and hold one trial more or less than was paid for. How a
+search ended is the last line, so that it ends in the same way, with the same result, when it is opened again.
 """
 
 import json
@@ -24,13 +25,14 @@ from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from rich.console import Console
 
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.scorers import scorer_digest
 from prefvec_ray.search.explore import Explorer, Plan, Sampler
 from prefvec_ray.search.journal import Journal
-from prefvec_ray.search.result import Goal, SearchResult, Tried
+from prefvec_ray.search.result import FailedTrial, Goal, SearchResult, Tried
 from prefvec_ray.search.trial import DEATHS, Task, Trial
 
 FULL_RANGE = (-1.0, 1.0)
@@ -48,6 +50,8 @@ class Progress:
     front: int
     hypervolume: float
     seconds: float
+    failure: FailedTrial | None = None
+    """The setting that has just failed, and why; None where one was measured or dropped."""
 
     def __str__(self) -> str:
         dropped = f", {self.dropped} of them dropped early" if self.dropped else ""
@@ -55,7 +59,23 @@ class Progress:
         return (
             f"search: {self.done}/{self.trials} settings{dropped}{failed}, {self.answers} answers, "
             f"{self.front} on the front, hypervolume {self.hypervolume:.4f}, {self.seconds:.0f} s"
+            + (f"; {self.failure}" if self.failure else "")
         )
+
+
+def show_progress(console: Console, bar: Callable[[int, int], None]) -> Callable[[Progress], None]:
+    """What `search` is to call: a failing setting is printed at once, and only measured and dropped ones move the bar.
+
+    Args:
+        bar: called with (done, total), as `progress_bar` gives it.
+    """
+
+    def show(now: Progress) -> None:
+        if now.failure:
+            console.print(str(now.failure), style="red", markup=False, highlight=False, soft_wrap=True)
+        bar(now.done, now.trials)
+
+    return show
 
 
 def search(
@@ -93,15 +113,20 @@ def search(
     - most settings fail. A setting fails where the scorer raises, or scores NaN, where a rung takes longer than
       `timeout` seconds (its process is killed), or where its process dies more than twice; it is listed in `failed`.
 
-    `folder` keeps the trials. A folder of a search that was interrupted is gone on with; one that is complete returns
-    at once. With the same seed the proposals differ a little between runs, since they depend on which actor finishes
-    first; what a setting scores does not. An active Ray connection is used, else Ray is started.
+    Where what was measured ends the search (patience, failures), settings in flight are cancelled and count for
+    nothing. Otherwise they are measured to the end.
+
+    `folder` keeps the trials and how the search ended. A search that was interrupted goes on. One that ended returns
+    the same result at once, unless it is asked for something else (more trials, another patience, other limits): then
+    it decides anew from what was measured, and goes on or not. One that failures ended is tried again.
+    With the same seed the proposals differ a little between runs, since they depend on which actor finishes first; what
+    a setting scores does not. An active Ray connection is used, else Ray is started.
 
     Raises:
         InputError: a vector of another base, an unknown objective, limit or sampler, a range that does not contain 0,
             or a folder that holds another search.
-        JobError: another process is searching into the folder; nothing could be measured, or not the base, with the
-            reason.
+        JobError: another process is searching into the folder; a trial process cannot be set up (a node does not see
+            the base, the scorer cannot be built); nothing could be measured, or not the base, with the reason.
     """
     began = time.perf_counter()
     goal = Goal(objectives=tuple(objectives), metrics=task.metrics, limits=dict(limits or {}))
@@ -132,10 +157,15 @@ def search(
         base_fingerprint=check_vectors(task),
     )
     with Journal(Path(folder), _definition(task, goal, bounds, seed)) as journal:
-        explorer = Explorer(goal, plan, rungs, known=journal.done)
-        if not explorer.ended:
+        explorer = Explorer(goal, plan, rungs, known=journal.done, end=journal.end)
+        end = explorer.final(journal.end.seconds if journal.end else 0.0)
+        if end is None:
             _tune(task, explorer, journal, actors, timeout, dict(resources or {"cpu": 1}), progress, began)
-    result = explorer.result(seconds=time.perf_counter() - began, resumed=len(journal.done))
+            end = explorer.final(time.perf_counter() - began)
+            if end is not None:
+                journal.close_with(end)
+    seconds = end.seconds if end else time.perf_counter() - began
+    result = explorer.result(seconds=seconds, resumed=len(journal.done))
     if not result.has_base:
         first = f"; the first failure: {result.failed[0].error}" if result.failed else ""
         raise JobError(f"the search gave no result: {result.stopped}{first}")
@@ -156,7 +186,7 @@ class _Proposer(Searcher):
         return None if proposal is None else {"number": proposal.number, "coefficients": proposal.coefficients}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The conductor has told the explorer."""
+        """Nothing: the conductor reports to the explorer."""
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal is what a search goes on from."""
@@ -179,8 +209,9 @@ class _Halving(FIFOScheduler):
         return self.CONTINUE if self.conductor.explorer.promising(seen) else self.STOP
 
 
-class _Conductor(tune.Callback):
-    """Takes in what trials report: into the explorer and the journal. Kills what hangs."""
+class _Conductor(tune.Callback, tune.Stopper):
+    """Takes in what trials report: into the explorer and the journal. Kills what hangs, and cancels what is in flight
+    when the explorer is closed."""
 
     def __init__(
         self,
@@ -197,6 +228,8 @@ class _Conductor(tune.Callback):
         self._began: dict[str, float] = {}
         self._since: dict[str, float] = {}
         self._killed: set[str] = set()
+        self.unfit = ""
+        """Why a trial process could not be set up."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune snapshots its callbacks. Nothing ever restores this one, and a caller's progress bar cannot be
@@ -205,6 +238,13 @@ class _Conductor(tune.Callback):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Conductor":
         return self
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether this trial ends here: that is `_Halving`'s to say."""
+        return False
+
+    def stop_all(self) -> bool:
+        return self.explorer.closed
 
     def rungs_before(self, trial: TuneTrial, result: dict[str, Any]) -> list[Evaluation]:
         """What the trial scored before this result. A trial whose process died begins again at the first rung."""
@@ -217,6 +257,12 @@ class _Conductor(tune.Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         self._since[trial.trial_id] = time.monotonic()
+        if self.explorer.closed:
+            return
+        if result.get("unfit"):
+            self.unfit = self.unfit or result["error"]
+            self.explorer.give_up(self.unfit)
+            return
         if "error" in result:
             self._failed(trial, result["error"])
             return
@@ -238,18 +284,21 @@ class _Conductor(tune.Callback):
             began=self._began.pop(trial.trial_id),
             ended=result["ended"],
         )
+        failures = len(self.explorer.failed)
         if self.explorer.finish(trial.config["number"], tried):
             self.journal.add(tried)
-        self._report()
+        self._report(failures)
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        if self.explorer.closed:
+            return
         if trial.trial_id in self._killed:
             self._failed(trial, f"no result within {self.timeout:g} s of a rung; its process was killed")
             return
         # The traceback's last line names the exception; the file lies beside the driver and is plain text.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
         lines = [line for line in text.splitlines() if line.strip()]
-        self._failed(trial, f"its process died {1 + DEATHS} times; {lines[-1].strip() if lines else 'no word why'}")
+        self._failed(trial, f"its process died {1 + DEATHS} times; {lines[-1].strip() if lines else 'no reason given'}")
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tune's loop comes by several times a second: the place to look for trials that hang."""
@@ -265,10 +314,12 @@ class _Conductor(tune.Callback):
 
     def _failed(self, trial: TuneTrial, error: str) -> None:
         self._rungs.pop(trial.trial_id, None)
+        failures = len(self.explorer.failed)
         self.explorer.fail(trial.config["number"], trial.config["coefficients"], error)
-        self._report()
+        self._report(failures)
 
-    def _report(self) -> None:
+    def _report(self, failures: int) -> None:
+        """Call the caller's `progress`; `failures` there were before this setting."""
         if self.progress is None:
             return
         result, explorer = self.explorer.result(), self.explorer
@@ -282,6 +333,7 @@ class _Conductor(tune.Callback):
                 front=len(result.front) if result.trials else 0,
                 hypervolume=result.hypervolume if result.has_base else 0.0,
                 seconds=time.perf_counter() - self.began,
+                failure=explorer.failed[-1] if len(explorer.failed) > failures else None,
             )
         )
 
@@ -315,10 +367,17 @@ def _tune(
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=tune.FailureConfig(max_failures=DEATHS),
                 callbacks=[conductor],
+                stop=conductor,
                 verbose=0,
             ),
         ).fit()
         shutil.rmtree(scratch, ignore_errors=True)
+    if conductor.unfit:
+        kept = len(explorer.tried)
+        raise JobError(
+            f"a trial process could not be set up: {conductor.unfit}; {kept} measured settings are kept in "
+            f"{journal.folder}, the same command goes on from them"
+        )
 
 
 # Tune's own log files, tables and tracebacks, off: the journal, one line a trial and `failed` say what

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Metric, Scorer, load_scorer
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
+from prefvec_ray.paths import check_visible, this_node
 from prefvec_ray.search.rungs import Block, Ladder, plan_rungs
 
 if TYPE_CHECKING:
@@ -66,11 +68,30 @@ class Task:
         return plan_rungs(len(self.prompts), self.draws, self.rungs, self.seed)
 
     def evaluator(self) -> "Evaluator":
-        """The live model of this process, ready to measure settings in full. Heavy: once a process."""
+        """The live model of this process, ready to measure settings in full. Heavy: once a process.
+
+        Raises:
+            InputError, JobError: as `ladder`.
+        """
         return self.ladder([[Block(tuple(range(len(self.prompts))), self.draws, self.seed)]]).evaluators[0]
 
     def ladder(self, rungs: Sequence[Sequence[Block]] | None = None) -> Ladder:
-        """The live model of this process, ready to measure settings rung by rung. Heavy: once a process."""
+        """The live model of this process, ready to measure settings rung by rung. Heavy: once a process.
+
+        Raises:
+            InputError: the scorer, or what it is given, cannot be used.
+            JobError: this node does not see a folder, or the base, a vector or the scorer cannot be loaded here; one
+                line that names the node. Another process on this node would only fail again.
+        """
+        check_visible(self.base, *self.vectors.values())
+        try:
+            return self._loaded(rungs)
+        except (InputError, JobError):
+            raise
+        except Exception as error:
+            raise JobError(f"node {this_node()} cannot load what it is to measure: {in_a_line(error)}") from error
+
+    def _loaded(self, rungs: Sequence[Sequence[Block]] | None) -> Ladder:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -117,22 +138,28 @@ class Trial(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], task: Task) -> None:
-        self.ladder = task.ladder()
+        self.unfit = ""
+        try:
+            self.ladder = task.ladder()
+        except (InputError, JobError) as error:  # Tune would start a process anew that can only fail again
+            self.unfit = str(error)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.climb: Iterator[Evaluation] = self.ladder.climb(new_config["coefficients"])
+        if not self.unfit:
+            self.climb: Iterator[Evaluation] = self.ladder.climb(new_config["coefficients"])
         self.rung = 0
         return True
 
     def step(self) -> dict[str, Any]:
+        if self.unfit:
+            return {"rung": 1, "error": self.unfit, "unfit": True, "done": True}
         self.rung += 1
         began = time.time()
         try:
             evaluation = next(self.climb)
         except Exception as error:
-            text = " ".join(str(error).split())
-            return {"rung": self.rung, "error": f"{type(error).__name__}: {text}"[:2000], "done": True}
+            return {"rung": self.rung, "error": in_a_line(error), "done": True}
         return {
             "rung": self.rung,
             "evaluation": evaluation.model_dump_json(),
@@ -141,3 +168,8 @@ class Trial(tune.Trainable):
             "ended": time.time(),
             "done": self.rung == len(self.ladder.rungs),
         }
+
+
+def in_a_line(error: Exception) -> str:
+    """The error's type and its message, however long, as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:2000]

@@ -13,6 +13,7 @@ from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.paths import check_visible
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
@@ -30,9 +31,12 @@ class Replica:
 
     It begins with the lineup that its book says is committed, and learns others by `prepare`, or when a job is of one
     that it does not have yet. Vectors that no running job needs are dropped at the next change.
+
+    Raises JobError, before anything is loaded, where this node does not see the base or the registry's folder.
     """
 
     def __init__(self, config: ServingConfig, lineup: Lineup, book: LineupBook | None = None):
+        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
         torch.set_num_threads(config.engine.threads)
         self._config, self._book = config, book
         self._first = lineup

@@ -22,8 +22,9 @@ from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.errors import JobError
+from prefvec_ray.paths import check_visible
 from prefvec_ray.scheduling import Waiting, check_room
-from prefvec_ray.training.checkpoints import remove_checkpoints
+from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
 from prefvec_ray.training.progress import ProgressTable, job_board
@@ -114,7 +115,8 @@ def _run_waiting(
         while waiting and len(running) < max(1, slots(resources)):
             spec = waiting.pop()
             config = {"spec": spec.model_dump(), "board": board}
-            running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries)] = spec
+            lost = _reporter(spec, resources.workers, board, table)
+            running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost)] = spec
         for run in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
             spec, error = running.pop(run), run.exception()
             if error is not None:
@@ -145,12 +147,17 @@ def start_run(
     storage: Path,
     *,
     retries: int = 2,
+    lost: Callable[[list[int]], None] | None = None,
 ) -> Future[Any]:
     """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
     It is started again up to `retries` times after a worker or its node died. An exception that the worker raised
     itself would only be raised again, so it ends the run at once. Ctrl-C works while one waits for the result: in the
     main thread Ray Train would take that signal over and never give it back, so a thread of its own controls the run.
+
+    Args:
+        lost: called in that thread when a worker was lost, before the run is started again, with the ranks that Ray
+            knows to be lost; a line is printed where this is left out.
 
     Raises:
         RunsFailedError: from `result()`: the run failed for good; the message is the reason alone.
@@ -171,9 +178,12 @@ def start_run(
 
     run: Future[Any] = Future()
 
+    def say(ranks: list[int]) -> None:
+        print(f"   {name}: a worker was lost; it is started again and keeps what it has finished", flush=True)
+
     def control() -> None:
         try:
-            run.set_result(_fit(trainer, retries))
+            run.set_result(_fit(trainer, retries, lost or say))
         except BaseException as error:  # raised again where the result is asked for
             run.set_exception(error)
 
@@ -181,14 +191,31 @@ def start_run(
     return run
 
 
-def _fit(trainer: Callable[[], TorchTrainer], retries: int) -> Any:
-    """What a run returned, begun anew where a process of it was lost."""
+def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[list[int]], None]:
+    """Says in a line of `table` which run lost a worker, on which node, and which step it continues from."""
+
+    def report(ranks: list[int]) -> None:
+        places: dict[int, str] = {}
+        with suppress(ray.exceptions.RayError):  # the board was lost with that node: which one is not known then
+            places = ray.get(board.places.remote(spec.label), timeout=10)
+        nodes = sorted({places[rank] for rank in ranks if rank in places})
+        where = f" (node {', '.join(nodes)})" if nodes else ""
+        found = newest_checkpoint(checkpoint_folder(spec.out), workers)
+        then = f"it continues from step {found[1]}" if found else "it starts over: it has no checkpoint yet"
+        table.say(f"{spec.label}: a worker was lost{where}; {then}")
+
+    return report
+
+
+def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[list[int]], None]) -> Any:
+    """What a run returned, started again where a process of it was lost; `lost` hears of it each time."""
     for attempt in range(retries + 1):
         try:
             return trainer().fit().return_value
         except (TrainingFailedError, *LOST) as error:  # the second kind: the run's controller itself was lost
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error
+            lost(_lost_ranks(error))
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
@@ -198,46 +225,67 @@ def _worker_died(error: Exception) -> bool:
     Where one worker of several dies, the others may be the first to notice, as a connection that was closed; and where
     one of them stops the run for a reason, the others notice that in the same way.
     """
-    if OWN in failure_reason(error, full=True):
-        return False
     failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
-    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
-    if isinstance(error, PreemptionError) or any(isinstance(cause, LOST) for cause in causes):
+    if any(_is_own(failure) for failure in failures if failure is not None):
+        return False
+    if isinstance(error, PreemptionError) or any(isinstance(_cause(f), LOST) for f in failures):
         return True
     return any(sign in str(failure) for failure in failures for sign in COLLATERAL)
 
 
-def failure_reason(error: Exception, *, full: bool = False) -> str:
-    """The last line of a worker's traceback: the exception itself, without the stacks around it.
+def _cause(failure: Any) -> Any:
+    """What a failed health check found; any other failure itself."""
+    return getattr(failure, "health_check_failure", failure)
+
+
+def _lost_ranks(error: Exception) -> list[int]:
+    """The ranks whose process is gone, not those that only lost their connection to it."""
+    failures: dict[int, Any] = getattr(error, "worker_failures", {})
+    return [rank for rank, failure in failures.items() if isinstance(_cause(failure), LOST)]
+
+
+def failure_reason(error: Exception) -> str:
+    """In a line, what the failing worker raised.
 
     Of several workers the one that raised an error of ours knows the reason; the others only lost their connection.
-
-    Args:
-        full: with the exception's module before its name.
     """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    reasons = [_line(failure) for failure in failures or [error]]
-    reason = next((line for line in reasons if line.startswith(OWN)), reasons[0])
-    return reason if full else re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+    failures = failures or [error]
+    reason = _line(next(filter(_is_own, failures), failures[0]))
+    return re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+
+
+def _lines(error: Exception) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
+def _is_own(failure: Exception) -> bool:
+    """Whether our code raised it: Ray Train hands over what a worker raised itself, its controller a traceback."""
+    return type(failure).__module__.startswith(OWN) or _lines(failure)[-1].startswith(OWN)
 
 
 def _line(failure: Exception) -> str:
-    """What a traceback ends with; of a process that was lost what Ray says first, before pages of advice."""
-    cause = getattr(failure, "health_check_failure", failure)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or [type(failure).__name__]
-    return f"a process was lost: {lines[0]}" if isinstance(cause, LOST) else lines[-1]
+    """What a worker raised, or a traceback ends with; of a lost process what Ray says first, before pages of advice."""
+    cause = _cause(failure)
+    lines = _lines(cause)
+    if isinstance(cause, LOST):
+        return f"a process was lost: {lines[0]}"
+    if lines[0].startswith("Traceback"):
+        return lines[-1]
+    return lines[0] if _is_own(cause) else f"{type(cause).__name__}: {lines[0]}"
 
 
 def _dpo_worker(config: dict[str, Any]) -> None:
     """Body of a Ray Train worker; what it imports is heavy, and only workers need it."""
     from prefvec_ray.training.dpo import run_dpo
 
-    worker_setup()
     spec = RunSpec.model_validate(config["spec"])
+    check_visible(spec.base, *spec.train, *spec.test.values(), *spec.answers)
+    worker_setup()
     if is_finished(spec):  # its process was lost after its result was whole
         return
     board = config["board"]
-    board.begin.remote(spec.label)
+    board.place.remote(spec.label, ray.train.get_context().get_world_rank(), ray.util.get_node_ip_address())
     with tempfile.TemporaryDirectory() as work_dir:
         run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)
 

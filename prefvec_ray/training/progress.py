@@ -36,6 +36,16 @@ class Board:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
+        self.nodes: dict[str, dict[int, str]] = {}
+
+    def place(self, key: str, rank: int, node: str) -> None:
+        """A worker of run `key` is up, and says on which node."""
+        self.begin(key)
+        self.nodes.setdefault(key, {})[rank] = node
+
+    def places(self, key: str) -> dict[int, str]:
+        """Rank -> node of the workers of run `key`, as they said last."""
+        return self.nodes.get(key, {})
 
     def begin(self, key: str) -> None:
         """A process of the run is up: it no longer waits for room."""
@@ -143,7 +153,7 @@ class ProgressTable:
         else:
             self.console.print(self._table())
         for name, reason in self.reasons.items():
-            self._say(f"{name} {self.states[name]}: {reason}")
+            self.say(f"{name} {self.states[name]}: {reason}")
 
     def update(self, rows: dict[str, dict[str, Any]]) -> None:
         self.rows = rows
@@ -157,11 +167,11 @@ class ProgressTable:
             measured = max((point["step"] for point in row.get("held_out", {}).values()), default=-1)
             if measured > self.measured.get(name, -1):
                 self.measured[name] = measured
-                self._say(f"{name}: {self._details(name)}")
+                self.say(f"{name}: {self._details(name)}")
         if time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + self.interval
             self.interval = min(2 * self.interval, LONGEST_SILENCE)
-            self._say(self._summary())
+            self.say(self._summary())
 
     def finish(self, name: str, state: str, reason: str = "") -> None:
         """A run has ended; `reason`: why, where it failed."""
@@ -171,9 +181,10 @@ class ProgressTable:
         if self.live:
             self.live.update(self._table())
         elif reason:
-            self._say(f"{name} {state}: {reason}")
+            self.say(f"{name} {state}: {reason}")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line: above the table on a terminal."""
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _cells(self, name: str) -> list[str]:

@@ -15,6 +15,7 @@ from blake3 import blake3
 from datasets import load_from_disk
 from rich.console import Console
 
+from prefvec_ray.paths import check_visible
 from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, TrainingConfig
 from prefvec_ray.training.dpo import load_tokenizer
@@ -96,6 +97,8 @@ def _reference_worker(config: dict[str, Any]) -> None:
     from prefvec_ray.training.answers import base_answers
     from prefvec_ray.training.dpo import dpo_config, reference_logps
 
+    sources = [task["source"] for task in config["tasks"] if "samples" not in task]
+    check_visible(config["base"], *sources)
     worker_setup()
     method = Method.model_validate(config["method"])
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

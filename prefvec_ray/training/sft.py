@@ -17,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.paths import check_visible
 from prefvec_ray.preferences.sources import read_rows
 from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, SftStage, TrainingConfig
@@ -140,6 +141,7 @@ def _tokenizer_files(base: Path) -> list[str]:
 
 
 def _sft_worker(job: dict[str, Any]) -> None:
+    check_visible(job["base"], job["data"])
     worker_setup()
     board = job.pop("board")
     board.begin.remote("sft")

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -110,11 +111,105 @@ def test_a_dropped_setting_is_beaten_beyond_error_and_the_base_never_is(world, m
 def test_it_stops_when_the_front_has_stopped_moving(world):
     explorer = Explorer(GOAL, Plan(BOUNDS, trials=200, patience=10, sampler="tpe"), RUNGS)
     climb(explorer, world)
-    assert 20 <= len(explorer.tried) < 80
+    assert 20 <= len(explorer.tried) < 200
     assert "the front has stopped moving: the last 10 settings added" in explorer.ended
-    again = Explorer(GOAL, explorer.plan, RUNGS, known=explorer.tried)
-    assert "the front has stopped moving" in again.ended, "a finished search is still finished when it is opened again"
+    again = Explorer(GOAL, explorer.plan, RUNGS, known=explorer.tried, end=explorer.final())
+    assert again.result() == explorer.result(), "a finished search is still finished when it is opened again"
     assert again.propose() is None
+
+
+@pytest.fixture
+def still(measured) -> Explorer:
+    """A search that its front ended at the sixth setting, with one in flight that would have moved the front."""
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=3, sampler="random"), (8,))
+
+    def finish(proposal, help: float) -> bool:
+        harm = 0.5 if help < 0.9 else 0.1
+        evaluation = measured(proposal.coefficients, help=[help] * 8, harm=[harm] * 8, valid=[1.0] * 8)
+        return explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
+
+    proposals = [explorer.propose() for _ in range(8)]
+    for proposal, help in zip(proposals[:6], (0.5, 0.6, 0.7, 0.4, 0.3, 0.2), strict=True):
+        assert not explorer.closed
+        assert finish(proposal, help)
+    assert explorer.closed
+    assert not finish(proposals[6], 0.95)
+    explorer.fail(proposals[7].number, proposals[7].coefficients, "TimeoutError: the judge sleeps")
+    return explorer
+
+
+def test_a_front_is_not_judged_before_the_base_is_measured(measured):
+    """The base may be the slowest of those in flight: its process died, or its node is busy."""
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=2, sampler="random"), (8,))
+    base, *others = (explorer.propose() for _ in range(6))
+    for proposal in (*others, base):
+        assert not explorer.ended
+        evaluation = measured(proposal.coefficients, help=[0.5] * 8, harm=[0.5] * 8, valid=[1.0] * 8)
+        assert explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
+    assert "added nothing" in explorer.ended
+
+
+def test_a_last_bit_is_no_gain(measured):
+    """Equal scores that were summed in another order, or on another processor, do not keep a search going."""
+    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=2, sampler="random"), (8,))
+    help = 0.7
+    for _ in range(4):
+        assert not explorer.ended
+        proposal = explorer.propose()
+        evaluation = measured(proposal.coefficients, help=[help] * 8, harm=[0.5] * 8, valid=[1.0] * 8)
+        explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
+        help = math.nextafter(help, 1)
+    assert explorer.ended == "the front has stopped moving: the last 2 settings added nothing to its hypervolume"
+
+
+def test_what_was_in_flight_when_the_front_stood_still_does_not_count(still):
+    assert still.ended == "the front has stopped moving: the last 3 settings added nothing to its hypervolume"
+    result = still.result()
+    assert (len(result.trials), result.answers, result.failed) == (6, 48, [])
+    assert max(trial.mean("help") for trial in result.trials) == 0.7
+
+
+def test_a_search_opened_again_ends_as_it_did(still, measured):
+    again = Explorer(GOAL, still.plan, (8,), known=still.tried, end=still.final())
+    assert again.result().model_dump_json() == still.result().model_dump_json()
+    # Also where the last bits of another processor would decide otherwise: here by a setting that moves the front.
+    best = measured({"a": 1.0, "b": -1.0}, help=[0.95] * 8, harm=[0.1] * 8, valid=[1.0] * 8)
+    moved = [*still.tried[:-1], Tried(rungs=[best], complete=True, answers=8)]
+    assert not Explorer(GOAL, still.plan, (8,), known=moved).ended
+    assert Explorer(GOAL, still.plan, (8,), known=moved, end=still.final()).ended == still.ended
+
+
+@pytest.mark.parametrize(
+    ("asked", "goes_on"),
+    [
+        ({"patience": 4}, True),
+        ({"patience": None}, True),
+        ({"trials": 90}, False),  # its front still stands still
+        ({"patience": 2}, False),
+        ({"trials": 6, "patience": 4}, False),
+    ],
+)
+def test_asked_for_more_it_decides_anew_from_what_was_measured(still, asked, goes_on):
+    again = Explorer(GOAL, replace(still.plan, **asked), (8,), known=still.tried, end=still.final())
+    assert (again.propose() is not None) == goes_on
+    assert bool(again.ended) != goes_on
+
+
+def test_a_used_up_plan_is_kept_with_its_failures_and_a_larger_one_goes_on(world):
+    plan = Plan(BOUNDS, trials=5, sampler="random")
+    explorer = Explorer(GOAL, plan, RUNGS)
+    proposals = [explorer.propose() for _ in range(5)]
+    assert explorer.final() is None, "settings in flight are still part of the plan"
+    explorer.fail(proposals[3].number, proposals[3].coefficients, "TimeoutError: the judge sleeps")
+    for proposal in (*proposals[:3], proposals[4]):
+        assert explorer.finish(proposal.number, Tried(rungs=world(proposal.coefficients), complete=True, answers=64))
+    end = explorer.final(seconds=12.5)
+    assert (end.stopped, end.seconds) == ("all 5 settings were tried", 12.5)
+    again = Explorer(GOAL, plan, RUNGS, known=explorer.tried, end=end)
+    assert again.result() == explorer.result()
+    assert len(again.result().failed) == 1
+    more = Explorer(GOAL, replace(plan, trials=7), RUNGS, known=explorer.tried, end=end)
+    assert [more.propose() is None for _ in range(4)] == [False, False, False, True], "a failed setting does not count"
 
 
 def test_seconds_are_a_budget_too(world):
@@ -157,6 +252,7 @@ def test_when_most_settings_fail_it_says_so_and_stops(world):
     assert explorer.ended == "most settings fail, 3 of 4; the last one with: TimeoutError: the judge sleeps"
     assert explorer.propose() is None
     assert len(explorer.result().failed) == 3
+    assert explorer.final() is None, "failures may be over when the search is opened again"
 
 
 def test_the_base_is_tried_twice_and_then_there_is_no_search(world):

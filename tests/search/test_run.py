@@ -1,6 +1,9 @@
+import io
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import TextPrompt, scorer
-from prefvec_ray.search import Goal, measure, search
+from prefvec_ray.search import Goal, Progress, Tried, measure, search
 from prefvec_ray.search.journal import Journal
-from prefvec_ray.search.run import _definition
+from prefvec_ray.search.result import Ended, FailedTrial
+from prefvec_ray.search.run import _definition, show_progress
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 OBJECTIVES = ["length", "letters"]
@@ -66,7 +71,12 @@ def test_trials_that_raise_score_nan_die_or_hang_never_enter_the_front(task, len
         return scores
 
     task = replace(task, scorer=unreliable, rungs=(1.0,))
-    result = search(task, OBJECTIVES, tmp_path / "s", trials=7, actors=1, timeout=10, sampler="random")
+    seen: list[Progress] = []
+    result = search(
+        task, OBJECTIVES, tmp_path / "s", trials=7, actors=1, timeout=10, sampler="random", progress=seen.append
+    )
+    assert [now.failure for now in seen if now.failure] == result.failed, "each is reported when it fails"
+    assert [now.done for now in seen if not now.failure] == [1, 2, 3, 4]
     errors = [failed.error for failed in result.failed]
     assert errors[0] == "RuntimeError: the judge is out for lunch"
     assert "metric 'letters' gave nan" in errors[1]
@@ -78,6 +88,95 @@ def test_trials_that_raise_score_nan_die_or_hang_never_enter_the_front(task, len
     bad = [failed.coefficients for failed in result.failed]
     assert not [trial for trial in result.trials if trial.coefficients in bad]
     assert result.stopped == "all 7 settings were tried"
+
+
+@pytest.mark.slow
+def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_path, ray_cluster):
+    """What is in flight then is cancelled; opened again the result is the same; with more patience it goes on."""
+    calls = tmp_path / "calls"
+
+    @scorer(**lengths.metrics)
+    def constant(prompts, responses):
+        with calls.open("a") as file:
+            file.write("x")
+            number = file.tell()
+        if number == 3:  # one after the base, which one of the first two is
+            time.sleep(3600)
+        return {"length": [1.0] * len(responses), "letters": [1.0] * len(responses)}
+
+    task, lines = replace(task, scorer=constant, rungs=(1.0,)), []
+    settings = {"trials": 40, "actors": 2, "sampler": "random"}
+    first = search(task, OBJECTIVES, tmp_path / "s", patience=2, progress=lines.append, **settings)
+    assert "the last 2 settings added nothing" in first.stopped
+    assert calls.stat().st_size >= 5
+    assert len(first.trials) == len(lines) == 4
+
+    again = search(task, OBJECTIVES, tmp_path / "s", patience=2, **settings)
+    assert again.model_dump_json() == first.model_copy(update={"resumed": 4}).model_dump_json()
+    more = search(task, OBJECTIVES, tmp_path / "s", patience=3, **settings)
+    assert more.trials[:4] == first.trials
+    assert "the last 3 settings added nothing" in more.stopped
+    assert len(more.trials) == 6
+    assert search(task, OBJECTIVES, tmp_path / "s", patience=3, **settings).trials == more.trials
+
+
+def test_a_failing_setting_is_shown_at_once_and_is_no_progress():
+    output, bar = io.StringIO(), []
+    show = show_progress(Console(file=output, width=60), lambda done, total: bar.append((done, total)))
+    failed = FailedTrial(
+        coefficients={"left": 1.0}, error="RuntimeError: the judge [out] is out for lunch and for long"
+    )
+    now = Progress(done=3, trials=7, dropped=0, failed=1, answers=9, front=1, hypervolume=0.1, seconds=2.0)
+    show(now)
+    assert output.getvalue() == ""
+    show(replace(now, failure=failed))
+    assert output.getvalue() == f"failed at {{'left': 1.0}}: {failed.error}\n"
+    assert bar == [(3, 7), (3, 7)]
+
+
+def test_a_journal_keeps_how_the_search_ended_unless_it_went_on(tmp_path, measured):
+    tried = Tried(rungs=[measured({}, length=1.0)], complete=True, answers=2)
+    failed = FailedTrial(coefficients={"left": 1.0}, error="TimeoutError: the judge\nsleeps")
+    end = Ended(stopped="all 1 settings were tried", asked={"trials": 1, "start": []}, failed=[failed], seconds=0.1)
+    with Journal(tmp_path, {}) as journal:
+        assert (journal.done, journal.end) == ([], None)
+        journal.add(tried)
+    with Journal(tmp_path, {}) as journal:
+        assert (journal.done, journal.end) == ([tried], None)  # as every journal of earlier versions
+        journal.close_with(end)
+    with Journal(tmp_path, {}) as journal:
+        assert (journal.done, journal.end) == ([tried], end)
+        journal.add(tried)
+    with Journal(tmp_path, {}) as journal:
+        assert (journal.done, journal.end) == ([tried, tried], None)
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_see_the_base_ends_the_search_at_once(task, tmp_path, new_cluster, blind_node):
+    script = tmp_path / "drive.py"
+    script.write_text(SCRIPT)
+    with new_cluster(num_cpus=0, include_dashboard=False) as cluster, blind_node(cluster, task.base.parent):
+        done = subprocess.run(
+            [sys.executable, str(script), str(task.base.parent), str(tmp_path / "s")],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+    told = rf"node blind.* does not see {task.base}: is the storage mounted there\?; 0 measured settings are kept in .*"
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"prefvec_ray.errors.JobError: a trial process could not be set up: {told}", last), done.stderr
+    assert not done.stdout, "no setting is reported as failed for it"
+
+
+def test_what_cannot_be_loaded_is_one_line_that_names_the_node(task, tmp_path):
+    shutil.copytree(task.base, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    broken = replace(task, base=tmp_path / "base", base_fingerprint="none")
+    with pytest.raises(JobError, match=rf"^node {os.uname().nodename}.* cannot load what it is to measure: \w+: .+$"):
+        broken.evaluator()
+    with pytest.raises(JobError, match=rf"does not see {tmp_path / 'nowhere'}: is the storage mounted"):
+        replace(task, vectors={"left": tmp_path / "nowhere"}).evaluator()
 
 
 @pytest.mark.slow
@@ -138,7 +237,7 @@ def test_one_search_at_a_time_in_a_folder(task, tmp_path):
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import ray
 from prefvec_ray.evaluation import Metric, scorer
@@ -153,7 +252,8 @@ def slow(prompts, responses):
     }
 
 root, folder = map(Path, sys.argv[1:])
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+local = os.environ["RAY_ADDRESS"] == "local"
+ray.init(log_to_driver=False, **({"num_cpus": 1, "include_dashboard": False} if local else {}))
 task = Task(base=root / "base", vectors={name: root / name for name in ("left", "right")},
             prompts=["Why?", "How?"], scorer=slow, draws=2, max_new_tokens=12)
 result = search(task, ["length", "letters"], folder, trials=10, actors=1, progress=print, sampler="random")

@@ -1,12 +1,13 @@
 """A replica without Ray: jobs in, answers out, in both modes."""
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import EngineError, PromptTooLongError
 from prefvec_ray.serving.job import Job, Started
@@ -35,6 +36,20 @@ def answer(replica: Replica, **job: Any) -> tuple[int, list[Any]]:
 def test_a_replica_has_answered_before_it_is_ready(replica):
     assert replica.status().finished >= 1
     replica.check_health()
+
+
+@pytest.mark.parametrize("folder", ["base", "registry"])
+def test_a_replica_on_a_node_that_does_not_see_a_folder_names_both(folder, base_folder, registry_root, tmp_path):
+    given = {"model": "tiny", "base": base_folder, "registry": registry_root}
+    lineup = line_up(ServingConfig.model_validate(given))
+    shutil.copytree(given[folder], tmp_path / "storage")
+    config = ServingConfig.model_validate({**given, folder: str(tmp_path / "storage")})
+    shutil.rmtree(tmp_path / "storage")  # the storage is no longer mounted
+    (tmp_path / "storage").mkdir()
+    with pytest.raises(
+        JobError, match=rf"^node .* does not see {tmp_path / 'storage'}: is the storage mounted there\?$"
+    ):
+        Replica(config, lineup)
 
 
 def test_text_ids_and_chats_become_prompts(replica, tokenizer, merged_alone):

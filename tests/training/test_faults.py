@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -165,11 +166,14 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new
         cluster.remove_node(other, allow_graceful=False)
         assert driver.wait(timeout=240) == 0, log.read_text()
 
+    lost = r"helpful[+-] seed 0: a worker was lost \(node ([\d.]+)\); it continues from step (\d+)"
+    told = re.findall(f"^{lost}$", log.read_text(), re.MULTILINE)
+    assert [node for node, step in told] == [other.node_ip_address]
     runs = json.loads((folder / "training.json").read_text())["runs"]
     assert [run["steps"] for run in runs] == [240, 240]
     resumed = sorted(run["resumed_at"] for run in runs)
     assert resumed[0] in kept  # the run that only lost its driver
-    assert resumed[1] > max(kept)  # the run that lost its node as well
+    assert resumed[1] == int(told[0][1]) > max(kept)  # the run that lost its node as well
     assert [version.ref for version in Registry.open(folder / "registry").list_vectors()] == ["helpful@1"]
     passes = [
         json.loads(line)["set"] for line in next(folder.glob("reference/*/passes.jsonl")).read_text().splitlines()

@@ -5,8 +5,9 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from prefvec_ray.errors import JobError
 from prefvec_ray.training import Resources, Watch
-from prefvec_ray.training.plan import _worker_died, failure_reason
+from prefvec_ray.training.plan import _lost_ranks, _worker_died, failure_reason
 from prefvec_ray.training.train import plan_runs
 
 STOPPED = "Traceback (most recent call last):\n  ...\nprefvec_ray.training.watch.RunStoppedError: loss is nan at step 3"
@@ -27,6 +28,10 @@ BUG = "Traceback:\n  ...\nKeyError: 'chosen'"
         ([RuntimeError(CLOSED)], True, ""),
         ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "RunStoppedError: loss is nan at step 3"),
         ([RuntimeError(BUG)], False, "KeyError: 'chosen'"),
+        ([KeyError("chosen")], False, "KeyError: 'chosen'"),
+        ([OSError("no such file\nadvice")], False, "OSError: no such file"),
+        ([RuntimeError(CLOSED), JobError("node b does not see /x")], False, "node b does not see /x"),
+        ([JobError("helpful+: Broken pipe")], False, "helpful+: Broken pipe"),
     ],
 )
 def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(failures, lost, reason):
@@ -39,6 +44,8 @@ def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(fa
     error = WorkerGroupError("", dict(enumerate(failures)))
     assert _worker_died(error) is lost
     assert failure_reason(error).startswith(reason)
+    gone = [rank for rank, failure in enumerate(failures) if isinstance(failure, WorkerHealthCheckFailedError)]
+    assert _lost_ranks(error) == gone
 
 
 def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config):

@@ -1,0 +1,51 @@
+"""Training on a node that does not see the shared folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+DRIVER = """
+import json, sys
+from pathlib import Path
+import ray
+from prefvec_ray.training import Resources
+from prefvec_ray.training.plan import RunsFailedError, _dpo_worker, start_run
+from prefvec_ray.training.references import _reference_worker
+from prefvec_ray.training.sft import _sft_worker
+
+storage, given = Path(sys.argv[1]), json.loads(sys.argv[2])
+workers = {"dpo": _dpo_worker, "sft": _sft_worker, "reference": _reference_worker}
+ray.init(namespace="prefvec", log_to_driver=False)
+runs = [start_run(workers[name], job, name, Resources(), storage) for name, job in given.items()]
+errors = [run.exception() for run in runs]
+assert all(isinstance(error, RunsFailedError) for error in errors), errors
+print(json.dumps([str(error) for error in errors]))
+"""
+
+
+@pytest.mark.slow
+def test_training_on_a_node_without_the_folder_ends_in_one_line(
+    scored, world_folder, new_cluster, blind_node, tmp_path
+):
+    base, spec = str(world_folder / "base"), scored["spec"].model_copy(update={"out": str(tmp_path / "run")})
+    jobs = {
+        "dpo": {"spec": spec.model_dump(), "board": None},
+        "sft": {"base": base, "data": base},
+        "reference": {"base": base, "tasks": [{"source": spec.train[0]}]},
+    }
+    with new_cluster(num_cpus=0, include_dashboard=False) as cluster, blind_node(cluster, world_folder):
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(tmp_path / "ray"), json.dumps(jobs)],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert done.returncode == 0, done.stderr
+    assert "started again" not in done.stdout, "another attempt would only repeat it"
+    for error in json.loads(done.stdout.splitlines()[-1]):
+        assert re.fullmatch(rf"node blind.* does not see {base}: is the storage mounted there\?", error)
