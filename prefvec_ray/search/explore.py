@@ -107,6 +107,9 @@ class Explorer:
 
     def __post_init__(self) -> None:
         self.plan.check()
+        ended = self.end is not None and self.end.asked == self._asked()
+        if ended and self.end is not None:
+            self.known = self.known[: self.end.counted]
         self._began, self._ended, self._failing = self.clock(), "", False
         few = len(self.goal.objectives) <= GP_OBJECTIVES
         self.sampler = self.plan.sampler if self.plan.sampler != "auto" else "gp" if few else "tpe"
@@ -129,7 +132,7 @@ class Explorer:
             self.tried.append(tried)
         done = [tried.coefficients for tried in self.known]
         self._queue = deque(point for point in self._first() if point not in done)
-        if self.end is not None and self.end.asked == self._asked():
+        if ended and self.end is not None:
             self._ended, self.failed = self.end.stopped, list(self.end.failed)
         self._stop_if_still()
 
@@ -161,7 +164,8 @@ class Explorer:
         if not self.ended or self._failing or (self._open and not self.closed):
             return None
         self._ended = self.ended
-        return Ended(stopped=self.ended, asked=self._asked(), failed=self.failed, seconds=seconds)
+        counted = len(self.tried)
+        return Ended(stopped=self.ended, asked=self._asked(), failed=self.failed, counted=counted, seconds=seconds)
 
     def _asked(self) -> dict[str, Any]:
         """What decides when the search ends, as JSON; bounds and seed belong to every measurement."""
@@ -203,11 +207,15 @@ class Explorer:
             trial.set_constraint(name, broken)
         self._study.tell(trial, self._values(tried))
 
-    def promising(self, rungs: Sequence[Evaluation]) -> bool:
-        """Whether a setting that scored so on its way up may still reach the front, given the errors. The base may."""
+    def promising(self, rungs: Sequence[Evaluation], *, among: int | None = None) -> bool:
+        """Whether a setting that scored so on its way up may still reach the front, given the errors. The base may.
+
+        Args:
+            among: compare with the first so many of `tried`; None: with all.
+        """
         if len(rungs) == len(self.rungs) or is_base(rungs[-1].coefficients):
             return True
-        seen = [tried.rungs[len(rungs) - 1] for tried in self.tried if len(tried.rungs) >= len(rungs)]
+        seen = [tried.rungs[len(rungs) - 1] for tried in self.tried[:among] if len(tried.rungs) >= len(rungs)]
         return Measured(self.goal, [*seen, rungs[-1]]).hopeful(-1, self.plan.caution)
 
     def finish(self, number: int, tried: Tried) -> bool:
@@ -218,21 +226,25 @@ class Explorer:
         if self.closed:
             self._cancel(number)
             return False
-        for name in (*self.goal.objectives, *self.goal.limits):
-            estimate = tried.rungs[-1].metrics.get(name)
-            if estimate is not None and not math.isfinite(estimate.mean):
-                return self._refuse(number, tried, f"{name!r} is {estimate.mean}")
-            if estimate is None and name in self.goal.objectives:
-                return self._refuse(number, tried, f"objective {name!r} was defined on none of the prompts")
+        flaw = self.flaw(tried)
+        if flaw:
+            self.fail(number, tried.coefficients, flaw)
+            return False
         with quiet():
             self._tell(self._open.pop(number), tried)
         self.tried.append(tried)
         self._stop_if_still()
         return True
 
-    def _refuse(self, number: int, tried: Tried, error: str) -> bool:
-        self.fail(number, tried.coefficients, error)
-        return False
+    def flaw(self, tried: Tried) -> str:
+        """Why a measured setting cannot be compared with others; empty where it can."""
+        for name in (*self.goal.objectives, *self.goal.limits):
+            estimate = tried.rungs[-1].metrics.get(name)
+            if estimate is not None and not math.isfinite(estimate.mean):
+                return f"{name!r} is {estimate.mean}"
+            if estimate is None and name in self.goal.objectives:
+                return f"objective {name!r} was defined on none of the prompts"
+        return ""
 
     def fail(self, number: int, coefficients: dict[str, float], error: str) -> None:
         """A setting that gave no result. The base is tried once more; without it the search ends."""

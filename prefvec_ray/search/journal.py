@@ -50,6 +50,7 @@ class Journal:
             else:
                 self.done.append(Tried.model_validate_json(line))
                 self.end = None
+        self.done.sort(key=lambda tried: tried.order)  # lines come as settings finish; those of old journals stay so
 
     def __enter__(self) -> "Journal":
         return self

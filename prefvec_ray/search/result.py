@@ -37,6 +37,8 @@ class Tried(BaseModel):
     """Whether it was measured to the end; else it was dropped after its last rung here."""
     answers: int
     """Answers generated for it."""
+    order: int = -1
+    """Its place among the proposals of its search; -1: not known."""
     process: str = ""
     """Node and pid that measured it."""
     began: float = 0.0
@@ -58,6 +60,8 @@ class Ended(BaseModel):
     asked: dict[str, Any]
     """The plan and the limits that it ended under."""
     failed: list[FailedTrial] = []
+    counted: int | None = None
+    """So many settings, in the order of their proposals, belong to the result; None: all of them."""
     seconds: float = 0.0
 
 

@@ -30,8 +30,10 @@ from rich.console import Console
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.scorers import scorer_digest
+from prefvec_ray.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.search.explore import Explorer, Plan, Sampler
 from prefvec_ray.search.journal import Journal
+from prefvec_ray.search.ordered import Ordered
 from prefvec_ray.search.result import FailedTrial, Goal, SearchResult, Tried
 from prefvec_ray.search.trial import DEATHS, Task, Trial
 
@@ -119,8 +121,9 @@ def search(
     `folder` keeps the trials and how the search ended. A search that was interrupted goes on. One that ended returns
     the same result at once, unless it is asked for something else (more trials, another patience, other limits): then
     it decides anew from what was measured, and goes on or not. One that failures ended is tried again.
-    With the same seed the proposals differ a little between runs, since they depend on which actor finishes first; what
-    a setting scores does not. An active Ray connection is used, else Ray is started.
+    The same seed and number of `actors` give the same search, however many of them the cluster has room for and
+    whichever finishes first (`Ordered`); one that was interrupted may propose other settings after that. An active Ray
+    connection is used, else Ray is started.
 
     Raises:
         InputError: a vector of another base, an unknown objective, limit or sampler, a range that does not contain 0,
@@ -175,14 +178,14 @@ def search(
 class _Proposer(Searcher):
     """The explorer's proposals as Tune asks for them."""
 
-    def __init__(self, explorer: Explorer) -> None:
+    def __init__(self, ordered: Ordered) -> None:
         super().__init__()
-        self.explorer = explorer
+        self.ordered = ordered
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.explorer.ended:
+        proposal = self.ordered.propose()
+        if proposal is None and self.ordered.explorer.ended:
             return Searcher.FINISHED
-        proposal = self.explorer.propose()
         return None if proposal is None else {"number": proposal.number, "coefficients": proposal.coefficients}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -206,7 +209,8 @@ class _Halving(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         # Tune asks before it tells its callbacks, and does not ask after a result that is the last.
         seen = [*self.conductor.rungs_before(trial, result), Evaluation.model_validate_json(result["evaluation"])]
-        return self.CONTINUE if self.conductor.explorer.promising(seen) else self.STOP
+        promising = self.conductor.ordered.promising(trial.config["number"], seen)
+        return self.CONTINUE if promising else self.STOP
 
 
 class _Conductor(tune.Callback, tune.Stopper):
@@ -215,14 +219,14 @@ class _Conductor(tune.Callback, tune.Stopper):
 
     def __init__(
         self,
-        explorer: Explorer,
+        ordered: Ordered,
         journal: Journal,
-        actors: int,
         timeout: float,
         progress: Callable[[Progress], None] | None,
         began: float,
+        wait: Waiting,
     ) -> None:
-        self.explorer, self.journal, self.actors = explorer, journal, actors
+        self.ordered, self.explorer, self.journal, self.wait = ordered, ordered.explorer, journal, wait
         self.timeout, self.progress, self.began = timeout, progress, began
         self._rungs: dict[str, list[Evaluation]] = {}
         self._began: dict[str, float] = {}
@@ -276,7 +280,9 @@ class _Conductor(tune.Callback, tune.Stopper):
         # Samples of the last rung are kept; those before it are the same.
         earlier = [evaluation.model_copy(update={"samples": []}) for evaluation in rungs[:-1]]
         costs = self.explorer.rungs
+        number = trial.config["number"]
         tried = Tried(
+            order=self.ordered.order(number),
             rungs=[*earlier, rungs[-1]],
             complete=len(rungs) == len(costs),
             answers=sum(costs[: len(rungs)]),
@@ -284,10 +290,13 @@ class _Conductor(tune.Callback, tune.Stopper):
             began=self._began.pop(trial.trial_id),
             ended=result["ended"],
         )
-        failures = len(self.explorer.failed)
-        if self.explorer.finish(trial.config["number"], tried):
-            self.journal.add(tried)
-        self._report(failures)
+        flaw = self.explorer.flaw(tried)
+        if flaw:
+            self._failed(trial, flaw)
+            return
+        self.journal.add(tried)
+        self.ordered.finish(number, tried)
+        self._report()
 
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         if self.explorer.closed:
@@ -303,6 +312,7 @@ class _Conductor(tune.Callback, tune.Stopper):
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
         """Tune's loop comes by several times a second: the place to look for trials that hang."""
         now = time.monotonic()
+        self.wait.poll(started=any(trial.status == TuneTrial.RUNNING for trial in trials))
         for trial in trials:
             actor = trial.temporary_state.ray_actor
             if trial.status != TuneTrial.RUNNING or actor is None or trial.trial_id in self._killed:
@@ -314,26 +324,26 @@ class _Conductor(tune.Callback, tune.Stopper):
 
     def _failed(self, trial: TuneTrial, error: str) -> None:
         self._rungs.pop(trial.trial_id, None)
-        failures = len(self.explorer.failed)
-        self.explorer.fail(trial.config["number"], trial.config["coefficients"], error)
-        self._report(failures)
+        failure = FailedTrial(coefficients=trial.config["coefficients"], error=error)
+        self.ordered.finish(trial.config["number"], failure)
+        self._report(failure)
 
-    def _report(self, failures: int) -> None:
-        """Call the caller's `progress`; `failures` there were before this setting."""
+    def _report(self, failure: FailedTrial | None = None) -> None:
+        """Call the caller's `progress`; `failure` is the setting that has just failed."""
         if self.progress is None:
             return
         result, explorer = self.explorer.result(), self.explorer
         self.progress(
             Progress(
-                done=len(explorer.tried),
+                done=self.ordered.measured,
                 trials=explorer.plan.trials,
                 dropped=len(result.dropped),
-                failed=len(explorer.failed),
+                failed=self.ordered.failures,
                 answers=result.answers,
                 front=len(result.front) if result.trials else 0,
                 hypervolume=result.hypervolume if result.has_base else 0.0,
                 seconds=time.perf_counter() - self.began,
-                failure=explorer.failed[-1] if len(explorer.failed) > failures else None,
+                failure=failure,
             )
         )
 
@@ -348,14 +358,18 @@ def _tune(
     progress: Callable[[Progress], None] | None,
     began: float,
 ) -> None:
-    conductor = _Conductor(explorer, journal, actors, timeout, progress, began)
+    bundle = bundle_of(resources)
+    check_room("a trial of the search", [bundle])
+    ordered = Ordered(explorer, actors)
+    wait = Waiting(Console(highlight=False), "the search", [bundle])
+    conductor = _Conductor(ordered, journal, timeout, progress, began, wait)
     scratch = journal.folder / "tune"
     with _quiet():
         shutil.rmtree(scratch, ignore_errors=True)
         tune.Tuner(
             tune.with_resources(tune.with_parameters(Trial, task=task), resources),
             tune_config=tune.TuneConfig(
-                search_alg=_Proposer(explorer),
+                search_alg=_Proposer(ordered),
                 scheduler=_Halving(conductor),
                 num_samples=-1,  # the explorer says when it is enough
                 max_concurrent_trials=actors,
