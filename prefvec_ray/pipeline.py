@@ -164,9 +164,11 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
 
 
 def train(training: "TrainingConfig", console: Console) -> dict[str, Any]:
+    from prefvec_ray.registry import start_registry
     from prefvec_ray.training import train_vectors
 
     connect(console)
+    start_registry(training.store)  # a registry that another process writes to is found before anything is trained
     return train_vectors(training)
 
 

@@ -30,11 +30,12 @@ from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
 from prefvec_ray.errors import InputError
+from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
 from prefvec_ray.serving.job import Event, Job, Started
-from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
+from prefvec_ray.serving.lineup import Lineup, line_up
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
 from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.records import ServingRecords
