@@ -183,7 +183,7 @@ class RegistryClient(Registry):
 
     def stop(self) -> None:
         """End the actor for good. The store keeps everything."""
-        end(self.actor)
+        end(self.actor, self.name)
 
     def _ask(self, answer: Any) -> Any:
         try:

@@ -63,7 +63,7 @@ def stop_registry(where: str | Path, *, namespace: str = NAMESPACE) -> str:
         name = roots.get(store.label, actor_name(store))
     if name not in running:
         raise InputError(f"registry {where}: no actor to stop; {listing(running)}")
-    end(ray.get_actor(name, namespace))
+    end(ray.get_actor(name, namespace), name, namespace)
     return name
 
 
@@ -74,13 +74,13 @@ def listing(running: dict[str, str]) -> str:
     return "running are " + ", ".join(f"ray:{name} ({root})" for name, root in running.items())
 
 
-def end(actor: Any) -> None:
-    """Kill an actor and wait until it is dead; its lease is given back first where it still answers."""
+def end(actor: Any, name: str, namespace: str = NAMESPACE) -> None:
+    """Kill an actor and wait until its name is free; its lease is given back first where it still answers."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(actor.leave.remote(), timeout=ASK_SECONDS)
     ray.kill(actor, no_restart=True)
-    with contextlib.suppress(ray.exceptions.RayError):  # a dead actor answers with an error at once
-        until = time.monotonic() + STOP_SECONDS
+    until = time.monotonic() + STOP_SECONDS
+    with contextlib.suppress(ValueError):  # the name is gone
         while time.monotonic() < until:
-            ray.get(actor.root.remote(), timeout=1.0)
+            ray.get_actor(name, namespace)
             time.sleep(0.05)

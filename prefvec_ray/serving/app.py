@@ -93,6 +93,11 @@ async def _next(items: DeploymentResponseGenerator[Any], deadline: float) -> Any
         return await anext(items, None)
 
 
+def _route(request: HttpRequest) -> str:
+    """The path without the prefix under which Serve runs the application."""
+    return request.url.path.removeprefix(request.scope.get("root_path", ""))
+
+
 def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
     """End a call's work on its replica. Where no replica took the call, `cancel` raises the reason once more."""
     with contextlib.suppress(RayServeException, RayError):
@@ -136,6 +141,10 @@ class Front:
     async def roll_out(self, wanted: ServingConfig) -> Lineup:
         """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
         return await self._rollout.to(wanted)
+
+    def served_config(self) -> ServingConfig:
+        """Not a route: what the endpoint was deployed with, all paths absolute."""
+        return self._config
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
@@ -212,7 +221,7 @@ class Front:
 
         began = asyncio.get_running_loop().time()
         try:
-            entry = await self._door.enter(request.url.path, request.headers, read)
+            entry = await self._door.enter(_route(request), request.headers, read)
         except ApiError as error:
             self._metrics.refused(error.status)
             raise

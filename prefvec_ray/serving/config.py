@@ -197,6 +197,7 @@ class ServingConfig(Config):
 
 
 class _Application(BaseModel):
+    name: str | None = None
     args: ServingConfig
 
 
@@ -209,4 +210,10 @@ def load_serving_config(path: str | Path) -> ServingConfig:
 
     Raises InputError as `load_config` does.
     """
-    return load_config(path, _Deployment).applications[0].args
+    return load_application(path)[1]
+
+
+def load_application(path: str | Path) -> tuple[str | None, ServingConfig]:
+    """The name (None without one) and the settings of the first application in a file for `serve deploy`."""
+    first = load_config(path, _Deployment).applications[0]
+    return first.name, first.args
