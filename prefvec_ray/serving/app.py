@@ -142,9 +142,8 @@ class Front:
         """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
         return await self._rollout.to(wanted)
 
-    def served_config(self) -> ServingConfig:
-        """Not a route: what the endpoint was deployed with, all paths absolute."""
-        return self._config
+    def reconfigure(self, about: dict[str, Any]) -> None:
+        """Serve wants this of a deployment with a `user_config`, which here says what runs and changes nothing."""
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
@@ -342,18 +341,25 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     Base and vectors are checked, and fixed to their versions, here. Raises InputError with one clear line where
     something is wrong with them.
     """
-    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
-
     if not isinstance(args, ServingConfig):
         args = parse_config(dict(args), ServingConfig, source="args")
-    config = args.absolute()
+    return application(args, uuid.uuid4().hex[:12])
+
+
+def application(config: ServingConfig, deployment: str) -> serve.Application:
+    """`build_app` under a given identity. Identity and config can be read from the running application
+    (`instance.py`), by whoever wants to deploy under the same name."""
+    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
+
+    config = config.absolute()
     if config.engine.kind == "vllm" and find_spec("vllm") is None:
         raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
-    lineup = replace(line_up(config), deployment=uuid.uuid4().hex[:12])
+    lineup = replace(line_up(config), deployment=deployment)
     Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
     replica = serve.deployment(Replica, name=_replica_name(config, lineup)).options(**_scale(config))
     replicas = replica.bind(config, lineup, LineupBook(lineup.deployment))
     front = serve.deployment(Front, name="front").options(
+        user_config={"deployment": deployment, "config": config.model_dump(mode="json")},
         logging_config=_logs(config),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections

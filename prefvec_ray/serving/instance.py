@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.context import _disconnect, _get_global_client
-from ray.serve.schema import ServeInstanceDetails
+from ray.serve.schema import ApplicationDetails, ServeInstanceDetails
 
 SHUTDOWN_SECONDS = 60.0
 POLL_SECONDS = 0.2
@@ -20,13 +20,14 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class RunningApp:
-    """One application. `deployed` is the time of its deployment, in seconds since 1970: another time, another one."""
+    """One application. `config` and `deployment` (its identity) are None where it is not one of `build_app`."""
 
     name: str
     route: str | None
     status: str
     message: str
-    deployed: float
+    config: Mapping[str, Any] | None
+    deployment: str | None
     deployments: Mapping[str, str]
     """name -> what Serve says of it, empty where all is well"""
 
@@ -52,19 +53,20 @@ def inspect_serve() -> ServeInstance | None:
     if client is None:
         return None
     details = ServeInstanceDetails(**client.get_serve_details())
-    apps = {
-        name: RunningApp(
-            name,
-            app.route_prefix,
-            str(app.status.value),
-            app.message,
-            app.last_deployed_time_s,
-            {deployment: state.message for deployment, state in app.deployments.items()},
-        )
-        for name, app in details.applications.items()
-    }
+    apps = {name: _running_app(app) for name, app in details.applications.items()}
     proxies = {node: str(proxy.node_ip) for node, proxy in details.proxies.items()}
     return ServeInstance(_identity(client), client.http_config.host, client.http_config.port, proxies, apps)
+
+
+def _running_app(app: ApplicationDetails) -> RunningApp:
+    front = app.deployments.get("front")
+    about = front.deployment_config.user_config if front else None
+    ours = about if isinstance(about, dict) and about.keys() == {"deployment", "config"} else {}
+    messages = {name: state.message for name, state in app.deployments.items()}
+    status = str(app.status.value)
+    return RunningApp(
+        app.name, app.route_prefix, status, app.message, ours.get("config"), ours.get("deployment"), messages
+    )
 
 
 def app_status(name: str) -> str:

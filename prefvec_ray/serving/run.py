@@ -9,7 +9,9 @@ import logging
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -21,12 +23,10 @@ from prefvec_ray.registry.locate import THROUGH_RAY, join_ray
 from prefvec_ray.serving.config import Name, ServingConfig
 
 if TYPE_CHECKING:
-    from prefvec_ray.serving.instance import RunningApp, ServeInstance
+    from prefvec_ray.serving.instance import RunningApp
     from prefvec_ray.serving.lineup import Lineup
 
 APP = "prefvec"
-ASK_SECONDS = 15.0
-"""for a running endpoint to say which config it serves"""
 REACH_SECONDS = 60.0
 """for Serve's proxy to find the way to replicas that are ready"""
 DELETE_SECONDS = 60.0
@@ -34,8 +34,8 @@ LOOK_SECONDS = 5.0
 """`serve_forever` looks this often whether its application still runs"""
 POLL_SECONDS = 0.2
 
-_deployed: dict[str, float] = {}
-"""name -> time of the deployment that this process made"""
+_deployed: dict[str, str] = {}
+"""name -> identity of the deployment that this process made"""
 _started: set[str] = set()
 """the Serve instances that this process started"""
 
@@ -60,9 +60,10 @@ def start(
     where the replicas do not come up. Whatever is raised, the application `name` is deleted if its deployment had
     begun, and no other.
     """
-    app = _build(config, name, port)
+    new = _Endpoint(config, name, host, port)
+    new.check()
     connect(console)
-    return _deploy(app or _build_app(config), config, host, port, name, replace)
+    return _deploy(new, replace)
 
 
 def roll_out(config: ServingConfig, *, name: str = APP) -> "Lineup":
@@ -76,11 +77,13 @@ def roll_out(config: ServingConfig, *, name: str = APP) -> "Lineup":
     from ray import serve
 
     from prefvec_ray.serving.instance import inspect_serve
+    from prefvec_ray.serving.placement import endpoints
 
     join_ray()
     found = inspect_serve()
-    if found is None or not _is_endpoint(found.apps.get(name)):
-        raise InputError(f"no endpoint {name!r} runs: {_running(found)}; `prefvec serve --name {name}` starts one")
+    app = found.apps.get(name) if found else None
+    if app is None or app.config is None:
+        raise InputError(f"no endpoint {name!r} runs: {endpoints(found)}; `prefvec serve --name {name}` starts one")
     try:
         lineup: Lineup = serve.get_deployment_handle("front", name).roll_out.remote(config.absolute()).result()
     except ray.exceptions.RayTaskError as error:
@@ -104,7 +107,7 @@ def stop(name: str = APP) -> None:
     if found is None:
         return
     app, others = found.apps.get(name), set(found.apps) - {name}
-    if app is None or ours in (None, app.deployed):
+    if app is None or ours in (None, app.deployment):
         close_ingress(name)
         if app is not None:
             _delete(name)
@@ -129,10 +132,11 @@ def serve_forever(
     Interrupted while it starts, it removes what it deployed and raises KeyboardInterrupt, or SystemExit(143) after
     SIGTERM. Raises JobError where the application was deleted or replaced by somebody else.
     """
-    app = _build(config, name, port)
+    new = _Endpoint(config, name, host, port)
+    new.check()
     connect(console)
     with _terminable():
-        url = _deploy(app or _build_app(config), config, host, port, name, replace)
+        url = _deploy(new, replace)
         try:
             print(f"serving {config.model} as {name!r} at {url} (Ctrl-C stops it)", flush=True)
             _wait_while_ours(name)
@@ -142,168 +146,76 @@ def serve_forever(
             stop(name)
 
 
-def _build(config: ServingConfig, name: str, port: int) -> Any:
-    """The application, or None where building it needs the cluster: a mistake in the config is reported before the
-    seconds that a cluster takes."""
-    try:
-        TypeAdapter(Name).validate_python(name)
-    except ValidationError:
-        raise InputError(
-            f"name {name!r}: expected a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
-        ) from None
-    if not 0 < port < 65_536:
-        raise InputError(f"port {port}: expected a number from 1 to 65535")
-    return None if config.registry.startswith(THROUGH_RAY) else _build_app(config)
+@dataclass
+class _Endpoint:
+    """What is to be deployed. `app` is built before the cluster is joined, where that does without it."""
+
+    config: ServingConfig
+    name: str
+    host: str
+    port: int
+    deployment: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    app: Any = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}/v1"
+
+    def check(self) -> None:
+        """InputError for what is wrong with the name, the port or the config: before the seconds that a cluster takes,
+        unless the registry is an actor there."""
+        try:
+            TypeAdapter(Name).validate_python(self.name)
+        except ValidationError:
+            raise InputError(
+                f"name {self.name!r}: expected a letter or digit, then at most 63 letters, digits, '.', '_' or '-'"
+            ) from None
+        if not 0 < self.port < 65_536:
+            raise InputError(f"port {self.port}: expected a number from 1 to 65535")
+        if not self.config.registry.startswith(THROUGH_RAY):
+            self.build()
+
+    def build(self) -> None:
+        from prefvec_ray.serving.app import application
+
+        self.app = self.app or application(self.config, self.deployment)
 
 
-def _build_app(config: ServingConfig) -> Any:
-    from prefvec_ray.serving.app import build_app
-
-    return build_app(config)
-
-
-def _deploy(app: Any, config: ServingConfig, host: str, port: int, name: str, replace: bool) -> str:
+def _deploy(new: _Endpoint, replace: bool) -> str:
+    """`start` on the cluster that this process is in."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     from prefvec_ray.serving.ingress import Address, close_ingress, open_ingress
     from prefvec_ray.serving.instance import inspect_serve
+    from prefvec_ray.serving.placement import choose_route, proxy_url
 
+    new.build()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what Serve reports of starting, this function returns
     found = inspect_serve()
-    route = _route(found, config, host, port, name, replace)
-    url = f"http://{host}:{port}/v1"
+    route = choose_route(found, new.config, new.name, Address(new.host, new.port), replace)
+    _deployed[new.name] = new.deployment
     try:
         if found is None:
-            proxy_logs = LoggingConfig(log_level=config.logs.level, enable_access_log=config.logs.access)
-            serve.start(http_options={"host": host, "port": port}, logging_config=proxy_logs)
+            logs = LoggingConfig(log_level=new.config.logs.level, enable_access_log=new.config.logs.access)
+            serve.start(http_options={"host": new.host, "port": new.port}, logging_config=logs)
             if started := inspect_serve():
                 _started.add(started.controller)
+        _deployed.pop(new.name)  # Serve shows the new deployment a moment late: what has the name now is to be deleted
         # The wait for replicas is `_await_running`, which can say what it waits for.
-        serve.run_many([serve.RunTarget(app, name, route)], wait_for_applications_running=False)
-        if deployed := inspect_serve():
-            _deployed[name] = deployed.apps[name].deployed
-        _await_running(name)
+        serve.run_many([serve.RunTarget(new.app, new.name, route)], wait_for_applications_running=False)
+        _await_running(new.name)
+        _deployed[new.name] = new.deployment
         if route == "/":
-            close_ingress(name)
+            close_ingress(new.name)
         elif found is not None:
-            open_ingress(name, Address(host, port), _target(found), route)
-        _await_answer(url, config.model)
+            open_ingress(new.name, Address(new.host, new.port), proxy_url(found), route)
+        _await_answer(new.url, new.config.model)
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to see
-            stop(name)
+            stop(new.name)
         raise
-    return url
-
-
-def _route(found: "ServeInstance | None", config: ServingConfig, host: str, port: int, name: str, replace: bool) -> str:
-    """The route that the application gets on Serve's port. InputError where something else is in the way."""
-    from prefvec_ray.serving.ingress import PREFIX, Address, ingress_address
-
-    if found is None:
-        _check_free(host, port, found)
-        return "/"
-    at = _address(name, found)
-    if name in found.apps and not replace:
-        _check_same(found.apps[name], config, at, Address(host, port))
-    if port == found.port:
-        if host != found.host:
-            raise InputError(
-                f"Ray Serve listens at {found.host}:{port} on this cluster, not at {host}: give --host {found.host}, or"
-                " another --port"
-            )
-        if (other := found.app_at("/")) not in (None, name):
-            raise InputError(
-                f"port {port} is Ray Serve's on this cluster, and the application {other!r} answers there; choose"
-                " another --port"
-            )
-        return "/"
-    route = f"{PREFIX}/{name}"
-    if (other := found.app_at(route)) not in (None, name):
-        raise InputError(f"the application {other!r} has the route {route}; choose another --name")
-    if ingress_address(name) != Address(host, port):
-        _check_free(host, port, found)
-    _target(found)
-    return route
-
-
-def _check_same(app: "RunningApp", config: ServingConfig, at: Any, asked: Any) -> None:
-    """InputError unless the running application is of this very config and address."""
-    where = f" at {at.host}:{at.port}" if at else ""
-    advice = "give another --name, or --replace to put this one in its place"
-    if app.status == "DELETING":
-        raise InputError(f"the application {app.name!r} is being deleted; try again when `serve status` has it no more")
-    if not _is_endpoint(app):
-        raise InputError(f"an application {app.name!r} of somebody else runs on this cluster; {advice}")
-    if at != asked:
-        raise InputError(f"the endpoint {app.name!r} runs already{where}; {advice}, or its own --host and --port")
-    theirs = _served_config(app.name)
-    if theirs is None:
-        raise InputError(f"the endpoint {app.name!r} runs already{where} and does not say its config; {advice}")
-    if theirs != config.absolute():
-        ours = config.absolute().model_dump()
-        other = ", ".join(field for field, value in theirs.model_dump().items() if value != ours[field])
-        raise InputError(f"the endpoint {app.name!r} runs already{where} with another config ({other}); {advice}")
-
-
-def _served_config(name: str) -> ServingConfig | None:
-    """What a running endpoint was deployed with; None where it does not say."""
-    import ray
-    from ray import serve
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        return serve.get_deployment_handle("front", name).served_config.remote().result(timeout_s=ASK_SECONDS)
-    except (TimeoutError, RayServeException, ray.exceptions.RayError):
-        return None
-
-
-def _is_endpoint(app: "RunningApp | None") -> bool:
-    """Was the application made by `build_app`?"""
-    if app is None:
-        return False
-    return "front" in app.deployments and any(name.startswith("replica-") for name in app.deployments)
-
-
-def _address(name: str, found: "ServeInstance") -> Any:
-    """Where an application answers; None where it has no address of its own."""
-    from prefvec_ray.serving.ingress import Address, ingress_address
-
-    app = found.apps.get(name)
-    if app is not None and app.route == "/":
-        return Address(found.host, found.port)
-    return ingress_address(name)
-
-
-def _running(found: "ServeInstance | None") -> str:
-    """The endpoints of the cluster, for an error message."""
-    names = [name for name, app in found.apps.items() if _is_endpoint(app)] if found else []
-    return f"those that run are {', '.join(names)}" if names else "there is no endpoint on this cluster"
-
-
-def _check_free(host: str, port: int, found: "ServeInstance | None") -> None:
-    """InputError where the address is taken on this node; names the endpoint that has it, if it is one."""
-    from prefvec_ray.serving.ingress import Address, bind
-
-    for name in found.apps if found else ():
-        if found and _address(name, found) == Address(host, port):
-            raise InputError(f"port {port} on {host} belongs to the endpoint {name!r}; choose another --port")
-    bind(host, port).close()
-
-
-def _target(found: "ServeInstance") -> str:
-    """`http://host:port` of a proxy of Serve, as this node reaches it."""
-    import ray
-
-    everywhere = found.host in ("0.0.0.0", "::", "")
-    local = found.host.startswith("127.") or found.host in ("localhost", "::1")
-    address = "127.0.0.1" if everywhere else found.host
-    if ray.get_runtime_context().get_node_id() not in found.proxies:
-        if local or not found.proxies:
-            nodes = ", ".join(found.proxies.values()) or "no node"
-            raise InputError(f"Ray Serve listens on {found.host} of {nodes} only; run this command there")
-        address = next(iter(found.proxies.values())) if everywhere else found.host
-    return f"http://[{address}]:{found.port}" if ":" in address else f"http://{address}:{found.port}"
+    return new.url
 
 
 def _await_running(name: str) -> None:
@@ -372,7 +284,7 @@ def _wait_while_ours(name: str) -> None:
         app = found.apps.get(name) if found else None
         if app is None or app.status == "DELETING":
             raise JobError(f"the endpoint {name!r} was deleted by somebody else")
-        if app.deployed != _deployed.get(name):
+        if app.deployment != _deployed.get(name):
             raise JobError(f"the endpoint {name!r} was deployed anew by somebody else, who stops it now")
 
 

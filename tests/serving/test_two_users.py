@@ -22,7 +22,7 @@ from openai import AuthenticationError, OpenAI
 from ray import serve
 
 from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.serving import ServingConfig, run, start, stop
+from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.ingress import ingress_address
 from prefvec_ray.serving.instance import inspect_serve, shut_down_serve
 from prefvec_ray.serving.keys import add_key
@@ -32,6 +32,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.2)
 
 
 @dataclass
@@ -50,14 +57,6 @@ class User:
 
     def start(self, **options: Any) -> str:
         return start(self.config, port=self.port, name=self.name, **options)
-
-    def command(self, *words: str) -> "subprocess.Popen[str]":
-        """`prefvec serve` of this user, as a process on the tests' cluster."""
-        serve_it = ["serve", "--config", str(self.file), "--name", self.name, "--port", str(self.port)]
-        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        command = [sys.executable, "-m", "prefvec_ray.cli", *serve_it, *words]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     def ask(self, key: str | None = None, stream: bool = False) -> str:
         """An answer of this endpoint, with this user's key unless another one is given."""
@@ -87,6 +86,25 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     """Exit code and the rest of what it printed."""
     printed = process.communicate(timeout=120)[0]
     return process.returncode, printed
+
+
+@pytest.fixture
+def commands(ray_cluster) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """`prefvec serve` of a user, as a process on the tests' cluster. None outlives its test."""
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    started = []
+
+    def run(user: User, *words: str) -> "subprocess.Popen[str]":
+        serve_it = ["serve", "--config", str(user.file), "--name", user.name, "--port", str(user.port), *words]
+        command, pipe = [sys.executable, "-m", "prefvec_ray.cli", *serve_it], subprocess.PIPE
+        process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
@@ -146,9 +164,9 @@ def others_answer(alice: User) -> bool:
     return httpx.get(f"http://127.0.0.1:{alice.port}/others", timeout=30).text == "another team's"
 
 
-def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, users, cluster):
+def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, users, cluster, commands):
     bob = users("bob")
-    process = bob.command()
+    process = commands(bob)
     lines_until(process, f"serving tiny as 'bob' at {bob.url}")
     assert cluster() == ["alice", "bob", "others"]
     assert alice.ask() == bob.ask() == bob.ask(stream=True), "the same model and vectors"
@@ -164,14 +182,19 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
     description = httpx.get(f"{own}/docs", timeout=30).text.partition("url: '")[2].partition("'")[0]
     assert "/v1/completions" in httpx.get(own + description, timeout=30).json()["paths"]
     assert httpx.get(f"http://127.0.0.1:{alice.port}/prefvec/bob", timeout=30).headers["location"].endswith("/bob/")
-    assert httpx.post(f"{bob.url}/completions", content=b"{", timeout=30).status_code == 415
+    headers = {"authorization": f"Bearer {bob.key}"}
+    assert httpx.post(f"{bob.url}/completions", headers=headers, content=b"{", timeout=30).status_code == 415
     assert httpx.get(f"{own}/v1/nowhere", timeout=30).status_code == 404
     assert httpx.get(own, headers={"x": "y" * 40_000}, timeout=30).status_code == 431
 
     # What is in the way is one line, before anything is touched.
     carol = users("carol", limits={"seconds": 4})
     for name, port, wanted in (
-        ("bob", bob.port, r"'bob' runs already at 127.0.0.1:\d+ with another config \(.*keys.*limits.*\); give another"),
+        (
+            "bob",
+            bob.port,
+            r"'bob' runs already at 127.0.0.1:\d+ with another config \(.*keys.*limits.*\); give another",
+        ),
         ("others", carol.port, "'others' of somebody else runs on this cluster"),
         ("carol", bob.port, f"port {bob.port} on 127.0.0.1 belongs to the endpoint 'bob'"),
         ("carol", alice.port, "the application 'alice' answers there; choose another --port"),
@@ -192,4 +215,73 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
     assert (alice.serves(), bob.serves(), others_answer(alice)) == (True, False, True)
     assert ingress_address("bob") is None
     audit = bob.config.audit.file
-    assert {json.loads(line)["route"] for line in audit.read_text().splitlines()} == {"/v1/completions"}
+    routes = {json.loads(line)["route"] for line in audit.read_text().splitlines()}
+    assert routes == {"/v1/completions", "/v1/models/{name}"}, "without the prefix"
+
+
+def test_the_same_config_deploys_again_and_another_one_only_with_replace(alice, users, cluster):
+    before = alice.ask()
+    alice.start()
+    assert alice.ask() == before
+    longer = users("alice", limits={"seconds": 6})
+    longer.port = alice.port
+    with pytest.raises(InputError, match=r"'alice' runs already at .* with another config .*--replace"):
+        longer.start()
+    assert alice.serves()
+    longer.start(replace=True)
+    assert (longer.serves(), alice.serves(), others_answer(alice)) == (True, False, True)
+    alice.start(replace=True)
+    assert (alice.serves(), cluster()) == (True, ["alice", "others"])
+
+
+def test_a_deployment_that_fails_is_deleted_and_nothing_else(alice, users, cluster):
+    bob = users("bob", engine={"device": "cuda"})
+    with pytest.raises(JobError, match=r"the endpoint 'bob' did not start: .*(CUDA|cuda|GPU)") as error:
+        bob.start()
+    assert "\n" not in str(error.value)
+    assert (cluster(), ingress_address("bob")) == (["alice", "others"], None)
+    assert (alice.serves(), others_answer(alice)) == (True, True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_it_starts_it_leaves_nothing(alice, users, cluster, commands, number, code):
+    bob = users("bob", replicas={"cpus": 1000})  # waits for room for ever
+    process = commands(bob)
+    wait_for(lambda: "bob" in cluster())
+    process.send_signal(number)
+    told, printed = ended(process)
+    assert (told, "Traceback" in printed) == (code, False), printed
+    assert cluster() == ["alice", "others"]
+    assert (alice.serves(), others_answer(alice)) == (True, True)
+
+
+def test_whoever_started_serve_leaves_it_to_the_others(alice, users, cluster, commands):
+    """The first user goes; the second, who joined, is served on and ends by SIGTERM as `ray job stop` sends it."""
+    bob = users("bob")
+    process = commands(bob)
+    lines_until(process, "serving tiny as 'bob'")
+    instance = inspect_serve().controller
+    stop("alice")
+    assert cluster() == ["bob", "others"]
+    assert (alice.serves(), bob.serves(), others_answer(alice)) == (False, True, True)
+    process.send_signal(signal.SIGTERM)
+    code, printed = ended(process)
+    assert (code, "Traceback" in printed) == (0, False), printed
+    assert cluster() == ["others"]
+    assert inspect_serve().controller == instance, "Serve goes on: it was not this process that started it"
+    serve.delete("others")
+    stop("alice")
+    assert inspect_serve() is None, "and ends with its starter, once nothing else runs"
+
+
+def test_an_endpoint_that_somebody_else_took_over_is_left_alone(alice, users, cluster, commands):
+    """The first process sees that it serves no more, says so, and does not delete what is another's now."""
+    process = commands(alice)
+    lines_until(process, "serving tiny as 'alice'")
+    alice.start()
+    code, printed = ended(process)
+    assert code == 1
+    assert "'alice' was deployed anew by somebody else" in printed
+    assert alice.serves()
+    stop("alice")
+    assert "alice" not in cluster()
