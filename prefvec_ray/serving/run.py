@@ -62,7 +62,7 @@ def start(
     """
     new = _Endpoint(config, name, host, port)
     new.check()
-    connect(console)
+    connect(console or Console(quiet=True))
     return _deploy(new, replace)
 
 
@@ -134,7 +134,7 @@ def serve_forever(
     """
     new = _Endpoint(config, name, host, port)
     new.check()
-    connect(console)
+    connect(console or Console(quiet=True))
     with _terminable():
         url = _deploy(new, replace)
         try:
