@@ -22,10 +22,12 @@ from openai import AuthenticationError, OpenAI
 from ray import serve
 
 from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.serving import ServingConfig, start, stop
+from prefvec_ray.serving import ServingConfig, roll_out, start, stop
 from prefvec_ray.serving.ingress import ingress_address
 from prefvec_ray.serving.instance import inspect_serve, shut_down_serve
 from prefvec_ray.serving.keys import add_key
+
+pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:
@@ -91,10 +93,11 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
 @pytest.fixture
 def commands(ray_cluster) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """`prefvec serve` of a user, as a process on the tests' cluster. None outlives its test."""
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    here = ray.get_runtime_context().gcs_address
     started = []
 
-    def run(user: User, *words: str) -> "subprocess.Popen[str]":
+    def run(user: User, *words: str, address: str = here) -> "subprocess.Popen[str]":
+        environment = os.environ | {"RAY_ADDRESS": address, "COLUMNS": "200"}
         serve_it = ["serve", "--config", str(user.file), "--name", user.name, "--port", str(user.port), *words]
         command, pipe = [sys.executable, "-m", "prefvec_ray.cli", *serve_it], subprocess.PIPE
         process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
@@ -186,6 +189,13 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
     assert httpx.post(f"{bob.url}/completions", headers=headers, content=b"{", timeout=30).status_code == 415
     assert httpx.get(f"{own}/v1/nowhere", timeout=30).status_code == 404
     assert httpx.get(own, headers={"x": "y" * 40_000}, timeout=30).status_code == 431
+
+    for user in (alice, bob):
+        assert roll_out(user.config, name=user.name).generation == 0, "by name; nothing new"
+    with pytest.raises(InputError, match=r"no endpoint 'nobody' runs: those that run are (alice, bob|bob, alice);"):
+        roll_out(alice.config, name="nobody")
+    with pytest.raises(InputError, match="no endpoint 'others' runs"):
+        roll_out(alice.config, name="others")
 
     # What is in the way is one line, before anything is touched.
     carol = users("carol", limits={"seconds": 4})
@@ -285,3 +295,16 @@ def test_an_endpoint_that_somebody_else_took_over_is_left_alone(alice, users, cl
     assert alice.serves()
     stop("alice")
     assert "alice" not in cluster()
+
+
+def test_alone_on_a_machine_it_starts_and_ends_without_noise(users, commands):
+    """A cluster of its own, Serve on its port: a line when it serves, none when Ctrl-C ends it."""
+    carol = users("carol")
+    process = commands(carol, address="local")
+    lines = lines_until(process, f"serving tiny as 'carol' at {carol.url}")
+    assert carol.serves()
+    process.send_signal(signal.SIGINT)
+    code, printed = ended(process)
+    assert (code, printed.strip()) == (0, ""), printed
+    own = [line for line in lines if "Ray cluster with" not in line and "network_util" not in line]
+    assert len(own) == 1, own
