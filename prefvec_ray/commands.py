@@ -14,6 +14,7 @@ from rich.table import Table
 from prefvec_ray.cluster import connect, progress_bar
 
 if TYPE_CHECKING:
+    from prefvec_ray.evaluation.results import SearchSummary
     from prefvec_ray.preferences import DataCheck
     from prefvec_ray.search import EvalConfig, Goal, SearchConfig, SearchResult, Task
     from prefvec_ray.training import TrainingConfig
@@ -260,8 +261,7 @@ def _report_search(
     config: "SearchConfig", task: "Task", rules: dict[str, str], result: "SearchResult", console: Console
 ) -> None:
     """Confirm on the report prompts, publish what the config names, and write the report."""
-    from prefvec_ray.evaluation.report import write_report
-    from prefvec_ray.search.confirmation import publish_presets, report_search, search_report
+    from prefvec_ray.search.confirmation import publish_presets, report_search
 
     with progress_bar(console, "settings on the report prompts") as tell:
         summary = report_search(
@@ -274,8 +274,20 @@ def _report_search(
             resources=config.resources,
             progress=tell,
         )
-    if config.preset or config.presets:
-        summary = publish_presets(summary, result, task, *_registry(config))
+    try:
+        if config.preset or config.presets:
+            summary = publish_presets(summary, result, task, *_registry(config))
+    finally:  # what was measured is shown and written also where it cannot be published
+        _show_report(config, task, rules, summary, console)
+
+
+def _show_report(
+    config: "SearchConfig", task: "Task", rules: dict[str, str], summary: "SearchSummary", console: Console
+) -> None:
+    """The verdicts on the console, and the report as files."""
+    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.search.confirmation import search_report
+
     title = f"Coefficients of {', '.join(config.vectors)}"
     data = search_report(summary, task, title, config=config.model_dump(mode="json"))
     for preset in summary.presets:

@@ -38,6 +38,11 @@ def choose_route(found: ServeInstance | None, config: ServingConfig, name: str, 
     if ingress_address(name) != asked:
         _check_free(asked, found)
     proxy_url(found)
+    if _is_loopback(asked.host) and not _is_loopback(found.host):
+        raise InputError(
+            f"Ray Serve listens at {found.host}:{found.port} on this cluster, so other machines could reach the"
+            f" endpoint there (under {route}); give --host {found.host} if that is meant"
+        )
     return route
 
 
@@ -85,11 +90,14 @@ def _check_free(asked: Address, found: ServeInstance | None) -> None:
 def proxy_url(found: ServeInstance) -> str:
     """`http://host:port` of a proxy of Serve, as this node reaches it."""
     everywhere = found.host in ("0.0.0.0", "::", "")
-    local = found.host.startswith("127.") or found.host in ("localhost", "::1")
     address = "127.0.0.1" if everywhere else found.host
     if ray.get_runtime_context().get_node_id() not in found.proxies:
-        if local or not found.proxies:
+        if _is_loopback(found.host) or not found.proxies:
             nodes = ", ".join(found.proxies.values()) or "no node"
             raise InputError(f"Ray Serve listens on {found.host} of {nodes} only; run this command there")
         address = next(iter(found.proxies.values())) if everywhere else found.host
     return f"http://[{address}]:{found.port}" if ":" in address else f"http://{address}:{found.port}"
+
+
+def _is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("localhost", "::1")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from ray import serve
 
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
-from prefvec_ray.serving.ingress import ingress_address
+from prefvec_ray.serving.ingress import Address, ingress_address
 from prefvec_ray.serving.instance import inspect_serve, shut_down_serve
 from prefvec_ray.serving.keys import add_key
+from prefvec_ray.serving.placement import choose_route
 
 pytestmark = pytest.mark.slow
 
@@ -215,6 +216,9 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
             start(carol.config, port=port, name=name)
     with socket.create_server(("127.0.0.1", carol.port)), pytest.raises(InputError, match="taken by another program"):
         carol.start()
+    public = replace(inspect_serve(), host="0.0.0.0")
+    with pytest.raises(InputError, match=r"other machines could reach the endpoint there .*--host 0\.0\.0\.0 if that"):
+        choose_route(public, carol.config, "carol", Address("127.0.0.1", carol.port), replace=False)
     assert cluster() == ["alice", "bob", "others"]
     assert (alice.serves(), bob.serves(), others_answer(alice)) == (True, True, True)
 
