@@ -36,7 +36,7 @@ registry_option = click.option(
     required=True,
     envvar="PREFVEC_REGISTRY",
     show_envvar=True,
-    help="Folder or bucket of the registry, such as runs/demo/registry.",
+    help="A folder or bucket, such as runs/demo/registry, or ray:NAME for a registry actor of the Ray cluster.",
 )
 
 
@@ -106,31 +106,48 @@ def search(path: Path) -> None:
     commands.search(_config(path, "prefvec_ray.search", "SearchConfig"), _console())
 
 
+name_option = click.option(
+    "--name", default=None, help="Name of the endpoint on its cluster; default: the application's in FILE, or prefvec."
+)
+
+
 @main.command("roll-out")
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="What is served, as a file.")
-def roll_out(path: Path) -> None:
+@name_option
+def roll_out(path: Path, name: str | None) -> None:
     """Bring new vector versions, and aliases that moved, to every replica of the running endpoint, or to none."""
+    from prefvec_ray.serving import APP
     from prefvec_ray.serving import roll_out as bring
-    from prefvec_ray.serving.config import load_serving_config
+    from prefvec_ray.serving.config import load_application
 
-    lineup = bring(load_serving_config(path))
+    named, config = load_application(path)
+    lineup = bring(config, name=name or named or APP)
     served = ", ".join(f"{name} = {vector.ref}" for name, vector in lineup.vectors.items())
     click.echo(f"served now: {served} (generation {lineup.generation})")
 
 
 @main.command()
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see serve_configs.")
+@name_option
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
-def serve(path: Path, host: str, port: int) -> None:
-    """Serve an OpenAI-compatible endpoint that takes coefficients per request, until Ctrl-C."""
-    from prefvec_ray.cluster import connect
-    from prefvec_ray.serving import serve_forever
-    from prefvec_ray.serving.config import load_serving_config
+@click.option("--replace", is_flag=True, help="Take the place of an application of this name with another config.")
+def serve(path: Path, name: str | None, host: str, port: int, replace: bool) -> None:
+    """Serve an OpenAI-compatible endpoint that takes coefficients per request, until Ctrl-C.
 
-    config = load_serving_config(path)
-    connect(_console())
-    serve_forever(config, host=host, port=port)
+    Ctrl-C and SIGTERM delete this endpoint and nothing else on the cluster; exit code 0. While it still starts, the
+    exit code is 130 (Ctrl-C) or 143 (SIGTERM).
+    """
+    from prefvec_ray.serving import APP, serve_forever
+    from prefvec_ray.serving.config import load_application
+
+    named, config = load_application(path)
+    name = name or named or APP
+    try:
+        serve_forever(config, host=host, port=port, name=name, replace=replace, console=_console())
+    except KeyboardInterrupt:
+        click.echo(f"interrupted before {name!r} was ready; it is deleted", err=True)
+        sys.exit(130)
 
 
 @main.command()
@@ -222,9 +239,9 @@ def list_vectors(registry: str, as_json: bool) -> None:
 
     from rich.table import Table
 
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    store = Registry.open(registry)
+    store = open_registry(registry)
     found = store.list_vectors()
     if as_json:
         click.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=2))
@@ -253,14 +270,14 @@ def list_vectors(registry: str, as_json: bool) -> None:
 @registry_option
 def show_vector(ref: str, registry: str) -> None:
     """Everything known of one vector, as JSON: `helpful`, `helpful@3` or `helpful@production`."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    click.echo(Registry.open(registry).resolve(ref).model_dump_json(indent=2))
+    click.echo(open_registry(registry).resolve(ref).model_dump_json(indent=2))
 
 
 @main.group("registry", cls=Commands)
 def registry_group() -> None:
-    """Names, presets and care of a registry."""
+    """Names, presets and maintenance of a registry."""
 
 
 @registry_group.command()
@@ -272,9 +289,9 @@ def registry_group() -> None:
 @click.option("--preset", is_flag=True, help="An alias of a preset instead of a vector.")
 def alias(registry: str, name: str, alias: str, version: int, reason: str, preset: bool) -> None:
     """Point NAME@ALIAS at VERSION: `prefvec registry alias helpful production 3 --reason "passed review"`."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    store = Registry.open(registry)
+    store = open_registry(registry)
     move = store.set_alias(name, alias, version, reason, subject="presets" if preset else "vectors")
     click.echo(f"{name}@{alias} -> {move.version}")
 
@@ -285,9 +302,9 @@ def presets(registry: str) -> None:
     """The newest version of every preset, as JSON."""
     import json
 
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    found = Registry.open(registry).list_presets()
+    found = open_registry(registry).list_presets()
     click.echo(json.dumps([preset.model_dump(mode="json") for preset in found], indent=2))
 
 
@@ -296,9 +313,9 @@ def presets(registry: str) -> None:
 @click.argument("what")
 def lineage(registry: str, what: str) -> None:
     """Where WHAT comes from, as a Mermaid graph: a vector, `preset:<name>`, or the fingerprint of an answer."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    click.echo(Registry.open(registry).lineage(what).to_mermaid())
+    click.echo(open_registry(registry).lineage(what).to_mermaid())
 
 
 @registry_group.command()
@@ -306,9 +323,9 @@ def lineage(registry: str, what: str) -> None:
 @click.option("--quick", is_flag=True, help="Names and sizes only; do not read the bytes.")
 def verify(registry: str, quick: bool) -> None:
     """Find every corrupt, missing or orphaned file. Changes nothing; exit code 1 where something is wrong."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    found = Registry.open(registry).verify(read_bytes=not quick)
+    found = open_registry(registry).verify(read_bytes=not quick)
     for finding in found.findings:
         click.echo(finding)
     click.echo("sound" if found.sound else "not sound")
@@ -320,9 +337,9 @@ def verify(registry: str, quick: bool) -> None:
 @click.option("--apply", is_flag=True, help="Delete; without it only say what would be deleted.")
 def gc(registry: str, apply: bool) -> None:
     """Bytes that no version, alias, preset or running replica needs."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    found = Registry.open(registry).gc(apply=apply)
+    found = open_registry(registry).gc(apply=apply)
     for digest, size in found.blobs.items():
         click.echo(f"{digest} {size} bytes")
     for digest, why in found.spared.items():
@@ -337,20 +354,31 @@ def gc(registry: str, apply: bool) -> None:
 @click.option("--reason", required=True)
 def retire(registry: str, ref: str, reason: str) -> None:
     """Allow `gc` to delete the bytes of the pinned version REF; refused while something needs it."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    Registry.open(registry).retire(ref, reason)
+    open_registry(registry).retire(ref, reason)
 
 
 @registry_group.command()
 @registry_option
 def doctor(registry: str) -> None:
     """What may be wrong with the store and with this machine's cache, a line each."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    checks = Registry.open(registry).doctor()
+    checks = open_registry(registry).doctor()
     for check in checks:
         click.echo(f"{check.level}: {check.what}: {check.detail}")
+
+
+@registry_group.command()
+@registry_option
+def stop(registry: str) -> None:
+    """End the actor of a registry on the Ray cluster. The store keeps everything; training starts an actor again."""
+    from prefvec_ray.registry import stop_registry
+    from prefvec_ray.registry.locate import join_ray
+
+    join_ray()
+    click.echo(f"stopped ray:{stop_registry(registry)}; the store keeps everything")
 
 
 @registry_group.command("export")
@@ -363,9 +391,9 @@ def export_registry(
     registry: str, refs: tuple[str, ...], presets: tuple[str, ...], out: Path, huggingface: bool
 ) -> None:
     """Write REFS as one bundle file for another registry."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    store = Registry.open(registry)
+    store = open_registry(registry)
     if not huggingface:
         click.echo(store.export_bundle(out, refs, presets=presets))
     elif len(refs) == 1:
@@ -380,9 +408,9 @@ def export_registry(
 @click.option("--renumber", is_flag=True, help="Give versions that are taken the next free number.")
 def import_registry(registry: str, bundle: Path, renumber: bool) -> None:
     """Publish what BUNDLE holds."""
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
 
-    for there, here in Registry.open(registry).import_bundle(bundle, renumber=renumber).items():
+    for there, here in open_registry(registry, create=True).import_bundle(bundle, renumber=renumber).items():
         click.echo(f"{there} -> {here}")
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from prefvec_ray.cluster import connect, progress_bar
 
 if TYPE_CHECKING:
+    from prefvec_ray.evaluation.results import SearchSummary
     from prefvec_ray.preferences import DataCheck
     from prefvec_ray.search import EvalConfig, Goal, SearchConfig, SearchResult, Task
     from prefvec_ray.training import TrainingConfig
@@ -38,13 +39,13 @@ def train(config: "TrainingConfig", console: Console) -> None:
         for warning in data["warnings"]:
             console.print(f"[yellow]warning[/]: {escape(warning)}", soft_wrap=True)
     connect(console)
+    start_registry(config.store)  # a registry that another process writes to is found here, before anything is trained
     summary = train_vectors(config, prepared)
     for name, parts in summary["left_out"].items():
         for part, count in parts.items():
             if count:
                 words = f"{name}: {count} {part} pairs left out, their prompt alone fills max_length"
                 console.print(f"{words} {config.dpo.get('max_length', 'of TRL')}", soft_wrap=True)
-    published = publish_vectors(summary, start_registry(config.store))
     table = Table(title="Held-out pairs, never flipped: above 0.5 for +, below for -", title_justify="left")
     columns = (
         "run",
@@ -81,7 +82,10 @@ def train(config: "TrainingConfig", console: Console) -> None:
         f"curves: {config.folder / 'training.png'}, tensorboard --logdir {config.folder / 'tensorboard'}",
         soft_wrap=True,
     )
+    registry = start_registry(config.store)  # again: it may have been stopped while the runs trained
+    published = publish_vectors(summary, registry)
     console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
+    console.print(f"on this cluster: --registry ray:{registry.name}", soft_wrap=True)
     console.print(f"base to evaluate, export and serve with: {summary['base']}", soft_wrap=True)
 
 
@@ -177,6 +181,8 @@ def search(config: "SearchConfig", console: Console) -> None:
     for line in card_warnings(safety_cards(task.load_scorer())):
         console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     connect(console)
+    if config.preset or config.presets:
+        _registry(config)  # a registry that cannot be written to is found here, before anything is measured
     with progress_bar(console, "settings measured") as tell:
         result = run_search(
             task,
@@ -255,8 +261,7 @@ def _report_search(
     config: "SearchConfig", task: "Task", rules: dict[str, str], result: "SearchResult", console: Console
 ) -> None:
     """Confirm on the report prompts, publish what the config names, and write the report."""
-    from prefvec_ray.evaluation.report import write_report
-    from prefvec_ray.search.confirmation import publish_presets, report_search, search_report
+    from prefvec_ray.search.confirmation import publish_presets, report_search
 
     with progress_bar(console, "settings on the report prompts") as tell:
         summary = report_search(
@@ -269,8 +274,20 @@ def _report_search(
             resources=config.resources,
             progress=tell,
         )
-    if config.preset or config.presets:
-        summary = publish_presets(summary, result, task, *_registry(config))
+    try:
+        if config.preset or config.presets:
+            summary = publish_presets(summary, result, task, *_registry(config))
+    finally:  # what was measured is shown and written also where it cannot be published
+        _show_report(config, task, rules, summary, console)
+
+
+def _show_report(
+    config: "SearchConfig", task: "Task", rules: dict[str, str], summary: "SearchSummary", console: Console
+) -> None:
+    """The verdicts on the console, and the report as files."""
+    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.search.confirmation import search_report
+
     title = f"Coefficients of {', '.join(config.vectors)}"
     data = search_report(summary, task, title, config=config.model_dump(mode="json"))
     for preset in summary.presets:
@@ -299,10 +316,10 @@ def export(
     """Merge published vectors, by preset name or by reference, into a checkpoint or a PEFT adapter."""
     import torch
 
-    from prefvec_ray.registry import Registry
+    from prefvec_ray.registry import open_registry
     from prefvec_ray.vectors import export_adapter, export_model, load_vector
 
-    store = Registry.open(registry)
+    store = open_registry(registry)
     coefficients = store.resolve_preset(chosen).coefficients if isinstance(chosen, str) else chosen
     versions = {ref: store.resolve(ref) for ref in coefficients}
     vectors = {ref: load_vector(store.fetch(ref)) for ref in coefficients}

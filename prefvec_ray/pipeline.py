@@ -8,6 +8,7 @@ finished one only reports.
 import os
 import platform
 import socket
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,8 @@ from prefvec_ray.config import Config
 from prefvec_ray.stages import Stages
 
 if TYPE_CHECKING:
+    from openai import OpenAI
+
     from prefvec_ray.preferences import TinyWorld
     from prefvec_ray.search import Task
     from prefvec_ray.training import TrainingConfig
@@ -164,9 +167,11 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
 
 
 def train(training: "TrainingConfig", console: Console) -> dict[str, Any]:
+    from prefvec_ray.registry import start_registry
     from prefvec_ray.training import train_vectors
 
     connect(console)
+    start_registry(training.store)  # a registry that another process writes to is found before anything is trained
     return train_vectors(training)
 
 
@@ -278,7 +283,6 @@ def serve(
 ) -> list[dict[str, Any]]:
     """Ask one endpoint the same questions at several settings with the `openai` client; print the answers."""
     from openai import OpenAI
-    from rich.table import Table
 
     from prefvec_ray.serving import ServingConfig, start, stop
 
@@ -293,8 +297,25 @@ def serve(
     settings = dict(SERVED)
     if found["recommended"]:
         settings["recommended"] = found["recommended"]
-    prompts = {prompt.kind: prompt.text for prompt in world.prompts("report")}
-    client = OpenAI(base_url=start(serving, port=_free_port()), api_key="none")
+    # An endpoint of its own: whatever else this cluster serves is left alone.
+    name = f"demo-{blake2b(str(folder).encode(), digest_size=4).hexdigest()}"
+    client = OpenAI(base_url=start(serving, port=_free_port(), name=name, replace=True), api_key="none")
+    try:
+        return _ask(client, {prompt.kind: prompt.text for prompt in world.prompts("report")}, settings, config, console)
+    finally:
+        stop(name)
+
+
+def _ask(
+    client: "OpenAI",
+    prompts: dict[str, str],
+    settings: dict[str, dict[str, float]],
+    config: PipelineConfig,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """One answer to every prompt at every setting, in a table and as rows."""
+    from rich.table import Table
+
     table = Table(title="One endpoint, coefficients per request", title_justify="left", show_lines=True)
     table.add_column("prompt")
     for name, coefficients in settings.items():
@@ -317,7 +338,6 @@ def serve(
             row.append(text)
         table.add_row(*row)
     console.print(table)
-    stop()
     return answers
 
 

@@ -1,9 +1,11 @@
 """The registry actor: one writer in front of a store, found by name from anywhere in the cluster.
 
     client = start_registry("runs/registry")            # detached: outlives this driver
-    client = RegistryClient.connect()                   # later, elsewhere
     client.publish_vector("vectors/helpful")            # bytes go to the store, not through the actor
+    client.name                                         # prefvec-registry-1a2b3c4d: named after the store
+    client = RegistryClient.connect(name)               # later, elsewhere; on the command line: --registry ray:<name>
 
+One cluster has room for many registries, since every actor is named after its store (`actor_name`).
 The actor keeps all records in memory and loses nothing when it dies: Ray restarts it, it takes the lease
 again and reads the records back. Calls that were under way are repeated by Ray, which is safe because
 `Catalog`'s methods are.
@@ -26,12 +28,12 @@ from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import LeaseLost, StoreError
 from prefvec_ray.registry.lease import Lease
+from prefvec_ray.registry.locate import THROUGH_RAY
 from prefvec_ray.registry.registry import Blobs, Registry, user
+from prefvec_ray.registry.running import NAMESPACE, actor_name, end, listing, running_registries
 from prefvec_ray.registry.store import Store
 from prefvec_ray.registry.transport import RayBlobs, run_on
 
-NAME = "prefvec-registry"
-NAMESPACE = "prefvec"
 METHODS = {
     name: function
     for name, function in inspect.getmembers(Catalog, inspect.isfunction)
@@ -44,7 +46,7 @@ class RegistryActor:
 
     def __init__(self, root: str, ttl_s: float, settle_s: float):
         context = ray.get_runtime_context()
-        self.store = Store.open(root)
+        self.store = Store.open(root, create=False)
         owner = f"actor {context.get_actor_name()} ({context.get_actor_id()})"  # the same after every restart
         self.lease = Lease(self.store, owner, ttl_s=ttl_s, settle_s=settle_s, lasting=True)
         self.node_id = context.get_node_id()
@@ -75,6 +77,14 @@ class RegistryActor:
             return result
         finally:
             self._latency.observe(time.perf_counter() - began, {"method": method})
+
+    def root(self) -> dict[str, str]:
+        """Where the store is, also while this actor cannot write to it."""
+        return {"uri": self.store.uri, "label": self.store.label}
+
+    def leave(self) -> None:
+        """Give back the lease, so that the next writer need not wait. The next call takes it again."""
+        self.lease.release()
 
     def where(self) -> dict[str, str]:
         """Which store this is, and on which node it is reached."""
@@ -125,8 +135,8 @@ class RegistryClient(Registry):
     them.
     """
 
-    def __init__(self, actor: Any, *, cache: NodeCache | None, transport: str, timeout_s: float):
-        self.actor, self.transport, self.timeout_s = actor, transport, timeout_s
+    def __init__(self, actor: Any, name: str, *, cache: NodeCache | None, transport: str, timeout_s: float):
+        self.actor, self.name, self.transport, self.timeout_s = actor, name, transport, timeout_s
         where = self._ask(actor.where.remote())
         store = Store(where["uri"])
         if transport not in ("auto", "storage", "ray"):
@@ -138,24 +148,28 @@ class RegistryClient(Registry):
     @classmethod
     def connect(
         cls,
-        name: str = NAME,
+        name: str | None = None,
         *,
         namespace: str = NAMESPACE,
         cache: NodeCache | None = None,
         transport: str = "auto",
         timeout_s: float = 300.0,
     ) -> "RegistryClient":
-        """The client of a running registry. `transport`: bytes straight from the storage, through Ray's
-        object store (`"ray"`), or as this node can (`"auto"`: storage if the very same store is seen at
-        its root).
+        """The client of a running registry; without a name, of the only one that runs.
+
+        `transport`: bytes straight from the storage, through Ray's object store (`"ray"`), or as this node can
+        (`"auto"`: storage if the very same store is seen at its root). InputError where no such actor runs.
         """
+        if name is None:
+            running = running_registries(namespace)
+            if len(running) != 1:
+                raise InputError(f"name one registry: {listing(running)}")
+            (name,) = running
         try:
             actor = ray.get_actor(name, namespace)
         except ValueError:
-            raise InputError(
-                f"no registry actor '{name}' in namespace '{namespace}'; start one with start_registry(root)"
-            ) from None
-        return cls(actor, cache=cache, transport=transport, timeout_s=timeout_s)
+            raise InputError(f"no registry actor '{name}': {listing(running_registries(namespace))}") from None
+        return cls(actor, name, cache=cache, transport=transport, timeout_s=timeout_s)
 
     def fetch(self, ref: str) -> Path:
         misses = self.cache.misses
@@ -169,7 +183,7 @@ class RegistryClient(Registry):
 
     def stop(self) -> None:
         """End the actor for good. The store keeps everything."""
-        ray.kill(self.actor, no_restart=True)
+        end(self.actor, self.name)
 
     def _ask(self, answer: Any) -> Any:
         try:
@@ -181,7 +195,7 @@ class RegistryClient(Registry):
         except ray.exceptions.GetTimeoutError:
             raise StoreError(f"the registry actor did not answer within {self.timeout_s} s; is its node up?") from None
         except ray.exceptions.ActorDiedError as error:
-            raise StoreError(f"the registry actor is gone; start_registry(root) again ({error})") from None
+            raise StoreError(f"the registry actor {self.name} is gone; start_registry(root) again ({error})") from None
 
     def _on_store_node(self, function: Callable[[Store], Any]) -> Any:
         """`function(store)` where the store is reached: here, or in a task beside the actor."""
@@ -191,11 +205,11 @@ class RegistryClient(Registry):
         return self._ask(run_on(where["node_id"], function, where["uri"]))
 
     def __reduce__(self) -> Any:
-        return _rejoin, (self.actor, self.transport, self.timeout_s)
+        return _rejoin, (self.actor, self.name, self.transport, self.timeout_s)
 
 
-def _rejoin(actor: Any, transport: str, timeout_s: float) -> RegistryClient:
-    return RegistryClient(actor, cache=None, transport=transport, timeout_s=timeout_s)
+def _rejoin(actor: Any, name: str, transport: str, timeout_s: float) -> RegistryClient:
+    return RegistryClient(actor, name, cache=None, transport=transport, timeout_s=timeout_s)
 
 
 def _forward(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +234,7 @@ for _name, _function in METHODS.items():
 def start_registry(
     root: str | Path,
     *,
-    name: str = NAME,
+    name: str | None = None,
     namespace: str = NAMESPACE,
     cache: NodeCache | None = None,
     ttl_s: float = 15.0,
@@ -228,13 +242,38 @@ def start_registry(
 ) -> RegistryClient:
     """Start the registry of `root`, or join the one that runs. It outlives the driver and restarts for ever.
 
-    A folder's actor stays on the node where this is called, since that node sees the folder. Raises
-    InputError where an actor of this name serves another root, and where another process writes to this
-    one.
+    An empty or missing root becomes a registry. The actor is named after its store (`actor_name`) unless a `name` is
+    given. `ray:<name>` as root only joins. A folder's actor stays on the node where this is called, since that node
+    sees the folder. Raises InputError where an actor of this name serves another root, and where another process
+    writes to this one.
     """
+    if str(root).startswith(THROUGH_RAY):
+        found = str(root).removeprefix(THROUGH_RAY)
+        return RegistryClient.connect(found or None, namespace=namespace, cache=cache)
     store = Store.open(root)
+    store.begin()
+    name = name or actor_name(store)
+    try:
+        actor, started = ray.get_actor(name, namespace), False
+    except ValueError:
+        actor, started = _start(store, name, namespace, ttl_s, settle_s), True
+    try:
+        client = RegistryClient(actor, name, cache=cache, transport="auto", timeout_s=300.0)
+    except InputError:  # the store is another writer's: leave no actor behind that can do nothing
+        if started:
+            ray.kill(actor)
+        raise
+    if client.store.uri != store.uri and not _reaches(store, client.store.uid if client.reachable else ""):
+        raise InputError(
+            f"registry actor '{name}' serves {client.store.label}, not {store.label}; use that root or another name"
+        )
+    return client
+
+
+def _start(store: Store, name: str, namespace: str, ttl_s: float, settle_s: float) -> Any:
+    """The handle of the actor: a new one, or that of a caller who was a moment faster."""
     on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = (
+    return (
         ray.remote(RegistryActor)
         .options(
             name=name,
@@ -249,16 +288,6 @@ def start_registry(
         )
         .remote(store.uri, ttl_s, settle_s)
     )
-    try:
-        client = RegistryClient(actor, cache=cache, transport="auto", timeout_s=300.0)
-    except InputError:  # the store is another writer's: leave no actor behind that can do nothing
-        ray.kill(actor)
-        raise
-    if client.store.uri != store.uri and not _reaches(store, client.store.uid if client.reachable else ""):
-        raise InputError(
-            f"registry actor '{name}' serves {client.store.label}, not {store.label}; use that root or another name"
-        )
-    return client
 
 
 @functools.cache
@@ -281,4 +310,9 @@ def _metric(kind: Any, name: str, description: str, tags: dict[str, str]) -> Any
     return metric
 
 
-__all__ = ["LeaseLost", "RegistryActor", "RegistryClient", "start_registry"]
+__all__ = [
+    "LeaseLost",
+    "RegistryActor",
+    "RegistryClient",
+    "start_registry",
+]

@@ -249,6 +249,7 @@ def collect(catalog: Catalog, *, apply: bool = False, grace_s: float = 3600.0) -
     nothing, while a manifest is damaged or of a newer release: what it needs is not known.
     """
     store = catalog.store
+    store.require()
     with catalog.lease.held():
         needed: set[str] = set()
         for ref, manifest, retired in catalog.all_vectors():

@@ -190,7 +190,7 @@ class Catalog:
         check_label(alias, "alias")
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             history = self.alias_history(name, alias, subject=subject)
             if done := [move for move in history if move.request == request]:
                 return done[0]
@@ -244,7 +244,7 @@ class Catalog:
             check_text(value, f"tag {key}", 200)
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             if pinned.version not in self.versions(pinned.name, subject):
                 raise InputError(self._unknown(subject, pinned))
             folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
@@ -283,7 +283,7 @@ class Catalog:
                 raise InputError(f"{ref}: was made for base {version.base_fingerprint}, not for {base_fingerprint}")
         etas = {ref: _number(eta, ref) for ref, eta in coefficients.items()}
         fingerprint = serving_fingerprint(base_fingerprint, {pinned[ref].digest: eta for ref, eta in etas.items()})
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             if known := self.served(fingerprint):
                 return known
             served = Served(
@@ -305,14 +305,14 @@ class Catalog:
         """A running replica uses these versions: `gc` will not touch them until `release(holder)`."""
         check_name(holder, "holder")
         held = sorted(self.resolve(ref).ref for ref in refs)
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             record = Hold(holder=holder, refs=tuple(held), **self.ledger.stamp(holder))
             self.store.overwrite(f"holds/{holder}.json", encode(record))
 
     def release(self, holder: str) -> None:
         """The holder uses nothing any more."""
         check_name(holder, "holder")
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             self.store.delete(f"holds/{holder}.json")
 
     def holds(self) -> dict[str, list[str]]:
@@ -335,7 +335,7 @@ class Catalog:
         pinned = parse_pinned(ref)
         check_text(reason, "reason")
         key = f"retired/{pinned.name}/{pinned.version}.json"
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             if self.store.read(key):
                 return self.ledger.load(key, Retirement)
             if pinned.version not in self.versions(pinned.name):
@@ -388,6 +388,13 @@ class Catalog:
                 yield f"{name}@{number}", manifest, number in retired
 
     # -- below
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The lease, for a change to a registry that exists. Only publishing creates one."""
+        self.store.require()
+        with self.ledger.lock, self.lease.held():
+            yield
 
     def _resolve(self, subject: Subject, ref: str, model: type[V]) -> V:
         parsed = parse_ref(ref)

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -200,9 +201,11 @@ class Lease:
 
     def _refusal(self) -> InputError:
         claim = self.claim() or Claim(created=0.0, owner="another process")
+        advice = "publish through it, or stop it first"
+        if actor := re.match(r"actor (\S+) ", claim.owner):
+            advice = f"use --registry ray:{actor[1]}, or end the actor with `prefvec registry stop`"
         return InputError(
-            f"{self.store.label}: is being written to by {claim.owner} (pid {claim.pid} on {claim.host}); publish"
-            " through it, or stop it first"
+            f"{self.store.label}: is being written to by {claim.owner} (pid {claim.pid} on {claim.host}); {advice}"
         )
 
     def _token_now(self) -> str:

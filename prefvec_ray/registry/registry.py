@@ -60,14 +60,17 @@ class Registry(Catalog):
         clock: Callable[[], float] = time.time,
         ttl_s: float = 15.0,
         settle_s: float = 1.0,
+        create: bool = True,
     ) -> "Registry":
-        """The registry in a folder or `s3://bucket/prefix`; an empty or missing root becomes one at the
-        first write.
+        """The registry in a folder or `s3://bucket/prefix`.
+
+        `create`: an empty or missing root becomes a registry when something is published into it; reading, holding and
+        releasing create nothing. Without it, InputError where there is no registry.
 
         Writing takes the store's lease for a moment each time (a bucket: a moment is `settle_s`; group
         writes in `with registry.lease.held():`) and raises InputError while an actor owns the store.
         """
-        store = Store.open(root, clock=clock)
+        store = Store.open(root, clock=clock, create=create)
         owner = f"process {socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         return cls(store, Lease(store, owner, ttl_s=ttl_s, settle_s=settle_s), store, cache or NodeCache())
 

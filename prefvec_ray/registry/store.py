@@ -51,6 +51,8 @@ class Store:
     def __init__(self, root: str | Path, *, clock: Callable[[], float] = time.time):
         self.uri = str(root)
         self.clock = clock
+        self.creates = True
+        """may `begin` make a registry of an empty root?"""
         self.folder: Path | None = None
         self.step: Callable[[str], None] = lambda name: None
         """called after each step that a crash could follow"""
@@ -77,21 +79,36 @@ class Store:
         self._mirror: dict[str, dict[str, bytes | None]] | None = None
 
     @classmethod
-    def open(cls, root: str | Path, *, clock: Callable[[], float] = time.time) -> "Store":
-        """The store at `root`, which may still be empty or missing. InputError where something else lies
-        there.
+    def open(cls, root: str | Path, *, clock: Callable[[], float] = time.time, create: bool = True) -> "Store":
+        """The store at `root`. InputError where something else lies there.
+
+        `create`: the root may still be empty or missing, and becomes a registry with the first write. Without it,
+        InputError where there is none.
         """
         store = cls(root, clock=clock)
+        store.creates = create
         strangers = set(store.children("")) - OWN_FOLDERS if store.read(MARKER) is None else None
         if strangers and store.read(MARKER) is None:  # still: another process may have begun it in between
             raise InputError(
                 f"{store.label}: not a registry (no {MARKER}): holds '{min(strangers)}'; choose an empty one"
             )
+        if not create:
+            store.require()
         return store
 
-    def begin(self) -> None:
-        """Make the root a registry, unless it is one."""
+    def require(self) -> None:
+        """InputError unless there is a registry at the root."""
         if self.read(MARKER) is None:
+            raise InputError(
+                f"{self.label}: no registry here (no {MARKER}); check the path and that the storage is mounted, or"
+                " publish a vector first"
+            )
+
+    def begin(self) -> None:
+        """Make the root a registry, unless it is one. InputError where this store may not create one."""
+        if self.read(MARKER) is None:
+            if not self.creates:
+                self.require()
             with contextlib.suppress(FileExistsError):
                 self.create(MARKER, encode(Marker(created=self.clock(), uid=uuid.uuid4().hex)), lambda: None)
 

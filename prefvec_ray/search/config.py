@@ -13,7 +13,7 @@ from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_p
 from prefvec_ray.evaluation.scorer_config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import load_preferences
-from prefvec_ray.registry import Registry
+from prefvec_ray.registry import open_registry
 from prefvec_ray.search.trial import Task
 
 
@@ -66,7 +66,7 @@ class MeasureConfig(Config):
         """
         check_measures(self.measures, self.temperature)
         scorer = build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
-        registry = Registry.open(self.registry)
+        registry = open_registry(self.registry)
         return Task(
             base=self.base,
             vectors={name: registry.fetch(ref) for name, ref in self.vectors.items()},

@@ -4,6 +4,6 @@ HTTP front (app) -> policy -> replicas (replica) -> engine (slots) -> LiveModel 
 """
 
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.run import roll_out, serve_forever, start, stop
+from prefvec_ray.serving.run import APP, roll_out, serve_forever, start, stop
 
-__all__ = ["ServingConfig", "roll_out", "serve_forever", "start", "stop"]
+__all__ = ["APP", "ServingConfig", "roll_out", "serve_forever", "start", "stop"]

@@ -30,11 +30,12 @@ from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.config import parse_config
 from prefvec_ray.errors import InputError
+from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
 from prefvec_ray.serving.job import Event, Job, Started
-from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
+from prefvec_ray.serving.lineup import Lineup, line_up
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
 from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.records import ServingRecords
@@ -92,6 +93,11 @@ async def _next(items: DeploymentResponseGenerator[Any], deadline: float) -> Any
         return await anext(items, None)
 
 
+def _route(request: HttpRequest) -> str:
+    """The path without the prefix under which Serve runs the application."""
+    return request.url.path.removeprefix(request.scope.get("root_path", ""))
+
+
 def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
     """End a call's work on its replica. Where no replica took the call, `cancel` raises the reason once more."""
     with contextlib.suppress(RayServeException, RayError):
@@ -135,6 +141,9 @@ class Front:
     async def roll_out(self, wanted: ServingConfig) -> Lineup:
         """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
         return await self._rollout.to(wanted)
+
+    def reconfigure(self, about: dict[str, Any]) -> None:
+        """Serve wants this of a deployment with a `user_config`, which here says what runs and changes nothing."""
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
@@ -211,7 +220,7 @@ class Front:
 
         began = asyncio.get_running_loop().time()
         try:
-            entry = await self._door.enter(request.url.path, request.headers, read)
+            entry = await self._door.enter(_route(request), request.headers, read)
         except ApiError as error:
             self._metrics.refused(error.status)
             raise
@@ -332,18 +341,25 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     Base and vectors are checked, and fixed to their versions, here. Raises InputError with one clear line where
     something is wrong with them.
     """
-    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
-
     if not isinstance(args, ServingConfig):
         args = parse_config(dict(args), ServingConfig, source="args")
-    config = args.absolute()
+    return application(args, uuid.uuid4().hex[:12])
+
+
+def application(config: ServingConfig, deployment: str) -> serve.Application:
+    """`build_app` under a given identity. Identity and config can be read from the running application
+    (`instance.py`), by whoever wants to deploy under the same name."""
+    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
+
+    config = config.absolute()
     if config.engine.kind == "vllm" and find_spec("vllm") is None:
         raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
-    lineup = replace(line_up(config), deployment=uuid.uuid4().hex[:12])
+    lineup = replace(line_up(config), deployment=deployment)
     Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
     replica = serve.deployment(Replica, name=_replica_name(config, lineup)).options(**_scale(config))
     replicas = replica.bind(config, lineup, LineupBook(lineup.deployment))
     front = serve.deployment(Front, name="front").options(
+        user_config={"deployment": deployment, "config": config.model_dump(mode="json")},
         logging_config=_logs(config),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections

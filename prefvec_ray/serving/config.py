@@ -6,11 +6,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from prefvec_ray.config import Config, load_config
+from prefvec_ray.registry.locate import THROUGH_RAY
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-THROUGH_RAY = "ray:"
 
 
 class Range(Config):
@@ -155,8 +153,8 @@ class ServingConfig(Config):
     base: Path
     """folder of the base model, with its tokenizer"""
     registry: str
-    """folder or bucket of the registry; or `ray:<actor>` (`ray:prefvec-registry`), which also serves nodes that do
-    not reach that folder"""
+    """folder or bucket of the registry; or `ray:<actor>` (such as `ray:prefvec-registry-1a2b3c4d`), which also serves
+    nodes that do not reach that folder"""
     vectors: dict[Name, str] | None = None
     """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
     Default: the newest version of every vector of this base"""
@@ -199,6 +197,7 @@ class ServingConfig(Config):
 
 
 class _Application(BaseModel):
+    name: str | None = None
     args: ServingConfig
 
 
@@ -211,4 +210,10 @@ def load_serving_config(path: str | Path) -> ServingConfig:
 
     Raises InputError as `load_config` does.
     """
-    return load_config(path, _Deployment).applications[0].args
+    return load_application(path)[1]
+
+
+def load_application(path: str | Path) -> tuple[str | None, ServingConfig]:
+    """The name (None without one) and the settings of the first application in a file for `serve deploy`."""
+    first = load_config(path, _Deployment).applications[0]
+    return first.name, first.args

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, serving_fingerprint
-from prefvec_ray.serving.config import THROUGH_RAY, ServingConfig
+from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_registry, serving_fingerprint
+from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Coefficients
 from prefvec_ray.serving.policy import Policy, no_way_around, policy_of
 
@@ -126,15 +126,6 @@ def resolve(config: ServingConfig, base: str, registry: Registry) -> Lineup:
         except InputError as error:
             raise InputError(f"anonymous.presets: {name!r} cannot be offered: {error}") from None
     return lineup
-
-
-def open_registry(where: str) -> Registry:
-    """The registry in a folder or bucket, or `ray:<name>`: through its actor, wherever the store is."""
-    if where.startswith(THROUGH_RAY):
-        from prefvec_ray.registry import RegistryClient
-
-        return RegistryClient.connect(where.removeprefix(THROUGH_RAY))
-    return Registry.open(where)
 
 
 def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.paths import check_visible
+from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
-from prefvec_ray.serving.lineup import Lineup, LineupId, open_registry
+from prefvec_ray.serving.lineup import Lineup, LineupId
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.rollout import LineupBook
 from prefvec_ray.serving.slots import SlotEngine

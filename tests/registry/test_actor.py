@@ -1,6 +1,7 @@
 """The registry through its actor, on the suite's cluster."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import ray
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry import Registry, RegistryClient, start_registry
+from prefvec_ray.registry import Registry, RegistryClient, open_registry, start_registry, stop_registry
 from prefvec_ray.registry.cache import NodeCache
+from prefvec_ray.registry.running import running_registries
 from prefvec_ray.vectors import load_vector
 
 Make = Callable[..., Path]
@@ -52,13 +54,65 @@ def test_the_same_methods_through_the_actor(
 
 
 def test_two_actors_cannot_write_to_one_store(client: RegistryClient, root: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is being written to by actor registry-"):
+    with pytest.raises(InputError, match=r"is being written to by actor registry-.*use --registry ray:registry-"):
         start_registry(root, name="second", ttl_s=1.0, settle_s=0.2)
     with pytest.raises(InputError, match="no registry actor 'second'"):
         RegistryClient.connect("second")
     with pytest.raises(InputError, match=r"serves .*store, not .*elsewhere; use that root or another name"):
         start_registry(tmp_path / "elsewhere", name=f"registry-{tmp_path.name}")
     assert client.health()["vectors"] == 0
+
+
+def test_registries_of_two_users_live_on_one_cluster(ray_cluster: str, tmp_path: Path, make_vector: Make) -> None:
+    """Each actor is named after its store; ending one leaves the other as it was."""
+    ours, theirs = (start_registry(tmp_path / user) for user in ("ours", "theirs"))
+    assert ours.name != theirs.name
+    assert start_registry(tmp_path / "ours").name == ours.name, "the same store has the same actor"
+    ours.publish_vector(make_vector("helpful", 1))
+    theirs.publish_vector(make_vector("harmless", 2))
+    running = running_registries()
+    assert running[ours.name] == str(tmp_path / "ours")
+    before = theirs.health()
+
+    assert open_registry(f"ray:{ours.name}").list_vectors() == ours.list_vectors()
+    with pytest.raises(InputError, match=rf"no registry actor 'prefvec-registry': .*ray:{ours.name} \({tmp_path}/ours"):
+        open_registry("ray:prefvec-registry")
+
+    assert stop_registry(tmp_path / "ours") == ours.name
+    with pytest.raises(InputError, match=rf"no actor to stop; running are .*ray:{theirs.name}"):
+        stop_registry(f"ray:{ours.name}")
+    with pytest.raises(InputError, match="no actor to stop"):
+        stop_registry(tmp_path / "ours")
+    assert theirs.health() == before
+    assert [version.ref for version in theirs.list_vectors()] == ["harmless@1"]
+
+    alone = Registry.open(tmp_path / "ours", cache=NodeCache(tmp_path / "cache"))
+    alone.set_alias("helpful", "production", 1, "nobody else writes now")
+    assert start_registry(tmp_path / "ours").resolve("helpful@production").version == 1
+    stop_registry(f"ray:{ours.name}")
+    stop_registry(f"ray:{theirs.name}")
+
+
+def test_a_copy_of_a_registry_has_an_actor_of_its_own(ray_cluster: str, tmp_path: Path, make_vector: Make) -> None:
+    """The copy holds the same identity; what is published into it must not go into the original."""
+    first = start_registry(tmp_path / "original")
+    first.publish_vector(make_vector("helpful", 1))
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copy = start_registry(tmp_path / "copy")
+    copy.publish_vector(make_vector("helpful", 2))
+    assert [len(client.list_vectors()) for client in (first, copy)] == [1, 2]
+    stop_registry(tmp_path / "original")
+    stop_registry(tmp_path / "copy")
+
+
+def test_joining_a_registry_that_another_writes_to_leaves_its_actor_alone(
+    client: RegistryClient, root: str, tmp_path: Path
+) -> None:
+    """A process that only wanted to join must not end an actor that others use."""
+    pid = client.health()["lease"]["pid"]
+    with pytest.raises(InputError, match="use that root or another name"):
+        start_registry(tmp_path / "elsewhere", name=client.name)
+    assert client.health()["lease"]["pid"] == pid
 
 
 def test_tasks_use_a_client_that_they_are_given(client: RegistryClient, make_vector: Make) -> None:

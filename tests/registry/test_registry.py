@@ -258,3 +258,26 @@ def test_roots_that_are_no_registry(tmp_path: Path, open_registry: Callable[...,
     with pytest.raises(InputError) as error:
         open_registry(bucket_root).resolve("helpful")
     assert "hush" not in str(error.value)
+
+
+def test_only_publishing_creates_a_registry(root: str, open_registry: Callable[..., Registry], make_vector) -> None:
+    """Reading, holding, releasing and maintenance of a path without a registry leave nothing there."""
+    with pytest.raises(InputError, match="no registry here"):
+        open_registry(root, create=False)
+    registry = open_registry(root)
+    changes: dict[str, Callable[[], object]] = {
+        "hold": lambda: registry.hold("replica-1", []),
+        "release": lambda: registry.release("replica-1"),
+        "retire": lambda: registry.retire("helpful@1", "old"),
+        "gc": lambda: registry.gc(apply=True),
+        "alias": lambda: registry.set_alias("helpful", "production", 1, "good"),
+        "tags": lambda: registry.set_tags("helpful@1", {"team": "a"}, "r"),
+        "record": lambda: registry.record_served({}, base_fingerprint=BASE),
+    }
+    for name, change in changes.items():
+        with pytest.raises(InputError):
+            change()
+        assert registry.store.children("") == [], name
+    assert registry.list_vectors() == []
+    registry.publish_vector(make_vector())
+    assert open_registry(root, create=False).resolve("helpful").version == 1

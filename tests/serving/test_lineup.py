@@ -4,6 +4,7 @@ import pytest
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import Registry, serving_fingerprint
+from prefvec_ray.registry.store import Store
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.lineup import line_up
 from prefvec_ray.serving.policy import PreferenceError
@@ -68,8 +69,13 @@ def test_what_is_not_there_is_refused_by_name(config, changes, says):
 
 
 def test_an_empty_registry_serves_nothing(config, tmp_path):
+    empty = config.model_copy(update={"registry": str(tmp_path / "empty")})
+    with pytest.raises(InputError, match="no registry here"):
+        line_up(empty)
+    assert not (tmp_path / "empty").exists()
+    Store.open(tmp_path / "empty").begin()
     with pytest.raises(InputError, match="no vectors for the base"):
-        line_up(config.model_copy(update={"registry": str(tmp_path / "empty")}))
+        line_up(empty)
 
 
 def test_steering_wants_low_rank_and_every_vector_its_own_base(config, base_folder, tmp_path, vectors):

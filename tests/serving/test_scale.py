@@ -42,7 +42,7 @@ class Deployed:
 
     def deploy(self, **changes: Any) -> None:
         self.config = ServingConfig.model_validate(self.config.model_dump() | changes)
-        start(self.config, port=self.port)
+        start(self.config, port=self.port, replace=True)
 
     def health(self) -> dict[str, Any]:
         return httpx.get(f"{self.url}/healthz", timeout=30).json()
