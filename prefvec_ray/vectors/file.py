@@ -161,14 +161,15 @@ def _save_shard(shard: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
         file.write(text.ljust(size))
 
 
-def load_vector(path: str | Path) -> PreferenceVector:
+def load_vector(path: str | Path, *, links: bool = False) -> PreferenceVector:
     """Open a vector folder or a single `.safetensors` file, memory-mapped: headers are read and checked, numbers are
     not.
 
     Raises InputError for files that are truncated, tampered with, of a newer format version, sharded inconsistently, or
-    whose entries disagree with their stated form. Call `.validate()` to also look for NaN and infinity.
+    whose entries disagree with their stated form. Call `.validate()` to also look for NaN and infinity. `links` allows
+    symbolic links to files outside the folder.
     """
-    shards = Shards(path, stem=STEM)
+    shards = Shards(path, stem=STEM, links=links)
     per_file = shards.metadata()
     first, *others = per_file.values()
     if any(other != first for other in others):
