@@ -141,7 +141,7 @@ class Catalog:
         check_text(reason, "reason")
         if not coefficients:
             raise InputError(f"preset {name}: no coefficients; give at least one, such as {{'helpful@1': 0.7}}")
-        with self.ledger.lock, self.lease.held():  # so that no `retire` comes between looking and committing
+        with self._changing():  # so that no `retire` comes between looking and committing
             draft = self._preset(name, coefficients, metrics or {}, reason)
             return self.ledger.commit("presets", draft, PresetVersion, version, creator)
 
@@ -204,7 +204,7 @@ class Catalog:
         check_label(alias, "alias")
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             folder = f"refs/{subject}/{name}/{alias}"
             history = self.ledger.history(folder, Move)
             if done := [move for move in history if move.request == request]:
@@ -259,7 +259,7 @@ class Catalog:
             check_text(value, f"tag {key}", 200)
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             if pinned.version not in self.versions(pinned.name, subject):
                 raise InputError(self._unknown(subject, pinned))
             folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
@@ -292,7 +292,7 @@ class Catalog:
         """Write down what a served fingerprint stands for; `coefficients` by pinned reference. `served`
         finds it.
         """
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             return self._record_served(coefficients, base_fingerprint)
 
     def _record_served(self, coefficients: Mapping[str, float], base_fingerprint: str) -> Served:
@@ -323,7 +323,7 @@ class Catalog:
     def hold(self, holder: str, refs: list[str]) -> None:
         """A running replica uses these versions: `gc` will not touch them until `release(holder)`."""
         check_name(holder, "holder")
-        with self.ledger.lock, self.lease.held():  # so that no `retire` comes between looking and holding
+        with self._changing():  # so that no `retire` comes between looking and holding
             held = sorted(self.resolve(ref).ref for ref in refs)
             record = build(Hold, holder=holder, refs=tuple(held), **self.ledger.stamp(holder))
             self.store.overwrite(f"holds/{holder}.json", encode(record))
@@ -331,7 +331,7 @@ class Catalog:
     def release(self, holder: str) -> None:
         """The holder uses nothing any more."""
         check_name(holder, "holder")
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             self.store.delete(f"holds/{holder}.json")
 
     def holds(self) -> dict[str, list[str]]:
@@ -354,7 +354,7 @@ class Catalog:
         pinned = parse_pinned(ref)
         check_text(reason, "reason")
         key = f"retired/{pinned.name}/{pinned.version}.json"
-        with self.ledger.lock, self.lease.held():
+        with self._changing():
             if self.store.read(key):
                 return self.ledger.load(key, Retirement)
             if pinned.version not in self.versions(pinned.name):
@@ -432,6 +432,12 @@ class Catalog:
                 yield f"{name}@{number}", manifest, number in retired
 
     # -- below
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The lease, for whatever is looked up and then written."""
+        with self.ledger.lock, self.lease.held():
+            yield
 
     def _resolve(self, subject: Subject, ref: str, model: type[V]) -> V:
         parsed = parse_ref(ref)
