@@ -361,7 +361,8 @@ def first_problem(error: ValidationError) -> str:
     """`field: what is wrong with it`, in one line that is safe to print."""
     first = error.errors(include_url=False, include_input=False)[0]
     field = ".".join(str(part) for part in first["loc"])
-    line = f"{field}: {first['msg']}" if field else first["msg"]
+    reason = first["msg"].removeprefix("Value error, ")
+    line = f"{field}: {reason}" if field else reason
     return re.sub(r"[^ -~]", "?", line)[:300]
 
 

@@ -31,7 +31,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.registry.conditional import ConditionalWriter, connect
 from prefvec_ray.registry.errors import NoSpace, StoreError
 from prefvec_ray.registry.names import shown
-from prefvec_ray.registry.records import LARGEST_RECORD, FileEntry, Line, Record, decode, encode
+from prefvec_ray.registry.records import LARGEST_RECORD, LAST_SECOND, FileEntry, Line, Record, decode, encode
 
 RECORD_FOLDERS = ("vectors", "presets", "refs", "tags", "retired", "served")
 OWN_FOLDERS = {*RECORD_FOLDERS, "blobs", "staging", "lease", "holds", "damaged"}
@@ -53,7 +53,7 @@ class Store:
 
     def __init__(self, root: str | Path, *, clock: Callable[[], float] = time.time):
         self.uri = str(root)
-        self.clock = clock
+        self.clock: Callable[[], float] = lambda: min(max(clock(), 0.0), LAST_SECOND)  # what a record can hold
         self.folder: Path | None = None
         self.step: Callable[[str], None] = lambda name: None
         """called after each step that a crash could follow"""
