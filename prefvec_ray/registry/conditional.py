@@ -10,6 +10,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from prefvec_ray.registry.errors import StoreError
+
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config
 
@@ -26,16 +28,18 @@ class ConditionalWriter:
     def create(self, path: str, data: bytes) -> bool:
         """Write the object `path` (below the bucket) if there is none: True. False: there is one, unchanged.
 
-        A request that is repeated after a lost answer also finds one: compare the bytes. Raises obstore's
-        `BaseError` where the bucket cannot be reached.
+        A request that is repeated after a lost answer also finds one: compare the bytes. Raises StoreError where the
+        bucket cannot be written.
         """
         import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         try:
             obstore.put(self._bucket, path, data, mode="create", use_multipart=False)
         except (AlreadyExistsError, PreconditionError):
             return False
+        except (BaseError, OSError, NotImplementedError) as error:  # their texts may carry addresses and credentials
+            raise StoreError(f"{path}: cannot be written to the bucket ({type(error).__name__}); try again") from None
         return True
 
 
@@ -53,14 +57,16 @@ def connect(uri: str, path: str, data: bytes) -> tuple[ConditionalWriter | None,
             return None, "not known for this kind of bucket"
         writer = ConditionalWriter(bucket)
         ignored = writer.create(path, data)
-    except (BaseError, ValueError, NotImplementedError) as error:
-        reason = f"the request failed ({type(error).__name__})"  # its text may carry credentials
-        log.warning("conditional writes are not used, the lease alone protects this registry: %s", reason)
-        return None, reason
-    if ignored:
-        log.warning("this bucket ignores conditional writes: the lease alone protects this registry")
-        return None, "the bucket ignores the condition"
-    return writer, ""
+    except StoreError as error:
+        reason = f"the request failed: {error}"
+    except (BaseError, ValueError) as error:  # a setting that obstore does not know
+        reason = f"obstore does not take the address ({type(error).__name__})"
+    else:
+        if not ignored:
+            return writer, ""
+        reason = "the bucket ignores the condition"
+    log.warning("conditional writes are not used, the lease alone protects this registry: %s", reason)
+    return None, reason
 
 
 def _bucket(uri: str) -> Any:

@@ -175,13 +175,8 @@ class Store:
         """Send a record to the bucket. The other's bytes where somebody was first and the bucket noticed, else
         None.
         """
-        from obstore.exceptions import BaseError
-
         writer = self.conditional_writes()[0] if key != MARKER else None
-        try:
-            created = writer.create(self._path(key).partition("/")[2], data) if writer else None
-        except BaseError as error:
-            raise StoreError(f"{self.label}: {key}: cannot be written ({type(error).__name__}); try again") from None
+        created = writer.create(self._path(key).partition("/")[2], data) if writer else None
         if created is None:
             with self.reporting(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
                 stream.write(data)
