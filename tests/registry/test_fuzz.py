@@ -1,4 +1,4 @@
-"""A short run of the fuzzer of bundles, manifests and vector files; `tests/fuzz/registry.py` runs as long as one likes."""
+"""A short run of the fuzzer of bundles, records and vector files; `tests/fuzz/registry.py` runs as long as one likes."""
 
 import json
 import subprocess
@@ -15,5 +15,7 @@ def test_mutated_inputs_are_taken_or_refused_in_one_line() -> None:
     result = json.loads(done.stdout)
     assert result["failures"] == []
     assert result["inputs"] == 240
-    assert all(f"{target} refused" in result["outcomes"] for target in ("import_bundle", "read_record", "publish_folder"))
+    assert all(
+        f"{target} refused" in result["outcomes"] for target in ("import_bundle", "read_record", "publish_folder")
+    )
     assert done.returncode == 0

@@ -21,12 +21,14 @@ from prefvec_ray.registry.cache import NodeCache
 
 PUBLISHERS = 3
 OPTIONS = {"ttl_s": 1.0, "settle_s": 0.1}
+LONGEST_LIFE_S = {"folder": 0.5, "bucket": 6.0}
+"""of a publisher; in a bucket, the lease of one that was killed ends after `ttl_s` of silence"""
 
 
 def publish(root: str, folder: Path, number: int) -> None:
     """Publish new vectors until killed or until the file `stop` exists; note each that is acknowledged."""
     registry = Registry.open(root, cache=NodeCache(folder / "cache"), **OPTIONS)
-    with (folder / f"acknowledged-{number}").open("a") as acknowledged:
+    with (folder / f"acknowledged-{number}").open("a") as log:
         while not (folder / "stop").exists():
             name = random.choice(["shared", f"own-{number}"])
             source = tiny_vector(folder / f"vector-{os.urandom(8).hex()}", int.from_bytes(os.urandom(4)))
@@ -37,8 +39,8 @@ def publish(root: str, folder: Path, number: int) -> None:
                 ValueError,
             ):  # the lease passed to another, or could not be had in time: not acknowledged
                 continue
-            acknowledged.write(json.dumps([version.ref, version.content]) + "\n")
-            acknowledged.flush()
+            log.write(json.dumps([version.ref, version.content]) + "\n")
+            log.flush()
 
 
 def main(folder: Path, kills: int, where: str) -> None:
@@ -57,25 +59,33 @@ def main(folder: Path, kills: int, where: str) -> None:
             log, deadline = folder / f"acknowledged-{born - len(running) - 1}", time.monotonic() + 120
             while not log.exists() and time.monotonic() < deadline:  # it has begun to publish
                 time.sleep(0.01)
-            time.sleep(random.random() ** 2 * 0.5)
+            time.sleep(random.random() ** 2 * LONGEST_LIFE_S[where])
             os.kill(victim.pid or 0, signal.SIGKILL)
             victim.join()
             killed += 1
+        deadline = time.monotonic() + 120
+        while not acknowledged(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
         (folder / "stop").touch()
         for publisher in running:
             publisher.join(120)
         print(json.dumps(judged(root, folder) | {"kills": killed, "seconds": round(time.monotonic() - began, 1)}))
 
 
+def acknowledged(folder: Path) -> list[tuple[str, str]]:
+    """(reference, content) of everything that any publisher noted."""
+    lines = [line for log in folder.glob("acknowledged-*") for line in log.read_text().splitlines(keepends=True)]
+    return [tuple(json.loads(line)) for line in lines if line.endswith("\n")]
+
+
 def judged(root: str, folder: Path) -> dict[str, object]:
     registry = Registry.open(root, cache=NodeCache(folder / "cache"), **OPTIONS)
-    lines = [line for log in folder.glob("acknowledged-*") for line in log.read_text().splitlines(keepends=True)]
-    acknowledged = [json.loads(line) for line in lines if line.endswith("\n")]
+    published = acknowledged(folder)
     findings = registry.verify().findings
     return {
-        "acknowledged": len(acknowledged),
-        "distinct": len({ref for ref, _ in acknowledged}),
-        "lost": [ref for ref, content in acknowledged if registry.resolve(ref).content != content],
+        "acknowledged": len(published),
+        "distinct": len({ref for ref, _ in published}),
+        "lost": [ref for ref, content in published if registry.resolve(ref).content != content],
         "harm": [str(finding) for finding in findings if finding.harm],
         "conditional": registry.store.conditional_writes()[0] is not None,
     }
