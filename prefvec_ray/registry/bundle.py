@@ -279,10 +279,16 @@ def _files(
 ) -> Iterator[Path]:
     """The files of one version in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        written: dict[str, Path] = {}
         for entry in version.files:
-            with (Path(folder) / entry.name).open("xb") as target:
+            target = Path(folder) / entry.name
+            if entry.digest in written:  # the same bytes under many names take their room once
+                os.link(written[entry.digest], target)
+                continue
+            written[entry.digest] = target
+            with target.open("xb") as out:
                 for piece in _pieces(file, *members[entry.digest]):
-                    target.write(piece)
+                    out.write(piece)
         yield Path(folder)
 
 

@@ -298,6 +298,35 @@ def test_a_small_file_cannot_promise_much(bundle: Path, abroad: Registry, tmp_pa
     refuse(abroad, path, r"bundle\.json|cut short")
 
 
+def test_the_same_bytes_under_many_names_take_their_room_once(
+    bundle: Path, home: Registry, abroad: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand names for the bytes of one file: unpacked, they are one file."""
+    readme = next(file for file in home.resolve("helpful@1").files if file.name == "README.md")
+
+    def change(record: dict[str, Any]) -> None:
+        for vector in record["vectors"]:
+            if vector["name"] == "helpful":
+                copies = [{**readme.model_dump(), "name": f"{number}.md"} for number in range(1000)]
+                vector["files"] = [*vector["files"], *copies]
+
+    most = 0
+    from prefvec_ray.registry import bundle as module
+
+    real = module.wrong_statements
+
+    def looking(manifest: Any, folder: Path) -> list[str]:
+        nonlocal most
+        inodes = {file.stat().st_ino for file in folder.iterdir()}
+        most = max(most, len(inodes))
+        return real(manifest, folder)
+
+    monkeypatch.setattr(module, "wrong_statements", looking)
+    assert abroad.import_bundle(forged(bundle, change))["helpful@1"] == "helpful@1"
+    assert most == 2
+    assert len(list(abroad.fetch("helpful@1").glob("*.md"))) == 1001
+
+
 def test_whatever_is_no_file_is_refused_at_once(abroad: Registry, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "missing"):

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer of bundles, records and vector files; `tests/fuzz/registry.py` runs as long as one likes."""
+"""A short run of the fuzzer of bundles, records and vector files. `tests/fuzz/registry.py` has longer ones."""
 
 import json
 import subprocess
