@@ -37,7 +37,7 @@ from prefvec_ray.registry.records import (
     decode,
     encode,
 )
-from prefvec_ray.registry.statements import wrong_statements
+from prefvec_ray.registry.statements import scratch_folder, wrong_statements
 from prefvec_ray.registry.store import CHUNK, blob_key
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def import_bundle(registry: "Registry", path: str | Path, *, renumber: bool = Fa
         index, members = _read_index(file, path)
         plan = _plan(registry, index, renumber, path)
         _check_members(file, index, members, path)
-        with _scratch() as scratch:
+        with scratch_folder() as scratch:
             for version in index.vectors:
                 with _files(file, version, members, scratch) as folder:
                     if wrong := wrong_statements(version, folder):
@@ -259,18 +259,6 @@ def _pieces(file: IO[bytes], offset: int, size: int) -> Iterator[bytes]:
     while size > 0 and (piece := file.read(min(CHUNK, size))):
         yield piece
         size -= len(piece)
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
-    try:
-        with tempfile.TemporaryDirectory(prefix="prefvec-import-") as scratch:
-            yield Path(scratch)
-    except OSError as error:
-        raise StoreError(
-            f"{tempfile.gettempdir()}: {error.strerror or error}; a bundle is unpacked there, vector by vector; make"
-            " room, or set TMPDIR to another folder"
-        ) from None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +38,7 @@ from prefvec_ray.registry.records import (
     encode,
     key_of,
 )
-from prefvec_ray.registry.statements import wrong_statements
+from prefvec_ray.registry.statements import scratch_folder, wrong_statements
 from prefvec_ray.registry.store import MARKER, RECORD_FOLDERS, Marker, Store, blob_key, hash_file
 
 MODELS: dict[str, type[Record]] = {
@@ -213,16 +212,20 @@ def _verify_statements(store: Store, records: dict[str, Record], retired: set[st
 @contextlib.contextmanager
 def _vector_folder(store: Store, version: VectorVersion) -> Iterator[Path]:
     """The files of a version under their names: links into a folder's blobs, copies of a bucket's."""
-    with tempfile.TemporaryDirectory(prefix="prefvec-verify-") as scratch:
+    written: dict[str, Path] = {}
+    with scratch_folder() as scratch:
         for file in version.files:
-            target = Path(scratch) / file.name
+            target = scratch / file.name
             if store.folder is not None:
                 target.symlink_to((store.folder / blob_key(file.digest)).resolve())
+            elif file.digest in written:
+                target.symlink_to(written[file.digest])
             else:
+                written[file.digest] = target
                 with target.open("xb") as out:
                     for piece in store.read_blob(file.digest):
                         out.write(piece)
-        yield Path(scratch)
+        yield scratch
 
 
 def _verify_references(records: dict[str, Record], findings: list[Finding]) -> None:
@@ -330,6 +333,7 @@ def repair(catalog: Catalog, *, apply: bool = False) -> list[str]:
                         catalog.lease.check()
                         store.set_aside(key)
                         store.create(key, encode(marker), catalog.lease.check)
+                        catalog.ledger.forget(key)
     return lost
 
 
@@ -338,10 +342,8 @@ def _lost_step(store: Store, folder: str, number: int) -> Move | Tagging | None:
     kind, subject, name, which = folder.split("/") if folder.count("/") == 3 else ("", "", "", "")
     model: type[Move] | type[Tagging] = Move if kind == "refs" else Tagging
     try:
-        if (
-            key_of(decode(store.read_fresh(f"{folder}/{number}.json") or b"", model, folder))
-            == f"{folder}/{number}.json"
-        ):
+        key = f"{folder}/{number}.json"
+        if key_of(decode(store.read_fresh(key) or b"", model, key)) == key:
             return None
     except InputError:
         return None

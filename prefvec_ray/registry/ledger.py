@@ -99,6 +99,10 @@ class Ledger:
             self._parsed[key] = record
         return record
 
+    def forget(self, key: str) -> None:
+        """A record was replaced, which only `repair` does: read it again."""
+        self._parsed.pop(key, None)
+
     def commit(
         self,
         subject: Subject,

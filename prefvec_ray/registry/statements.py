@@ -3,9 +3,13 @@
 A manifest comes from its publisher, who may be anybody: a bundle can call the bytes that do harm `helpful`.
 """
 
+import contextlib
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import shown
 from prefvec_ray.registry.records import VectorDraft
 
@@ -38,3 +42,16 @@ def wrong_statements(manifest: VectorDraft, folder: Path, *, links: bool = False
     except InputError as error:
         return [f"not a vector that can be used: {error}"]
     return wrong
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for the files of one vector at a time. StoreError where there is no room for them."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="prefvec-") as scratch:
+            yield Path(scratch)
+    except OSError as error:
+        raise StoreError(
+            f"{tempfile.gettempdir()}: {error.strerror or error}; vectors are unpacked there one at a time; make room,"
+            " or set TMPDIR to another folder"
+        ) from None

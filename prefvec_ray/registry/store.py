@@ -180,7 +180,11 @@ class Store:
         if created is None:
             with self.reporting(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
                 stream.write(data)
-        return None if created is not False else self.read_fresh(key)
+        if created is not False:
+            return None
+        if (existing := self.read_fresh(key)) is None:
+            raise StoreError(f"{self.label}/{key}: the bucket says that it exists, and has no bytes of it; try again")
+        return existing
 
     def conditional_writes(self) -> tuple[ConditionalWriter | None, str]:
         """What creates objects only where there are none; None, and why, where this root cannot. A folder needs
