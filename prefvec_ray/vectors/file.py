@@ -240,8 +240,8 @@ def _check_parts(info: VectorInfo, name: str, parts: Mapping[str, tuple[tuple[in
         allowed = [{"full": "float32"}] if small else [{"int8": "int8", "scale": "float32"}]
     if dtypes not in allowed or (info.form == "low-rank" and info.dtype == "int8"):
         raise InputError(
-            f"vector '{printable(info.preference)}' ({where}): entry '{printable(name)}' has parts {dtypes}, which is not"
-            f" {info.form} form in {info.dtype}; extract or convert it again"
+            f"vector '{printable(info.preference)}' ({where}): entry '{printable(name)}' has parts {dtypes}, which"
+            f" is not {info.form} form in {info.dtype}; extract or convert it again"
         )
 
 
