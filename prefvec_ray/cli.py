@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.text import cell, printable, printable_json
 
 
 class Commands(click.Group):
@@ -18,10 +19,10 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except InputError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(error)}", err=True)
             sys.exit(2)
         except JobError as error:
-            click.echo(f"failed: {error}", err=True)
+            click.echo(f"failed: {printable(error)}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from what is finished", err=True)
@@ -208,7 +209,7 @@ def check_data(sources: tuple[str, ...], path: Path | None, as_json: bool, **opt
     if as_json:
         click.echo(found.model_dump_json(indent=2))
         for error in found.errors:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {printable(error)}", err=True)
     else:
         from prefvec_ray.preferences.show import print_check
 
@@ -234,17 +235,17 @@ def vectors() -> None:
 @click.option("--json", "as_json", is_flag=True)
 def list_vectors(registry: str, as_json: bool) -> None:
     """Every version of every vector."""
-    import json
     import time
 
     from rich.table import Table
 
-    from prefvec_ray.registry import open_registry
+    from prefvec_ray.registry import StoreError, open_registry
 
     store = open_registry(registry)
-    found = store.list_vectors()
+    found, damaged = store.list_vectors(skip_damaged=True), store.damaged()
     if as_json:
-        click.echo(json.dumps([version.model_dump(mode="json") for version in found], indent=2))
+        click.echo(printable_json([version.model_dump(mode="json") for version in found]))
+        _fail_for(damaged)
         return
     table = Table()
     for column in ("vector", "form", "dtype", "base", "accuracy +/-", "created", "aliases"):
@@ -252,8 +253,12 @@ def list_vectors(registry: str, as_json: bool) -> None:
     for version in found:
         metrics = version.metrics
         accuracy = [metrics.get(f"held_out_accuracy_{polarity}") for polarity in ("positive", "negative")]
-        aliases = [alias for alias, number in store.aliases(version.name).items() if number == version.version]
-        table.add_row(
+        try:
+            aliases = [alias for alias, number in store.aliases(version.name).items() if number == version.version]
+        except StoreError as error:
+            aliases = ["?"]
+            damaged += [line for line in [str(error)] if line not in damaged]
+        row = (
             version.ref,
             version.form,
             version.dtype,
@@ -262,7 +267,9 @@ def list_vectors(registry: str, as_json: bool) -> None:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created)),
             ", ".join(aliases),
         )
+        table.add_row(*map(cell, row))
     _console().print(table)
+    _fail_for(damaged)
 
 
 @vectors.command("show")
@@ -272,7 +279,7 @@ def show_vector(ref: str, registry: str) -> None:
     """Everything known of one vector, as JSON: `helpful`, `helpful@3` or `helpful@production`."""
     from prefvec_ray.registry import open_registry
 
-    click.echo(open_registry(registry).resolve(ref).model_dump_json(indent=2))
+    click.echo(printable_json(open_registry(registry).resolve(ref).model_dump(mode="json")))
 
 
 @main.group("registry", cls=Commands)
@@ -300,12 +307,11 @@ def alias(registry: str, name: str, alias: str, version: int, reason: str, prese
 @registry_option
 def presets(registry: str) -> None:
     """The newest version of every preset, as JSON."""
-    import json
-
     from prefvec_ray.registry import open_registry
 
-    found = open_registry(registry).list_presets()
-    click.echo(json.dumps([preset.model_dump(mode="json") for preset in found], indent=2))
+    store = open_registry(registry)
+    click.echo(printable_json([preset.model_dump(mode="json") for preset in store.list_presets(skip_damaged=True)]))
+    _fail_for(store.damaged())
 
 
 @registry_group.command()
@@ -327,7 +333,8 @@ def verify(registry: str, quick: bool) -> None:
 
     found = open_registry(registry).verify(read_bytes=not quick)
     for finding in found.findings:
-        click.echo(finding)
+        needed = f" (needed by {', '.join(finding.needed_by)})" if finding.needed_by else ""
+        click.echo(printable(f"{finding.kind}: {finding.path}: {finding.detail}{needed}"))
     click.echo("sound" if found.sound else "not sound")
     sys.exit(0 if found.sound else 1)
 
@@ -335,11 +342,14 @@ def verify(registry: str, quick: bool) -> None:
 @registry_group.command()
 @registry_option
 @click.option("--apply", is_flag=True, help="Delete; without it only say what would be deleted.")
-def gc(registry: str, apply: bool) -> None:
-    """Bytes that no version, alias, preset or running replica needs."""
+@click.option(
+    "--grace", type=click.FloatRange(min=0), default=3600.0, show_default=True, help="Seconds that new orphans stay."
+)
+def gc(registry: str, apply: bool, grace: float) -> None:
+    """Bytes that no version, alias, preset or running replica needs. Works on a full disk."""
     from prefvec_ray.registry import open_registry
 
-    found = open_registry(registry).gc(apply=apply)
+    found = open_registry(registry).gc(apply=apply, grace_s=grace)
     for digest, size in found.blobs.items():
         click.echo(f"{digest} {size} bytes")
     for digest, why in found.spared.items():
@@ -367,7 +377,20 @@ def doctor(registry: str) -> None:
 
     checks = open_registry(registry).doctor()
     for check in checks:
-        click.echo(f"{check.level}: {check.what}: {check.detail}")
+        click.echo(printable(f"{check.level}: {check.what}: {check.detail}"))
+
+
+@registry_group.command()
+@registry_option
+@click.option("--apply", is_flag=True, help="Mark them as lost; without it only list them.")
+def repair(registry: str, apply: bool) -> None:
+    """Missing and damaged steps in the histories of aliases and tags. Set an alias again whose newest step was lost."""
+    from prefvec_ray.registry import open_registry
+
+    lost = open_registry(registry).repair(apply=apply)
+    for key in lost:
+        click.echo(printable(key))
+    click.echo(f"{len(lost)} steps are {'marked as' if apply else ''} lost".replace("  ", " "))
 
 
 @registry_group.command()
@@ -574,6 +597,13 @@ def _config(path: Path, module: str, model: str) -> Any:
     from prefvec_ray.config import load_config
 
     return load_config(path, getattr(importlib.import_module(module), model))
+
+
+def _fail_for(damaged: list[str]) -> None:
+    """JobError where something could not be listed, so that nobody takes the list for complete."""
+    if damaged:
+        more = f" (and {len(damaged) - 1} more, see `prefvec registry verify`)" if len(damaged) > 1 else ""
+        raise JobError(f"the list is not complete: {damaged[0]}{more}")
 
 
 def _console() -> Any:

@@ -20,7 +20,7 @@ from blake3 import blake3
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import FileEntry, VectorVersion, digest_of
-from prefvec_ray.registry.store import hash_file
+from prefvec_ray.registry.store import CHUNK, hash_file
 
 Source = Callable[[FileEntry], Path | Iterable[bytes]]
 CHECKED = ".checked"
@@ -85,6 +85,10 @@ class NodeCache:
             raise
         return lock
 
+    def pinned(self, version: VectorVersion) -> bool:
+        """Does this process hold the version?"""
+        return entry_key(version) in self._pins
+
     def unpin(self, version: VectorVersion) -> None:
         """This process no longer reads the version: it may be evicted. What is mapped stays readable."""
         lock = self._pins.pop(entry_key(version), None)
@@ -113,7 +117,7 @@ class NodeCache:
         try:
             for file in version.files:
                 target, bytes_ = temporary / file.name, source(file)
-                digest = _place(bytes_, target) if isinstance(bytes_, Path) else _write(bytes_, target)
+                digest = _place(bytes_, target) if isinstance(bytes_, Path) else _write(bytes_, target, file.size)
                 if digest != file.digest:
                     raise StoreError(
                         f"{version.ref}: {file.name} does not have the bytes that were"
@@ -197,20 +201,28 @@ def _stat(path: Path) -> list[int]:
 
 
 def _place(source: Path, target: Path) -> str:
+    """Link or copy to a new file. FileExistsError where there is one: it may be a link to the store's own bytes."""
     try:
         os.link(source, target)
+    except FileExistsError:
+        raise
     except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
+        with source.open("rb") as reader, target.open("xb") as writer:
+            shutil.copyfileobj(reader, writer, CHUNK)
         target.chmod(0o444)
     return hash_file(target)
 
 
-def _write(chunks: Iterable[bytes], target: Path) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
+def _write(chunks: Iterable[bytes], target: Path, size: int) -> str:
+    """The digest of what arrived; no more than `size` bytes are taken, which is what was published."""
+    hasher, left = blake3(max_threads=blake3.AUTO), size
     with target.open("xb") as file:
         for chunk in chunks:
             file.write(chunk)
             hasher.update(chunk)
+            left -= len(chunk)
+            if left < 0:
+                break
     target.chmod(0o444)
     return f"blake3:{hasher.hexdigest()}"
 

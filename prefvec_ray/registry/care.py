@@ -1,15 +1,17 @@
-"""Looking after a store: `verify` finds what is wrong, `collect` (gc) deletes what nobody needs, `check_store` and
-`check_cache` (doctor) look around.
+"""Maintenance of a store: `verify` finds what is wrong, `collect` (gc) deletes what nobody needs, `repair` marks lost
+steps of a history, `check_store` and `check_cache` (doctor) report on store and cache.
 
 `collect` alone deletes. It holds the lease meanwhile and stops where it cannot know what is needed; a publisher whose
 staged blob it took stages it again, so that a clock that jumps costs time and no bytes.
 """
 
+import contextlib
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +21,8 @@ from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import CLAIM, Lease
+from prefvec_ray.registry.ledger import NUMBERED
+from prefvec_ray.registry.names import VERSION
 from prefvec_ray.registry.records import (
     Claim,
     Hold,
@@ -29,8 +33,12 @@ from prefvec_ray.registry.records import (
     Served,
     Tagging,
     VectorVersion,
+    build,
     decode,
+    encode,
+    key_of,
 )
+from prefvec_ray.registry.statements import scratch_folder, wrong_statements
 from prefvec_ray.registry.store import MARKER, RECORD_FOLDERS, Marker, Store, blob_key, hash_file
 
 MODELS: dict[str, type[Record]] = {
@@ -41,6 +49,7 @@ MODELS: dict[str, type[Record]] = {
     "retired": Retirement,
     "served": Served,
 }
+REPAIR = "mark it as lost with `prefvec registry repair --apply`"
 Level = Literal["ok", "warning", "problem"]
 Progress = Callable[[str, int], None]
 
@@ -62,6 +71,7 @@ class Finding(Frozen):
         "orphan blob",
         "stale staging",
         "stray file",
+        "wrong statement",
     ]
     path: str
     detail: str
@@ -112,8 +122,10 @@ class Check(Frozen):
 def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda what, size: None) -> Verification:
     """Read everything and compare: records with their digests, blobs with theirs, references with what they name.
 
-    Changes nothing and needs no lease; a version that is published meanwhile may show as an orphan blob. With
-    `read_bytes=False` blobs are only measured. `progress(path, bytes)` is called after each blob.
+    Every manifest is compared with its vector: preference, form, dtype, base, parents, digest, finite numbers. Changes
+    nothing and needs no lease; a version that is published meanwhile may show as an orphan blob. With
+    `read_bytes=False` blobs are only measured. `progress(path, bytes)` is called after each blob. In a bucket one
+    vector at a time is copied to a scratch folder for that.
     """
     findings: list[Finding] = []
     records = _verify_records(store, findings)
@@ -127,7 +139,7 @@ def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda
     for digest, users in needed.items():
         live = tuple(sorted(users.keys() - retired))
         if digest not in blobs and live:
-            detail = f"{max(users.values())} bytes are gone; publish the original files again to mend it"
+            detail = f"{max(users.values())} bytes are gone; publish the original files again to restore it"
             findings.append(Finding(kind="missing blob", path=blob_key(digest), detail=detail, needed_by=live))
     for digest, (size, _) in sorted(blobs.items()):
         expected, live = needed.get(digest, {}), tuple(sorted(needed.get(digest, {}).keys() - retired))
@@ -137,12 +149,14 @@ def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda
         elif read_bytes and _hash(store, digest) != digest:
             wrong = "the bytes changed"
         if wrong:
-            detail = f"{wrong}; publish the original files again to mend it"
+            detail = f"{wrong}; publish the original files again to restore it"
             findings.append(Finding(kind="corrupt blob", path=blob_key(digest), detail=detail, needed_by=live))
         elif not live:
             detail = f"{size} bytes that nothing refers to; `gc` deletes them"
             findings.append(Finding(kind="orphan blob", path=blob_key(digest), detail=detail))
         progress(blob_key(digest), size)
+    if read_bytes:
+        _verify_statements(store, records, retired, findings)
     _strays(store, blobs, findings)
     _verify_references(records, findings)
     total = sum(size for size, _ in blobs.values())
@@ -157,41 +171,61 @@ def _verify_records(store: Store, findings: list[Finding]) -> dict[str, Record]:
         model = Marker if key == MARKER else MODELS[key.partition("/")[0]]
         try:
             records[key] = decode(store.read_fresh(key) or b"", model, key)
-            expected = _key(records[key])
+            expected = key_of(records[key]) or MARKER
             if expected != key:
                 findings.append(Finding(kind="corrupt record", path=key, detail=f"is the record of {expected}"))
         except InputError as error:
             findings.append(Finding(kind="newer record", path=key, detail=str(error)))
         except StoreError as error:
-            findings.append(Finding(kind="corrupt record", path=key, detail=str(error)))
+            advice = f"; or {REPAIR}" if key.startswith(("refs/", "tags/")) else ""
+            findings.append(Finding(kind="corrupt record", path=key, detail=str(error) + advice))
     histories: dict[str, set[int]] = {}
     for key in keys:
         folder, _, file = key.rpartition("/")
         if folder.partition("/")[0] in ("refs", "tags") and file.removesuffix(".json").isdecimal():
             histories.setdefault(folder, set()).add(int(file.removesuffix(".json")))
     for folder, numbers in histories.items():
-        for number in sorted(set(range(1, max(numbers))) - numbers):
-            detail = "a step of this history is gone; restore it from a copy or bundle"
+        missing = itertools.islice((n for n in range(1, max(numbers)) if n not in numbers), 100)
+        for number in missing:
+            detail = f"a step of this history is gone; restore it from a copy, or {REPAIR}"
             findings.append(Finding(kind="missing record", path=f"{folder}/{number}.json", detail=detail))
+        newest = records.get(f"{folder}/{max(numbers)}.json")
+        if isinstance(newest, Move | Tagging) and newest.kind.startswith("lost"):
+            detail = "the newest step of this history was lost; set the alias or the tags again"
+            findings.append(Finding(kind="missing record", path=folder, detail=detail))
     return records
 
 
-def _key(record: Record) -> str:
-    """Where a record belongs."""
-    match record:
-        case VectorVersion():
-            return f"vectors/{record.name}/{record.version}.json"
-        case PresetVersion():
-            return f"presets/{record.name}/{record.version}.json"
-        case Move():
-            return f"refs/{record.subject}/{record.name}/{record.alias}/{record.sequence}.json"
-        case Tagging():
-            return f"tags/{record.subject}/{record.name}/{record.version}/{record.sequence}.json"
-        case Retirement():
-            return f"retired/{record.name}/{record.version}.json"
-        case Served():
-            return f"served/{record.fingerprint[7:]}.json"
-    return MARKER
+def _verify_statements(store: Store, records: dict[str, Record], retired: set[str], findings: list[Finding]) -> None:
+    """Compare every manifest whose bytes are sound with its vector."""
+    damaged = {finding.path for finding in findings if finding.kind in ("corrupt blob", "missing blob")}
+    for key, record in records.items():
+        if not isinstance(record, VectorVersion) or record.ref in retired:
+            continue
+        if damaged.isdisjoint(blob_key(file.digest) for file in record.files):
+            with _vector_folder(store, record) as folder:
+                for wrong in wrong_statements(record, folder, links=True):
+                    detail = f"{wrong}; do not use it: retire it, and publish the vector from its own files"
+                    findings.append(Finding(kind="wrong statement", path=key, detail=detail, needed_by=(record.ref,)))
+
+
+@contextlib.contextmanager
+def _vector_folder(store: Store, version: VectorVersion) -> Iterator[Path]:
+    """The files of a version under their names: links into a folder's blobs, copies of a bucket's."""
+    written: dict[str, Path] = {}
+    with scratch_folder() as scratch:
+        for file in version.files:
+            target = scratch / file.name
+            if store.folder is not None:
+                target.symlink_to((store.folder / blob_key(file.digest)).resolve())
+            elif file.digest in written:
+                target.symlink_to(written[file.digest])
+            else:
+                written[file.digest] = target
+                with target.open("xb") as out:
+                    for piece in store.read_blob(file.digest):
+                        out.write(piece)
+        yield scratch
 
 
 def _verify_references(records: dict[str, Record], findings: list[Finding]) -> None:
@@ -275,6 +309,64 @@ def collect(catalog: Catalog, *, apply: bool = False, grace_s: float = 3600.0) -
     return Collection(applied=apply, blobs=doomed, spared=spared, staging=tuple(path.name for path in staging))
 
 
+def repair(catalog: Catalog, *, apply: bool = False) -> list[str]:
+    """Steps of aliases' and tags' histories that are missing or damaged, by key; with `apply` each is marked as lost.
+
+    A marked step says that it was lost, and the history goes on behind it. Where the newest step was lost, alias and
+    tags mean nothing until they are set again: where they pointed is not guessed. A damaged record is kept in
+    `damaged/`. Steps of a newer release are left alone.
+    """
+    store, lost = catalog.store, []
+    with catalog.lease.held():
+        folders: dict[str, set[int]] = {}
+        for key in store.record_keys():
+            folder, _, file = key.rpartition("/")
+            if key.startswith(("refs/", "tags/")) and (match := NUMBERED.fullmatch(file)):
+                folders.setdefault(folder, set()).add(int(match[1]))
+        for folder, numbers in folders.items():
+            if max(numbers) > 2 * len(numbers) + 1000:
+                raise StoreError(f"{store.label}/{folder}: record {max(numbers)} of {len(numbers)}; look at it by hand")
+            for number in range(1, max(numbers) + 1):
+                if (marker := _lost_step(store, folder, number)) is not None:
+                    key = key_of(marker)
+                    lost.append(key)
+                    if apply:
+                        catalog.lease.check()
+                        store.set_aside(key)
+                        store.create(key, encode(marker), catalog.lease.check)
+                        catalog.ledger.forget(key)
+    return lost
+
+
+def _lost_step(store: Store, folder: str, number: int) -> Move | Tagging | None:
+    """What to write in the place of a missing or damaged step; None where it is sound, or of a newer release."""
+    kind, subject, name, which = folder.split("/") if folder.count("/") == 3 else ("", "", "", "")
+    model: type[Move] | type[Tagging] = Move if kind == "refs" else Tagging
+    try:
+        key = f"{folder}/{number}.json"
+        if key_of(decode(store.read_fresh(key) or b"", model, key)) == key:
+            return None
+    except InputError:
+        return None
+    except StoreError:
+        pass
+    common: dict[str, Any] = {
+        "subject": subject,
+        "name": name,
+        "sequence": number,
+        "reason": "the record of this step was lost",
+        "request": "repair",
+        "created": store.clock(),
+    }
+    try:
+        if kind == "refs":
+            return build(Move, kind="lost-move", alias=which, version=None, previous=None, **common)
+        version = int(which) if VERSION.fullmatch(which) else 0
+        return build(Tagging, kind="lost-tagging", version=version, tags={}, **common)
+    except InputError:  # a folder that no alias or version can have
+        return None
+
+
 def check_store(store: Store) -> list[Check]:
     """What may be wrong with a store, as seen from here; reads records and sizes, not the blobs. Changes nothing."""
     try:
@@ -285,11 +377,16 @@ def check_store(store: Store) -> list[Check]:
         writable = os.access(store.folder, os.W_OK)
         checks.append(_check(writable, "store writable", str(store.folder) if writable else "may only read here"))
         usage = shutil.disk_usage(store.folder)
-        checks.append(_check(usage.free > usage.total // 20, "store space", f"{usage.free / 1e9:.1f} GB free"))
+        advice = "" if usage.free > usage.total // 20 else "; make room with `prefvec registry gc --apply`"
+        checks.append(_check(not advice, "store space", f"{usage.free / 1e9:.1f} GB free{advice}"))
+    else:
+        writer, why = store.conditional_writes()
+        detail = "the bucket refuses to overwrite a record" if writer else f"not used ({why}): the lease alone protects"
+        checks.append(Check(level="ok", what="conditional writes", detail=detail))
     claim = Lease(store, "doctor").claim()
     writes = claim is not None and not claim.released
-    writer = f"{claim.owner} (pid {claim.pid} on {claim.host}) writes" if claim and writes else "nobody writes"
-    checks.append(Check(level="ok", what="writer", detail=writer))
+    who = f"{claim.owner} (pid {claim.pid} on {claim.host}) writes" if claim and writes else "nobody writes"
+    checks.append(Check(level="ok", what="writer", detail=who))
     quick = verify(store, read_bytes=False)
     found = f"{quick.records} records, {quick.blobs} blobs, {quick.bytes / 1e9:.2f} GB"
     checks.append(_check(quick.sound, "records and sizes", found, "problem"))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry.errors import MissingBlob, StoreError
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.ledger import Ledger, Subject, V, libraries
+from prefvec_ray.registry.ledger import Ledger, V, libraries
 from prefvec_ray.registry.names import (
     Ref,
     check_label,
@@ -33,9 +33,11 @@ from prefvec_ray.registry.records import (
     PresetVersion,
     Retirement,
     Served,
+    Subject,
     Tagging,
     VectorDraft,
     VectorVersion,
+    build,
     canonical,
     decode,
     encode,
@@ -68,7 +70,7 @@ class Catalog:
         return self.ledger.versions(subject, check_name(name))
 
     def names(self, subject: Subject = "vectors") -> list[str]:
-        return self.store.children(subject)
+        return self.ledger.names(subject)
 
     def list_vectors(
         self,
@@ -78,17 +80,20 @@ class Catalog:
         form: str | None = None,
         tags: Mapping[str, str] | None = None,
         newest_only: bool = False,
+        skip_damaged: bool = False,
     ) -> list[VectorVersion]:
         """Versions by name and number that match all that is given; `text` is looked for in name, preference
         and notes.
 
-        Damaged manifests are left out here; `verify` names them.
+        Raises StoreError for a damaged manifest and InputError for one of a newer release: whether it matches is
+        not known. `skip_damaged` leaves them out; `verify` names them.
         """
+        skipped = (StoreError, InputError) if skip_damaged else ()
         found: list[VectorVersion] = []
         for name in self.names():
             numbers = self.versions(name)
             for number in numbers[-1:] if newest_only else numbers:
-                with contextlib.suppress(StoreError):
+                with contextlib.suppress(*skipped):
                     version = self.ledger.get("vectors", name, number, VectorVersion)
                     words = f"{version.name}\n{version.preference}\n{version.notes}".lower()
                     fits = text.lower() in words and base_fingerprint in (None, version.base_fingerprint)
@@ -136,6 +141,13 @@ class Catalog:
         check_text(reason, "reason")
         if not coefficients:
             raise InputError(f"preset {name}: no coefficients; give at least one, such as {{'helpful@1': 0.7}}")
+        with self._changing():  # so that no `retire` comes between looking and committing
+            draft = self._preset(name, coefficients, metrics or {}, reason)
+            return self.ledger.commit("presets", draft, PresetVersion, version, creator)
+
+    def _preset(
+        self, name: str, coefficients: Mapping[str, float], metrics: Mapping[str, Any], reason: str
+    ) -> PresetDraft:
         pinned = {str(parse_pinned(ref)): self.resolve(ref) for ref in coefficients}
         if len({v.name for v in pinned.values()}) < len(coefficients):
             raise InputError(
@@ -147,16 +159,16 @@ class Catalog:
         (base,) = bases
         digests = {ref: v.digest for ref, v in pinned.items()}
         etas = {ref: _number(coefficients[given], given) for ref, given in zip(pinned, coefficients, strict=True)}
-        draft = PresetDraft(
+        return build(
+            PresetDraft,
             name=name,
             coefficients=etas,
             vectors=digests,
             base_fingerprint=base,
             fingerprint=serving_fingerprint(base, {digests[ref]: eta for ref, eta in etas.items()}),
-            metrics=json.loads(canonical(dict(metrics or {}))),
+            metrics=json.loads(canonical(dict(metrics))),
             reason=reason,
         )
-        return self.ledger.commit("presets", draft, PresetVersion, version, creator)
 
     def resolve_preset(self, ref: str) -> PresetVersion:
         """`cautious`, `cautious@2` or `cautious@production` -> coefficients, pinned vectors and served
@@ -164,12 +176,14 @@ class Catalog:
         """
         return self._resolve("presets", ref, PresetVersion)
 
-    def list_presets(self) -> list[PresetVersion]:
-        """The newest version of every preset; damaged ones are left out, `verify` names them."""
+    def list_presets(self, *, skip_damaged: bool = False) -> list[PresetVersion]:
+        """The newest version of every preset. Raises as `list_vectors` does; `skip_damaged` as there."""
+        skipped = (StoreError, InputError) if skip_damaged else ()
         found: list[PresetVersion] = []
         for name in self.names("presets"):
-            with contextlib.suppress(StoreError):
-                found.append(self._resolve("presets", name, PresetVersion))
+            if self.versions(name, "presets"):
+                with contextlib.suppress(*skipped):
+                    found.append(self._resolve("presets", name, PresetVersion))
         return found
 
     # -- aliases and tags
@@ -191,15 +205,17 @@ class Catalog:
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
         with self._changing():
-            history = self.alias_history(name, alias, subject=subject)
+            folder = f"refs/{subject}/{name}/{alias}"
+            history = self.ledger.history(folder, Move)
             if done := [move for move in history if move.request == request]:
                 return done[0]
             previous = history[-1].version if history else None
-            if version is None and previous is None:
+            if version is None and previous is None and not (history and history[-1].kind == "lost-move"):
                 raise InputError(f"alias {name}@{alias}: there is none to remove")
             if version is not None and check_version(version) not in self.versions(name, subject):
                 raise InputError(self._unknown(subject, Ref(name, version)))
-            move = Move(
+            move = build(
+                Move,
                 subject=subject,
                 name=name,
                 alias=alias,
@@ -210,18 +226,17 @@ class Catalog:
                 request=request,
                 **self.ledger.stamp(creator),
             )
-            self.ledger.write(f"refs/{subject}/{name}/{alias}/{move.sequence}.json", move)
+            self.ledger.write(f"{folder}/{move.sequence}.json", move)
             return move
 
     def alias_history(self, name: str, alias: str, *, subject: Subject = "vectors") -> list[Move]:
-        """Every move of an alias, oldest first; empty where it never was."""
-        folder = f"refs/{subject}/{check_name(name)}/{check_label(alias, 'alias')}"
-        return [self.ledger.load(f"{folder}/{number}.json", Move) for number in self.ledger.numbers(folder)]
+        """Every move of an alias, oldest first; empty where it never was. StoreError where one is lost."""
+        return self.ledger.history(f"refs/{subject}/{check_name(name)}/{check_label(alias, 'alias')}", Move)
 
     def aliases(self, name: str, *, subject: Subject = "vectors") -> dict[str, int]:
         """alias -> the version it points at now."""
         current = {}
-        for alias in self.store.children(f"refs/{subject}/{check_name(name)}"):
+        for alias in self.ledger.names(f"refs/{subject}/{check_name(name)}"):
             target = self._target(subject, name, alias)
             if target is not None:
                 current[alias] = target
@@ -248,10 +263,11 @@ class Catalog:
             if pinned.version not in self.versions(pinned.name, subject):
                 raise InputError(self._unknown(subject, pinned))
             folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
-            history = [self.ledger.load(f"{folder}/{n}.json", Tagging) for n in self.ledger.numbers(folder)]
+            history = self.ledger.history(folder, Tagging)
             if done := [entry for entry in history if entry.request == request]:
                 return done[0]
-            tagging = Tagging(
+            tagging = build(
+                Tagging,
                 subject=subject,
                 name=pinned.name,
                 version=pinned.version,
@@ -267,9 +283,8 @@ class Catalog:
     def tags(self, ref: str, *, subject: Subject = "vectors") -> dict[str, str]:
         """The tags of a pinned version now."""
         pinned = parse_pinned(ref)
-        folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
-        numbers = self.ledger.numbers(folder)
-        return self.ledger.load(f"{folder}/{numbers[-1]}.json", Tagging).tags if numbers else {}
+        step = self.ledger.newest(f"tags/{subject}/{pinned.name}/{pinned.version}", Tagging)
+        return step.tags if step else {}
 
     # -- what is served, held, retired
 
@@ -277,6 +292,10 @@ class Catalog:
         """Write down what a served fingerprint stands for; `coefficients` by pinned reference. `served`
         finds it.
         """
+        with self._changing():
+            return self._record_served(coefficients, base_fingerprint)
+
+    def _record_served(self, coefficients: Mapping[str, float], base_fingerprint: str) -> Served:
         pinned = {ref: self.resolve(str(parse_pinned(ref))) for ref in coefficients}
         for ref, version in pinned.items():
             if version.base_fingerprint != base_fingerprint:
@@ -286,7 +305,8 @@ class Catalog:
         with self._changing():
             if known := self.served(fingerprint):
                 return known
-            served = Served(
+            served = build(
+                Served,
                 fingerprint=fingerprint,
                 base_fingerprint=base_fingerprint,
                 coefficients=etas,
@@ -304,9 +324,9 @@ class Catalog:
     def hold(self, holder: str, refs: list[str]) -> None:
         """A running replica uses these versions: `gc` will not touch them until `release(holder)`."""
         check_name(holder, "holder")
-        held = sorted(self.resolve(ref).ref for ref in refs)
-        with self._changing():
-            record = Hold(holder=holder, refs=tuple(held), **self.ledger.stamp(holder))
+        with self._changing():  # so that no `retire` comes between looking and holding
+            held = sorted(self.resolve(ref).ref for ref in refs)
+            record = build(Hold, holder=holder, refs=tuple(held), **self.ledger.stamp(holder))
             self.store.overwrite(f"holds/{holder}.json", encode(record))
 
     def release(self, holder: str) -> None:
@@ -342,7 +362,8 @@ class Catalog:
                 raise InputError(self._unknown("vectors", pinned))
             if users := self.users(ref):
                 raise InputError(f"{pinned} cannot be retired: it is used by {', '.join(users)}; move or release these")
-            retirement = Retirement(name=pinned.name, version=pinned.version, reason=reason, **self.ledger.stamp(""))
+            stamp = self.ledger.stamp("")
+            retirement = build(Retirement, name=pinned.name, version=pinned.version, reason=reason, **stamp)
             self.ledger.write(key, retirement)
             return retirement
 
@@ -351,12 +372,18 @@ class Catalog:
         replicas.
         """
         pinned = parse_pinned(ref)
-        found = [f"alias {pinned.name}@{a}" for a, v in self.aliases(pinned.name).items() if v == pinned.version]
+        found = []
+        for alias in self.ledger.names(f"refs/vectors/{pinned.name}"):
+            try:
+                if self._target("vectors", pinned.name, alias) == pinned.version:
+                    found.append(f"alias {pinned.name}@{alias}")
+            except (StoreError, InputError):
+                found.append(f"alias {pinned.name}@{alias} (damaged: what it points at is not known)")
         for name in self.names("presets"):
             for number in self.ledger.numbers(f"presets/{name}"):
                 try:
                     preset = self.ledger.get("presets", name, number, PresetVersion)
-                except StoreError:
+                except (StoreError, InputError):
                     found.append(f"preset {name}@{number} (damaged: what it needs is not known)")
                 else:
                     found += [f"preset {preset.ref}"] if str(pinned) in preset.vectors else []
@@ -376,6 +403,24 @@ class Catalog:
 
         return collect(self, apply=apply, grace_s=grace_s)
 
+    def repair(self, *, apply: bool = False) -> list[str]:
+        """Lost steps of aliases' and tags' histories, by key; marked with `apply`. See `care.repair`."""
+        from prefvec_ray.registry.care import repair
+
+        return repair(self, apply=apply)
+
+    def damaged(self) -> list[str]:
+        """What is wrong with the manifests and presets that cannot be read, a line each."""
+        found = []
+        for subject, model in (("vectors", VectorVersion), ("presets", PresetVersion)):
+            for name in self.ledger.names(subject):
+                for number in self.ledger.numbers(f"{subject}/{name}"):
+                    try:
+                        self.ledger.load(f"{subject}/{name}/{number}.json", model)
+                    except (StoreError, InputError) as error:
+                        found.append(str(error))
+        return found
+
     def all_vectors(self) -> Iterator[tuple[str, VectorVersion | None, bool]]:
         """(reference, manifest or None where it is damaged, retired?) of every version that ever was."""
         for name in self.names():
@@ -391,7 +436,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """The lease, for a change to a registry that exists. Only publishing creates one."""
+        """The lease, for what is looked up and then written in a registry that exists: only publishing creates one."""
         self.store.require()
         with self.ledger.lock, self.lease.held():
             yield
@@ -421,15 +466,14 @@ class Catalog:
         return f"no {what} {ref}; there are versions {numbers[0]} to {numbers[-1]}, aliases {aliases}"
 
     def _target(self, subject: Subject, name: str, alias: str) -> int | None:
-        folder = f"refs/{subject}/{name}/{alias}"
-        numbers = self.ledger.numbers(folder)
-        return self.ledger.load(f"{folder}/{numbers[-1]}.json", Move).version if numbers else None
+        move = self.ledger.newest(f"refs/{subject}/{name}/{alias}", Move)
+        return move.version if move else None
 
     def _tagged(self, version: VectorVersion, wanted: Mapping[str, str]) -> bool:
         return not wanted or wanted.items() <= self.tags(version.ref).items()
 
 
 def _number(eta: object, ref: str) -> float:
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not abs(eta) < float("inf"):
-        raise InputError(f"coefficient of {ref}: {shown(eta)} is not a finite number")
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not abs(eta) <= 1e6:
+        raise InputError(f"coefficient of {ref}: {shown(eta)} is not a finite number from -1e6 to 1e6")
     return float(eta)

@@ -9,6 +9,10 @@ class StoreError(JobError):
     """
 
 
+class NoSpace(StoreError):  # noqa: N818 - see LeaseLost
+    """The disk, or a quota, is full. Nothing was changed; `gc` works all the same."""
+
+
 class LeaseLost(StoreError):  # noqa: N818 - it is a state to react to, not only an error
     """Another writer has taken this store over. The operation was not acknowledged; ask the new writer."""
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry.errors import LeaseLost, StoreError
+from prefvec_ray.registry.errors import LeaseLost, NoSpace, StoreError
 from prefvec_ray.registry.records import Claim, decode, encode
 from prefvec_ray.registry.store import Store, make_folder
 
@@ -102,7 +102,14 @@ class Lease:
         self.epoch, self._token = (last.epoch if last else 0) + 1, uuid.uuid4().hex
         try:
             self._write(released=False)
-        except BaseException:  # a full disk, say
+        except NoSpace:
+            # Only what removes something can work now, and it must. In a folder the lock is ours already, and the
+            # claim says who holds it: the last one stays, and its token is ours until it is released.
+            if self._lock is None or last is None or not last.token:
+                self._drop()
+                raise
+            self.epoch, self._token = last.epoch, last.token
+        except BaseException:
             self._drop()
             raise
 
@@ -148,8 +155,9 @@ class Lease:
             return Claim(created=0.0, owner="an unknown process (the claim is damaged)")
 
     def _lock_folder(self, folder: Path, deadline: float) -> None:
-        make_folder(folder / "lease")
-        lock, began = (folder / "lease" / "lock").open("ab"), time.monotonic()
+        with self.store.reporting("lease/lock"):
+            make_folder(folder / "lease")
+            lock, began = (folder / "lease" / "lock").open("ab"), time.monotonic()
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

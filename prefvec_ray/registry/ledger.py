@@ -3,27 +3,39 @@
 import contextlib
 import functools
 import importlib.metadata
+import re
 import threading
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.names import check_version
+from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, LARGEST_VERSION, NAME, check_case, check_version
 from prefvec_ray.registry.records import (
+    Move,
     PresetDraft,
     PresetVersion,
     Record,
+    Subject,
+    Tagging,
     VectorDraft,
     VectorVersion,
+    build,
     decode,
     encode,
+    key_of,
 )
 from prefvec_ray.registry.store import Store
 
-Subject = Literal["vectors", "presets"]
 R = TypeVar("R", bound=Record)
+S = TypeVar("S", Move, Tagging)
 V = TypeVar("V", VectorVersion, PresetVersion)
+NUMBERED = re.compile(r"([1-9][0-9]{0,8})\.json")
+TRIES = 5
+
+
+class Taken(StoreError):  # noqa: N818 - as in errors.py
+    """The key was taken meanwhile by another writer's record, which stays."""
 
 
 class Ledger:
@@ -34,9 +46,34 @@ class Ledger:
         self.lock = threading.RLock()
         self._parsed: dict[str, Record] = {}
 
+    def names(self, folder: str) -> list[str]:
+        """Names below a folder. Whatever else lies there is `verify`'s business."""
+        return [name for name in self.store.children(folder) if NAME.fullmatch(name)]
+
     def numbers(self, folder: str) -> list[int]:
-        stems = (name.removesuffix(".json") for name in self.store.children(folder))
-        return sorted(int(stem) for stem in stems if stem.isdecimal())
+        """Numbers of the records in a folder, ascending. Files with other names are `verify`'s business."""
+        found = map(NUMBERED.fullmatch, self.store.children(folder))
+        return sorted(int(match[1]) for match in found if match)
+
+    def history(self, folder: str, model: type[S]) -> list[S]:
+        """Every step below a folder, oldest first. StoreError where one is missing, which `repair` closes."""
+        numbers = self.numbers(folder)
+        if missing := sorted(set(range(1, len(numbers) + 1)) - set(numbers)):
+            raise StoreError(
+                f"{self.store.label}/{folder}/{missing[0]}.json: is missing; restore it from a copy, or mark it as"
+                " lost with `prefvec registry repair --apply`"
+            )
+        return [self.load(f"{folder}/{number}.json", model) for number in numbers]
+
+    def newest(self, folder: str, model: type[S]) -> S | None:
+        """The step that counts; None where there is no history. StoreError where it was lost."""
+        numbers = self.numbers(folder)
+        if not numbers:
+            return None
+        step = self.load(f"{folder}/{numbers[-1]}.json", model)
+        if step.kind.startswith("lost"):
+            raise StoreError(f"{self.store.label}/{folder}: the newest step was lost; set it again")
+        return step
 
     def versions(self, subject: Subject, name: str) -> list[int]:
         """Numbers in use, oldest first; retired ones are left out."""
@@ -44,10 +81,7 @@ class Ledger:
         return [number for number in self.numbers(f"{subject}/{name}") if number not in retired]
 
     def get(self, subject: Subject, name: str, number: int, model: type[V]) -> V:
-        record = self.load(f"{subject}/{name}/{number}.json", model)
-        if (record.name, record.version) != (name, number):
-            raise StoreError(f"{subject}/{name}/{number}.json: holds {record.ref}; restore it from a copy or bundle")
-        return record
+        return self.load(f"{subject}/{name}/{number}.json", model)
 
     def load(self, key: str, model: type[R]) -> R:
         """A record by key; parsed once where the store is mirrored, since records never change."""
@@ -58,9 +92,16 @@ class Ledger:
         if data is None:
             raise StoreError(f"{self.store.label}/{key}: is missing; restore it from a copy or bundle")
         record = decode(data, model, key)
+        if (place := key_of(record)) != key:
+            held = getattr(record, "ref", place)
+            raise StoreError(f"{self.store.label}/{key}: holds {held}; restore it from a copy or bundle")
         if self.store.mirrored:
             self._parsed[key] = record
         return record
+
+    def forget(self, key: str) -> None:
+        """A record was replaced, which only `repair` does: read it again."""
+        self._parsed.pop(key, None)
 
     def commit(
         self,
@@ -73,36 +114,55 @@ class Ledger:
     ) -> V:
         """The next version of `draft.name`, or the version that already holds this very draft."""
         content = draft.content
+        if version is not None:
+            check_version(version)
         with self.lock, self.lease.held():
-            numbers = self.numbers(f"{subject}/{draft.name}")
-            if not numbers:
-                self._check_case(subject, draft.name)
-            for number in [n for n in reversed(numbers) if version in (None, n)]:
-                with contextlib.suppress(StoreError, InputError):
-                    known = self.get(subject, draft.name, number, model)
-                    if known.content == content and number in self.versions(subject, draft.name):
-                        return known
-            following = numbers[-1] + 1 if numbers else 1
-            if version is not None and check_version(version) in numbers:
-                raise InputError(f"{draft.name}@{version} exists with other content, and a version never changes")
-            if version is not None and version < following:
-                raise InputError(f"{draft.name}@{version}: the next free version is {following}")
-            number = version or following
-            record = model(**draft.model_dump(), version=number, **{**self.stamp(creator), **extra})
-            self.write(f"{subject}/{draft.name}/{number}.json", record)
-            return record
+            for _ in range(TRIES):
+                with contextlib.suppress(Taken):  # a writer whose lease had ended: its number counts as used
+                    return self._commit(subject, draft, content, model, version, creator, extra)
+        raise StoreError(f"{self.store.label}: others write {draft.name} at the same time; try again")
 
-    def _check_case(self, subject: Subject, name: str) -> None:
-        """Names that differ only in case would be one folder on some disks."""
-        for other in self.store.children(subject):
-            if other.lower() == name.lower():
-                raise InputError(f"name {name}: there is already '{other}', which differs only in case; use that")
+    def _commit(
+        self,
+        subject: Subject,
+        draft: VectorDraft | PresetDraft,
+        content: str,
+        model: type[V],
+        version: int | None,
+        creator: str,
+        extra: dict[str, Any],
+    ) -> V:
+        """One try of `commit`. Taken: somebody else has the number now."""
+        numbers = self.numbers(f"{subject}/{draft.name}")
+        if not numbers:
+            check_case(draft.name, self.store.children(subject))
+        for number in [n for n in reversed(numbers) if version in (None, n)]:
+            with contextlib.suppress(StoreError, InputError):
+                known = self.get(subject, draft.name, number, model)
+                if known.content == content and number in self.versions(subject, draft.name):
+                    return known
+        following = numbers[-1] + 1 if numbers else 1
+        if version in numbers:
+            raise InputError(f"{draft.name}@{version} exists with other content, and a version never changes")
+        if version is not None and version < following:
+            raise InputError(f"{draft.name}@{version}: the next free version is {following}")
+        if version is not None and version > max(LARGEST_CHOSEN_VERSION, following):
+            raise InputError(
+                f"{draft.name}@{version}: a chosen number is at most {LARGEST_CHOSEN_VERSION}; leave it out to get"
+                f" version {following}"
+            )
+        if following > LARGEST_VERSION:
+            raise InputError(f"{draft.name}: has no free version number left; publish under another name")
+        number = version or following
+        record = build(model, **draft.model_dump(), version=number, **{**self.stamp(creator), **extra})
+        self.write(f"{subject}/{draft.name}/{number}.json", record)
+        return record
 
     def write(self, key: str, record: Record) -> None:
         try:
             self.store.create(key, encode(record), self.lease.check)
         except FileExistsError:
-            raise StoreError(f"{self.store.label}/{key}: was just written by somebody else; try again") from None
+            raise Taken(f"{self.store.label}/{key}: was just written by somebody else; try again") from None
 
     def stamp(self, creator: str) -> dict[str, Any]:
         return {"created": self.store.clock(), "creator": creator, "epoch": self.lease.epoch}

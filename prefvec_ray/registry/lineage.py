@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.records import PresetVersion, Served, VectorVersion
+from prefvec_ray.text import mermaid_label
 
 Kind = Literal["served", "preset", "vector", "delta", "base", "data"]
 
@@ -45,8 +46,8 @@ class Lineage(BaseModel):
     def to_mermaid(self) -> str:
         """For a model card or a README."""
         short = {node.id: f"n{index}" for index, node in enumerate(self.nodes)}
-        lines = [f'  {short[n.id]}["{n.kind} {", ".join(n.refs) or n.id[:19]}"]' for n in self.nodes]
-        lines += [f'  {short[e.parent]} -->|"{e.role}"| {short[e.child]}' for e in self.edges]
+        lines = [f"  {short[n.id]}[{mermaid_label([n.kind, ', '.join(n.refs) or n.id[:19]])}]" for n in self.nodes]
+        lines += [f"  {short[e.parent]} -->|{mermaid_label([e.role])}| {short[e.child]}" for e in self.edges]
         return "\n".join(["graph TD", *lines])
 
 

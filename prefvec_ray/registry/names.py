@@ -5,6 +5,7 @@ normalised.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prefvec_ray.errors import InputError
@@ -12,7 +13,11 @@ from prefvec_ray.errors import InputError
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
+FILE_ENDINGS = (".safetensors", ".json", ".md", ".txt")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
+LARGEST_VERSION = 10**9 - 1
+LARGEST_CHOSEN_VERSION = 10**6
+"""the largest number that may be asked for; the store counts on from there, so that no name runs out of numbers"""
 LATEST = "latest"
 
 
@@ -30,7 +35,10 @@ class Ref:
 
 def shown(text: object) -> str:
     """What a caller gave, safe to print: escaped, and cut where it is long."""
-    escaped = repr(text)
+    try:
+        escaped = repr(text)
+    except ValueError:  # an integer of more digits than Python prints
+        escaped = f"a {type(text).__name__} that is too long to show"
     return escaped if len(escaped) <= 80 else f"{escaped[:60]}… ({len(escaped)} characters)"
 
 
@@ -55,12 +63,36 @@ def check_label(label: str, what: str) -> str:
 
 
 def check_text(text: str, what: str, limit: int = 2000) -> str:
-    """A reason, a note, a tag value: printable, not empty, not a novel. `text` itself, or InputError."""
+    """A reason, a note, a tag value: printable and not empty. `text` itself, or InputError."""
     if not isinstance(text, str) or not text.strip() or len(text) > limit:
         raise InputError(f"{what} {shown(text)}: expected a text of 1 to {limit} characters; say why in a sentence")
     if not all(char.isprintable() or char in "\n\t" for char in text):
         raise InputError(f"{what} {shown(text)}: holds control characters; write plain text")
     return text
+
+
+def check_line(text: str, what: str, limit: int = 200) -> str:
+    """A creator, a licence, a digest of data: one printable line, or empty. `text` itself, or InputError."""
+    if not isinstance(text, str) or len(text) > limit or not text.isprintable():
+        raise InputError(f"{what} {shown(text)}: expected one line of at most {limit} printable characters; shorten it")
+    return text
+
+
+def check_file_name(name: str) -> str:
+    """The name of a file of a vector, which every reader creates on its disk. `name` itself, or InputError."""
+    if not isinstance(name, str) or not FILE_NAME.fullmatch(name) or not name.endswith(FILE_ENDINGS):
+        raise InputError(
+            f"file name {shown(name)}: expected letters, digits, '.', '_', '+' or '-' and one of the endings"
+            f" {', '.join(FILE_ENDINGS)}; rename the file"
+        )
+    return name
+
+
+def check_case(name: str, others: Iterable[str]) -> None:
+    """InputError where another name differs from `name` only in case: on some disks they would be one folder."""
+    for other in others:
+        if other != name and other.lower() == name.lower():
+            raise InputError(f"name {name}: there is already '{other}', which differs only in case; use that")
 
 
 def parse_ref(ref: str) -> Ref:
@@ -84,8 +116,8 @@ def parse_pinned(ref: str) -> Ref:
     return parsed
 
 
-def check_version(version: int) -> int:
-    """A positive version number, or InputError."""
-    if isinstance(version, bool) or not isinstance(version, int) or not 0 < version < 10**9:
-        raise InputError(f"version {shown(version)}: expected a whole number from 1 to 999999999")
+def check_version(version: int, largest: int = LARGEST_VERSION) -> int:
+    """A version number from 1 to `largest`, or InputError."""
+    if isinstance(version, bool) or not isinstance(version, int) or not 0 < version <= largest:
+        raise InputError(f"version {shown(version)}: expected a whole number from 1 to {largest}; choose another")
     return version

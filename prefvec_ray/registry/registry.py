@@ -9,6 +9,7 @@ Works in any process without Ray. Where many processes of a cluster publish, `st
 actor in front of the same store, and its client has the same methods.
 """
 
+import contextlib
 import functools
 import getpass
 import json
@@ -16,24 +17,33 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry.bundle import export_bundle, export_huggingface, import_bundle
+from prefvec_ray.registry.bundle import export_bundle, import_bundle
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.care import Check, Verification, check_cache, check_store, verify
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import MissingBlob
+from prefvec_ray.registry.hub import export_huggingface
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.names import FILE_NAME, check_name, check_text, check_version, parse_ref, shown
-from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, canonical
+from prefvec_ray.registry.names import (
+    FILE_ENDINGS,
+    FILE_NAME,
+    check_line,
+    check_name,
+    check_text,
+    check_version,
+    parse_ref,
+    shown,
+)
+from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, build, canonical
 from prefvec_ray.registry.store import Store
 
 T = TypeVar("T")
-SUFFIXES = {".safetensors", ".json", ".md", ".txt"}
 
 
 class Blobs(Protocol):
@@ -101,7 +111,7 @@ class Registry(Catalog):
         info = vector.info
         statement: dict[str, Any] = {
             "name": check_name(info.preference if name is None else name, "vector name"),
-            "preference": info.preference,
+            "preference": check_name(info.preference, "the vector file's preference"),
             "form": info.form,
             "dtype": info.dtype,
             "base_fingerprint": info.base_fingerprint,
@@ -110,20 +120,20 @@ class Registry(Catalog):
             "precision": info.precision,
             "recipe": _merged(info.recipe, recipe or {}),
             "metrics": json.loads(canonical(dict(metrics or {}))),
-            "license": check_text(license, "license", 200) if license else "",
+            "license": check_line(license, "license"),
             "notes": check_text(notes, "notes", 20_000) if notes else "",
             "rank": max((getattr(entry, "rank", 0) for entry in vector.entries.values()), default=0) or None,
         }
         if version is not None:
             self._check_free(statement["name"], check_version(version), vector.digest)
-        creator = check_text(user() if creator is None else creator, "creator", 200)
+        creator = check_line(user() if creator is None else creator, "creator")
         paths = _files(folder)
         with ThreadPoolExecutor(1) as pool:  # numbers are checked while files are copied; both wait for memory
             digest: Future[str] = pool.submit(lambda: vector.validate().digest())
             for attempt in range(3):
-                staged = [(path.name, *self.blobs.stage(path, lambda: _wait(digest))) for path in paths]
-                files = tuple(FileEntry(name=n, digest=d, size=s) for n, d, s in staged)
-                draft = VectorDraft(**statement, digest=digest.result(), files=files)
+                staged = [(name, *self.blobs.stage(path, lambda: _wait(digest))) for name, path in paths.items()]
+                files = tuple(build(FileEntry, name=n, digest=d, size=s) for n, d, s in staged)
+                draft = build(VectorDraft, **statement, digest=digest.result(), files=files)
                 try:
                     return self.commit_vector(draft, version=version, creator=creator)
                 except MissingBlob:  # a garbage collection came in between
@@ -142,6 +152,16 @@ class Registry(Catalog):
         `unpin`.
         """
         return self.cache.fetch(self.resolve(ref), self.blobs.source)
+
+    @contextlib.contextmanager
+    def fetched(self, version: VectorVersion) -> Iterator[Path]:
+        """The folder of a version for the time of a block; afterwards it is pinned no longer than it was before."""
+        pinned = self.cache.pinned(version)
+        try:
+            yield self.fetch(version.ref)
+        finally:
+            if not pinned:
+                self.cache.unpin(version)
 
     def unpin(self, ref: str) -> None:
         """This process no longer reads the version."""
@@ -165,7 +185,7 @@ class Registry(Catalog):
         return import_bundle(self, path, renumber=renumber)
 
     def export_huggingface(self, ref: str, out: str | Path, *, base_model: str | None = None) -> Path:
-        """A folder with a model card that `huggingface_hub` can push. See `bundle.export_huggingface`."""
+        """A folder with a model card that `huggingface_hub` can push. See `hub.export_huggingface`."""
         return export_huggingface(self, ref, out, base_model=base_model)
 
     def close(self) -> None:
@@ -177,18 +197,24 @@ class Registry(Catalog):
         return function(self.store)
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files to publish, by name; InputError for what does not belong to a vector."""
+def _files(folder: Path) -> dict[str, Path]:
+    """The files to publish, by the names that they get; InputError for what does not belong to a vector.
+
+    A single file becomes `vector.safetensors`, which is the name that a folder's reader looks for.
+    """
     if folder.is_file():
-        return [folder]
+        return {"vector.safetensors": folder}
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    root = folder.resolve()
     for path in paths:
-        if not path.is_file() or path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            raise InputError(f"{path}: is a link to outside its folder; copy the file itself")
+        if not path.is_file() or path.suffix not in FILE_ENDINGS or not FILE_NAME.fullmatch(path.name):
             raise InputError(
                 f"{folder}: {shown(path.name)} does not belong to a vector (expected files ending in"
-                f" {', '.join(sorted(SUFFIXES))}); remove it or publish from a clean folder"
+                f" {', '.join(FILE_ENDINGS)}); remove it or publish from a clean folder"
             )
-    return paths
+    return {path.name: path for path in paths}
 
 
 def _merged(stated: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:

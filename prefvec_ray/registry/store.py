@@ -6,8 +6,9 @@ Ray.
     digest, size = store.stage("vector.safetensors")       # -> blobs/<hex>
 
 In a folder a record appears by `link(2)`: complete, durable, and never over another one, whoever writes.
-A bucket has neither that nor locks in pyarrow; there a PUT is whole or absent, and that nobody else
-writes is the lease's business (`lease.py`), which is why `create` takes its `check`.
+In a bucket a PUT is whole or absent. That it is never over another record is decided by the bucket where it
+has conditional writes (`conditional.py`). Where it has none, and for everything that is read before it is
+written, that nobody else writes is the lease's business (`lease.py`), which is why `create` takes its `check`.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -26,12 +28,13 @@ from blake3 import blake3
 from pyarrow import ArrowException, fs
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.registry.errors import StoreError
+from prefvec_ray.registry.conditional import ConditionalWriter, connect
+from prefvec_ray.registry.errors import NoSpace, StoreError
 from prefvec_ray.registry.names import shown
-from prefvec_ray.registry.records import FileEntry, Record, decode, encode
+from prefvec_ray.registry.records import LARGEST_RECORD, LAST_SECOND, FileEntry, Line, Record, decode, encode
 
 RECORD_FOLDERS = ("vectors", "presets", "refs", "tags", "retired", "served")
-OWN_FOLDERS = {*RECORD_FOLDERS, "blobs", "staging", "lease", "holds"}
+OWN_FOLDERS = {*RECORD_FOLDERS, "blobs", "staging", "lease", "holds", "damaged"}
 MARKER = "registry.json"
 CHUNK = 8 << 20
 BUCKETS = ("s3", "gcs", "abfs")
@@ -40,7 +43,7 @@ BUCKETS = ("s3", "gcs", "abfs")
 class Marker(Record):
     """`registry.json`: says that this folder is a registry, and which one."""
 
-    uid: str
+    uid: Line
 
 
 class Store:
@@ -50,9 +53,9 @@ class Store:
 
     def __init__(self, root: str | Path, *, clock: Callable[[], float] = time.time):
         self.uri = str(root)
-        self.clock = clock
         self.creates = True
         """may `begin` make a registry of an empty root?"""
+        self.clock: Callable[[], float] = lambda: min(max(clock(), 0.0), LAST_SECOND)  # what a record can hold
         self.folder: Path | None = None
         self.step: Callable[[str], None] = lambda name: None
         """called after each step that a crash could follow"""
@@ -77,6 +80,7 @@ class Store:
             self.uri = str(self.folder)
             self.fs, self.base = fs.LocalFileSystem(), str(self.folder)
         self._mirror: dict[str, dict[str, bytes | None]] | None = None
+        self._conditional: tuple[ConditionalWriter | None, str] | None = None
 
     @classmethod
     def open(cls, root: str | Path, *, clock: Callable[[], float] = time.time, create: bool = True) -> "Store":
@@ -142,14 +146,13 @@ class Store:
     def read_fresh(self, key: str) -> bytes | None:
         """`read` past the mirror."""
         if self.folder is not None:
-            with self._io(key):
-                try:
-                    return (self.folder / key).read_bytes()
-                except (FileNotFoundError, NotADirectoryError):
-                    return None
-        with self._io(key):
+            with self.reporting(key):
+                return _read_file(self.folder / key)
+        with self.reporting(key):
             try:
                 with self.fs.open_input_file(self._path(key)) as stream:
+                    if stream.size() > LARGEST_RECORD:
+                        raise StoreError(f"{self.label}/{key}: {stream.size()} bytes are no record; look at it")
                     return stream.read()
             except FileNotFoundError:
                 return None
@@ -162,7 +165,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 return sorted(path.name for path in (self.folder / key).iterdir())
             return []
-        with self._io(key):
+        with self.reporting(key):
             found = self.fs.get_file_info(fs.FileSelector(self._path(key), allow_not_found=True))
         return sorted(info.base_name for info in found)
 
@@ -177,36 +180,72 @@ class Store:
         if existing is None and self.folder is not None:
             existing = self._link(self.folder / key, data)
         elif existing is None:
-            with self._io(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
-                stream.write(data)
+            existing = self._put(key, data)
             self.step("record")
             check()
+        if self._mirror is not None:
+            self._remember(key, data if existing is None else existing)
         if existing is not None and existing != data:
             raise FileExistsError(key)
-        if self._mirror is not None:
-            self._remember(key, data)
+
+    def _put(self, key: str, data: bytes) -> bytes | None:
+        """Send a record to the bucket. The other's bytes where somebody was first and the bucket noticed, else
+        None.
+        """
+        writer = self.conditional_writes()[0] if key != MARKER else None
+        created = writer.create(self._path(key).partition("/")[2], data) if writer else None
+        if created is None:
+            with self.reporting(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
+                stream.write(data)
+        if created is not False:
+            return None
+        if (existing := self.read_fresh(key)) is None:
+            raise StoreError(f"{self.label}/{key}: the bucket says that it exists, and has no bytes of it; try again")
+        return existing
+
+    def conditional_writes(self) -> tuple[ConditionalWriter | None, str]:
+        """What creates objects only where there are none; None, and why, where this root cannot. A folder needs
+        none.
+        """
+        if self._conditional is None:
+            marker = self.read_fresh(MARKER)
+            if self.folder is not None or marker is None:
+                return None, "a folder links its records" if self.folder is not None else "nothing is written yet"
+            self._conditional = connect(self.uri, self._path(MARKER).partition("/")[2], marker)
+        return self._conditional
 
     def overwrite(self, key: str, data: bytes) -> None:
         """Replace a small file that is no record: the lease, the holds. Whole, but not synced to disk."""
         if self.folder is not None:
-            with self._io(key), self._temporary() as temporary:
+            with self.reporting(key), self._temporary() as temporary:
                 temporary.write_bytes(data)
                 make_folder((self.folder / key).parent)
                 temporary.replace(self.folder / key)
             return
-        with self._io(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
+        with self.reporting(key), self.fs.open_output_stream(self._path(key), compression=None) as stream:
             stream.write(data)
 
     def delete(self, key: str) -> None:
         """Remove a file that `overwrite` wrote, or nothing."""
-        with self._io(key), contextlib.suppress(FileNotFoundError):
+        with self.reporting(key), contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self._path(key))
+
+    def set_aside(self, key: str) -> None:
+        """Move a damaged record out of the way, to `damaged/`, or do nothing where there is none."""
+        data = self.read_fresh(key)
+        if data is None:
+            return
+        self.overwrite(f"damaged/{key.replace('/', '~')}.{uuid.uuid4().hex[:8]}", data)
+        self.delete(key)
+        if self._mirror is not None:
+            folder, _, name = key.rpartition("/")
+            self._mirror.get(folder, {}).pop(name, None)
 
     def _link(self, target: Path, data: bytes) -> bytes | None:
         """Write a temporary, then link it into place. The other's bytes where somebody was first, else
         None.
         """
-        with self._io(target), self._temporary() as temporary:
+        with self.reporting(target), self._temporary() as temporary:
             temporary.write_bytes(data)
             temporary.chmod(0o644)
             self.step("record-written")
@@ -223,20 +262,26 @@ class Store:
 
     def load_mirror(self) -> None:
         """Read every record into memory; from now on reads come from there. What is damaged is kept as it
-        is.
+        is, or as empty where it cannot be read at all.
         """
         mirror: dict[str, dict[str, bytes | None]] = {}
         self._mirror = None
         keys = self.record_keys()
         if self.folder is not None:
-            contents: Iterable[bytes | None] = map(self.read_fresh, keys)
+            contents: Iterable[bytes | None] = map(self._readable, keys)
         else:
             with ThreadPoolExecutor(32) as pool:
-                contents = list(pool.map(self.read_fresh, keys))
+                contents = list(pool.map(self._readable, keys))
         self._mirror = mirror
         for key, data in zip(keys, contents, strict=True):
             if data is not None:
                 self._remember(key, data)
+
+    def _readable(self, key: str) -> bytes | None:
+        try:
+            return self.read_fresh(key)
+        except StoreError:
+            return b""
 
     def record_keys(self) -> list[str]:
         """Keys of all records as they are stored now."""
@@ -250,7 +295,7 @@ class Store:
             return sorted(found)
         keys: list[str] = []
         for top in RECORD_FOLDERS:
-            with self._io(top):
+            with self.reporting(top):
                 selector = fs.FileSelector(self._path(top), recursive=True, allow_not_found=True)
                 keys += [i.path[len(self.base) + 1 :] for i in self.fs.get_file_info(selector) if i.is_file]
         return sorted(keys)
@@ -304,8 +349,8 @@ class Store:
             return
         free = shutil.disk_usage(self.folder).free
         if free < size:
-            raise StoreError(f"{self.label}: {free} bytes free, {size} needed; make room (`gc`), nothing was written")
-        with self._io(digest), self._temporary() as temporary:
+            raise NoSpace(f"{self.label}: {free} bytes free, {size} needed; make room (`gc`), nothing was written")
+        with self.reporting(digest), self._temporary() as temporary:
             if isinstance(source, str | Path):
                 shutil.copyfile(source, temporary)
             else:
@@ -332,7 +377,7 @@ class Store:
         assert not isinstance(source, str | Path)
         path, hasher, sent = self._path(blob_key(digest)), blake3(), 0
         try:
-            with self._io(digest), self.fs.open_output_stream(path, compression=None) as stream:
+            with self.reporting(digest), self.fs.open_output_stream(path, compression=None) as stream:
                 for chunk in source:
                     hasher.update(chunk)
                     stream.write(chunk)
@@ -360,14 +405,14 @@ class Store:
                 return (self.folder / blob_key(digest)).stat().st_size
             except FileNotFoundError:
                 return None
-        with self._io(digest):
+        with self.reporting(digest):
             info = self.fs.get_file_info(self._path(blob_key(digest)))
         return info.size if info.is_file else None
 
     def read_blob(self, digest: str, chunk: int = CHUNK) -> Iterator[bytes]:
         """The blob's bytes in pieces. Unchecked: who keeps them compares the digest."""
         with (
-            self._io(digest),
+            self.reporting(digest),
             self.fs.open_input_stream(self._path(blob_key(digest)), compression=None) as stream,
         ):
             while piece := stream.read(chunk):
@@ -381,7 +426,7 @@ class Store:
         """Every blob: digest -> (size, time of last change). Files under `blobs/` with other names are not
         blobs.
         """
-        with self._io("blobs"):
+        with self.reporting("blobs"):
             found = self.fs.get_file_info(fs.FileSelector(self._path("blobs"), allow_not_found=True))
         named = re.compile(r"[0-9a-f]{64}")
         return {
@@ -425,7 +470,7 @@ class Store:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _io(self, what: object) -> Iterator[None]:
+    def reporting(self, what: object) -> Iterator[None]:
         """Operating-system errors become one clear line; what callers tell apart passes through."""
         try:
             yield
@@ -434,7 +479,8 @@ class Store:
         except (OSError, ArrowException) as error:
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             advice = "no space left; make room (`gc`) and try again" if full else self._clean(error)
-            raise StoreError(f"{self.label}: {what}: {advice}; nothing was changed") from error
+            kind = NoSpace if full else StoreError
+            raise kind(f"{self.label}: {what}: {advice}; nothing was changed") from error
 
     def _clean(self, error: Exception) -> str:
         """An error's first line without the credentials that a root may carry."""
@@ -462,6 +508,22 @@ def hash_file(path: str | Path) -> str:
     hasher = blake3(max_threads=blake3.AUTO)
     hasher.update_mmap(path)
     return f"blake3:{hasher.hexdigest()}"
+
+
+def _read_file(path: Path) -> bytes | None:
+    """A record's bytes, None where there is none. OSError for whatever is no plain file of a record's size: links are
+    not followed, and a pipe does not block.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_RECORD:
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is no plain file of a record's size")
+    with open(handle, "rb") as file:  # noqa: PTH123 - of a handle
+        return file.read()
 
 
 def make_folder(folder: Path) -> None:

@@ -109,7 +109,7 @@ class Door:
     def presets(self, caller: Caller) -> dict[str, tuple[PresetVersion, Coefficients]]:
         """The newest version of every preset that this caller may ask for here, by name. Reads the registry."""
         found = {}
-        for preset in self._registry.list_presets():
+        for preset in self._registry.list_presets(skip_damaged=True):
             if not _may_name(caller, preset.name):
                 continue
             try:

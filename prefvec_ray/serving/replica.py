@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.paths import check_visible
-from prefvec_ray.registry import open_registry
+from prefvec_ray.registry import VectorVersion, open_registry
+from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
-from prefvec_ray.serving.lineup import Lineup, LineupId
+from prefvec_ray.serving.lineup import Lineup, LineupId, ServedVector
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.rollout import LineupBook
 from prefvec_ray.serving.slots import SlotEngine
@@ -53,6 +54,8 @@ class Replica:
         self._encoding = ThreadPoolExecutor(1)
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
         self._registry = open_registry(config.registry)
+        self._fetched: dict[str, VectorVersion] = {}
+        """what is pinned in the node's cache, by column"""
         self._vectors = self._loaded([lineup])
         self.engine = build_engine(config, lineup, self._vectors)
 
@@ -152,6 +155,12 @@ class Replica:
             raise EngineError(f"generation {wanted[1]} cannot be served here: {error}") from error
 
     async def _learn(self, lineup: Lineup, beside: LineupId) -> None:
+        try:
+            await self._change(lineup, beside)
+        finally:
+            self._unpin_unused()
+
+    async def _change(self, lineup: Lineup, beside: LineupId) -> None:
         new = await asyncio.to_thread(self._loaded, [lineup])
         used = {beside, *(name for name, jobs in self._jobs.items() if jobs)}
         # Jobs of what is dropped may come meanwhile: they wait, and load it again.
@@ -179,14 +188,26 @@ class Replica:
             for name, vector in lineup.vectors.items():
                 column = lineup.column(name)
                 if column not in vectors:
-                    vectors[column] = known[column] if column in known else self._load(vector.ref, vector.digest)
+                    vectors[column] = known[column] if column in known else self._load(column, vector)
         return vectors
 
-    def _load(self, ref: str, digest: str) -> PreferenceVector:
-        found = self._registry.resolve(ref)
-        if found.digest != digest:
-            raise InputError(f"{ref} is another vector in {self._config.registry} than at the roll-out; resolve again")
-        return load_vector(self._registry.fetch(ref))
+    def _load(self, column: str, vector: ServedVector) -> PreferenceVector:
+        found = self._registry.resolve(vector.ref)
+        if found.digest != vector.digest:
+            raise InputError(
+                f"{vector.ref} is another vector in {self._config.registry} than at the roll-out; resolve again"
+            )
+        self._fetched[column] = found
+        return load_vector(self._registry.fetch(vector.ref))
+
+    def _unpin_unused(self) -> None:
+        """Release the node's cache of vectors that the engine no longer has, or never got. Several may share files."""
+        unused = self._fetched.keys() - self._vectors.keys()
+        dropped = [self._fetched.pop(column) for column in unused]
+        kept = {entry_key(version) for version in self._fetched.values()}
+        for version in dropped:
+            if entry_key(version) not in kept:
+                self._registry.cache.unpin(version)
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 

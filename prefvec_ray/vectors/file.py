@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.text import printable
 from prefvec_ray.vectors.entries import DTYPES, Entry, Full, Int8, LowRank, from_parts, is_finite
 from prefvec_ray.vectors.fingerprint import tensor_digest
 from prefvec_ray.vectors.shards import Shards
@@ -95,7 +96,10 @@ class PreferenceVector:
         """Read every number once; InputError names the first entry with NaN or infinity. Returns self."""
         for name in self.names():
             if not is_finite(self.entries[name]):
-                raise InputError(f"vector '{self.info.preference}': '{name}' holds NaN or infinity; extract it again")
+                raise InputError(
+                    f"vector '{printable(self.info.preference)}': '{printable(name)}' holds NaN or infinity;"
+                    " extract it again"
+                )
         return self
 
     def digest(self) -> str:
@@ -161,14 +165,15 @@ def _save_shard(shard: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
         file.write(text.ljust(size))
 
 
-def load_vector(path: str | Path) -> PreferenceVector:
+def load_vector(path: str | Path, *, links: bool = False) -> PreferenceVector:
     """Open a vector folder or a single `.safetensors` file, memory-mapped: headers are read and checked, numbers are
     not.
 
     Raises InputError for files that are truncated, tampered with, of a newer format version, sharded inconsistently, or
-    whose entries disagree with their stated form. Call `.validate()` to also look for NaN and infinity.
+    whose entries disagree with their stated form. Call `.validate()` to also look for NaN and infinity. `links` allows
+    symbolic links to files outside the folder.
     """
-    shards = Shards(path, stem=STEM)
+    shards = Shards(path, stem=STEM, links=links)
     per_file = shards.metadata()
     first, *others = per_file.values()
     if any(other != first for other in others):
@@ -185,7 +190,9 @@ def load_vector(path: str | Path) -> PreferenceVector:
         )
         on_meta = {k: torch.empty(shape, device="meta") for k, (shape, _) in described.items()}
         if from_parts(on_meta) is None:
-            raise InputError(f"{path}: the parts of '{name}' do not fit together: {described}; extract it again")
+            raise InputError(
+                f"{path}: the parts of '{printable(name)}' do not fit together: {described}; extract it again"
+            )
     return PreferenceVector(info, _FileEntries(shards, parts), path=Path(path))
 
 
@@ -233,8 +240,8 @@ def _check_parts(info: VectorInfo, name: str, parts: Mapping[str, tuple[tuple[in
         allowed = [{"full": "float32"}] if small else [{"int8": "int8", "scale": "float32"}]
     if dtypes not in allowed or (info.form == "low-rank" and info.dtype == "int8"):
         raise InputError(
-            f"vector '{info.preference}' ({where}): entry '{name}' has parts {dtypes}, which is not {info.form} form in"
-            f" {info.dtype}; extract or convert it again"
+            f"vector '{printable(info.preference)}' ({where}): entry '{printable(name)}' has parts {dtypes}, which"
+            f" is not {info.form} form in {info.dtype}; extract or convert it again"
         )
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.text import printable
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
@@ -33,11 +34,13 @@ class Shards:
         for file_name, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 - a safe_open handle is not a dict
                 if name in self._where:
-                    raise InputError(f"{self.path}: '{name}' is in both {self._where[name]} and {file_name}")
+                    raise InputError(f"{self.path}: '{printable(name)}' is in both {self._where[name]} and {file_name}")
                 self._where[name] = file_name
         if weight_map is not None and weight_map != self._where:
             wrong = min({k for k, _ in weight_map.items() ^ self._where.items()})
-            raise InputError(f"{self.path}: the index and the shards disagree about '{wrong}'; copy the folder again")
+            raise InputError(
+                f"{self.path}: the index and the shards disagree about '{printable(wrong)}'; copy it again"
+            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._where))
@@ -93,7 +96,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raise InputError(f"{index}: not a safetensors index with a 'weight_map' of names; copy the folder again")
     for name in set(weight_map.values()):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: points to '{name}'; expected names of .safetensors files beside the index")
+            raise InputError(f"{index}: points to '{printable(name)}'; expected names of .safetensors files beside it")
     return weight_map
 
 
@@ -105,4 +108,4 @@ def _open(file: Path, root: Path, links: bool) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file}: not a sound safetensors file ({error}); copy or make it again") from None
+        raise InputError(f"{file}: not a sound safetensors file ({printable(error)}); copy or make it again") from None

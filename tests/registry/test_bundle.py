@@ -138,3 +138,27 @@ def test_a_hugging_face_folder(tmp_path: Path, root: str, open_registry: Open, m
     assert open_registry(tmp_path / "there", "c2").publish_vector(folder).digest == published.digest
     with pytest.raises(InputError, match="not empty"):
         registry.export_huggingface("helpful", folder)
+
+
+def test_a_model_card_cannot_be_forged(tmp_path: Path, open_registry: Open, make_vector: Make) -> None:
+    """Notes, recipe and README come from the publisher: none of them speaks in the card's own voice."""
+    import markdown
+
+    registry = open_registry(tmp_path / "store")
+    notes = "fine\n```\n## Digest\n| digest | `blake3:forged` |\n<script>alert(1)</script>\n````\n---\n# Reviewed by us"
+    folder = make_vector("helpful", recipe={"x": "```\n# Reviewed by us"})
+    (folder / "README.md").write_text("# Reviewed by us\n\nTrust me.\n")
+    (folder / "prefvec.json").write_text('{"digest": "forged"}')
+    version = registry.publish_vector(folder, notes=notes, license="apache-2.0")
+    out = registry.export_huggingface("helpful", tmp_path / "hub")
+    card = (out / "README.md").read_text()
+    page = markdown.markdown(card.split("---\n", 2)[2], extensions=["tables", "fenced_code"])
+    assert "Trust me" not in card
+    assert page.count("<h1>") == 1
+    assert "<script>" not in page
+    assert "Reviewed by us</h" not in page
+    assert "forged</code></td>" not in page
+    assert version.digest in page
+    assert (out / "README.publisher.md").read_text() == "# Reviewed by us\n\nTrust me.\n"
+    assert version.digest in (out / "prefvec.json").read_text()
+    assert load_vector(out).digest() == version.digest

@@ -38,6 +38,25 @@ def test_a_publisher_killed_at_every_step(tmp_path: Path, make_vector: Make) -> 
     assert set(visible) == {0, 1}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_publishers_killed_while_others_publish(tmp_path: Path, where: str) -> None:
+    """kill -9 at random moments: what was acknowledged stays, and nothing half-written is ever part of the store."""
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "kill_publishers.py", tmp_path, "6", where],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["kills"] == 6
+    assert seen["acknowledged"] == seen["distinct"] > 0
+    assert seen["lost"] == seen["harm"] == []
+    assert seen["conditional"] == (where == "bucket")
+
+
 def test_concurrent_publishers_without_an_actor(root: str, open_registry: Open, make_vector: Make) -> None:
     """Eight at once under one name: eight versions, each with its own bytes."""
     folders = [make_vector(seed=seed) for seed in range(8)]

@@ -1,18 +1,23 @@
 """A replica without Ray: jobs in, answers out, in both modes."""
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engine import EngineError, PromptTooLongError
 from prefvec_ray.serving.job import Job, Started
 from prefvec_ray.serving.lineup import line_up
 from prefvec_ray.serving.replica import Replica
+from prefvec_ray.vectors import load_vector, save_vector
+from prefvec_ray.vectors.entries import scaled
 
 SETTING = (("harmless", 0.5), ("helpful", -0.5))
 
@@ -125,3 +130,33 @@ def test_a_dead_engine_is_unhealthy(base_folder, registry_root):
     replica.engine.close()
     with pytest.raises(EngineError):
         replica.check_health()
+
+
+def test_earlier_releases_leave_the_cache(base_folder, vector_folders, tmp_path, monkeypatch):
+    """The cache has room for three versions, and each release brings another one: the earliest must make room."""
+    registry = Registry.open(tmp_path / "registry")
+    vector = load_vector(vector_folders["helpful"])
+    for number in range(1, 7):
+        entries = {name: scaled(entry, float(number)) for name, entry in vector.entries.items()}
+        registry.publish_vector(save_vector(vector.replace(entries), tmp_path / f"helpful-{number}"))
+    largest = max(version.size for version in registry.list_vectors())
+    monkeypatch.setenv("PREFVEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PREFVEC_CACHE_BYTES", str(3 * largest + 10_000))
+    configs = [
+        ServingConfig(
+            model="tiny",
+            base=base_folder,
+            registry=str(tmp_path / "registry"),
+            vectors={"helpful": f"helpful@{number}"},
+        )
+        for number in range(1, 7)
+    ]
+    releases = [replace(line_up(config), generation=number) for number, config in enumerate(configs)]
+    replica = Replica(configs[0], releases[0])
+    try:
+        for before, release in itertools.pairwise(releases):
+            asyncio.run(replica.prepare(release, before.id))
+            _, (piece,) = answer(replica, prompts=((5, 6),), lineup=release.id, coefficients=(("helpful", 0.1),))
+            assert piece.tokens
+    finally:
+        replica.engine.close()

@@ -1,6 +1,6 @@
 """Kill two registries' actors again and again under concurrent publishers, then look at all that was acknowledged.
 
-    python kill_actor.py <folder> <kills>
+    python kill_actor.py <folder> <kills> [bucket]
 
 Needs a cluster of its own. Prints one JSON object with what was seen.
 """
@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ray
+from roots import roots, tiny_vector
 
 from prefvec_ray.registry import Registry, RegistryClient, StoreError, start_registry
 from prefvec_ray.registry.cache import NodeCache
-from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion
+from prefvec_ray.registry.records import VectorVersion
 
 PUBLISHERS = 8
 VICTIMS = ("victim-1", "victim-2")
@@ -27,7 +28,7 @@ VICTIMS = ("victim-1", "victim-2")
 
 @ray.remote(num_cpus=0)
 class Publisher:
-    """Commits tiny drafts to every registry in turn: under its own name and under one that all share."""
+    """Publishes tiny vectors to every registry in turn: under its own name and under one that all share."""
 
     def __init__(self, number: int, folder: str):
         self.number, self.folder = number, Path(folder)
@@ -42,29 +43,27 @@ class Publisher:
             count += 1
             for victim, registry in self.registries.items():
                 name = ("shared", f"own-{self.number}")[count % 2]
-                source = self.folder / f"source-{self.number}"
-                source.write_bytes(f"{name} {self.number} {count}".encode() * 50)
-                digest, size = registry.store.stage(source)
-                draft = VectorDraft(
-                    name=name,
-                    digest=digest,
-                    files=(FileEntry(name="vector.safetensors", digest=digest, size=size),),
-                    preference=name,
-                    form="full",
-                    dtype="float32",
-                    base_fingerprint="blake3:" + "0" * 64,
-                )
-                acknowledged.append((victim, registry.commit_vector(draft).ref, draft.content))
+                source = tiny_vector(self.folder / f"vector-{self.number}-{victim}-{count}", self.number + 1000 * count)
+                version = registry.publish_vector(source, name=name, notes=f"{self.number} {count}")
+                acknowledged.append((victim, version.ref, version.content))
         return acknowledged
 
 
-def main(folder: Path, kills: int) -> None:
+def main(folder: Path, kills: int, where: str) -> None:
+    with roots(folder, VICTIMS, where) as stores:
+        run(folder, kills, stores)
+
+
+def run(folder: Path, kills: int, stores: dict[str, str]) -> None:
     ray.init("local", num_cpus=4, namespace="prefvec", include_dashboard=False, log_to_driver=False)
-    clients = [start_registry(folder / victim, name=victim, cache=NodeCache(folder / "cache")) for victim in VICTIMS]
+    clients = [
+        start_registry(stores[victim], name=victim, cache=NodeCache(folder / "cache"), settle_s=0.2)
+        for victim in VICTIMS
+    ]
     publishers = [Publisher.remote(number, str(folder)) for number in range(PUBLISHERS)]
     work = [publisher.publish.remote() for publisher in publishers]
     torn: list[str] = []
-    watchers = [threading.Thread(target=watch, args=(folder, victim, torn)) for victim in VICTIMS]
+    watchers = [threading.Thread(target=watch, args=(folder, stores[victim], torn)) for victim in VICTIMS]
     for watcher in watchers:
         watcher.start()
     began = time.monotonic()
@@ -76,7 +75,7 @@ def main(folder: Path, kills: int) -> None:
         watcher.join()
     for client in clients:
         client.stop()
-    registries = {victim: Registry.open(folder / victim, cache=NodeCache(folder / "cache")) for victim in VICTIMS}
+    registries = {victim: Registry.open(stores[victim], cache=NodeCache(folder / "cache")) for victim in VICTIMS}
     lost = [ref for victim, ref, content in acknowledged if registries[victim].resolve(ref).content != content]
     findings = [finding for registry in registries.values() for finding in registry.verify().findings]
     result = {
@@ -86,6 +85,7 @@ def main(folder: Path, kills: int) -> None:
         "distinct": len({(victim, ref) for victim, ref, _ in acknowledged}),
         "lost": lost,
         "torn": torn,
+        "conditional": all(registry.store.conditional_writes()[0] for registry in registries.values()),
         "harm": [str(finding) for finding in findings if finding.harm],
     }
     print(json.dumps(result))
@@ -104,9 +104,9 @@ def kill_often(client: RegistryClient, kills: int) -> int:
     return len(pids)
 
 
-def watch(folder: Path, victim: str, torn: list[str]) -> None:
+def watch(folder: Path, root: str, torn: list[str]) -> None:
     """A reader without the actor: whatever it sees must be whole, and stay what it is."""
-    registry = Registry.open(folder / victim, cache=NodeCache(folder / "cache"))
+    registry = Registry.open(root, cache=NodeCache(folder / "cache"))
     seen: dict[str, VectorVersion] = {}
     while not (folder / "stop").exists():
         for name in registry.names():
@@ -124,4 +124,4 @@ def watch(folder: Path, victim: str, torn: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "folder")
