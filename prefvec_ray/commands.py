@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prefvec_ray.cluster import connect, progress_bar
+from prefvec_ray.redact import redacted, source_name
 
 if TYPE_CHECKING:
     from prefvec_ray.preferences import DataCheck
@@ -81,7 +82,7 @@ def train(config: "TrainingConfig", console: Console) -> None:
         f"curves: {config.folder / 'training.png'}, tensorboard --logdir {config.folder / 'tensorboard'}",
         soft_wrap=True,
     )
-    console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
+    console.print(f"registry {source_name(str(config.store))}: {', '.join(published.values())}", soft_wrap=True)
     console.print(f"base to evaluate, export and serve with: {summary['base']}", soft_wrap=True)
 
 
@@ -112,7 +113,7 @@ def check_data(
         named = re.fullmatch(r"([\w-]+)=(.+)", given)
         source = named[2] if named else given
         found = format or first_format(source, split=split)
-        stem = Path(source.partition("?")[0]).name.partition(".")[0]
+        stem = Path(source_name(source)).name.partition(".")[0]
         names = [named[1]] if named else list(PKU_LABELS) if found == "pku-saferlhf" else [stem]
         for name in names:
             key = name if name not in splits else f"{name} {len(splits) + 1}"
@@ -272,7 +273,7 @@ def _report_search(
     if config.preset or config.presets:
         summary = publish_presets(summary, result, task, *_registry(config))
     title = f"Coefficients of {', '.join(config.vectors)}"
-    data = search_report(summary, task, title, config=config.model_dump(mode="json"))
+    data = search_report(summary, task, title, config=redacted(config.model_dump(mode="json")))
     for preset in summary.presets:
         where = f", published as {preset.published}" if preset.published else ""
         console.print(

@@ -28,28 +28,28 @@ _PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, e
 _MACHINE = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETXTBSY, errno.EBUSY)
 
 
-def read_text(path: str | Path, *, limit: int = TEXT_BYTES) -> str:
-    """The UTF-8 text in `path`, with or without a byte order mark.
+def read_text(path: str | Path, *, what: str = "", limit: int = TEXT_BYTES) -> str:
+    """The UTF-8 text in `path`, with or without a byte order mark. Messages begin with `what` and the path.
 
     Raises:
         InputError: no such file, not a plain file, more than `limit` bytes, not UTF-8, or out of reach.
     """
     path = Path(path)
+    name = f"{what} {path}".strip()
     try:
         if not path.is_file():
-            what = "a folder, expected a file" if path.is_dir() else "no such file"
-            raise InputError(f"{path}: {what}; check the path")
+            raise InputError(f"{name}: {'a folder, expected a file' if path.is_dir() else 'no such file'}")
         with path.open("rb") as file:
             content = file.read(limit + 1)
         if len(content) > limit:
-            raise InputError(f"{path}: larger than {limit >> 20} MiB, the most that is read; check what it is")
+            raise InputError(f"{name}: larger than {limit >> 20} MiB, the most that is read; check what it is")
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); write it as UTF-8") from error
+        raise InputError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start}); write it as UTF-8") from error
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: cannot be read ({_reason(error)}); check its path and permissions") from error
+        raise InputError(f"{name}: cannot be read ({_reason(error)}); check its path and permissions") from error
 
 
 def parse_json(text: str | bytes, where: str, advice: str) -> Any:
@@ -96,12 +96,19 @@ def read_model(path: str | Path, model: type[M], advice: str = "copy or make it 
     return _fitting(read_json(path, advice), model, str(path), advice)
 
 
+def parse_model(line: bytes, model: type[M], where: str, advice: str) -> M:
+    """A line of JSON as a `model`. InputError, which begins with `where`, where it does not fit."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text; {advice}") from error
+    return _fitting(parse_json(text, where, advice), model, where, advice)
+
+
 def parse_models(lines: Iterable[bytes], model: type[M], where: str, advice: str) -> Iterator[M]:
     """A `model` of every line. InputError with the number of the line (from 1) that does not fit."""
     for number, line in enumerate(lines, start=1):
-        place = f"{where}, line {number}"
-        content = parse_json(_utf8(line, place, advice), place, advice)
-        yield _fitting(content, model, place, advice)
+        yield parse_model(line, model, f"{where}, line {number}", advice)
 
 
 @contextmanager
@@ -136,13 +143,6 @@ def os_failure(error: OSError) -> InputError | JobError | None:
 
 def _inside(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _utf8(line: bytes, where: str, advice: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text; {advice}") from error
 
 
 def _fitting(content: Any, model: type[M], where: str, advice: str) -> M:

@@ -114,10 +114,25 @@ def few(rows: Iterable[Numbered]) -> Iterator[Numbered]:
         size += _size(at.row)
         if count > KEPT_ROWS or size > KEPT_CHARACTERS:
             raise InputError(
-                f"{at.where}: more than {KEPT_ROWS:,} rows or {KEPT_CHARACTERS >> 20} million characters, the most that "
-                "are kept in memory; give a part of the file"
+                f"{at.where}: more than {KEPT_ROWS:,} rows or {KEPT_CHARACTERS >> 20} million characters, the most "
+                "that are kept in memory; give a part of the file"
             )
         yield at
+
+
+def text_lines(path: Path) -> Iterator[Numbered]:
+    """The lines of a local UTF-8 file, without their ends. InputError as `read_rows`; OSError where it is not there."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number in range(1, sys.maxsize):
+            try:
+                line = file.readline(ROW_LIMIT)
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 text ({error}); write it as UTF-8") from error
+            if not line:
+                return
+            if len(line) == ROW_LIMIT:
+                raise InputError(f"{path}, line {number}: longer than {ROW_LIMIT} characters")
+            yield Numbered(str(path), number, line.removesuffix("\n"))
 
 
 def _size(row: Any) -> int:

@@ -180,6 +180,10 @@ def _files(folder: Path) -> list[Path]:
         return [folder]
     paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     for path in paths:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{folder}: {shown(path.name)} is a link to outside the folder, which is never published; copy the file"
+            )
         if not path.is_file() or path.suffix not in SUFFIXES or not FILE_NAME.fullmatch(path.name):
             raise InputError(
                 f"{folder}: {shown(path.name)} does not belong to a vector (expected files ending in"

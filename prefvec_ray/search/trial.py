@@ -16,6 +16,7 @@ from prefvec_ray.evaluation import Metric, Scorer, load_scorer
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 from prefvec_ray.paths import check_visible, this_node
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.search.rungs import Block, Ladder, plan_rungs
 
 if TYPE_CHECKING:
@@ -103,13 +104,13 @@ class Task:
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         live = LiveModel(
-            AutoModelForCausalLM.from_pretrained(self.base, dtype="auto").to(device),
+            from_pretrained(AutoModelForCausalLM, self.base, dtype="auto", use_safetensors=True).to(device),
             {name: load_vector(folder) for name, folder in self.vectors.items()},
             base=Checkpoint(self.base),
             base_fingerprint=self.base_fingerprint,
             threads=self.threads,
         )
-        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base), self.load_scorer()
+        tokenizer, scorer = from_pretrained(AutoTokenizer, self.base), self.load_scorer()
 
         def make(block: Block, first: bool) -> Evaluator:
             return Evaluator(

@@ -159,7 +159,7 @@ def test_a_base_that_is_none_is_refused(base, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         vector_from_adapter(run, base=tmp_path, preference="p")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="not a JSON object"):
+    with pytest.raises(InputError, match="not JSON"):
         vector_from_adapter(run, base=tmp_path, preference="p")
 
 
