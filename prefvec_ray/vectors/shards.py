@@ -88,7 +88,13 @@ def _read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise InputError(f"{index}: not a safetensors index with a 'weight_map' of names; copy the folder again")
     for name in set(weight_map.values()):
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+        if (
+            Path(name).name != name
+            or len(name.encode("utf-8", "replace")) > 255
+            or "\0" in name
+            or "\\" in name
+            or not name.endswith(".safetensors")
+        ):
             raise InputError(f"{index}: points to '{name}'; expected names of .safetensors files beside the index")
     return weight_map
 

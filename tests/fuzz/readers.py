@@ -1,4 +1,4 @@
-"""Mutated files for every reader: data, vectors, adapters, configs. Each ends as a value or as an InputError in one line.
+"""Mutated files for every reader: data, vectors, adapters, configs. Each is read, or refused in one line.
 
     python -m tests.fuzz.readers --inputs 10000 --seed 0 --seconds 600
 
