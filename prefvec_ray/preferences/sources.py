@@ -38,6 +38,8 @@ RATIO, FREE = 200, 64 << 20
 """A compressed file, or a Parquet file, may hold `FREE` bytes, or `RATIO` times its own size if that is more. Text
 compresses 3 to 10 times; a file that was made to fill a disk or to keep a processor busy, 1,000 times and more."""
 COLUMNS_LIMIT = 10_000
+BLANK_LINES = 10_000
+"""One after another; more are no text, and would only keep a processor busy."""
 KEPT_ROWS, KEPT_CHARACTERS = 500_000, 128 << 20
 """Of a file whose rows are all held in memory at once, such as prompts."""
 CHUNK = 1 << 20
@@ -262,11 +264,15 @@ def _json_lines(file: _File) -> Iterator[Numbered]:
 
 
 def _decoded_lines(lines: io.TextIOWrapper, shown: str, unit: str) -> Iterator[Numbered]:
+    blank = 0
     for number in range(1, sys.maxsize):
         line = lines.readline(ROW_LIMIT)
         if not line:
             return
         where = f"{shown}, {unit} {number}"
+        blank = blank + 1 if line.isspace() else 0
+        if blank > BLANK_LINES:
+            raise InputError(f"{where}: {blank} blank lines one after another; remove them")
         if len(line) == ROW_LIMIT:
             raise InputError(f"{where}: longer than {ROW_LIMIT} characters; shorten it, or write one object a line")
         if not line.isspace():
@@ -342,8 +348,8 @@ class _Lines:
 
     def __init__(self, file: io.TextIOWrapper, shown: str) -> None:
         self.file, self.shown, self.row = file, shown, 0
-        self.taken = 0
-        """characters since the last row ended"""
+        self.taken = self.blank = 0
+        """characters since the last row ended, and blank lines one after another"""
 
     def __iter__(self) -> _Lines:
         return self
@@ -356,6 +362,11 @@ class _Lines:
             raise InputError(f"{self.shown}, row {self.row + 1}: longer than {ROW_LIMIT} characters; {why}")
         if not line:
             raise StopIteration
+        self.blank = self.blank + 1 if line.isspace() else 0
+        if self.blank > BLANK_LINES:
+            raise InputError(
+                f"{self.shown}, row {self.row + 1}: {self.blank} blank lines one after another; remove them"
+            )
         return line
 
 
