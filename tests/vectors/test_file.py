@@ -177,7 +177,16 @@ def test_absurd_header_length_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "C:\\x.safetensors", "model.bin"]
+    "target",
+    [
+        "../elsewhere.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        "C:\\x.safetensors",
+        "model.bin",
+        "a" * 999 + ".safetensors",
+    ],
 )
 def test_an_index_that_points_elsewhere_is_refused(target, tmp_path):
     folder = saved(tmp_path, max_shard_size=100)
