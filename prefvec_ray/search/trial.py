@@ -16,7 +16,6 @@ from prefvec_ray.evaluation import Metric, Scorer, load_scorer
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 from prefvec_ray.paths import check_visible, this_node
-from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.search.rungs import Block, Ladder, plan_rungs
 
 if TYPE_CHECKING:
@@ -104,13 +103,15 @@ class Task:
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         live = LiveModel(
-            from_pretrained(AutoModelForCausalLM, self.base, dtype="auto", use_safetensors=True).to(device),
+            AutoModelForCausalLM.from_pretrained(
+                self.base, dtype="auto", use_safetensors=True, trust_remote_code=False
+            ).to(device),
             {name: load_vector(folder) for name, folder in self.vectors.items()},
             base=Checkpoint(self.base),
             base_fingerprint=self.base_fingerprint,
             threads=self.threads,
         )
-        tokenizer, scorer = from_pretrained(AutoTokenizer, self.base), self.load_scorer()
+        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False), self.load_scorer()
 
         def make(block: Block, first: bool) -> Evaluator:
             return Evaluator(
