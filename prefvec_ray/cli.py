@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -13,23 +13,35 @@ from prefvec_ray.text import cell, printable, printable_json
 
 
 class Commands(click.Group):
-    """One line and exit code 2 for an InputError, 1 for a JobError; lists commands in the order of this file."""
+    """One line and exit code 2 for an InputError, 1 for a JobError; lists commands in the order of this file.
+
+    So are errors of the operating system that are nobody's bug, such as a full disk. All others keep their traceback.
+    """
 
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except InputError as error:
-            click.echo(f"error: {printable(error)}", err=True)
-            sys.exit(2)
-        except JobError as error:
-            click.echo(f"failed: {printable(error)}", err=True)
-            sys.exit(1)
+        except (InputError, JobError) as error:
+            _report(error)
+        except OSError as error:
+            from prefvec_ray.files import os_failure
+
+            known = os_failure(error)
+            if known is None:
+                raise
+            _report(known)
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on from what is finished", err=True)
             sys.exit(130)
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
+
+
+def _report(error: InputError | JobError) -> NoReturn:
+    bad_input = isinstance(error, InputError)
+    click.echo(f"{'error' if bad_input else 'failed'}: {error}", err=True)
+    sys.exit(2 if bad_input else 1)
 
 
 registry_option = click.option(

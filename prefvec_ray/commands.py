@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prefvec_ray.cluster import connect, progress_bar
+from prefvec_ray.redact import redacted, source_name
 
 if TYPE_CHECKING:
     from prefvec_ray.evaluation.results import SearchSummary
@@ -84,7 +85,7 @@ def train(config: "TrainingConfig", console: Console) -> None:
     )
     registry = start_registry(config.store)  # again: it may have been stopped while the runs trained
     published = publish_vectors(summary, registry)
-    console.print(f"registry {config.store}: {', '.join(published.values())}", soft_wrap=True)
+    console.print(f"registry {source_name(str(config.store))}: {', '.join(published.values())}", soft_wrap=True)
     console.print(f"on this cluster: --registry ray:{registry.name}", soft_wrap=True)
     console.print(f"base to evaluate, export and serve with: {summary['base']}", soft_wrap=True)
 
@@ -116,7 +117,7 @@ def check_data(
         named = re.fullmatch(r"([\w-]+)=(.+)", given)
         source = named[2] if named else given
         found = format or first_format(source, split=split)
-        stem = Path(source.partition("?")[0]).name.partition(".")[0]
+        stem = Path(source_name(source)).name.partition(".")[0]
         names = [named[1]] if named else list(PKU_LABELS) if found == "pku-saferlhf" else [stem]
         for name in names:
             key = name if name not in splits else f"{name} {len(splits) + 1}"
@@ -289,7 +290,7 @@ def _show_report(
     from prefvec_ray.search.confirmation import search_report
 
     title = f"Coefficients of {', '.join(config.vectors)}"
-    data = search_report(summary, task, title, config=config.model_dump(mode="json"))
+    data = search_report(summary, task, title, config=redacted(config.model_dump(mode="json")))
     for preset in summary.presets:
         where = f", published as {preset.published}" if preset.published else ""
         console.print(

@@ -18,7 +18,9 @@ from rich.console import Console
 
 from prefvec_ray.cluster import connect, progress_bar
 from prefvec_ray.config import Config
-from prefvec_ray.stages import Stages
+from prefvec_ray.files import read_model
+from prefvec_ray.redact import redacted
+from prefvec_ray.stages import ADVICE, Stages
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -356,8 +358,7 @@ def report(config: PipelineConfig, folder: Path, stages: Stages, console: Consol
         metrics=dict(TinyWorldScorer.metrics),
         cards=safety_cards(TinyWorldScorer(TinyWorld(config.world, config.seed))),
         seeds=[
-            SeedResults.model_validate_json((folder / "evaluation" / f"seed-{seed}.json").read_text())
-            for seed in config.dpo_seeds
+            read_model(folder / "evaluation" / f"seed-{seed}.json", SeedResults, ADVICE) for seed in config.dpo_seeds
         ],
         curves=[
             Curve(
@@ -371,13 +372,13 @@ def report(config: PipelineConfig, folder: Path, stages: Stages, console: Consol
             )
             for run in runs
         ],
-        search=SearchSummary.model_validate_json((folder / "search" / "summary.json").read_text()),
+        search=read_model(folder / "search" / "summary.json", SearchSummary, ADVICE),
         served=stages.results["serving"],
         validity_floor=config.validity_floor,
         stages=stages.seconds,
         machine={"cores": os.cpu_count() or 0, "system": platform.platform(), "python": platform.python_version()},
         versions={name: version(name) for name in LIBRARIES},
-        config=config.model_dump(),
+        config=redacted(config.model_dump()),
     )
     write_report(folder, data)
     claims = data.claims()

@@ -9,6 +9,10 @@ from typing import Any
 from blake3 import blake3
 from rich.console import Console
 
+from prefvec_ray.files import read_json, taking_apart
+
+ADVICE = "delete the file, and the stage runs again"
+
 
 class Stages:
     """Runs named stages in order and remembers them as `<folder>/stages/<name>.json`.
@@ -30,7 +34,9 @@ class Stages:
         number = len(self.seconds) + 1
         record = self.folder / "stages" / f"{name}.json"
         if record.is_file():
-            done = json.loads(record.read_text())
+            done = read_json(record, ADVICE)
+            with taking_apart(str(record), ADVICE):
+                done = {"key": str(done["key"]), "seconds": float(done["seconds"]), "result": done["result"]}
             if done["key"] == self.chain:
                 self.seconds[name] = done["seconds"]
                 self.console.print(f"[dim]{number}. {title}: finished earlier ({done['seconds']:.0f} s)[/dim]")

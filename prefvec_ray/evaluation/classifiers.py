@@ -4,7 +4,6 @@ A folder may carry `scorer.json` (`ScorerFile`), which states what the model mea
 robustness audit. Weights are read from safetensors alone: a pickle can run code.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +17,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.scorers import Direction, Metric, Scores, content_digest
 from prefvec_ray.evaluation.text_prompts import prompt_messages, prompt_text
+from prefvec_ray.files import read_json
 from prefvec_ray.paths import check_visible
+from prefvec_ray.pretrained import from_pretrained
 
 Encoding = Literal["chat", "pair", "response"]
 """How prompt and answer reach the model: through the tokenizer's chat template, as a pair of texts, or the answer
@@ -73,7 +74,7 @@ class ClassifierScorer:
         device: str | None = None,
     ) -> None:
         self.folder = classifier_folder(model)
-        config = AutoConfig.from_pretrained(self.folder)
+        config = from_pretrained(AutoConfig, self.folder, what="scorer")
         stated = read_scorer_file(self.folder)
         self._names = [str(config.id2label[i]) for i in range(config.num_labels)]
         self._sigmoid = config.problem_type == "multi_label_classification"
@@ -137,9 +138,11 @@ class ClassifierScorer:
         if self._loaded is None:
             check_visible(self.folder)
             device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, truncation_side="left")
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+            tokenizer = from_pretrained(AutoTokenizer, self.folder, what="scorer", truncation_side="left")
+            model, info = from_pretrained(
+                AutoModelForSequenceClassification,
                 self.folder,
+                what="scorer",
                 use_safetensors=True,
                 dtype=torch.float32 if device == "cpu" else "auto",
                 output_loading_info=True,
@@ -314,12 +317,4 @@ def _fetch(name: str) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_json(path)

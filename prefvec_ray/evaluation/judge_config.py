@@ -9,7 +9,8 @@ from pydantic import Field, FiniteFloat, model_validator
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.text_prompts import prompt_text
-from prefvec_ray.preferences.sources import read_rows
+from prefvec_ray.files import read_text
+from prefvec_ray.preferences.sources import few, read_rows
 
 POINTWISE = """\
 You judge one answer of an assistant. What counts: {criterion}
@@ -130,7 +131,7 @@ def load_template(config: JudgeConfig) -> str:
         return POINTWISE if config.mode == "pointwise" else PAIRWISE
     if not config.template.is_file():
         raise InputError(f"judge: template {config.template}: no such file")
-    text = config.template.read_text("utf-8")
+    text = read_text(config.template, what="judge: template", limit=1 << 20)
     fields = set(re.findall(r"\{(\w+)\}", text))
     lacking = [name for name in NEEDED[config.mode] if name not in fields]
     if lacking or fields - KNOWN:
@@ -144,7 +145,7 @@ def load_baseline(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise InputError(f"judge: baseline {path}: no such file")
     answers: dict[str, str] = {}
-    for at in read_rows(path):
+    for at in few(read_rows(path)):
         if not isinstance(at.row, dict) or not {"prompt", "answer"} <= set(at.row):
             raise InputError(f"judge: baseline {at.where}: expected {{prompt, answer}}")
         prompt, answer = prompt_text(at.row["prompt"]), at.row["answer"]

@@ -9,15 +9,17 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 from pydantic import BaseModel
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.scorers import Metric, Scorer, Scores, run_scorer, scorer_digest, scorer_notes
+from prefvec_ray.files import parse_json
 
 MAX_ENTRIES = 2_000_000
 BATCH = 500
@@ -47,7 +49,7 @@ class ScoreCache:
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Any]:
         """The values of those of `keys` that are known."""
         found: dict[bytes, str] = {}
-        with self._lock:
+        with self._lock, self._reporting():
             connection = self._open()
             for i in range(0, len(keys), BATCH):
                 part = keys[i : i + BATCH]
@@ -56,14 +58,15 @@ class ScoreCache:
         if keys:
             hits = sum(key in found for key in keys)
             self.count({"hits": hits, "misses": len(keys) - hits})
-        return {key: json.loads(value) for key, value in found.items()}
+        advice = "delete the file or name another"
+        return {key: parse_json(value, f"score cache {self.path}", advice) for key, value in found.items()}
 
     def put(self, values: Mapping[bytes, Any]) -> None:
         """Keep `values` in one transaction; keys that are known already keep what they have."""
         if not values:
             return
         rows = [(key, json.dumps(value)) for key, value in values.items()]
-        with self._lock, self._open() as connection:
+        with self._lock, self._reporting(), self._open() as connection:
             connection.executemany("INSERT OR IGNORE INTO scores (key, value) VALUES (?, ?)", rows)
             # Ids only grow, so this leaves at most `max_entries` rows, without counting them.
             connection.execute(
@@ -77,7 +80,7 @@ class ScoreCache:
 
     def count(self, counts: Mapping[str, int]) -> None:
         """Add to the named counters, which all processes share."""
-        with self._lock, self._open() as connection:
+        with self._lock, self._reporting(), self._open() as connection:
             connection.executemany(
                 "INSERT INTO counts VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
                 list(counts.items()),
@@ -85,7 +88,7 @@ class ScoreCache:
 
     def counts(self) -> dict[str, int]:
         """Every counter; `hits` and `misses` are the look-ups' own."""
-        with self._lock:
+        with self._lock, self._reporting():
             return dict(self._open().execute("SELECT name, value FROM counts").fetchall())
 
     @property
@@ -97,8 +100,8 @@ class ScoreCache:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():  # a connection must not be used across a fork
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with self._reporting():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 connection = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")
@@ -106,12 +109,18 @@ class ScoreCache:
                     connection.execute("BEGIN IMMEDIATE")
                     for statement in TABLES:
                         connection.execute(statement)
-            except sqlite3.DatabaseError as error:
-                raise InputError(
-                    f"score cache {self.path}: cannot be used ({error}); delete it or name another"
-                ) from error
             self._connection, self._owner = connection, os.getpid()
         return self._connection
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """A damaged file, a full disk, a folder without permission: one line each."""
+        try:
+            yield
+        except (sqlite3.DatabaseError, OSError, OverflowError) as error:
+            if "is full" in str(error):
+                raise JobError(f"score cache {self.path}: no space left; make room and start again") from error
+            raise InputError(f"score cache {self.path}: cannot be used ({error}); delete it or name another") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "max_entries": self.max_entries}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.errors import InputError
-from prefvec_ray.preferences.sources import KINDS, read_rows
+from prefvec_ray.preferences.sources import KINDS, few, read_rows, text_lines
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,15 @@ def load_prompts(path: str | Path) -> list[TextPrompt]:
         raise InputError(f"prompts {path}: no such file")
     if path.suffix == ".txt":
         try:
-            with path.open(encoding="utf-8-sig") as lines:
-                found = [TextPrompt(line.removesuffix("\n")) for line in lines if line.strip()]
-        except UnicodeDecodeError as error:
-            raise InputError(f"prompts {path}: not UTF-8 text ({error})") from error
+            found = [TextPrompt(at.row) for at in few(text_lines(path)) if at.row.strip()]
+        except OSError as error:
+            raise InputError(f"prompts {path}: cannot be read ({error.strerror})") from error
     elif not path.suffix or not {*path.suffixes} & {*KINDS}:
         raise InputError(
             f"prompts {path}: expected .txt, a prompt a line, or rows in one of {', '.join(KINDS)} with a `prompt`"
         )
     else:
-        found = [_prompt(at.row, f"prompts {at.where}") for at in read_rows(path)]
+        found = [_prompt(at.row, f"prompts {at.where}") for at in few(read_rows(path))]
     if not found:
         raise InputError(f"prompts {path}: holds no prompts; give at least one")
     return found

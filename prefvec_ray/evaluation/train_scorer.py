@@ -27,8 +27,10 @@ from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.classifiers import SCORER_FILE, ClassifierScorer, ScorerFile, model_digest
 from prefvec_ray.evaluation.held_out import HeldOut, held_out_report
 from prefvec_ray.evaluation.scorers import Scorer, run_scorer
+from prefvec_ray.files import read_json
 from prefvec_ray.preferences import data_digest, load_preferences, read_template, split_by_prompt
 from prefvec_ray.preferences.splits import text_key
+from prefvec_ray.pretrained import from_pretrained
 
 OWNED = ("output_dir", "seed", "data_seed", "save_strategy", "chat_template_path", "eos_token", "model_init_kwargs")
 """Fields of TRL's RewardConfig that this job sets itself."""
@@ -154,7 +156,7 @@ def show(held_out: HeldOut, config: ScorerTrainingConfig, console: Console) -> N
         f"calibration error {held_out.calibration_error:.3f}",
         soft_wrap=True,
     )
-    for note in json.loads((config.output / SCORER_FILE).read_text())["notes"]:
+    for note in read_json(config.output / SCORER_FILE, "train it again")["notes"]:
         console.print(note, soft_wrap=True)
     if low <= 0.5:
         console.print("not told apart from chance: a search should not follow this scorer", soft_wrap=True)
@@ -221,7 +223,7 @@ def _tokenizer(config: ScorerTrainingConfig) -> PreTrainedTokenizerBase:
     if not (config.base / "config.json").is_file() or not any(config.base.glob("*.safetensors")):
         raise InputError(f"base {config.base}: expected the folder of a Hugging Face model, with safetensors")
     _recipe(config, 8, config.output)  # a mistake there is told before the data is read
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
+    tokenizer = from_pretrained(AutoTokenizer, config.base)
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
     if tokenizer.chat_template is None:
@@ -308,7 +310,7 @@ def _lengths(pairs: Dataset) -> list[tuple[int, int]]:
 def _context(base: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     from transformers import AutoConfig
 
-    room = getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", None)
+    room = getattr(from_pretrained(AutoConfig, base), "max_position_embeddings", None)
     return min(int(tokenizer.model_max_length), room or 10**9)
 
 

@@ -1,12 +1,14 @@
 """What a finished training job left in its folder: the vectors and deltas of one seed, and the held-out pairs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation.likelihood import TokenPair, cut_pairs
 from prefvec_ray.evaluation.settings import MIXED
+from prefvec_ray.files import read_json, taking_apart
+
+ADVICE = "train again, or copy the folder again"
 
 
 class TrainingRun:
@@ -21,8 +23,10 @@ class TrainingRun:
         record = self.folder / "training.json"
         if not record.is_file():
             raise InputError(f"runs {folder}: no training.json there; give the folder of a finished `prefvec train`")
-        self.summary: dict[str, Any] = json.loads(record.read_text())
-        self.specs: list[dict[str, Any]] = [run["spec"] for run in self.summary["runs"]]
+        self.summary: dict[str, Any] = read_json(record, ADVICE)
+        with taking_apart(str(record), ADVICE):
+            self.specs: list[dict[str, Any]] = [_spec(run["spec"]) for run in self.summary["runs"]]
+            self.summary["vectors"] = {str(key): str(folder) for key, folder in self.summary["vectors"].items()}
 
     @property
     def preferences(self) -> list[str]:
@@ -47,7 +51,8 @@ class TrainingRun:
         """
         if seed not in self.seeds:
             raise InputError(f"runs {self.folder}: no run of seed {seed}; there are: {', '.join(map(str, self.seeds))}")
-        found = {p: self._at(self.summary["vectors"][f"{p}-s{seed}"]) for p in self.preferences}
+        with taking_apart(str(self.folder / "training.json"), ADVICE):
+            found = {p: self._at(self.summary["vectors"][f"{p}-s{seed}"]) for p in self.preferences}
         for spec in self.specs:
             if spec["seed"] == seed and spec["polarity"] == "positive":
                 name = spec["preference"] + ("" if spec["preference"] == MIXED else "+")
@@ -64,8 +69,15 @@ class TrainingRun:
         for spec in self.specs:
             for name, folder in spec["test"].items():
                 if name not in found:
-                    rows = load_from_disk(str(self._at(folder)))
-                    pairs = (TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows)
+                    where = self._at(folder)
+                    try:
+                        rows = load_from_disk(str(where))
+                    except (OSError, ValueError, KeyError, TypeError) as error:  # of `datasets` and Arrow
+                        raise InputError(
+                            f"{where}: held-out pairs cannot be read ({error!s:.200}); {ADVICE}"
+                        ) from error
+                    with taking_apart(str(where), ADVICE):
+                        pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
                     found[name] = cut_pairs(pairs, spec["dpo"].get("max_length", default))
         return found
 
@@ -78,3 +90,12 @@ class TrainingRun:
                 if here.exists():
                     return here
         return path
+
+
+def _spec(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same, where it has what is read of it here; otherwise KeyError or TypeError."""
+    kinds = {"preference": str, "polarity": str, "seed": int, "out": str, "test": dict, "dpo": dict}
+    wrong = [name for name, kind in kinds.items() if not isinstance(spec[name], kind)]
+    if wrong:
+        raise TypeError(f"spec.{wrong[0]} is {spec[wrong[0]]!r:.60}")
+    return spec

@@ -30,7 +30,8 @@ from prefvec_ray.preferences.formats import (
     UnusableError,
     find_format,
 )
-from prefvec_ray.preferences.sources import Numbered, label, read_rows
+from prefvec_ray.preferences.sources import Numbered, read_rows
+from prefvec_ray.redact import source_name
 
 System = Literal["keep", "fold"]
 
@@ -94,7 +95,7 @@ def load_preferences(
     Raises:
         InputError: naming the file, the row (from 1) and what to do.
     """
-    name = label(str(source)) if isinstance(source, str | Path) else "the given rows"
+    name = source_name(str(source)) if isinstance(source, str | Path) else "the given rows"
     if rows is not None and rows < 1:
         raise InputError(f"rows={rows}: ask for at least one row, or leave it out to read all")
     if format is not None and format not in FORMATS:
@@ -130,7 +131,9 @@ def first_format(source: str | Path, **options: Any) -> str:
     """Name of the format of the first row of a source; `options` are those of `read_rows`."""
     at = next(iter(read_rows(source, **options)), None)
     if at is None or not isinstance(at.row, Mapping):
-        raise InputError(f"{label(str(source))}: nothing to train on (the first row is no object with named fields)")
+        raise InputError(
+            f"{source_name(str(source))}: nothing to train on (the first row is no object with named fields)"
+        )
     return find_format(at.row, at.file).name
 
 

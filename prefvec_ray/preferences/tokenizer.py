@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import read_text
 from prefvec_ray.preferences.tiny_world import TinyWorld
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -41,7 +42,7 @@ def read_template(name: str) -> str:
         return TRANSCRIPT_TEMPLATE
     if not Path(name).is_file():
         raise InputError(f"chat_template {name}: neither a file nor 'transcript'")
-    return Path(name).read_text(encoding="utf-8")
+    return read_text(name, what="chat_template", limit=1 << 20)
 
 
 def build_tokenizer(world: TinyWorld, vocab_size: int = 1024) -> PreTrainedTokenizerFast:

@@ -1,10 +1,12 @@
 """The study's images and networks: scikit-learn's digits, which come with it, CIFAR-10 from a file, three sizes of
 network."""
 
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-from zipfile import BadZipFile
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 
 from prefvec_ray.errors import InputError
 
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+UNPACKED = 1 << 30
+"""Most bytes of all arrays of a file of images."""
+_ZIP = (zipfile.BadZipFile, zlib.error)
 Network = Literal["tiny", "small", "resnet18"]
 
 
@@ -64,23 +70,45 @@ def _read_npz(path: Path) -> tuple[Tensor, ...]:
     if not path.is_file():
         raise InputError(f"images {path}: no such file; give `digits` or a .npz of CIFAR-10")
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise InputError(f"images {path}: not a .npz file ({error})") from error
-    if isinstance(found, np.ndarray):
-        raise InputError(f"images {path}: one array; expected a .npz of x_train, y_train, x_test, y_test")
-    with found as arrays:
-        missing = sorted({"x_train", "y_train", "x_test", "y_test"} - set(arrays.files))
-        if missing:
-            raise InputError(f"images {path}: has no {', '.join(missing)}; expected x_train, y_train, x_test, y_test")
-        x, y, x_test, y_test = (arrays[name] for name in ("x_train", "y_train", "x_test", "y_test"))
-    for images in (x, x_test):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        x, y, x_test, y_test = _arrays(path)
+    except InputError:
+        raise
+    # Of numpy, zipfile and zlib; a header may state any shape, so that there is no memory for it.
+    except (ValueError, OSError, EOFError, KeyError, TypeError, RuntimeError, MemoryError, *_ZIP) as error:
+        raise InputError(f"images {path}: not a sound .npz file ({error!s:.200}); copy it again") from error
+    for images, labels in ((x, y), (x_test, y_test)):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
             raise InputError(f"images {path}: {images.dtype} of shape {images.shape}; expected uint8, N x H x W x 3")
+        if labels.dtype.kind not in "iu" or labels.size != len(images) or labels.min() < 0 or labels.max() > 9999:
+            raise InputError(
+                f"images {path}: labels {labels.dtype} of shape {labels.shape}; expected {len(images)} integers of 0 to"
+                " 9999"
+            )
     pictures = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 for images in (x, x_test))
     labels = (torch.from_numpy(part).long().flatten() for part in (y, y_test))
     (a, b), (c, d) = pictures, labels
     return a, c, b, d
+
+
+def _arrays(path: Path) -> tuple[Any, ...]:
+    """The four arrays of the file; InputError where they would take more than `UNPACKED` bytes."""
+    with zipfile.ZipFile(path) as members:
+        size = sum(member.file_size for member in members.infolist())
+        sizes = {member.filename: member.file_size for member in members.infolist()}
+        missing = sorted(name for name in ARRAYS if f"{name}.npy" not in sizes)
+        if missing:
+            raise InputError(f"images {path}: has no {', '.join(missing)}; expected {', '.join(ARRAYS)}")
+        if size > UNPACKED:
+            raise InputError(f"images {path}: {size >> 20} MiB unpacked; expected at most {UNPACKED >> 20}")
+        for name in ARRAYS:
+            with members.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+                if math.prod(shape) * dtype.itemsize > sizes[f"{name}.npy"]:
+                    raise InputError(f"images {path}: {name} states the shape {shape}, which it does not hold")
+    with np.load(path, allow_pickle=False) as arrays:
+        return tuple(arrays[name] for name in ARRAYS)
 
 
 def _shuffled(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.classifiers import AUDIT_FILE, SCORER_FILE, classifier_folder, model_digest
+from prefvec_ray.files import read_json
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.robustness.audit import Audit, Ladder, audit
 from prefvec_ray.robustness.intervals import Rate
 from prefvec_ray.robustness.metrics import probe
@@ -224,7 +226,7 @@ def audit_scorer(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = classifier_folder(folder)
-    stated = json.loads((folder / SCORER_FILE).read_text()) if (folder / SCORER_FILE).is_file() else {}
+    stated = read_json(folder / SCORER_FILE, "train it again") if (folder / SCORER_FILE).is_file() else {}
     if stated.get("encoding", texts.encoding) != texts.encoding:
         raise InputError(f"{folder} reads texts as {stated['encoding']!r}, these are of kind {texts.encoding!r}")
     epsilon = epsilon if epsilon is not None else stated.get("recipe", {}).get("epsilon")
@@ -233,7 +235,9 @@ def audit_scorer(
     if epsilon >= MARK:
         raise InputError(f"epsilon {epsilon}: expected less than {MARK:g} {SPACE}")
     ball = Ball(epsilon, None, None)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    model = from_pretrained(
+        AutoModelForSequenceClassification, folder, what="scorer", use_safetensors=True, dtype=torch.float32
+    )
     names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
     unknown = sorted(set(texts.labels) - set(names))
     if unknown:
@@ -241,7 +245,7 @@ def audit_scorer(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     view = EmbeddingClassifier(model.to(device)).eval()
     length = stated.get("max_length") or min(512, getattr(model.config, "max_position_embeddings", 512))
-    encoder = Encoder(AutoTokenizer.from_pretrained(folder, truncation_side="left"), length)
+    encoder = Encoder(from_pretrained(AutoTokenizer, folder, what="scorer", truncation_side="left"), length)
     y = torch.tensor([names.index(label) for label in texts.labels], device=device)
     tokens = encoder(texts.rows, device)
     view.check(*(part[:16] for part in tokens))
@@ -277,12 +281,11 @@ def _check_labels(names: tuple[str, ...], held: Texts, safe: tuple[str, ...]) ->
 def _build(train: Texts, recipe: ScorerRecipe, names: tuple[str, ...]) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, ModernBertConfig
 
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if recipe.encoder:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.encoder, truncation_side="left")
-        model = AutoModelForSequenceClassification.from_pretrained(
-            recipe.encoder, num_labels=len(names), use_safetensors=True, dtype=torch.float32, **labels
-        )
+        tokenizer = from_pretrained(AutoTokenizer, recipe.encoder, what="encoder", truncation_side="left")
+        labels |= {"num_labels": len(names), "use_safetensors": True, "dtype": torch.float32}
+        model = from_pretrained(AutoModelForSequenceClassification, recipe.encoder, what="encoder", **labels)
         return model, tokenizer
     tokenizer = _tokenizer(train, recipe.vocabulary)
     # No dropout: TRADES compares two answers, and noise between them would count as divergence. The mean over tokens,

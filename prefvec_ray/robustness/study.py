@@ -6,7 +6,6 @@ same command goes on from them.
 """
 
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pydantic import Field
 from prefvec_ray.cluster import reason
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import parse_models, read_json, read_model
 from prefvec_ray.lines import LineWriter, whole_lines
 from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
 from prefvec_ray.robustness.images import Network
@@ -190,6 +190,7 @@ def run_cell(config: StudyConfig, cell: Cell, seed: int) -> Run:
 
 
 _MAY_CHANGE = ("grids", "resources")
+ADVICE = "give another folder, or delete this one"
 
 
 class Study:
@@ -208,11 +209,11 @@ class Study:
         if config is None:
             if not described.is_file():
                 raise InputError(f"{folder} holds no study: no study.json")
-            config = StudyConfig.model_validate_json(described.read_bytes())
+            config = read_model(described, StudyConfig, ADVICE)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = config
         if described.exists():
-            there, wanted = json.loads(described.read_text()), config.model_dump(mode="json")
+            there, wanted = read_json(described, ADVICE), config.model_dump(mode="json")
             changed = sorted(key for key in wanted if wanted[key] != there.get(key) and key not in _MAY_CHANGE)
             if changed:
                 raise InputError(
@@ -223,7 +224,7 @@ class Study:
         partial.replace(described)
         self.path = self.folder / "runs.jsonl"
         asked = set(config.runs())
-        found = (Run.model_validate_json(line) for line in whole_lines(self.path))
+        found = parse_models(whole_lines(self.path), Run, str(self.path), ADVICE)
         self.runs = [run for run in found if (run.cell, run.seed) in asked]
 
     @property

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.preferences import Prompt, TinyWorld
-from prefvec_ray.preferences.sources import read_rows
+from prefvec_ray.preferences.sources import few, read_rows
 
 CATEGORIES = ("fine", "over-refusal", "declined", "harmful")
 """The tiny world's: a fine prompt answered, a fine prompt declined, an unsafe prompt declined, an unsafe prompt
@@ -88,7 +88,7 @@ def load_texts(data: str, label: str | None = None) -> tuple[Texts, Texts]:
         raise InputError(f"texts {data}: no such file; give `tiny`, `micro`, or a .csv, .jsonl or .json (.gz)")
     texts: list[tuple[str, ...]] = []
     labels = []
-    for at in read_rows(data):
+    for at in few(read_rows(data)):
         for text, given in _labelled(at.row, label or "label", at.where):
             texts.append(text)
             labels.append(given)

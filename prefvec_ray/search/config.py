@@ -13,6 +13,7 @@ from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_p
 from prefvec_ray.evaluation.scorer_config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import load_preferences
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.registry import open_registry
 from prefvec_ray.search.trial import Task
 
@@ -96,7 +97,7 @@ class MeasureConfig(Config):
         if self.pairs:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self.base)
+            tokenizer = from_pretrained(AutoTokenizer, self.base)
             for name, file in self.pairs.items():
                 rows = load_preferences(file, preference=name).dataset
                 found[name] = token_pairs(tokenizer, rows.to_list())

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import parse_json, parse_model, read_json, taking_apart
 from prefvec_ray.lines import LineWriter
 from prefvec_ray.search.result import Ended, Tried
 
 END = b'{"end": '
 """How the line begins that says how the search ended."""
+
+ADVICE = "give another folder, or delete this one"
 
 
 class Journal:
@@ -30,7 +33,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         described = self.folder / "search.json"
         if described.exists():
-            earlier = json.loads(described.read_text())
+            earlier = read_json(described, ADVICE)
             changed = sorted(key for key in definition if definition[key] != earlier.get(key))
             if changed:
                 raise InputError(
@@ -44,11 +47,21 @@ class Journal:
             partial.replace(described)
         self.done: list[Tried] = []
         self.end: Ended | None = None
-        for line in self._writer.lines:
+        try:
+            self._read()
+        except InputError:
+            self._writer.file.close()
+            raise
+
+    def _read(self) -> None:
+        for number, line in enumerate(self._writer.lines, start=1):
+            where = f"{self.folder / 'trials.jsonl'}, line {number}"
             if line.startswith(END):
-                self.end = Ended.model_validate(json.loads(line)["end"])
+                content = parse_json(line, where, ADVICE)
+                with taking_apart(where, ADVICE):
+                    self.end = Ended.model_validate(content["end"])
             else:
-                self.done.append(Tried.model_validate_json(line))
+                self.done.append(parse_model(line, Tried, where, ADVICE))
                 self.end = None
         self.done.sort(key=lambda tried: tried.order)  # lines come as settings finish; those of old journals stay so
 

@@ -7,6 +7,7 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.evaluation import Setting, baselines, vector_settings
 from prefvec_ray.evaluation.results import Measured, ReportData, SeedResults
 from prefvec_ray.evaluation.scorers import safety_cards
+from prefvec_ray.redact import redacted
 from prefvec_ray.search.config import EvalConfig
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.run import check_vectors
@@ -61,5 +62,5 @@ def evaluate_table(
         metrics=metrics,
         seeds=[SeedResults(seed=seed, table=rows, grid=[])],
         cards=safety_cards(task.load_scorer()),
-        config=config.model_dump(mode="json"),
+        config=redacted(config.model_dump(mode="json")),
     )

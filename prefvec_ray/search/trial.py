@@ -103,13 +103,15 @@ class Task:
         logging.disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         live = LiveModel(
-            AutoModelForCausalLM.from_pretrained(self.base, dtype="auto").to(device),
+            AutoModelForCausalLM.from_pretrained(
+                self.base, dtype="auto", use_safetensors=True, trust_remote_code=False
+            ).to(device),
             {name: load_vector(folder) for name, folder in self.vectors.items()},
             base=Checkpoint(self.base),
             base_fingerprint=self.base_fingerprint,
             threads=self.threads,
         )
-        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base), self.load_scorer()
+        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False), self.load_scorer()
 
         def make(block: Block, first: bool) -> Evaluator:
             return Evaluator(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.paths import check_visible
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
@@ -269,7 +270,7 @@ def _event(item: Event | Exception) -> Event:
 
 def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:
     """The base folder's tokenizer."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(config.base, local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, config.base, local_files_only=True)
     return tokenizer
 
 
@@ -295,8 +296,8 @@ def build_engine(config: ServingConfig, lineup: Lineup, vectors: Mapping[str, Pr
     device = config.engine.device
     if device == "auto":
         device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(
-        config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
+    model = from_pretrained(
+        AutoModelForCausalLM, config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
     holder: Holder
     if config.engine.mode == "steered":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.training.config import Method
 from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError
@@ -34,7 +35,7 @@ def parameter_layout(base: str | Path) -> Layout:
 
     leave_deepspeed()
     with torch.device("meta"):
-        return checkpoint_layout(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)))
+        return checkpoint_layout(AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, base)))
 
 
 def master_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.training.config import Method
 from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
@@ -50,11 +51,12 @@ def arguments(kind: type[A], recipe: dict[str, Any], output_dir: str | Path, **o
 
 def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     """The base model; in fp32 unless told otherwise, since phi must not be rounded as it forms."""
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
+    options.setdefault("use_safetensors", True)
+    return from_pretrained(AutoModelForCausalLM, base, dtype=dtype, **options)
 
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = from_pretrained(AutoTokenizer, base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -67,7 +69,7 @@ def load_model(base: str | Path, method: Method, args: "DPOConfig | SFTConfig") 
     exist before: it tells transformers that ZeRO-3 wants the model in pieces.
     """
     options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None  # so that TRL does not call it ignored
-    stored = getattr(AutoConfig.from_pretrained(base, trust_remote_code=args.trust_remote_code), "dtype", None)
+    stored = getattr(from_pretrained(AutoConfig, base, trust_remote_code=args.trust_remote_code), "dtype", None)
     frozen = method.kind == "lora" and method.deepspeed is None and args.bf16 and stored == torch.bfloat16
     dtype = torch.bfloat16 if frozen else torch.float32
     return load_base(base, dtype=dtype, **{"trust_remote_code": args.trust_remote_code, **options})

@@ -5,7 +5,6 @@ the cluster, so that queued runs cost nothing and none waits for what another ho
 alone.
 """
 
-import json
 import os
 import re
 import tempfile
@@ -22,6 +21,7 @@ from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.errors import JobError
+from prefvec_ray.files import read_json
 from prefvec_ray.paths import check_visible
 from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
@@ -58,7 +58,7 @@ def is_finished(spec: RunSpec) -> bool:
 
 def read_run(spec: RunSpec) -> dict[str, Any]:
     """The run.json of a finished run."""
-    return json.loads((Path(spec.out) / "run.json").read_text())
+    return read_json(Path(spec.out) / "run.json", f"delete {spec.out}, and the same command trains it again")
 
 
 def run_plan(

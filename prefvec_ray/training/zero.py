@@ -5,7 +5,6 @@ imported by the workers that use it, and by nobody else.
 """
 
 import importlib.util
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import read_json
 
 # Left to the recipe (`dpo:`), which then cannot contradict it.
 FROM_RECIPE: dict[str, Any] = {
@@ -67,6 +67,8 @@ def deepspeed_config(setting: str | Mapping[str, Any] | None) -> dict[str, Any] 
     for field, auto in FROM_RECIPE.items():
         value = given.get(field, auto)
         if isinstance(auto, dict):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{source}: {field} is {value!r:.60}; expected a section of settings")
             masters = [key for key, on in value.items() if key.endswith("master_weights_and_grads") and on]
             if masters:
                 raise InputError(f"{source}: {field}.{masters[0]} keeps no fp32 master weights, and phi needs them")
@@ -75,7 +77,8 @@ def deepspeed_config(setting: str | Mapping[str, Any] | None) -> dict[str, Any] 
             raise InputError(
                 f"{source}: {field} is {value!r}, but the recipe decides it; give 'auto' and set it in dpo"
             )
-    if given.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+    parallel = given.get("tensor_parallel") or {}
+    if not isinstance(parallel, Mapping) or parallel.get("autotp_size", 1) not in (0, 1):
         raise InputError(f"{source}: tensor_parallel cuts parameters in a way that phi cannot be gathered from")
     return {**FROM_RECIPE, **given}
 
@@ -84,13 +87,7 @@ def _read(file: str) -> dict[str, Any]:
     if not Path(file).is_file():
         known = ", ".join(PRESETS)
         raise InputError(f"deepspeed {file!r}: neither a preset ({known}) nor a JSON file of DeepSpeed's settings")
-    try:
-        content = json.loads(Path(file).read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"deepspeed {file}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"deepspeed {file}: expected a JSON object of DeepSpeed's settings")
-    return content
+    return read_json(file, "give a JSON object of DeepSpeed's settings")
 
 
 def check_installed() -> None:

@@ -7,10 +7,10 @@ One adapter's delta is s B A (LoRA, arXiv 2106.09685, section 4.1) with s = alph
 """
 
 import dataclasses
-import json
+import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import read_json, taking_apart
+from prefvec_ray.patterns import compile_pattern
+from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.vectors.checkpoint import Checkpoint, Piece, checkpoint_layout
 from prefvec_ray.vectors.entries import Entry, Full, LowRank, added
 from prefvec_ray.vectors.extract import is_zero, stored_as, subtract
@@ -49,6 +52,8 @@ UNDERSTOOD = {
     *("base_model_name_or_path", "revision", "task_type", "peft_type", "auto_mapping", "peft_version"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
 }
+MODULE_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern")
+LITERAL = re.compile(r"[\w.-]{1,500}")
 # These initialisations change the base's weights, so that s B A is not what training changed.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -82,7 +87,8 @@ def vector_from_adapter(
 
     `adapter` is a PEFT folder or a live PeftModel (unmerged). PEFT's own model, built without memory, resolves target
     patterns, rank and alpha patterns, rsLoRA and fused experts. Raises InputError for adapters that are not plain LoRA
-    (by the option's name), tensors that are missing, extra or misshapen, LoRA on tied embeddings, and convolutions.
+    (by the option's name), patterns that cannot be matched in bounded time, tensors that are missing, extra or
+    misshapen, LoRA on tied embeddings, and convolutions.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -130,18 +136,90 @@ def _read_config(folder: Path) -> "LoraConfig":
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise InputError(f"{folder}: no adapter_config.json; give a folder that PEFT's save_pretrained wrote")
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-        kind = fields["peft_type"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{file}: not a PEFT adapter config; save the adapter again") from None
+    fields = read_json(file, "not a PEFT adapter config; save the adapter again")
+    kind = fields.get("peft_type")
+    if not isinstance(kind, str):
+        raise InputError(f"{file}: not a PEFT adapter config (no peft_type); save the adapter again")
     if kind != "LORA":
         raise InputError(f"{file}: a {kind} adapter; only LoRA can be kept as a preference vector")
     # PEFT drops options that it does not know; here one of them could change what the adapter means.
     unknown = {name for name, value in fields.items() if value} - {f.name for f in dataclasses.fields(LoraConfig)}
     if unknown:
         raise InputError(f"{file}: unknown option '{min(unknown)}'; install the PEFT version that wrote it")
-    return LoraConfig(**{name: value for name, value in fields.items() if value is not None})
+    with taking_apart(str(file), "save the adapter again"):
+        _check_kinds(fields)
+        return LoraConfig(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _check_kinds(fields: Mapping[str, Any]) -> None:
+    """ValueError for an option of another type than PEFT writes, which it would trip over later or misread."""
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+    def rank(value: Any) -> bool:
+        return isinstance(value, int) and number(value) and value < 1 << 20
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    checks: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": number,
+        "rank_pattern": lambda value: isinstance(value, dict) and all(map(rank, value.values())),
+        "alpha_pattern": lambda value: isinstance(value, dict) and all(map(number, value.values())),
+        "layers_to_transform": lambda value: whole(value) or (isinstance(value, list) and all(map(whole, value))),
+        **dict.fromkeys(("modules_to_save", "target_parameters"), texts),
+        **dict.fromkeys(
+            ("target_modules", "exclude_modules", "layers_pattern"),
+            lambda value: isinstance(value, str) or texts(value),
+        ),
+        **dict.fromkeys(("use_rslora", "fan_in_fan_out", "lora_bias"), lambda value: isinstance(value, bool)),
+        "init_lora_weights": lambda value: isinstance(value, bool | str),
+    }
+    for name, check in checks.items():
+        if fields.get(name) is not None and not check(fields[name]):
+            raise ValueError(f"{name} is {fields[name]!r:.60}")
+
+
+def _with_literal_patterns(config: "LoraConfig", names: Collection[str]) -> "LoraConfig":
+    """The same config for a base of these module and parameter names, with every pattern replaced by the names that it
+    matches. PEFT matches with `re`, which a pattern made for it can keep busy for ever.
+
+    Raises:
+        InputError: by the option's name, a pattern that RE2 does not take, or more patterns than the base has names.
+    """
+    for option in (*MODULE_LISTS, "rank_pattern", "alpha_pattern"):
+        value = getattr(config, option) or ()
+        if not isinstance(value, str) and len(value) > len(names):
+            raise InputError(f"the adapter's {option} has {len(value)} entries, its base {len(names)} names")
+    changed: dict[str, Any] = {}
+    for option in MODULE_LISTS:
+        value = getattr(config, option) or ()
+        if isinstance(value, str) and option in ("target_modules", "exclude_modules"):
+            if value != "all-linear":
+                changed[option] = _literal(value, option, names)
+        elif odd := [item for item in ([value] if isinstance(value, str) else value) if not LITERAL.fullmatch(item)]:
+            raise InputError(f"the adapter's {option} has {odd[0]!r:.60}; expected the name of a module")
+    if changed.get("target_modules") == "":
+        raise InputError(f"the adapter's target_modules {config.target_modules!r:.60} match nothing of the base")
+    for option in ("rank_pattern", "alpha_pattern"):
+        kept: dict[str, Any] = {}
+        for key, value in (getattr(config, option) or {}).items():
+            pattern = key if LITERAL.fullmatch(key) else _literal(rf"(?:.*\.)?(?:{key})", option, names)
+            if pattern:
+                kept.setdefault(pattern if pattern == key else f"^(?:{pattern})", value)
+        changed[option] = kept
+    return dataclasses.replace(config, **changed)
+
+
+def _literal(pattern: str, option: str, names: Collection[str]) -> str:
+    """An alternation of the names that the pattern matches as a whole; empty where it matches none."""
+    compiled = compile_pattern(pattern, f"the adapter's {option}")
+    return "|".join(re.escape(name) for name in names if compiled.fullmatch(name))
 
 
 def check_adapter_config(config: "LoraConfig") -> None:
@@ -180,7 +258,7 @@ def skeleton(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        model = AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, base))
         layout = checkpoint_layout(model)
         named = dict(model.named_parameters(remove_duplicate=False))
         uses = Counter(id(parameter) for parameter in named.values())
@@ -188,7 +266,15 @@ def skeleton(
         shapes = {name: parameter.shape for name, parameter in named.items()}
         with warnings.catch_warnings():  # advice about how to train and to save, which is not ours to give
             warnings.simplefilter("ignore")
-            return get_peft_model(model, dataclasses.replace(config, init_lora_weights=True)), free, shapes
+            names = dict.fromkeys([*(name for name, _ in model.named_modules()), *named])
+            config = _with_literal_patterns(config, names)
+            try:
+                return get_peft_model(model, dataclasses.replace(config, init_lora_weights=True)), free, shapes
+            except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+                why = " ".join(str(error).split())
+                raise InputError(
+                    f"the adapter does not fit the base {base} ({why:.200}); is it of this base?"
+                ) from error
 
 
 def _factors(model: "PeftModel", state: Mapping[str, Tensor]) -> Iterator[tuple[str, Entry]]:

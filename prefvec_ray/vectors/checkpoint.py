@@ -6,7 +6,6 @@ gives a live model's parameters under those names, as views.
 """
 
 import bisect
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import read_json
 from prefvec_ray.vectors.shards import Shards
 
 # Constants that old checkpoints store and transformers recomputes.
@@ -55,18 +55,14 @@ class Checkpoint(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         """config.json, or {} where there is none."""
         file = (self.folder if self.folder.is_dir() else self.folder.parent) / "config.json"
-        try:
-            content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise InputError(f"{file}: not a JSON object; copy the base model again")
-        return content
+        return read_json(file, "copy the base model again") if file.is_file() else {}
 
     def _tied_copies(self) -> set[str]:
         """Some trainers write a tied head twice. It counts once, under the embedding's name, if the bytes agree."""
         config = self.config()
-        tied = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", False))
+        inner = config.get("text_config")
+        inner = inner if isinstance(inner, dict) else {}
+        tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
         heads = [name for name in self.shards if name.endswith("lm_head.weight")] if tied else []
         inputs = [name for name in self.shards if name.endswith("embed_tokens.weight")]
         return {

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import read_json
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, LowRank
 from prefvec_ray.vectors.file import PreferenceVector
@@ -247,7 +248,7 @@ def _copy_beside(base_folder: Path, folder: Path, dtype: torch.dtype | None) -> 
         shutil.copytree(base_folder / "additional_chat_templates", folder / "additional_chat_templates")
     config = folder / "config.json"
     if dtype is not None and config.is_file():
-        changed = json.loads(config.read_text("utf-8"))
+        changed = read_json(config, "copy the base model again")
         changed.pop("torch_dtype", None)
         config.write_text(json.dumps(changed | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n", "utf-8")
 

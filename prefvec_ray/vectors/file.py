@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import parse_json
 from prefvec_ray.text import printable
 from prefvec_ray.vectors.entries import DTYPES, Entry, Full, Int8, LowRank, from_parts, is_finite
 from prefvec_ray.vectors.fingerprint import tensor_digest
@@ -262,10 +263,10 @@ def _from_metadata(metadata: dict[str, str], where: str) -> VectorInfo:
     fields: dict[str, Any] = {key: value for key, value in metadata.items() if key != "format"}
     try:
         for key in ("format_version", "parents", "recipe", "precision"):
-            fields[key] = json.loads(fields[key])
+            fields[key] = parse_json(fields[key], f"its {key}", "extract it again")
         return VectorInfo.model_validate(fields)
     except (KeyError, ValueError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{where}: the vector's metadata cannot be read ({reason}); extract it again") from None
 
 

@@ -4,7 +4,6 @@ Shared by vector files (`vector*.safetensors`) and base checkpoints (`model*.saf
 (copy on write): opening costs the headers, reading a tensor costs the pages that are touched.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.files import read_json
 from prefvec_ray.text import printable
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -87,16 +87,20 @@ def locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        fine = bool(weight_map) and all(isinstance(item, str) for item in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fine = False
-    if not fine:
+    weight_map = read_json(index, "not a safetensors index; copy the folder again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
         raise InputError(f"{index}: not a safetensors index with a 'weight_map' of names; copy the folder again")
     for name in set(weight_map.values()):
-        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise InputError(f"{index}: points to '{printable(name)}'; expected names of .safetensors files beside it")
+        if (
+            Path(name).name != name
+            or len(name.encode("utf-8", "replace")) > 255
+            or "\0" in name
+            or "\\" in name
+            or not name.endswith(".safetensors")
+        ):
+            raise InputError(
+                f"{index}: points to '{printable(name)}'; expected names of .safetensors files beside the index"
+            )
     return weight_map
 
 
