@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint, Piece, checkpoint_layout
 from prefvec_ray.vectors.entries import Entry, Full, LowRank, added
 from prefvec_ray.vectors.extract import is_zero, stored_as, subtract
@@ -114,7 +115,7 @@ def vector_from_adapter(
                     continue
             entries[piece.name] = added(entries[piece.name], part) if piece.name in entries else part
     info = VectorInfo(
-        preference=preference,
+        preference=check_preference(preference),
         form="low-rank",
         dtype="float32",
         base_fingerprint=fingerprint(checkpoint),

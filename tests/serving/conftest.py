@@ -206,6 +206,7 @@ def endpoint(ray_cluster, running, base_folder, registry_root, tmp_path_factory)
             "model": "tiny",
             "base": base_folder,
             "registry": registry_root,
+            "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
             "ranges": {"harmless": {"min": 0}},
             "floors": {"harmless": 0},
             "keys": keys,
