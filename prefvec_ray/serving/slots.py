@@ -273,7 +273,8 @@ class SlotEngine:
         batch.rested = False
         ticket = batch.long[0]
         prompt = ticket.request.prompt
-        batch.partial = batch.partial or SlotCache(rows=1)
+        if batch.partial is None:  # an empty cache is false
+            batch.partial = SlotCache(rows=1)
         start = batch.partial.get_seq_length()
         # A chunk's mask has four times the numbers of that of a whole prompt of `prefill_tokens` at most, or one row's.
         width = min(len(prompt) - start, self.prefill_tokens, max(1, 4 * self.prefill_tokens**2 // len(prompt)))
