@@ -37,8 +37,10 @@ from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explaine
 from prefvec_ray.serving.job import Event, Job, Started
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
+from prefvec_ray.serving.page import PAGE_HEADERS
 from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.records import ServingRecords
+from prefvec_ray.serving.reference import render
 from prefvec_ray.serving.replay import Replay
 from prefvec_ray.serving.rollout import LineupBook, RollOut
 from prefvec_ray.serving.routing import SettingRouter
@@ -74,9 +76,20 @@ class _Api(FastAPI):
         return super().openapi()
 
 
-api = _Api(title="prefvec-ray", description="OpenAI-compatible answers, each at its caller's preferences")
+api = _Api(
+    title="prefvec-ray",
+    description="OpenAI-compatible answers, each at its caller's preferences",
+    docs_url=None,  # FastAPI's own pages load scripts from another host; see reference.py
+    redoc_url=None,
+)
 answer_in_openai_form(api)
 api.include_router(page)
+
+
+@api.get("/docs", include_in_schema=False)
+async def reference() -> Response:
+    """The API's own description, as a page without scripts."""
+    return Response(render(api.openapi()), headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
 
 def _takes(model: type[ChatBody | TextBody]) -> dict[str, Any]:
