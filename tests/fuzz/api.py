@@ -33,8 +33,9 @@ HANG_SECONDS = 60.0
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 INSIDES = re.compile(r"Traceback|site-packages|prefvec_ray|\.py\b|0x[0-9a-f]{8}|/(root|home|tmp|usr|work)/|pv-")
 SCRAPS = [
-    "{}", "[]", "[[]]", "[{}]", "null", "true", "-1", "1.5", '""', '"a"', "1e400", "9" * 400, '{"type":"text","text":""}',
-    '"\\ud800"', '"\\u0000"', '"harmless "', '"harm\\u200bless"', "NaN", "-Infinity", '{"a":1,"a":2}',
+    "{}", "[]", "[[]]", "[{}]", "null", "true", "-1", "1.5", '""', '"a"', "1e400", "9" * 400,
+    '{"type":"text","text":""}', '"\\ud800"', '"\\u0000"', '"harmless "', '"harm\\u200bless"', "NaN",
+    "-Infinity", '{"a":1,"a":2}',
 ]  # fmt: skip
 
 
