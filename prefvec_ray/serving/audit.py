@@ -36,10 +36,11 @@ class _Lines(RotatingFileHandler):
         if self.stream is not None and not self._is_the_named_file():
             log.warning("the audit %s was moved or deleted; a new one begins", self.baseFilename)
             self.stream.close()
-            self.stream = None  # type: ignore[assignment]
+            self.stream = None
         self.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
 
     def _is_the_named_file(self) -> bool:
+        assert self.stream is not None
         try:
             return os.path.samestat(Path(self.baseFilename).stat(), os.fstat(self.stream.fileno()))
         except OSError:

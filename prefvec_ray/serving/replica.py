@@ -226,7 +226,7 @@ class Replica:
         """The prompt's tokens. Raises PromptTooLongError, before any work, for text that cannot fit into `most`."""
         if isinstance(prompt, str):
             return encoder.encode(prompt, most)
-        if prompt and isinstance(prompt[0], int):
+        if not prompt or isinstance(prompt[0], int):
             return prompt  # type: ignore[return-value]  # then all are
         if self._tokenizer.chat_template is None:
             raise InputError("this model has no chat template; use /v1/completions")

@@ -199,7 +199,7 @@ class TextBody(_Body):
         if isinstance(self.prompt, str):
             return (self.prompt,)
         if isinstance(self.prompt[0], int):  # then all are: lists of both kinds were refused
-            return (tuple(self.prompt),)  # type: ignore[arg-type]
+            return (tuple(self.prompt),)
         return tuple(p if isinstance(p, str) else tuple(p) for p in self.prompt if not isinstance(p, int))
 
 
