@@ -172,6 +172,7 @@ def endpoint() -> Iterator[tuple[str, str]]:
 
     import ray
     from serve_world import make_world
+    from transformers import AutoTokenizer
 
     from prefvec_ray.serving import ServingConfig, guard, start, stop
 
@@ -179,6 +180,9 @@ def endpoint() -> Iterator[tuple[str, str]]:
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         base, registry = make_world(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+        tokenizer.save_pretrained(base)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
