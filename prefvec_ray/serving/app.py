@@ -33,7 +33,7 @@ from prefvec_ray.config import parse_config
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
-from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
+from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained, one_line
 from prefvec_ray.serving.job import Event, Job, Started
 from prefvec_ray.serving.lineup import Lineup, line_up, open_registry
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
@@ -368,7 +368,7 @@ class Front:
             said = [each for each in await asked.results_async(timeout_s=HEALTH_SECONDS) if each is not None]
             used = prompt_tokens + sum(said) if said else None
         except Exception as error:
-            log.warning("what a broken-off request used is not known, it counts in full: %s", error)
+            log.warning("what a broken-off request used is not known, it counts in full: %s", one_line(error))
         finally:
             entry.end(used)
 
