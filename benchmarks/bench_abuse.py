@@ -69,12 +69,12 @@ async def well_behaved(url: str, key: str, until: asyncio.Event, waits: list[flo
                     failed[str(answer.status_code)] += 1
                     await answer.aread()
                     continue
+                first = None
                 async for line in answer.aiter_lines():
-                    if line.startswith("data: {"):
-                        waits.append(1000 * (time.perf_counter() - began))
-                        break
-                async for _ in answer.aiter_lines():
-                    pass
+                    if first is None and line.startswith("data: {"):
+                        first = 1000 * (time.perf_counter() - began)
+                if first is not None:
+                    waits.append(first)
 
 
 async def hostile(url: str, key: str, attack: tuple[str, bytes], until: asyncio.Event, seen: Counter[str]) -> None:

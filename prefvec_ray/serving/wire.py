@@ -6,6 +6,7 @@ nothing, so that no caller believes in a setting that had no effect.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ MOST_FIELDS = 128
 MOST_VALUES = 10_000
 """lists, objects and what they hold, in all of a body, without the ids of prompts"""
 MOST_DEPTH = 32
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+"""of JSON; one that does not end goes to the end of the body, so that a search takes one pass"""
 
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """fields for the provider's own book-keeping, which cannot change an answer here"""
@@ -391,6 +394,11 @@ def parse_body(content: bytes, model: type[B]) -> B:
 
 def _bounded(content: bytes) -> None:
     """Raises ApiError(400) where the body is no JSON, or has more items, fields, values or levels than any request."""
+    # Counted before anything is built of it: the parser holds the interpreter while it makes objects.
+    if content.count(b"{") + content.count(b"[") > MOST_VALUES:  # perhaps within texts
+        outline = STRING.sub(b"", content)
+        if outline.count(b"{") + outline.count(b"[") > MOST_VALUES:
+            raise _too_many(0, 0, "values")
     try:
         top = from_json(content)
     except ValueError as error:
