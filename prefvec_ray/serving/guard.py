@@ -7,10 +7,14 @@
 headers that a caller writes, and lets a caller switch off that its work ends when it hangs up.
 """
 
+import asyncio
 import hashlib
 import json
+import os
 import re
+import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve._private.constants import SERVE_SESSION_ID
@@ -26,6 +30,15 @@ UPLOADS, UPLOADS_PER_CALLER = 512, 128
 """bodies that may be on their way at once: in all, and of one caller"""
 UPLOAD_BYTES, UPLOAD_BYTES_PER_CALLER = 128_000_000, 32_000_000
 """bytes of such unfinished bodies"""
+REFUSALS_PER_SECOND = float(os.environ.get("PREFVEC_REFUSALS_PER_SECOND", "10"))
+"""of one caller, once its first REFUSALS_AT_ONCE are used up: its further requests wait. A refused body counts as one
+more for every REFUSED_BYTES of it"""
+REFUSALS_AT_ONCE = 50
+REFUSED_BYTES = 100_000
+LONGEST_WAIT = 10.0
+"""seconds"""
+MOST_CALLERS = 10_000
+"""whose refusals are remembered before those that are long over are forgotten"""
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -77,6 +90,45 @@ class Uploads:
                 del counter[caller]
 
 
+class Refusals:
+    """Paces callers whose requests are refused, each by itself: who repeats them without a pause waits, and the others
+    have the processors. `clock` gives seconds that only grow."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._debts: dict[str, tuple[float, float]] = {}
+        self._lines: dict[str, asyncio.Lock] = {}
+
+    async def turn(self, caller: str) -> bool:
+        """Wait until this caller's next request may go on. True where it had to: then it is counted as refused
+        already, until `add` takes that back."""
+        if not self.wait(caller):
+            return False
+        line = self._lines.setdefault(caller, asyncio.Lock())
+        async with line:
+            while seconds := self.wait(caller):
+                await asyncio.sleep(seconds)
+            self.add(caller, 1.0)
+        if not line.locked() and self._lines.get(caller) is line:
+            del self._lines[caller]
+        return True
+
+    def wait(self, caller: str) -> float:
+        """Seconds until this caller may be refused once more."""
+        return max(0.0, self._debt(caller) + 1 - REFUSALS_AT_ONCE) / REFUSALS_PER_SECOND
+
+    def add(self, caller: str, refusals: float) -> None:
+        """Count so many, or take so many back."""
+        most = REFUSALS_AT_ONCE + LONGEST_WAIT * REFUSALS_PER_SECOND
+        self._debts[caller] = min(most, max(0.0, self._debt(caller) + refusals)), self._clock()
+        if len(self._debts) > MOST_CALLERS:
+            self._debts = {name: debt for name, debt in self._debts.items() if self._debt(name)}
+
+    def _debt(self, caller: str) -> float:
+        debt, at = self._debts.get(caller, (0.0, 0.0))
+        return max(0.0, debt - (self._clock() - at) * REFUSALS_PER_SECOND)
+
+
 class _Body:
     """One request's body on its way through the guard."""
 
@@ -85,7 +137,8 @@ class _Body:
         self._size = self._counted = 0
         self._closed = False
         self.refusal: tuple[int, str] | None = None
-        self.answered = False
+        self.status = 0
+        """of the answer; 0: none yet"""
 
     async def receive(self) -> Message:
         """The next part. Where there are too many bytes: that the caller has gone, which ends Serve's work on it."""
@@ -113,11 +166,16 @@ class _Body:
     async def send(self, message: Message) -> None:
         """The answer. Where it comes before the whole body, the rest of that is not waited for."""
         if message["type"] == "http.response.start":
-            self.answered = True
+            self.status = message["status"]
             if not self._closed:
                 kept = [pair for pair in message.get("headers", []) if bytes(pair[0]).lower() != b"connection"]
                 message = {**message, "headers": [*kept, (b"connection", b"close")]}
         await self._send(message)
+
+    def refusals(self) -> float:
+        """What this request counts as, where it was refused; 0 where it was not."""
+        refused = self.refusal or 400 <= self.status < 500
+        return 1 + self._size / REFUSED_BYTES if refused else 0.0
 
     def close(self) -> None:
         if not self._closed:
@@ -126,12 +184,13 @@ class _Body:
 
 
 class Guard:
-    """Refuses headers that are too large or no text and bodies that are too large or too many, in OpenAI's form, and
-    drops Serve's own headers."""
+    """Refuses headers that are too large or no text and bodies that are too large or too many, in OpenAI's form, drops
+    Serve's own headers, and paces callers whose requests are refused."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
         self._uploads = Uploads()
+        self._refusals = Refusals()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -143,14 +202,17 @@ class Guard:
             await _refuse(send, *refusal)
             return
         body = _Body(self._uploads, caller, receive, send)
+        counted = False
         try:
+            counted = await self._refusals.turn(caller)
             await self._app({**scope, "headers": _kept(headers)}, body.receive, body.send)
         except Exception:
             if not body.refusal:
                 raise
         finally:
             body.close()
-        if body.refusal and not body.answered:
+            self._refusals.add(caller, body.refusals() - counted)
+        if body.refusal and not body.status:
             await _refuse(send, *body.refusal)
 
 

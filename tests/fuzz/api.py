@@ -176,7 +176,7 @@ def endpoint() -> Iterator[tuple[str, str]]:
 
     from prefvec_ray.serving import ServingConfig, guard, start, stop
 
-    os.environ[guard.SETTING] = guard.PATH
+    os.environ |= {guard.SETTING: guard.PATH, "PREFVEC_REFUSALS_PER_SECOND": "1000"}
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         base, registry = make_world(Path(folder))

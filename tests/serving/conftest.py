@@ -31,6 +31,7 @@ from prefvec_ray.vectors import (
     save_vector,
 )
 
+os.environ["PREFVEC_REFUSALS_PER_SECOND"] = "1000"  # tests are refused by the thousand
 os.environ[guard.SETTING] = guard.PATH  # before any test starts a cluster: Serve's proxy inherits it
 
 Alone: TypeAlias = Callable[[Sequence[int], Mapping[str, float], int], list[int]]

@@ -158,6 +158,44 @@ def test_unfinished_bytes_are_bounded_and_given_back(monkeypatch):
     asyncio.run(attack())
 
 
+def test_who_is_refused_without_end_waits_and_nobody_else(monkeypatch):
+    monkeypatch.setattr(guard, "REFUSALS_AT_ONCE", 5)
+    monkeypatch.setattr(guard, "REFUSALS_PER_SECOND", 1e-3)
+
+    async def attack() -> None:
+        app = Guard(Serve(status=400))
+        for _ in range(5):
+            assert (await answered(app)).status == 400
+        waiting = [Upload(app) for _ in range(3)]
+        for upload in waiting:
+            await upload.feed(b"{}", more=False)
+        assert [upload.status for upload in waiting] == [None] * 3
+        assert (await answered(app, client="5.6.7.8")).status == 400
+        assert app._uploads.open.total() == 3, "who waits counts among the unfinished"
+        for upload in waiting:
+            upload.task.cancel()
+        await asyncio.gather(*(upload.task for upload in waiting), return_exceptions=True)
+        assert not app._uploads.open
+        good = Guard(Serve())
+        for _ in range(20):
+            assert (await answered(good)).status == 200
+
+    asyncio.run(attack())
+
+
+def test_refusals_are_forgotten_with_time_and_large_ones_count_for_more():
+    now = [100.0]
+    refusals = guard.Refusals(lambda: now[0])
+    refusals.add("a", guard.REFUSALS_AT_ONCE - 1)
+    assert refusals.wait("a") == refusals.wait("b") == 0
+    refusals.add("a", 11)
+    assert refusals.wait("a") == pytest.approx(11 / guard.REFUSALS_PER_SECOND)
+    now[0] += 11 / guard.REFUSALS_PER_SECOND + 1e-6
+    assert refusals.wait("a") == 0
+    refusals.add("a", 1e9)
+    assert refusals.wait("a") <= guard.LONGEST_WAIT + 1 / guard.REFUSALS_PER_SECOND
+
+
 def test_a_body_that_says_it_is_too_large_is_not_begun():
     serve = Serve()
     for length in (b"16000001", b"9" * 5000):
