@@ -530,6 +530,7 @@ key_file_option = click.option(
 @click.option("--range", "ranges", multiple=True, metavar="NAME=MIN..MAX[:DEFAULT]", help="harmless=0.5..1:0.7")
 @click.option("--presets-only", is_flag=True, help="No coefficients of its own.")
 @click.option("--preset", "presets", multiple=True, help="One of the presets it may ask for; default: all.")
+@click.option("--requests-at-once", type=click.IntRange(min=1), help="Most requests under way at one time.")
 @click.option("--requests-per-minute", type=click.IntRange(min=1))
 @click.option("--tokens-per-minute", type=click.IntRange(min=1))
 @click.option("--tokens-per-day", type=click.IntRange(min=1))

@@ -165,7 +165,7 @@ class Catalog:
             coefficients=etas,
             vectors=digests,
             base_fingerprint=base,
-            fingerprint=serving_fingerprint(base, {digests[ref]: eta for ref, eta in etas.items()}),
+            fingerprint=serving_fingerprint(base, _by_digest(etas, digests)),
             metrics=json.loads(canonical(dict(metrics))),
             reason=reason,
         )
@@ -301,7 +301,7 @@ class Catalog:
             if version.base_fingerprint != base_fingerprint:
                 raise InputError(f"{ref}: was made for base {version.base_fingerprint}, not for {base_fingerprint}")
         etas = {ref: _number(eta, ref) for ref, eta in coefficients.items()}
-        fingerprint = serving_fingerprint(base_fingerprint, {pinned[ref].digest: eta for ref, eta in etas.items()})
+        fingerprint = serving_fingerprint(base_fingerprint, _by_digest(etas, {r: v.digest for r, v in pinned.items()}))
         with self._changing():
             if known := self.served(fingerprint):
                 return known
@@ -477,3 +477,11 @@ def _number(eta: object, ref: str) -> float:
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not abs(eta) <= 1e6:
         raise InputError(f"coefficient of {ref}: {shown(eta)} is not a finite number from -1e6 to 1e6")
     return float(eta)
+
+
+def _by_digest(etas: Mapping[str, float], digests: Mapping[str, str]) -> dict[str, float]:
+    """Coefficients by the vectors themselves: two references may stand for one vector, and then they add up."""
+    total: dict[str, float] = {}
+    for ref, eta in etas.items():
+        total[digests[ref]] = total.get(digests[ref], 0.0) + eta
+    return total

@@ -12,6 +12,7 @@ from prefvec_ray.evaluation import load_prompts
 from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_pairs
 from prefvec_ray.evaluation.scorer_config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
 from prefvec_ray.evaluation.training_run import TrainingRun
+from prefvec_ray.names import Name
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.registry import open_registry
@@ -24,7 +25,7 @@ class MeasureConfig(Config):
     base: Path
     """Folder of the base model, tokenizer included."""
     registry: str
-    vectors: dict[str, str] = Field(min_length=1)
+    vectors: dict[Name, str] = Field(min_length=1)
     """Name -> reference such as `helpful@1` or `helpful@production`."""
     prompts: str
     """A file of rows with a `prompt` column (.jsonl, .json, .csv, .parquet), .txt with a prompt a line, or

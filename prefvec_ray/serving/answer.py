@@ -73,13 +73,13 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
     """See `Engine.check`."""
     if not request.prompt:
         raise InputError("the prompt has no tokens; give at least one")
-    if not all(0 <= token < vocabulary for token in request.prompt):
-        raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
     if len(request.prompt) + request.max_new_tokens > context:
         raise PromptTooLongError(
             f"prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the"
             f" model's context of {context}; shorten the prompt or ask for fewer tokens"
         )
+    if not all(0 <= token < vocabulary for token in request.prompt):
+        raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
 
 
 Emit: TypeAlias = Callable[[Piece | Exception], None]

@@ -9,9 +9,10 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 import asyncio
 import contextlib
 import hashlib
+import logging
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -33,12 +34,14 @@ from prefvec_ray.errors import InputError
 from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.door import Door, Entry
-from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained
+from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained, one_line
 from prefvec_ray.serving.job import Event, Job, Started
 from prefvec_ray.serving.lineup import Lineup, line_up
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
+from prefvec_ray.serving.page import PAGE_HEADERS
 from prefvec_ray.serving.page import router as page
 from prefvec_ray.serving.records import ServingRecords
+from prefvec_ray.serving.reference import render
 from prefvec_ray.serving.replay import Replay
 from prefvec_ray.serving.rollout import LineupBook, RollOut
 from prefvec_ray.serving.routing import SettingRouter
@@ -53,8 +56,9 @@ from prefvec_ray.serving.wire import (
     Writer,
     error_event,
     model_card,
-    parse_body,
 )
+
+log = logging.getLogger("ray.serve")
 
 HEALTH_SECONDS = 5.0
 MOST_DEATHS = 3
@@ -73,9 +77,20 @@ class _Api(FastAPI):
         return super().openapi()
 
 
-api = _Api(title="prefvec-ray", description="OpenAI-compatible answers, each at its caller's preferences")
+api = _Api(
+    title="prefvec-ray",
+    description="OpenAI-compatible answers, each at its caller's preferences",
+    docs_url=None,  # FastAPI's own pages load scripts from another host; see reference.py
+    redoc_url=None,
+)
 answer_in_openai_form(api)
 api.include_router(page)
+
+
+@api.get("/docs", include_in_schema=False)
+async def reference() -> Response:
+    """The API's own description, as a page without scripts."""
+    return Response(render(api.openapi()), headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
 
 def _takes(model: type[ChatBody | TextBody]) -> dict[str, Any]:
@@ -105,12 +120,22 @@ def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> N
 
 
 def _unanswered(entry: Entry, error: Exception, measure: RequestMetrics) -> ApiError:
-    """Why there is no answer. Its tokens are given back, unless they were spent until the deadline."""
+    """Why there is no answer. What its sender could have known counts for the prompts, which were read all the same;
+    what was worked on until the deadline counts in full; what the server could not do, for nothing."""
     told = explained(error)
     measure.ended(told.status, 0)
-    if told.status != 504:
-        entry.reservation.settle(0)
+    entry.end(None if told.status == 504 else entry.prompt_tokens if told.status < 500 else 0)
     return told
+
+
+async def _begun(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """All of a stream whose first part was taken already."""
+    try:
+        yield first
+        async for part in rest:
+            yield part
+    finally:
+        await rest.aclose()
 
 
 @serve.ingress(api)
@@ -126,6 +151,7 @@ class Front:
         self._records = ServingRecords(registry, lineup.deployment)
         self._records.hold(self._lineup)
         self._metrics = FrontMetrics(config.model)
+        self._charging: set[asyncio.Task[None]] = set()
         self._metrics.serves(self._lineup.generation)
         self._rollout = RollOut(config, registry, book, self._door, self._records, replicas)
         if config.follow_seconds:
@@ -162,21 +188,22 @@ class Front:
         caller = await self._door.look("/v1/models", request.headers)
         presets = await asyncio.to_thread(self._door.presets, caller)
         names = [self._config.model, *(f"{self._config.model}@{name}" for name in presets)]
-        return ModelList(data=[model_card(name, self._lineup.created) for name in names])
+        return ModelList(data=[model_card(name, caller.lineup.created) for name in names])
 
     @api.get("/v1/models/{name}")
     async def model(self, name: str, request: HttpRequest) -> Model:
-        await self._door.look("/v1/models/{name}", request.headers, model=name)
-        return model_card(name, self._lineup.created)
+        caller = await self._door.look("/v1/models/{name}", request.headers, model=name)
+        return model_card(name, caller.lineup.created)
 
     @api.get("/v1/preferences")
     async def preferences(self, request: HttpRequest) -> PreferencesCard:
         caller = await self._door.look("/v1/preferences", request.headers)
         presets = await asyncio.to_thread(self._door.presets, caller)
-        ranges = caller.policy.ranges
+        # One lineup for all of it: a roll-out may bring the next one while the presets are read.
+        ranges, lineup = caller.policy.ranges, caller.lineup
         return PreferencesCard(
             model=self._config.model,
-            base_fingerprint=self._lineup.base_fingerprint,
+            base_fingerprint=lineup.base_fingerprint,
             coefficients=caller.allowance.coefficients,
             preferences=[
                 VectorCard(
@@ -186,14 +213,14 @@ class Front:
                     metrics=dict(vector.metrics),
                     **ranges[name].model_dump(),
                 )
-                for name, vector in self._lineup.vectors.items()
+                for name, vector in lineup.vectors.items()
             ],
             presets=[
                 PresetCard(
                     model=f"{self._config.model}@{name}",
                     version=preset.version,
                     preferences=dict(coefficients),
-                    fingerprint=self._lineup.fingerprint(coefficients),
+                    fingerprint=lineup.fingerprint(coefficients),
                     metrics=preset.metrics,
                     reason=preset.reason,
                 )
@@ -215,12 +242,12 @@ class Front:
         return {"status": "ok" if replicas else "idle", "replicas": replicas}
 
     async def _complete(self, request: HttpRequest, kind: type[B]) -> Response:
-        async def read() -> B:
-            return parse_body(await self._body(request), kind)
+        async def read() -> bytes:
+            return await self._body(request)
 
         began = asyncio.get_running_loop().time()
         try:
-            entry = await self._door.enter(_route(request), request.headers, read)
+            entry = await self._door.enter(_route(request), request.headers, read, kind)
         except ApiError as error:
             self._metrics.refused(error.status)
             raise
@@ -228,7 +255,6 @@ class Front:
         deadline = began + entry.seconds
         coefficients = entry.job.coefficients
         fingerprint = entry.lineup.fingerprint(coefficients)
-        self._records.note(fingerprint, entry.lineup, coefficients)
         writer = Writer(entry.body, coefficients, fingerprint)
         if entry.body.stream:
             return await self._stream(entry, writer, deadline, measure)
@@ -241,13 +267,19 @@ class Front:
             if isinstance(error, Exception):
                 raise _unanswered(entry, error, measure) from error
             measure.ended(HUNG_UP, 0)
+            self._charge_later(entry, entry.prompt_tokens)
             raise
         new_tokens = sum(len(answer.tokens) for answer in answers)
-        entry.reservation.settle(prompt_tokens + new_tokens)
+        entry.end(prompt_tokens + new_tokens)
         measure.ended(200, new_tokens)
+        self._note(entry)
         whole = writer.whole(prompt_tokens, answers)
         headers = {**entry.headers, **writer.headers()}
         return Response(whole.model_dump_json(exclude_unset=True), 200, headers, "application/json")
+
+    def _note(self, entry: Entry) -> None:
+        coefficients = entry.job.coefficients
+        self._records.note(entry.lineup.fingerprint(coefficients), entry.lineup, coefficients, entry.caller.id)
 
     async def _stream(self, entry: Entry, writer: Writer, deadline: float, measure: RequestMetrics) -> Response:
         """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
@@ -262,49 +294,54 @@ class Front:
             if isinstance(error, Exception):
                 raise _unanswered(entry, error, measure) from error
             measure.ended(HUNG_UP, 0)
+            self._charge_later(entry, entry.prompt_tokens)
             raise
-        pieces = self._pieces(job, items, deadline)
-        events = self._events(pieces, entry, writer, started.prompt_tokens, measure)
+        calls = [items]
+        pieces = self._pieces(job, calls, deadline)
+        events = self._events(pieces, calls, entry, writer, started.prompt_tokens, measure)
+        # Begun here, so that it also ends, and its work with it, where the caller has gone before the first byte.
+        parts = _begun(await anext(events), events)
         headers = {**entry.headers, **writer.headers(), **SSE_HEADERS}
-        return StreamingResponse(events, 200, headers, "text/event-stream")
+        return StreamingResponse(parts, 200, headers, "text/event-stream")
 
     async def _pieces(
-        self, job: Job, items: DeploymentResponseGenerator[Any], deadline: float
+        self, job: Job, calls: list[DeploymentResponseGenerator[Any]], deadline: float
     ) -> AsyncGenerator[list[Event]]:
-        """What the job's replica says; where that one dies, what another says from there on."""
+        """What the job's replica says; where that one dies, what another says from there on. `calls`: the first one,
+        and then those that were made."""
         replay, deaths = Replay(), 0
-        try:
-            while True:
-                try:
-                    item = await _next(items, deadline)
-                except RayActorError:
-                    deaths += 1
-                    if deaths > MOST_DEATHS:
-                        raise
-                    replay.again()
-                    job = replace(job, heard=replay.heard(len(job.prompts) * job.n))
-                    items = self._replicas.options(stream=True).stream.remote(job)
-                    continue
-                if item is None:
-                    return
-                if not isinstance(item, Started) and (new := replay.fresh(item)):
-                    yield new
-        finally:
-            _stop(items)
+        while True:
+            try:
+                item = await _next(calls[-1], deadline)
+            except RayActorError:
+                deaths += 1
+                if deaths > MOST_DEATHS:
+                    raise
+                replay.again()
+                job = replace(job, heard=replay.heard(len(job.prompts) * job.n))
+                calls.append(self._replicas.options(stream=True).stream.remote(job))
+                continue
+            if item is None:
+                return
+            if not isinstance(item, Started) and (new := replay.fresh(item)):
+                yield new
 
     async def _events(
         self,
         pieces: AsyncGenerator[list[Event]],
+        calls: list[DeploymentResponseGenerator[Any]],
         entry: Entry,
         writer: Writer,
         prompt_tokens: int,
         measure: RequestMetrics,
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         new_tokens, status = 0, HUNG_UP
         try:
             yield b"".join(writer.opening(len(entry.job.prompts) * entry.job.n))
             async for events in pieces:
                 measure.piece()
+                if not new_tokens:
+                    self._note(entry)
                 new_tokens += sum(len(piece.tokens) for _, piece in events)
                 yield b"".join(writer.piece(index, piece) for index, piece in events)
             status = 200
@@ -314,9 +351,35 @@ class Front:
             status = told.status
             yield error_event(told)
         finally:  # also where the caller has gone: nothing more is generated for it
-            await pieces.aclose()
-            entry.reservation.settle(prompt_tokens + new_tokens)
+            for call in calls:
+                _stop(call)
+            if status == 200:
+                entry.end(prompt_tokens + new_tokens)
+            else:
+                self._charge_later(entry, prompt_tokens)
             measure.ended(status, new_tokens)
+            await pieces.aclose()
+
+    def _charge_later(self, entry: Entry, prompt_tokens: int) -> None:
+        """Count what was generated for a request that was broken off, also what its caller has not heard. Only the
+        replica knows that, once it has stopped."""
+        if not entry.reservation.bins:  # its caller has no limit of tokens
+            entry.end(None)
+            return
+        task = asyncio.get_running_loop().create_task(self._charge(entry, prompt_tokens))
+        self._charging.add(task)
+        task.add_done_callback(self._charging.discard)
+
+    async def _charge(self, entry: Entry, prompt_tokens: int) -> None:
+        used = None
+        try:
+            asked = self._replicas.broadcast("spent", entry.job.id)
+            said = [each for each in await asked.results_async(timeout_s=HEALTH_SECONDS) if each is not None]
+            used = prompt_tokens + sum(said) if said else None
+        except Exception as error:
+            log.warning("what a broken-off request used is not known, it counts in full: %s", one_line(error))
+        finally:
+            entry.end(used)
 
     async def _body(self, request: HttpRequest) -> bytes:
         """The request's JSON text. Raises ApiError where it is too large or of another type."""

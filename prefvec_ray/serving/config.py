@@ -1,14 +1,16 @@
 """What an operator writes to serve a base model with its preference vectors: the `args` of `serve_configs/*.yaml`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from prefvec_ray.config import Config, load_config
+from prefvec_ray.names import Name
 from prefvec_ray.registry.locate import THROUGH_RAY
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+BODY_BYTES = 16_000_000
+"""the largest body that an endpoint can be told to take"""
 
 
 class Range(Config):
@@ -91,7 +93,7 @@ class ReplicaConfig(Config):
 class LimitsConfig(Config):
     """What a single request may ask of the service."""
 
-    body_bytes: PositiveInt = 1_000_000
+    body_bytes: int = Field(default=1_000_000, gt=0, le=BODY_BYTES)
     body_seconds: PositiveFloat = 30.0
     """a caller that takes longer to send its body gets 408"""
     prompt_tokens: PositiveInt | None = None
@@ -112,8 +114,11 @@ class Allowance(Config):
     presets: tuple[Name, ...] | None = None
     """the presets that may be asked for; None: all that lie within the ranges"""
     requests_per_minute: PositiveInt | None = None
+    requests_at_once: PositiveInt | None = None
+    """requests under way at one time; one more gets 429"""
     tokens_per_minute: PositiveInt | None = None
-    """of prompts and answers; a request is counted at the most it may use until it is done"""
+    """of prompts and answers; a request is counted at the most it may use until it is done. A request that is refused
+    for its content is counted too, as tokens of its body"""
     tokens_per_day: PositiveInt | None = None
     answers: PositiveInt | None = None
     """prompts x n of one request"""
@@ -135,6 +140,20 @@ class AuditConfig(Config):
     """size at which the next file begins"""
     files: int = Field(default=5, ge=2)
     """files kept; older lines are lost"""
+    below_floor: Path | None = None
+    """where answers below a floor are also written, without an end: no number of other requests pushes them out. None:
+    beside `file`, as `audit.below-floor.jsonl` for `audit.jsonl`. Such an answer is refused where this file cannot be
+    written"""
+
+    @property
+    def below_floor_file(self) -> Path:
+        return self.below_floor or self.file.with_name(f"{self.file.stem}.below-floor{self.file.suffix}")
+
+    @model_validator(mode="after")
+    def _two_files(self) -> Self:
+        if self.below_floor_file == self.file:
+            raise ValueError(f"'below_floor' is the audit's own file {self.file}; name another")
+        return self
 
 
 class LogsConfig(Config):
@@ -157,14 +176,14 @@ class ServingConfig(Config):
     nodes that do not reach that folder"""
     vectors: dict[Name, str] | None = None
     """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
-    Default: the newest version of every vector of this base"""
+    Default: the newest version of every vector of this base; with `floors` they must be named"""
     follow_seconds: PositiveFloat | None = None
     """look this often whether `vectors` now stand for other versions, and roll those out. None: only when told to"""
-    ranges: dict[str, Range] = {}
+    ranges: dict[Name, Range] = {}
     """preference -> allowed coefficients, for anonymous callers and for keys without a range of their own"""
     default_range: Range = Range()
     """for preferences that `ranges` does not name"""
-    floors: dict[str, FiniteFloat] = {}
+    floors: dict[Name, FiniteFloat] = {}
     """preference -> the least coefficient that anyone gets, by whatever way; but for keys that may go below"""
     anonymous: AnonymousConfig = AnonymousConfig()
     keys: Path | None = None
@@ -177,6 +196,15 @@ class ServingConfig(Config):
     system: Literal["template", "fold"] = "template"
     """system messages of a chat. template: as the model's chat template takes them, or refuses them. fold: put in front
     of the first user message, for a template that knows no system role"""
+
+    @model_validator(mode="after")
+    def _named_beside_floors(self) -> Self:
+        if self.floors and self.vectors is None:
+            raise ValueError(
+                "'floors' without 'vectors': any vector that is published later would be served beside them without a"
+                " floor; name the served vectors, such as vectors: {harmless: harmless@production}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _somebody(self) -> Self:
@@ -192,7 +220,8 @@ class ServingConfig(Config):
         if self.keys:
             paths["keys"] = self.keys.absolute()
         if self.audit:
-            paths["audit"] = self.audit.model_copy(update={"file": self.audit.file.absolute()})
+            below = self.audit.below_floor_file.absolute()
+            paths["audit"] = self.audit.model_copy(update={"file": self.audit.file.absolute(), "below_floor": below})
         return self.model_copy(update=paths)
 
 

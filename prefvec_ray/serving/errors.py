@@ -73,10 +73,16 @@ def explained(error: Exception) -> ApiError:
         case BackPressureError():
             return ApiError(503, "the server is busy; try again soon", code="overloaded")
         case RayServeException() | RayError() | EngineError() | StoreError():
-            log.warning("could not answer: %s", error)
+            log.warning("could not answer: %s", one_line(error))
             return ApiError(503, "the server could not finish this request; try again", code="unavailable")
     log.error("unexpected error", exc_info=error)
     return ApiError(500, "the server failed to answer this request")
+
+
+def one_line(error: object, most: int = 2000) -> str:
+    """The error's text for a log: no line ends and no control characters, whoever wrote part of it."""
+    text = " ".join(str(error).split())[:most]
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _text(error: Exception) -> str:

@@ -29,6 +29,10 @@ class Job:
     """whose vectors the coefficients are of"""
     heard: tuple[tuple[int, ...], ...] = ()
     """the tokens of each answer that its caller has heard already; empty: none of any"""
+    caller: str = ""
+    """whose request it is: each caller's prompts are tokenized in turn"""
+    id: str = ""
+    """under which the replica counts what it generates; see `Replica.spent`"""
     logprobs: int | None = None
     """how many of each position's likeliest tokens to tell, with log-probabilities; None: none, nor the chosen one's"""
 

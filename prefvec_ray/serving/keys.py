@@ -24,7 +24,8 @@ from pydantic import Field, model_validator
 
 from prefvec_ray.config import Config, load_config, parse_config
 from prefvec_ray.errors import InputError
-from prefvec_ray.serving.config import Allowance, Name, Range
+from prefvec_ray.names import Name
+from prefvec_ray.serving.config import Allowance, Range
 
 log = logging.getLogger("ray.serve")
 
@@ -34,12 +35,12 @@ class Key(Allowance):
 
     id: Name
     """says which key it is, in lists and in the audit; no secret"""
-    name: Annotated[str, Field(pattern=r"^[\w .@/-]{1,100}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_ .@/-]{1,100}$")]
     """whose key it is"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     created: datetime
     revoked: datetime | None = None
-    ranges: dict[str, Range] = {}
+    ranges: dict[Name, Range] = {}
     """preference -> allowed coefficients, instead of the endpoint's"""
     may_go_below_floor: bool = False
     """the operator's floors do not bound this key; its ranges do"""

@@ -17,14 +17,17 @@ FIRST_ROWS, FIRST_TOKENS = 4, 128
 class SlotCache(Cache):
     """Keys and values of `rows` requests, each (row, head, position, channel). Row r holds `lengths[r]` tokens.
 
-    Between `begin_*` and the model's forward pass it knows where the new tokens go. Memory grows by doubling.
+    Between `begin_*` and the model's forward pass it knows where the new tokens go. Memory grows by doubling, from
+    `rows` rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = FIRST_ROWS) -> None:
         super().__init__(layers=[])
+        self._first_rows = rows
         self.lengths: list[int] = []
         self._kv: dict[int, tuple[Tensor, Tensor]] = {}
         self._new_rows = 0
+        self._chunk: slice | None = None
         self._rows_R: Tensor | None = None
         self._positions_R: Tensor | None = None
         self._seen = 0
@@ -39,19 +42,31 @@ class SlotCache(Cache):
         Returns position_ids (new rows, T) and attention_mask (new rows, 1, T, T). What padding writes is overwritten
         before anything looks at it.
         """
-        self._new_rows = len(lengths)
+        self._new_rows, self._chunk = len(lengths), None
         width = max(lengths)
         positions_RT = torch.arange(width, device=device).expand(self._new_rows, width)
         causal_TT = torch.ones(width, width, dtype=torch.bool, device=device).tril()
         self.lengths += lengths
         return positions_RT, causal_TT.expand(self._new_rows, 1, width, width)
 
+    def begin_chunk(self, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The next pass brings the next `width` tokens of the only row's prompt, or its first ones.
+
+        Returns position_ids (1, width) and attention_mask (1, 1, width, L), L tokens being in the row then.
+        """
+        start = self.lengths[0] if self.lengths else 0
+        self.lengths, self._new_rows = [start + width], 0
+        self._chunk = slice(start, start + width)
+        positions_1T = torch.arange(start, start + width, device=device)[None]
+        mask_TL = torch.arange(start + width, device=device) <= positions_1T.mT
+        return positions_1T, mask_TL[None, None]
+
     def begin_decode(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The next pass brings one token for every row.
 
         Returns position_ids (rows, 1) and attention_mask (rows, 1, 1, L).
         """
-        self._new_rows = 0
+        self._new_rows, self._chunk = 0, None
         self._rows_R = torch.arange(self.rows, device=device)
         self._positions_R = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
@@ -70,10 +85,24 @@ class SlotCache(Cache):
             keys[first : self.rows, :, :width] = key_states
             values[first : self.rows, :, :width] = value_states
             return key_states, value_states
+        if self._chunk:
+            keys, values = self._room(layer_idx, key_states, value_states, self._chunk.stop)
+            keys[:1, :, self._chunk] = key_states
+            values[:1, :, self._chunk] = value_states
+            return keys[:1, :, : self._chunk.stop], values[:1, :, : self._chunk.stop]
         keys, values = self._room(layer_idx, key_states, value_states, self._seen)
         keys[self._rows_R, :, self._positions_R] = key_states[:, :, 0]
         values[self._rows_R, :, self._positions_R] = value_states[:, :, 0]
         return keys[: self.rows, :, : self._seen], values[: self.rows, :, : self._seen]
+
+    def take(self, other: "SlotCache") -> None:
+        """The only row of `other` becomes the last row here."""
+        (length,) = other.lengths
+        self.lengths.append(length)
+        for layer, (keys, values) in other._kv.items():
+            mine = self._room(layer, keys, values, length)
+            mine[0][self.rows - 1, :, :length] = keys[0, :, :length]
+            mine[1][self.rows - 1, :, :length] = values[0, :, :length]
 
     def free(self, row: int) -> None:
         """Forget a row; the last row moves into its place."""
@@ -94,16 +123,16 @@ class SlotCache(Cache):
         if old and old[0].shape[0] >= self.rows and old[0].shape[2] >= tokens:
             return old
         self._kv[layer] = (
-            _grown(old[0] if old else None, keys, self.rows, tokens),
-            _grown(old[1] if old else None, values, self.rows, tokens),
+            _grown(old[0] if old else None, keys, self.rows, tokens, self._first_rows),
+            _grown(old[1] if old else None, values, self.rows, tokens, self._first_rows),
         )
         return self._kv[layer]
 
 
-def _grown(old: Tensor | None, like: Tensor, rows: int, tokens: int) -> Tensor:
+def _grown(old: Tensor | None, like: Tensor, rows: int, tokens: int, first_rows: int) -> Tensor:
     """A larger buffer that holds what `old` held. The rest is 0: attention multiplies what it masks by 0, and 0 times
     whatever lay in that memory before could be NaN."""
-    have_rows, _, have_tokens, _ = old.shape if old is not None else (FIRST_ROWS, 0, FIRST_TOKENS, 0)
+    have_rows, _, have_tokens, _ = old.shape if old is not None else (first_rows, 0, FIRST_TOKENS, 0)
     rows, tokens = _doubled(have_rows, rows), _doubled(have_tokens, tokens)
     new = like.new_zeros(rows, like.shape[1], tokens, like.shape[3])
     if old is not None:

@@ -80,7 +80,10 @@ class Lineup:
                 f"preset {preset.ref} was made with {', '.join(missing) or 'another base model'}, which this"
                 " endpoint does not serve; choose another preset, or deploy with those vectors"
             )
-        etas = {by_digest[preset.vectors[ref]]: eta for ref, eta in preset.coefficients.items()}
+        etas: dict[str, float] = {}
+        for ref, eta in preset.coefficients.items():  # two references may stand for one vector: they add up
+            name = by_digest[preset.vectors[ref]]
+            etas[name] = etas.get(name, 0.0) + eta
         return (policy or self.policy).coefficients(dict.fromkeys(self.vectors, 0.0) | etas)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.names import check_preference, skeleton
 from prefvec_ray.serving.config import Range, ServingConfig
 from prefvec_ray.serving.engine import Coefficients
 from prefvec_ray.serving.keys import Key
@@ -132,9 +133,11 @@ class Named(Protocol):
 
 def no_way_around(floors: Mapping[str, float], vectors: Mapping[str, Named]) -> None:
     """Raises InputError where a preference with a floor is served under a second name too, be it as the same bytes,
-    another version or form, or the delta of one of its runs: coefficients add up, and the floor would bound half."""
+    another version or form, the delta of one of its runs, or under a look-alike of its name: coefficients add up, and
+    the floor would bound half."""
     for name in floors:
         for other, vector in vectors.items():
+            check_preference(vector.preference)
             same = vector.digest == vectors[name].digest
             if other != name and (same or _subject(vector) == _subject(vectors[name])):
                 raise InputError(
@@ -144,4 +147,4 @@ def no_way_around(floors: Mapping[str, float], vectors: Mapping[str, Named]) -> 
 
 
 def _subject(vector: Named) -> str:
-    return vector.preference.rstrip("+-").casefold()
+    return skeleton(vector.preference)

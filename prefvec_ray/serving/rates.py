@@ -70,6 +70,27 @@ class _Used:
     requests: Window = field(default_factory=lambda: Window(MINUTE))
     minute: Window = field(default_factory=lambda: Window(MINUTE))
     day: Window = field(default_factory=lambda: Window(DAY))
+    at_once: int = 0
+    """requests under way"""
+
+    def windows(self, allowance: Allowance) -> list[tuple[Window, int, str]]:
+        """The windows of tokens that this caller has limits for: window, limit, span."""
+        pairs = ((self.minute, allowance.tokens_per_minute, "minute"), (self.day, allowance.tokens_per_day, "day"))
+        return [(window, limit, span) for window, limit, span in pairs if limit is not None]
+
+
+class Place:
+    """One request under way, until `leave`."""
+
+    def __init__(self, used: _Used):
+        self._used: _Used | None = used
+        used.at_once += 1
+
+    def leave(self) -> None:
+        """The request has ended. Once more changes nothing."""
+        if self._used:
+            self._used.at_once -= 1
+            self._used = None
 
 
 @dataclass
@@ -94,25 +115,38 @@ class Rates:
         self._callers: dict[str, _Used] = {}
 
     def request(self, caller: str, allowance: Allowance) -> None:
-        """Count one request. Raises ApiError(429) where the minute's are used up."""
-        now, window, limit = self._clock(), self._used(caller).requests, allowance.requests_per_minute
-        if limit is None:
-            return
-        wait = window.wait(1, limit, now)
-        if wait:
-            raise self._exceeded(f"{limit} requests per minute", "requests", wait, caller, allowance)
-        window.add(1, now)
+        """Count one request. Raises ApiError(429) where the minute's are used up, or all tokens: then its body need
+        not even be read."""
+        now, used, limit = self._clock(), self._used(caller), allowance.requests_per_minute
+        if limit is not None:
+            wait = used.requests.wait(1, limit, now)
+            if wait:
+                raise self._exceeded(f"{limit} requests per minute", "requests", wait, caller, allowance)
+            used.requests.add(1, now)
+        for window, most, span in used.windows(allowance):
+            if wait := window.wait(1, most, now):
+                raise self._exceeded(f"{most} tokens per {span}", "tokens", wait, caller, allowance)
+
+    def enter(self, caller: str, allowance: Allowance) -> Place:
+        """A request begins. Raises ApiError(429) where as many are under way as the caller may have at once."""
+        used, limit = self._used(caller), allowance.requests_at_once
+        if limit is not None and used.at_once >= limit:
+            message = f"{limit} of your requests are under way, the most at once; wait for one of them to end"
+            headers = self.headers(caller, allowance) | {"retry-after": "1"}
+            raise ApiError(429, message, code="too_many_at_once", kind="requests", headers=headers)
+        return Place(used)
+
+    def charge(self, caller: str, allowance: Allowance, tokens: int) -> None:
+        """Count the work of a request that was refused, whether it fits or not."""
+        now, used = self._clock(), self._used(caller)
+        for window, _, _ in used.windows(allowance):
+            window.add(tokens, now)
 
     def reserve(self, caller: str, allowance: Allowance, tokens: int) -> Reservation:
         """Set tokens aside. Raises ApiError: 429 where they do not fit now, 400 where they never will."""
         now, used = self._clock(), self._used(caller)
-        kinds = (
-            (used.minute, allowance.tokens_per_minute, "minute"),
-            (used.day, allowance.tokens_per_day, "day"),
-        )
-        for window, limit, span in kinds:
-            if limit is None:
-                continue
+        windows = used.windows(allowance)
+        for window, limit, span in windows:
             wait = window.wait(tokens, limit, now)
             if math.isinf(wait):
                 raise ApiError(
@@ -123,7 +157,7 @@ class Rates:
                 )
             if wait:
                 raise self._exceeded(f"{limit} tokens per {span}", "tokens", wait, caller, allowance)
-        return Reservation(tokens, tuple(w.add(tokens, now) for w, limit, _ in kinds if limit is not None))
+        return Reservation(tokens, tuple(window.add(tokens, now) for window, _, _ in windows))
 
     def headers(self, caller: str, allowance: Allowance) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*` headers, for the limits that this caller has (tokens: those of the minute)."""

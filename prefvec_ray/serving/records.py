@@ -2,6 +2,7 @@
 answer stands for, so that an answer can be traced back."""
 
 import logging
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from prefvec_ray.errors import InputError
@@ -13,6 +14,8 @@ log = logging.getLogger("ray.serve")
 
 MOST_RECORDED = 10_000
 """fingerprints that one front writes down; with free coefficients there is no end of them"""
+MOST_OF_A_CALLER = 1_000
+"""of them that come from one caller, so that none uses up what others need"""
 
 
 class ServingRecords:
@@ -24,6 +27,7 @@ class ServingRecords:
     def __init__(self, registry: Registry, deployment: str):
         self._registry, self.holder = registry, f"serve-{deployment}"
         self._seen: set[str] = set()
+        self._by_caller: Counter[str] = Counter()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="serving-records")
 
     def hold(self, *lineups: Lineup) -> None:
@@ -34,11 +38,16 @@ class ServingRecords:
         except (InputError, StoreError, OSError) as error:
             log.warning("the registry does not know that %s are served: %s", ", ".join(refs), error)
 
-    def note(self, fingerprint: str, lineup: Lineup, coefficients: Coefficients) -> None:
-        """Write down, some time soon, what this fingerprint stands for. Costs nothing when it is known."""
-        if fingerprint in self._seen or len(self._seen) >= MOST_RECORDED:
+    def note(self, fingerprint: str, lineup: Lineup, coefficients: Coefficients, caller: str) -> None:
+        """Write down, some time soon, what the fingerprint of an answer that was given stands for. Costs nothing when
+        it is known."""
+        full = len(self._seen) >= MOST_RECORDED or self._by_caller[caller] >= MOST_OF_A_CALLER
+        if fingerprint in self._seen or full:
             return
         self._seen.add(fingerprint)
+        self._by_caller[caller] += 1
+        if self._by_caller[caller] == MOST_OF_A_CALLER:
+            log.warning("%s: %d fingerprints are recorded; further ones are not", caller, MOST_OF_A_CALLER)
         if len(self._seen) == MOST_RECORDED:
             log.warning("%d fingerprints are recorded; further ones are not until the next start", MOST_RECORDED)
         self._writer.submit(self._record, fingerprint, lineup, coefficients)

@@ -4,7 +4,6 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jinja2
@@ -19,6 +18,7 @@ from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.encoding import Encoder, Tokenization
 from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
@@ -26,6 +26,7 @@ from prefvec_ray.serving.lineup import Lineup, LineupId, ServedVector
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.rollout import LineupBook
 from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.serving.spending import Spending, SpentTokens
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
 
 
@@ -50,9 +51,8 @@ class Replica:
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
         self._tokenizer = load_tokenizer(config)
-        # A long prompt takes its time; meanwhile the answers of others must flow. One thread, because a tokenizer may
-        # be changed by a call; the engine decodes with one of its own.
-        self._encoding = ThreadPoolExecutor(1)
+        self._encoder = Encoder(self._tokenizer, lambda: load_tokenizer(config))
+        self._spent = SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
         self._registry = open_registry(config.registry)
         self._fetched: dict[str, VectorVersion] = {}
@@ -66,20 +66,27 @@ class Replica:
         Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
         prompts that do not fit and chats that the template refuses, EngineError where generation failed.
         """
-        lineup = await self._lineup(job.lineup)
-        self._jobs[lineup.id] += 1
+        spent = self._spent.begin(job.id)
         try:
-            async for item in self._answers(replace(job, coefficients=lineup.columns(job.coefficients))):
-                yield item
+            lineup = await self._lineup(job.lineup)
+            self._jobs[lineup.id] += 1
+            try:
+                async for item in self._answers(replace(job, coefficients=lineup.columns(job.coefficients)), spent):
+                    yield item
+            finally:
+                self._jobs[lineup.id] -= 1
         finally:
-            self._jobs[lineup.id] -= 1
+            spent.end()
 
-    async def _answers(self, job: Job) -> AsyncIterator[Started | list[Event]]:
-        loop = asyncio.get_running_loop()
-        requests = await loop.run_in_executor(self._encoding, self._requests, job)
+    async def spent(self, job: str) -> int | None:
+        """Tokens of answers that were generated here for the job of this id, once it has ended; None: none of ours."""
+        return await self._spent.of(job)
+
+    async def _answers(self, job: Job, spent: Spending) -> AsyncIterator[Started | list[Event]]:
+        requests = await self._encoder.run(job.caller, job.prompts, self._requests, job)
         yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._feed(i, request, events)) for i, request in enumerate(requests)]
+        tasks = [asyncio.create_task(self._feed(i, request, events, spent)) for i, request in enumerate(requests)]
         try:
             left = len(tasks)
             while left:
@@ -212,11 +219,11 @@ class Replica:
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    def _requests(self, job: Job) -> list[Request]:
+    def _requests(self, encoder: Tokenization, job: Job) -> list[Request]:
         """The job's requests, prompt by prompt; all are checked before any of them starts."""
         requests: list[Request] = []
         for prompt in job.prompts:
-            ids = self._tokens(prompt)
+            ids = self._tokens(encoder, prompt, min(job.max_prompt_tokens or self.engine.context, self.engine.context))
             if job.max_prompt_tokens is not None and len(ids) > job.max_prompt_tokens:
                 raise PromptTooLongError(
                     f"prompt of {len(ids)} tokens; at most {job.max_prompt_tokens} are allowed here; shorten it"
@@ -238,25 +245,29 @@ class Replica:
                 requests.append(replace(first, seed=f"{seed}/{choice}", begins=begins))
         return requests
 
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+    def _tokens(self, encoder: Tokenization, prompt: Prompt, most: int) -> tuple[int, ...]:
+        """The prompt's tokens. Raises PromptTooLongError, before any work, for text that cannot fit into `most`."""
         if isinstance(prompt, str):
-            return tuple(self._tokenizer(prompt)["input_ids"])
-        if all(isinstance(token, int) for token in prompt):
-            return tuple(token for token in prompt if isinstance(token, int))
+            return encoder.encode(prompt, most)
+        if not prompt or isinstance(prompt[0], int):
+            return prompt  # type: ignore[return-value]  # then all are
         if self._tokenizer.chat_template is None:
             raise InputError("this model has no chat template; use /v1/completions")
         chat = [message for message in prompt if not isinstance(message, int)]
         if self._config.system == "fold":
             chat = fold_system(chat)
         try:
-            text = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            text = str(encoder.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         except jinja2.TemplateError as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encoder.encode(text, most, add_special_tokens=False)
 
-    async def _feed(self, index: int, request: Request, events: "asyncio.Queue[Event | Exception]") -> None:
+    async def _feed(
+        self, index: int, request: Request, events: "asyncio.Queue[Event | Exception]", spent: Spending
+    ) -> None:
         try:
             async for piece in self.engine.stream(request):
+                spent.tokens += len(piece.tokens)
                 events.put_nowait((index, piece))
         except (EngineError, InputError) as error:
             events.put_nowait(error)

@@ -65,6 +65,23 @@ class _Batch:
     cache: SlotCache = field(default_factory=SlotCache)
     tickets: list[Ticket] = field(default_factory=list)
     joining: deque[Ticket] = field(default_factory=deque)
+    long: deque[Ticket] = field(default_factory=deque)
+    """with prompts that are computed in chunks, one prompt at a time"""
+    partial: SlotCache | None = None
+    """of the first of `long`: what is computed of its prompt"""
+    rested: bool = True
+    """the running rows have had a token since the last chunk"""
+
+    @property
+    def size(self) -> int:
+        return len(self.tickets) + len(self.joining) + len(self.long)
+
+    def all(self) -> list[Ticket]:
+        return [*self.tickets, *self.joining, *self.long]
+
+    def clear(self) -> None:
+        self.tickets, self.joining, self.long = [], deque(), deque()
+        self.cache, self.partial = SlotCache(), None
 
 
 class SlotEngine:
@@ -74,7 +91,8 @@ class SlotEngine:
         to max_batch / 4 others may join running requests of their own setting first.
     switch_share: in merged mode, the share of time that may go into rewriting the weights while several sets of
         coefficients take turns. Smaller: longer turns, more tokens a second, longer pauses within each answer.
-    prefill_tokens: most prompt tokens (padding included) computed between two steps; one longer prompt goes alone.
+    prefill_tokens: most prompt tokens (padding included) computed between two steps; a longer prompt goes alone, in
+        chunks, between which the running requests have their tokens.
 
     Raises InputError for models whose cache is not keys and values by position.
     """
@@ -142,7 +160,7 @@ class SlotEngine:
 
     def status(self) -> EngineStatus:
         with self._news:
-            running = sum(len(b.tickets) + len(b.joining) for b in self._batches.values())
+            running = sum(batch.size for batch in self._batches.values())
             return EngineStatus(
                 running=running,
                 waiting=len(self._waiting),
@@ -169,12 +187,14 @@ class SlotEngine:
         try:
             if batch.joining:
                 self._prefill(batch)
+            elif batch.long and (batch.rested or not batch.tickets):
+                self._prefill_chunk(batch)
             elif batch.tickets:
                 self._decode(batch)
         except InputError as error:  # coefficients that make a weight overflow
             self._fail(batch, error)
         except Exception as error:  # one batch's failure (out of memory, say) must not take the others with it
-            log.exception("a batch of %d requests failed", len(batch.tickets))
+            log.exception("a batch of %d requests failed", batch.size)
             self._fail(batch, EngineError(f"the engine failed: {type(error).__name__}"))
         self._end_turn(key, batch)
         return True
@@ -195,15 +215,20 @@ class SlotEngine:
                     self._free(batch, row)
                     self._cancelled += 1
             self._cancelled += _discard_cancelled(batch.joining)
+            if batch.long and batch.long[0].cancelled:
+                batch.partial = None
+            self._cancelled += _discard_cancelled(batch.long)
         self._cancelled += _discard_cancelled(self._waiting)
-        for key in [key for key, batch in self._batches.items() if not batch.tickets and not batch.joining]:
+        for key in [key for key, batch in self._batches.items() if not batch.size]:
             del self._batches[key]
 
     def _admit(self) -> None:
-        running = sum(len(b.tickets) + len(b.joining) for b in self._batches.values())
+        running = sum(batch.size for batch in self._batches.values())
         while self._waiting and running < self.max_batch:
             ticket = self._next_waiting()
-            self._batches.setdefault(self._holder.group(ticket.request.coefficients), _Batch()).joining.append(ticket)
+            batch = self._batches.setdefault(self._holder.group(ticket.request.coefficients), _Batch())
+            long = len(ticket.request.prompt) > self.prefill_tokens
+            (batch.long if long else batch.joining).append(ticket)
             running += 1
 
     def _next_waiting(self) -> Ticket:
@@ -243,7 +268,27 @@ class SlotEngine:
         logits_RV = logits_REV[torch.arange(len(new), device=self._device), place_R]
         self._advance(batch, len(batch.tickets) - len(new), logits_RV)
 
+    def _prefill_chunk(self, batch: _Batch) -> None:
+        """Compute the next part of a long prompt; at its end its row joins the others, with its first token."""
+        batch.rested = False
+        ticket = batch.long[0]
+        prompt = ticket.request.prompt
+        if batch.partial is None:  # an empty cache is false
+            batch.partial = SlotCache(rows=1)
+        start = batch.partial.get_seq_length()
+        # A chunk's mask has four times the numbers of that of a whole prompt of `prefill_tokens` at most, or one row's.
+        width = min(len(prompt) - start, self.prefill_tokens, max(1, 4 * self.prefill_tokens**2 // len(prompt)))
+        ids_1T = torch.tensor([prompt[start : start + width]])
+        positions_1T, mask = batch.partial.begin_chunk(width, self._device)
+        logits_1EV = self._forward([ticket], ids_1T, positions_1T, mask, batch.partial, torch.tensor([width - 1]))
+        if start + width == len(prompt):
+            batch.cache.take(batch.partial)
+            batch.partial = None
+            batch.tickets.append(batch.long.popleft())
+            self._advance(batch, len(batch.tickets) - 1, logits_1EV[:, 0])
+
     def _decode(self, batch: _Batch) -> None:
+        batch.rested = True
         ids_R1 = torch.tensor([[t.answer.last_token] for t in batch.tickets])
         positions_R1, mask = batch.cache.begin_decode(self._device)
         logits_R1V = self._forward(batch.tickets, ids_R1, positions_R1, mask, batch.cache, torch.tensor([0]))
@@ -316,8 +361,8 @@ class SlotEngine:
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
         self._holder.forget()
-        tickets = batch.tickets + list(batch.joining)
-        batch.tickets, batch.joining, batch.cache = [], deque(), SlotCache()
+        tickets = batch.all()
+        batch.clear()
         self._failed += len(tickets)
         for ticket in tickets:
             ticket.emit(error)
@@ -326,7 +371,7 @@ class SlotEngine:
         """Keep the batches' round: one that is empty goes, one that has had its time goes to the end."""
         with self._news:
             now = time.monotonic()
-            if not batch.tickets and not batch.joining:
+            if not batch.size:
                 del self._batches[key]
                 self._turn_began = now
             elif (now - self._turn_began) * self.switch_share >= self._holder.switch_seconds:
@@ -377,7 +422,7 @@ class SlotEngine:
     def _end(self) -> None:
         with self._news:
             self._closed = True
-            tickets = [t for b in self._batches.values() for t in (*b.tickets, *b.joining)]
+            tickets = [ticket for batch in self._batches.values() for ticket in batch.all()]
             tickets += self._waiting
             self._waiting.clear()
             self._batches.clear()

@@ -6,6 +6,7 @@ nothing, so that no caller believes in a setting that had no effect.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from prefvec_ray.serving.engine import Coefficients, FinishReason, Likely, Piece
 from prefvec_ray.serving.errors import ApiError
@@ -35,7 +37,16 @@ Text = Annotated[str, Field(min_length=1, max_length=1000)]
 LONGEST_ECHO = 100
 T = TypeVar("T")
 L = TypeVar("L", chat_completion.ChoiceLogprobs, chat_completion_chunk.ChoiceLogprobs)
-Some = Annotated[list[T], Field(min_length=1)]
+Some = Annotated[list[T], Field(min_length=1, fail_fast=True)]
+MOST_ITEMS = 1000
+"""in one list of a body, but for the ids of a prompt, which the model's context bounds"""
+MOST_FIELDS = 128
+"""in one object"""
+MOST_VALUES = 10_000
+"""lists, objects and what they hold, in all of a body, without the ids of prompts"""
+MOST_DEPTH = 32
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+"""of JSON; one that does not end goes to the end of the body, so that a search takes one pass"""
 
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """fields for the provider's own book-keeping, which cannot change an answer here"""
@@ -75,7 +86,7 @@ class _Body(_Strict):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -130,7 +141,7 @@ class TextPart(_Strict):
 
 class Message(_Strict):
     role: str = Field(min_length=1, max_length=50)
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
@@ -141,7 +152,7 @@ class Message(_Strict):
 class ChatBody(_Body):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
     """tell the log-probability of every token of the answer"""
@@ -190,8 +201,8 @@ class TextBody(_Body):
     def prompts(self) -> tuple[Prompt, ...]:
         if isinstance(self.prompt, str):
             return (self.prompt,)
-        if self.prompt and all(isinstance(token, int) for token in self.prompt):
-            return (tuple(token for token in self.prompt if isinstance(token, int)),)
+        if isinstance(self.prompt[0], int):  # then all are: lists of both kinds were refused
+            return (tuple(self.prompt),)
         return tuple(p if isinstance(p, str) else tuple(p) for p in self.prompt if not isinstance(p, int))
 
 
@@ -359,7 +370,12 @@ B = TypeVar("B", ChatBody, TextBody)
 
 
 def parse_body(content: bytes, model: type[B]) -> B:
-    """The checked request. Raises ApiError(400) that names the first thing wrong with it, never its whole content."""
+    """The checked request. Raises ApiError(400) that names the first thing wrong with it, never its whole content.
+
+    What it takes is bounded by the size of `content`: lengths are checked before fields, and a list's first wrong item
+    ends its check.
+    """
+    _bounded(content)
     try:
         body = model.model_validate_json(content)
         # After the first parse, which bounds the depth.
@@ -374,6 +390,43 @@ def parse_body(content: bytes, model: type[B]) -> B:
     raise ApiError(
         400, f"{where}: {text}" if where else text, param=str(problem["loc"][0])[:LONGEST_ECHO] if where else None
     )
+
+
+def _bounded(content: bytes) -> None:
+    """Raises ApiError(400) where the body is no JSON, or has more items, fields, values or levels than any request."""
+    # Counted before anything is built of it: the parser holds the interpreter while it makes objects.
+    if content.count(b"{") + content.count(b"[") > MOST_VALUES:  # perhaps within texts
+        outline = STRING.sub(b"", content)
+        if outline.count(b"{") + outline.count(b"[") > MOST_VALUES:
+            raise _too_many(0, 0, "values")
+    try:
+        top = from_json(content)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:LONGEST_ECHO]}") from None
+    left, level = MOST_VALUES, [[top]]
+    for _ in range(MOST_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            items = list(value.values()) if isinstance(value, dict) else value
+            if isinstance(value, list) and set(map(type, value)) == {int}:
+                continue
+            most = MOST_FIELDS if isinstance(value, dict) else MOST_ITEMS
+            left -= len(items)
+            if len(items) > most or left < 0:
+                raise _too_many(len(items), most, "fields" if isinstance(value, dict) else "items")
+            inner += [item for item in items if isinstance(item, dict | list)]
+        if not inner:
+            return
+        level = inner
+    raise ApiError(400, f"the body is nested deeper than {MOST_DEPTH} levels; flatten it", code="too_large")
+
+
+def _too_many(found: int, most: int, what: str) -> ApiError:
+    if found > most:
+        message = f"the body has {found} {what} in one place; at most {most} are taken"
+    else:
+        message = f"the body has more than {MOST_VALUES} values; send fewer"
+    return ApiError(400, message, code="too_large")
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
+from prefvec_ray.names import Name
 from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
 
 # Names with a meaning of their own: `mixed` is the baseline trained on all preferences' pairs at once.
@@ -115,11 +116,11 @@ class Watch(Config):
 class TrainingConfig(Config):
     """`prefvec train --config FILE`: train each preference in both polarities and publish the vectors."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: Name
     """Name of the run folder under `output`."""
     base: Path
     """Folder of the base (SFT) model in Hugging Face format, tokenizer included."""
-    preferences: dict[str, PreferenceData] = Field(min_length=1)
+    preferences: dict[Name, PreferenceData] = Field(min_length=1)
     output: Path = Path("runs")
     dpo: dict[str, Any] = {}
     """Any field of TRL's `DPOConfig`."""
@@ -154,8 +155,8 @@ class TrainingConfig(Config):
     @classmethod
     def _names(cls, preferences: dict[str, PreferenceData]) -> dict[str, PreferenceData]:
         for name in preferences:
-            if name == MIXED or not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"{name!r} cannot name a preference: letters, digits, - and _, and not {MIXED!r}")
+            if name == MIXED:
+                raise ValueError(f"{name!r} cannot name a preference, it is the baseline's name; choose another")
         return preferences
 
     @field_validator("checkpoint_every")

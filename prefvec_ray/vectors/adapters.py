@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.files import read_json, taking_apart
+from prefvec_ray.names import check_preference
 from prefvec_ray.patterns import compile_pattern
 from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.vectors.checkpoint import Checkpoint, Piece, checkpoint_layout
@@ -120,7 +121,7 @@ def vector_from_adapter(
                     continue
             entries[piece.name] = added(entries[piece.name], part) if piece.name in entries else part
     info = VectorInfo(
-        preference=preference,
+        preference=check_preference(preference),
         form="low-rank",
         dtype="float32",
         base_fingerprint=fingerprint(checkpoint),

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.names import check_preference
 from prefvec_ray.vectors.checkpoint import state_of
 from prefvec_ray.vectors.entries import (
     FLOAT_DTYPES,
@@ -54,7 +55,7 @@ def vector_from_state(
         if twin != name and tensor.numel():
             raise InputError(f"'{twin}' and '{name}' are one tied tensor; give it once, under its checkpoint name")
     info = VectorInfo(
-        preference=preference,
+        preference=check_preference(preference),
         form="full",
         dtype="float32",
         base_fingerprint=base_fingerprint,
@@ -99,7 +100,7 @@ def vector_from_checkpoints(
         if torch.finfo(theta_plus.dtype).bits < 32 or torch.finfo(theta_minus.dtype).bits < 32:
             stats.update(theta_plus, theta_minus)
     info = VectorInfo(
-        preference=preference,
+        preference=check_preference(preference),
         form="full",
         dtype="float32",
         base_fingerprint=fingerprint(base_state),
@@ -154,7 +155,7 @@ def subtract(
     runs = {"positive": positive, "negative": negative}
     same_data = positive.info.data_digest == negative.info.data_digest
     info = VectorInfo(
-        preference=preference,
+        preference=check_preference(preference),
         form="low-rank" if any(isinstance(entry, LowRank) for entry in entries.values()) else "full",
         dtype="float32",
         base_fingerprint=positive.info.base_fingerprint,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prefvec_ray.errors import InputError
 from prefvec_ray.files import parse_json
+from prefvec_ray.names import DeltaName
 from prefvec_ray.text import printable
 from prefvec_ray.vectors.entries import DTYPES, Entry, Full, Int8, LowRank, from_parts, is_finite
 from prefvec_ray.vectors.fingerprint import tensor_digest
@@ -40,7 +41,7 @@ class VectorInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    preference: str
+    preference: DeltaName
     """the preference's name; a run's delta carries its polarity: `helpful+`"""
     form: Literal["full", "low-rank"]
     dtype: Literal["float32", "bfloat16", "float16", "int8"]

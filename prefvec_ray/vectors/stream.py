@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, Full
 from prefvec_ray.vectors.extract import check_same_parameters
@@ -51,6 +52,7 @@ def extract_from_checkpoints(
     Raises InputError for parameters that are missing, extra or misshapen against the base, two equal checkpoints, an
     existing `out`, files that cannot be trusted, and (without any output) for NaN, infinity and overflow of `dtype`.
     """
+    check_preference(preference)
     base, plus, minus = (dict(Checkpoint(folder)) for folder in (base_folder, positive_folder, negative_folder))
     for which, state in (("positive", plus), ("negative", minus)):
         check_same_parameters(base, state, which)

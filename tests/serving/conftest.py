@@ -31,6 +31,7 @@ from prefvec_ray.vectors import (
     save_vector,
 )
 
+os.environ["PREFVEC_REFUSALS_PER_SECOND"] = "1000"  # tests are refused by the thousand
 os.environ[guard.SETTING] = guard.PATH  # before any test starts a cluster: Serve's proxy inherits it
 
 Alone: TypeAlias = Callable[[Sequence[int], Mapping[str, float], int], list[int]]
@@ -206,6 +207,7 @@ def endpoint(ray_cluster, running, base_folder, registry_root, tmp_path_factory)
             "model": "tiny",
             "base": base_folder,
             "registry": registry_root,
+            "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
             "ranges": {"harmless": {"min": 0}},
             "floors": {"harmless": 0},
             "keys": keys,

@@ -227,6 +227,30 @@ def test_no_header_keeps_the_work_of_a_caller_that_hung_up(endpoint):
     assert status["cancelled"] > before
 
 
+def test_a_stream_that_is_broken_off_counts_what_was_generated(endpoint):
+    secret = endpoint.key("quitter", tokens_per_minute=20_000)
+    headers = {"authorization": f"Bearer {secret}"}
+    before = endpoint.status()["tokens"]
+    long = ASK | {"stream": True, "n": 8, "max_tokens": 400, "temperature": 2}
+    with httpx.stream("POST", endpoint.url + "/chat/completions", json=long, headers=headers, timeout=60) as answer:
+        reserved = 20_000 - int(answer.headers["x-ratelimit-remaining-tokens"])
+        for line in answer.iter_lines():
+            if '"content":' in line and '"content":""' not in line:
+                break
+    while (status := endpoint.status())["running"] + status["waiting"]:
+        time.sleep(0.05)
+    generated = status["tokens"] - before
+    assert generated < 8 * 400
+    asks, used = 0, reserved
+    while used > reserved - 1:  # until it is settled, the most that it may use
+        asks += 1
+        answer = endpoint.post(ASK | {"max_tokens": 1}, authorization=f"Bearer {secret}")
+        used = 20_000 - int(answer.headers["x-ratelimit-remaining-tokens"])
+        assert asks < 100
+        time.sleep(0.05)
+    assert used >= generated * 0.8, "all of it, but for what stop strings and half characters held back"
+
+
 def test_a_body_that_trickles_in_is_given_up(endpoint):
     with connect(endpoint) as connection:
         connection.sendall(request("Content-Length: 1000", body=b"{"))

@@ -22,7 +22,7 @@ from prefvec_ray.serving.errors import ApiError
 from prefvec_ray.serving.keys import add_key, revoke_key
 from prefvec_ray.serving.lineup import Lineup, line_up
 from prefvec_ray.serving.policy import policy_of
-from prefvec_ray.serving.wire import ChatBody, parse_body
+from prefvec_ray.serving.wire import ChatBody
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the secret plan"}]}
 
@@ -33,7 +33,8 @@ HELPFUL_FLOOR: dict[str, Any] = {"floors": {"helpful": 0}, "ranges": {"helpful":
 
 @pytest.fixture(scope="module")
 def given_config(base_folder, registry_root) -> dict[str, Any]:
-    return {"model": "tiny", "base": base_folder, "registry": registry_root}
+    vectors = {"harmless": "harmless@1", "helpful": "helpful@1"}
+    return {"model": "tiny", "base": base_folder, "registry": registry_root, "vectors": vectors}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,11 @@ def make(given_config, lineup, registry_root):
 def enter(door: Door, body: Any = ASK, *, key: str | None = None, headers: Any = ()) -> Entry:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
 
-    async def read() -> ChatBody:
-        return parse_body(content, ChatBody)
+    async def read() -> bytes:
+        return content
 
     pairs = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    return asyncio.run(door.enter("/v1/chat/completions", Headers(raw=pairs + list(headers)), read))
+    return asyncio.run(door.enter("/v1/chat/completions", Headers(raw=pairs + list(headers)), read, ChatBody))
 
 
 def refusal(door: Door, body: Any = ASK, **how: Any) -> tuple[int, str | None]:
@@ -194,6 +195,19 @@ def test_a_config_that_lets_anybody_below_a_floor_does_not_load(given_config, se
     assert "\n" not in str(caught.value)
 
 
+def test_with_a_floor_the_served_vectors_are_named(given_config):
+    with pytest.raises(InputError, match=r"'floors' without 'vectors'.*name the served vectors"):
+        parse_config(given_config | FLOOR | {"vectors": None}, ServingConfig, source="serve.yaml")
+
+
+@pytest.mark.parametrize("name", ["harmless ", "harm\u200bless", "ｈarmless", "harmless\n", "hаrmless", "", "x" * 65])
+@pytest.mark.parametrize("setting", ["vectors", "ranges", "floors"])
+def test_a_preference_has_one_spelling_in_every_setting(given_config, setting, name):
+    value = {"vectors": "harmless@1", "ranges": {"min": 0}, "floors": 0}[setting]
+    with pytest.raises(InputError, match=setting):
+        parse_config(given_config | {setting: {name: value}}, ServingConfig, source="serve.yaml")
+
+
 LOW = {"harmless": {"min": -1, "max": 1}}
 
 
@@ -223,6 +237,39 @@ def test_below_the_floor_without_a_trace_is_refused(make, tmp_path):
     assert refusal(door, ASK | {"preferences": {"harmless": -0.5}}, key=secret) == (503, "unavailable")
     assert enter(door, key=secret), "what needs no trace goes on"
     assert refusal(door, ASK | {"preferences": {"harmless": -2}}) == (400, "preference_out_of_range")
+
+
+@pytest.mark.parametrize("how", ["moved", "deleted", "emptied"])
+def test_the_trace_below_the_floor_is_there_whatever_happened_to_its_file(make, tmp_path, how):
+    keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
+    _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
+    door, trace = make(**FLOOR, keys=keys, audit={"file": audit}), tmp_path / "audit.below-floor.jsonl"
+    below = ASK | {"preferences": {"harmless": -0.5}}
+    enter(door, below, key=secret)
+    if how == "moved":
+        trace.rename(tmp_path / "elsewhere")
+    elif how == "deleted":
+        trace.unlink()
+        audit.unlink()
+    else:
+        trace.write_text("")
+    enter(door, below, key=secret)
+    (line,) = lines(trace)
+    assert (line["below_floor"], line["asked"]["preferences"]) == (True, {"harmless": -0.5})
+    assert lines(audit)[-1]["below_floor"]
+    assert trace.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_flood_of_refusals_does_not_push_out_the_trace_below_the_floor(make, tmp_path):
+    keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
+    _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
+    door = make(**FLOOR, keys=keys, audit={"file": audit, "megabytes": 0.001, "files": 2})
+    enter(door, ASK | {"preferences": {"harmless": -0.5}}, key=secret)
+    for _ in range(40):
+        refusal(door, ASK | {"preferences": {"harmless": -0.5}})
+    assert "true" not in "".join(file.read_text() for file in tmp_path.glob("audit.jsonl*")), "it was pushed out here"
+    (line,) = lines(tmp_path / "audit.below-floor.jsonl")
+    assert line["below_floor"]
 
 
 def test_an_audit_that_cannot_be_written_refuses_to_start(make, tmp_path):
@@ -279,6 +326,53 @@ def test_a_key_has_bounds_of_its_own(make, tmp_path):
     assert enter(door, ASK | {"n": 3}).job.max_prompt_tokens == 100
 
 
+def test_as_many_requests_at_once_as_allowed(make, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    _, secret = add_key(keys, "team", requests_at_once=2)
+    door = make(keys=keys)
+    first, second = enter(door, key=secret), enter(door, key=secret)
+    assert refusal(door, key=secret) == (429, "too_many_at_once")
+    assert enter(door).caller.id == "anonymous", "others are not concerned"
+    first.end(5)
+    first.end(5)
+    assert refusal(door, ASK | {"n": 0}, key=secret)[0] == 400, "what is refused leaves its place"
+    third = enter(door, key=secret)
+    assert refusal(door, key=secret) == (429, "too_many_at_once")
+    second.end(None)
+    third.end(0)
+    assert enter(door, key=secret)
+
+
+def test_refused_work_counts_for_its_sender(make, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    _, secret = add_key(keys, "team", tokens_per_minute=1000)
+    door = make(keys=keys)
+    wrong = ASK | {"messages": [{"role": "user", "content": "x" * 3000, "wrong": 1}]}
+    assert refusal(door, wrong, key=secret)[0] == 400
+    assert enter(door, ASK | {"max_tokens": 1}, key=secret).headers["x-ratelimit-remaining-tokens"] < "300"
+    assert refusal(door, wrong, key=secret)[0] == 400
+
+    async def unread() -> bytes:
+        raise AssertionError("its sender's tokens are used up: the body need not be read")
+
+    headers = Headers({"authorization": f"Bearer {secret}"})
+    with pytest.raises(ApiError, match="1000 tokens per minute") as caught:
+        asyncio.run(door.enter("/v1/chat/completions", headers, unread, ChatBody))
+    assert caught.value.status == 429
+    assert enter(door, wrong | {"messages": ASK["messages"]}).caller.id == "anonymous"
+
+
+def test_what_a_caller_sees_is_of_one_lineup_whatever_is_rolled_out_meanwhile(make, lineup):
+    door = make()
+    caller = asyncio.run(door.look("/v1/preferences", Headers({})))
+    fewer = {"harmless": lineup.vectors["harmless"]}
+    door.lineup = replace(lineup, vectors=fewer, policy=policy_of(door._config, list(fewer)), generation=1)
+    presets = door.presets(caller)
+    assert dict(presets["cautious"][1]) == {"harmless": 0.75, "helpful": 0.25}
+    assert set(caller.lineup.vectors) == set(caller.policy.ranges) == {"harmless", "helpful"}
+    assert "cautious" not in door.presets(asyncio.run(door.look("/v1/preferences", Headers({}))))
+
+
 def test_presets_only(make, tmp_path):
     keys = tmp_path / "keys.yaml"
     _, some = add_key(keys, "some", coefficients="presets", presets=("cautious",))
@@ -316,6 +410,31 @@ def test_the_audit_tells_who_asked_for_what_and_nothing_more(make, tmp_path):
     for secret_thing in (secret, "pv-a-wrong-one", "secret plan", key.sha256):
         assert secret_thing not in text
     assert audit.stat().st_mode & 0o777 == 0o600
+
+
+HOSTILE = 'a\nb\r\n{"decision": "admitted", "below_floor": true}\u2028\x1b[2K\x1b[1A\x00\u202e'
+
+
+def test_nothing_a_caller_writes_looks_like_another_line_of_the_audit(make, tmp_path):
+    audit = tmp_path / "audit.jsonl"
+    door = make(audit={"file": audit})
+    many = {f"{HOSTILE}{number}" * 50: 1 for number in range(90)}
+    for body in (
+        ASK | {"model": HOSTILE},
+        ASK | {"preferences": {HOSTILE: 1}},
+        ASK | {"preferences": many},
+        ASK | {HOSTILE: 1},
+        ASK | {"model": f"tiny@{HOSTILE}"},
+    ):
+        refusal(door, body)
+        enter(door, headers=[(b"x-request-id", HOSTILE.encode())])
+    asyncio.run(door.look("/v1/models", Headers({})))
+    text = audit.read_text()
+    assert text.isascii()
+    assert all(character.isprintable() or character == "\n" for character in text)
+    assert len(text.splitlines()) == 10
+    assert max(map(len, text.splitlines())) <= 4096
+    assert [line["decision"] for line in lines(audit)] == ["refused", "admitted"] * 5
 
 
 def test_the_audit_is_bounded(make, tmp_path):

@@ -7,7 +7,7 @@ from ray.serve.exceptions import BackPressureError
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry import StoreError
 from prefvec_ray.serving.engine import EngineError, PromptTooLongError
-from prefvec_ray.serving.errors import ApiError, explained
+from prefvec_ray.serving.errors import ApiError, explained, one_line
 from prefvec_ray.serving.policy import PreferenceError
 
 
@@ -39,3 +39,9 @@ def test_status_code_and_words(error, status, code, message):
     assert message in told.error.message
     assert "secret" not in str(told.body())
     assert told.error.type == ("invalid_request_error" if status < 500 else "server_error")
+
+
+def test_an_errors_text_is_one_plain_line_of_the_log():
+    forged = one_line(ValueError("bad\n2026-01-01 ERROR forged\r\x1b[2K\u202e\x00 end"))
+    assert forged == "bad 2026-01-01 ERROR forged \\x1b[2K\\u202e\\x00 end"
+    assert len(one_line("x" * 10_000)) == 2000

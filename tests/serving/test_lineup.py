@@ -54,6 +54,20 @@ def test_a_preset_speaks_of_vectors_and_is_bound_by_the_policy(config):
         fewer.preset(registry.resolve_preset("cautious@1"))
 
 
+def test_a_presets_coefficients_for_one_vector_add_up(config, vector_folders, tmp_path):
+    registry = Registry.open(tmp_path / "registry")
+    registry.publish_vector(vector_folders["helpful"])
+    registry.publish_vector(vector_folders["helpful"], name="useful")
+    registry.publish_preset("both", {"helpful@1": 0.75, "useful@1": 0.125}, reason="two names of one vector")
+    registry.publish_preset("much", {"helpful@1": 0.75, "useful@1": 0.75}, reason="more than the range")
+    found = line_up(config.model_copy(update={"registry": str(tmp_path / "registry"), "vectors": {"kind": "helpful"}}))
+    both = registry.resolve_preset("both")
+    assert found.preset(both) == (("kind", 0.875),)
+    assert found.fingerprint(found.preset(both)) == both.fingerprint
+    with pytest.raises(PreferenceError, match=r"1\.5 is outside the allowed range"):
+        found.preset(registry.resolve_preset("much"))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -1,11 +1,13 @@
 """What a caller may ask for, and what an operator may write."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from prefvec_ray.config import parse_config
 from prefvec_ray.errors import InputError
 from prefvec_ray.serving.config import Range, ServingConfig
-from prefvec_ray.serving.policy import Policy, PreferenceError, policy_of
+from prefvec_ray.serving.policy import Policy, PreferenceError, no_way_around, policy_of
 
 POLICY = Policy({"helpful": Range(), "harmless": Range(min=0.2, max=1, default=0.5)})
 
@@ -57,3 +59,28 @@ def test_a_config_that_makes_no_sense_is_one_clear_line(settings, says):
     with pytest.raises(InputError, match=says) as caught:
         config(**settings)
     assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What `no_way_around` looks at."""
+
+    digest: str
+    preference: str
+
+
+@pytest.mark.parametrize(
+    "other", ["harmless+", "Harmless", "harm-less", "harm1ess", "harmIess", "h.armless", "HARMLE55"]
+)
+def test_a_look_alike_beside_a_floor_is_refused(other):
+    vectors = {"harmless": Vector("a", "harmless"), "kind": Vector("b", other)}
+    with pytest.raises(InputError, match="'kind' would be a way around the floor"):
+        no_way_around({"harmless": 0}, vectors)
+    no_way_around({}, vectors)
+
+
+@pytest.mark.parametrize("other", ["harmless ", "harm\u200bless", "ｈarmless", "hаrmless", ""])
+def test_a_vector_whose_preference_is_no_name_is_refused_beside_a_floor(other):
+    with pytest.raises(InputError, match="expected 1 to 64 ASCII letters"):
+        no_way_around({"harmless": 0}, {"harmless": Vector("a", "harmless"), "kind": Vector("b", other)})
+    no_way_around({"harmless": 0}, {"harmless": Vector("a", "harmless"), "helpful": Vector("b", "helpful")})

@@ -19,8 +19,23 @@ def test_what_is_served_cannot_be_retired_until_it_is_let_go(base_folder, vector
         registry.retire("helpful@1", "old")
     setting = (("helpful", 0.5),)
     for _ in range(3):
-        records.note(lineup.fingerprint(setting), lineup, setting)
+        records.note(lineup.fingerprint(setting), lineup, setting, "anonymous")
     records.close()
     assert registry.served(lineup.fingerprint(setting)).coefficients == {"helpful@1": 0.5}
     assert registry.holds() == {}
     registry.retire("helpful@1", "nobody serves it")
+
+
+def test_one_caller_does_not_use_up_what_is_recorded(base_folder, vector_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("prefvec_ray.serving.records.MOST_OF_A_CALLER", 3)
+    registry = Registry.open(tmp_path / "registry")
+    registry.publish_vector(vector_folders["helpful"])
+    lineup = line_up(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))
+    records = ServingRecords(registry, "abc")
+    settings = [(("helpful", number / 16),) for number in range(8)]
+    for setting in settings[:7]:
+        records.note(lineup.fingerprint(setting), lineup, setting, "key-flood")
+    records.note(lineup.fingerprint(settings[7]), lineup, settings[7], "key-other")
+    records.close()
+    kept = [setting for setting in settings if registry.served(lineup.fingerprint(setting))]
+    assert kept == [*settings[:3], settings[7]]

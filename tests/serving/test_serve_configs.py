@@ -10,10 +10,12 @@ from ray.serve.schema import ServeDeploySchema
 
 from prefvec_ray.config import parse_config
 from prefvec_ray.errors import InputError
+from prefvec_ray.serving import guard
 from prefvec_ray.serving.app import build_app
 from prefvec_ray.serving.config import ServingConfig
 
-CONFIGS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -25,9 +27,39 @@ def test_a_shipped_config_is_valid(path):
     assert config.ranges["harmless"].min >= 0, "nobody turns harmlessness below the base model's"
 
 
+def listening() -> list[tuple[str, dict]]:
+    """Every serving file of the project: its name and what is given to Serve."""
+    found = [(path.name, yaml.safe_load(path.read_text())) for path in CONFIGS]
+    for path in sorted((ROOT / "cluster").rglob("*.yaml")):
+        for document in yaml.safe_load_all(path.read_text()):
+            if isinstance(document, dict) and "serveConfigV2" in document.get("spec", {}):
+                found.append((path.name, yaml.safe_load(document["spec"]["serveConfigV2"])))
+    return found
+
+
+@pytest.mark.parametrize(("name", "content"), listening(), ids=[name for name, _ in listening()])
+def test_whatever_listens_beyond_this_machine_has_floors_and_asks_for_keys(name, content):
+    (application,) = content["applications"]
+    config = parse_config(application["args"], ServingConfig, source=name)
+    assert config.floors, "a range bounds what callers ask for, a floor what anybody gets"
+    assert config.vectors
+    if content["http_options"]["host"] not in ("127.0.0.1", "localhost", "::1"):
+        assert config.keys
+        assert not config.anonymous.allowed
+        assert config.audit
+
+
+def test_the_file_for_kubernetes_is_among_them_and_sets_the_proxys_middleware():
+    assert "rayservice.yaml" in [name for name, _ in listening()]
+    text = (ROOT / "cluster" / "kuberay" / "rayservice.yaml").read_text()
+    assert guard.SETTING in text
+    assert guard.PATH in text
+
+
 def test_its_args_build_an_application(base_folder, registry_root):
     (application,) = yaml.safe_load(CONFIGS[0].read_text())["applications"]
-    args = application["args"] | {"base": str(base_folder), "registry": registry_root, "vectors": None}
+    args = application["args"] | {"base": str(base_folder), "registry": registry_root}
+    args["vectors"] = {"helpful": "helpful@1", "harmless": "harmless@1"}
     assert isinstance(build_app(args), serve.Application)
 
 

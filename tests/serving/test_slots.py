@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,58 @@ def test_joining_in_the_middle_of_others_changes_nobodys_answer(make_engine, mer
         pass
     for request, pieces in zip(requests, outputs, strict=True):
         assert tokens(pieces) == merged_alone(request.prompt, dict(request.coefficients), 24)
+
+
+def test_long_prompts_are_computed_in_chunks_and_change_nobodys_answer(make_engine, merged_alone):
+    requests = [
+        ask(random_prompt(seed, length), *SETTINGS[seed % len(SETTINGS)])
+        for seed, length in enumerate([300, 7, 65, 64, 400, 20, 129, 63, 210, 470])
+    ]
+    outputs = run(make_engine(prefill_tokens=64, max_batch=6), requests)
+    for request, output in zip(requests, outputs, strict=True):
+        assert tokens(output) == merged_alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+
+
+def test_running_answers_go_on_between_the_chunks_of_a_long_prompt(make_engine):
+    engine = make_engine(prefill_tokens=16)
+    running: list[Any] = []
+    late: list[Any] = []
+    engine.submit(ask(random_prompt(1, 8), max_new_tokens=200, temperature=2.0), running.append)
+    engine.step()
+    engine.submit(ask(random_prompt(2, 160)), late.append)
+    heard = []
+    while not late:
+        assert engine.step()
+        heard.append(len(tokens(running)))
+    assert heard[-1] > 4, "one chunk, one token, not the whole prompt at once"
+    assert all(after - before <= 2 for before, after in pairwise(heard))
+
+
+def test_a_long_prompt_can_be_cancelled_halfway(make_engine, merged_alone):
+    engine = make_engine(prefill_tokens=16)
+    gone, kept = [], []
+    ticket = engine.submit(ask(random_prompt(1, 300)), gone.append)
+    request = ask(random_prompt(2, 200), 0.5)
+    engine.submit(request, kept.append)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(ticket)
+    while engine.step():
+        pass
+    assert gone == []
+    assert tokens(kept) == merged_alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+    assert (engine.status().running, engine.status().cancelled) == (0, 1)
+
+
+def test_the_mask_of_a_long_prompt_does_not_grow_with_its_square(make_engine, monkeypatch):
+    engine = make_engine(prefill_tokens=16)
+    masks = []
+    forward = engine._forward
+    monkeypatch.setattr(engine, "_forward", lambda *args: masks.append(args[3].numel()) or forward(*args))
+    for length in (60, 120, 240, 480):
+        masks.clear()
+        run(engine, [ask(random_prompt(1, length), max_new_tokens=1)])
+        assert max(masks) <= max(4 * 16**2, length), length
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):

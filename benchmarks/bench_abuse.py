@@ -1,0 +1,158 @@
+"""What one hostile caller at full rate does to everybody else: others' time to the first token, quiet and under attack.
+
+    python benchmarks/bench_abuse.py                     # about five minutes
+    python benchmarks/bench_abuse.py --seconds 10
+
+One endpoint on a small model. Two well-behaved callers with keys stream short answers without a pause, first alone,
+then beside a hostile caller with a key of its own who keeps eight requests of one kind under way. The hostile key may
+have 4 requests at once, as any operator would set; nothing else singles it out. The last line of stdout is one JSON
+object: for each kind the others' p50 and p99 first-token time in milliseconds, and their ratios to the quiet ones of
+the same run (quiet is measured before and after, and the larger p99 of the two is taken, since machines are shared).
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import httpx
+import ray
+from serve_world import make_world
+
+from prefvec_ray.serving import ServingConfig, guard, start, stop
+from prefvec_ray.serving.keys import add_key
+
+CHAT, TEXT = "/chat/completions", "/completions"
+JSON = {"content-type": "application/json"}
+HOSTILE_AT_ONCE = 8
+
+
+def storm(head: str, item: str, tail: str, size: int = 1_000_000) -> bytes:
+    """A body of `size` bytes that is one item again and again."""
+    return (head + ",".join([item] * ((size - len(head) - len(tail)) // (len(item) + 1))) + tail).encode()
+
+
+def prompt(text: Any, **more: Any) -> bytes:
+    return json.dumps({"model": "abuse", "prompt": text, "max_tokens": 1} | more).encode()
+
+
+ATTACKS: dict[str, tuple[str, bytes]] = {
+    "errors in a prompt": (TEXT, storm('{"model":"abuse","prompt":[', "{}", "]}")),
+    "errors in a list of ids": (TEXT, storm('{"model":"abuse","prompt":[[', "{}", "]]}")),
+    "ids beyond the context": (TEXT, prompt([1] * 300_000)),
+    "a text without spaces": (TEXT, prompt("ab" * 475_000)),
+    "a text of words": (TEXT, prompt("w7 " * 316_000)),
+    "sixteen texts": (TEXT, prompt(["w7 " * 19_000] * 16)),
+    "long prompts that fit": (TEXT, prompt([5] * 200, max_tokens=32)),
+}
+
+
+async def well_behaved(url: str, key: str, until: asyncio.Event, waits: list[float], failed: Counter[str]) -> None:
+    """Streams short answers; notes the time to each first piece, in milliseconds."""
+    headers = JSON | {"authorization": f"Bearer {key}"}
+    body = prompt([3, 4, 5], max_tokens=4, stream=True, preferences={"helpful": 0.5})
+    async with httpx.AsyncClient(timeout=120) as client:
+        while not until.is_set():
+            began = time.perf_counter()
+            async with client.stream("POST", url + TEXT, content=body, headers=headers) as answer:
+                if answer.status_code != 200:
+                    failed[str(answer.status_code)] += 1
+                    await answer.aread()
+                    continue
+                first = None
+                async for line in answer.aiter_lines():
+                    if first is None and line.startswith("data: {"):
+                        first = 1000 * (time.perf_counter() - began)
+                if first is not None:
+                    waits.append(first)
+
+
+async def hostile(url: str, key: str, attack: tuple[str, bytes], until: asyncio.Event, seen: Counter[str]) -> None:
+    path, body = attack
+    headers = JSON | {"authorization": f"Bearer {key}"}
+    async with httpx.AsyncClient(timeout=120) as client:
+        while not until.is_set():
+            answer = await client.post(url + path, content=body, headers=headers)
+            seen[str(answer.status_code)] += 1
+
+
+async def phase(url: str, keys: list[str], seconds: float, attack: tuple[str, bytes] | None = None) -> dict[str, Any]:
+    """Others' first-token times while the attack goes on, or without any."""
+    until, waits = asyncio.Event(), []
+    failed: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    tasks = [asyncio.create_task(well_behaved(url, key, until, waits, failed)) for key in keys[1:]]
+    if attack:
+        tasks += [asyncio.create_task(hostile(url, keys[0], attack, until, seen)) for _ in range(HOSTILE_AT_ONCE)]
+    await asyncio.sleep(seconds)
+    until.set()
+    await asyncio.gather(*tasks)
+    waits.sort()
+    return {
+        "answers": len(waits),
+        "p50_ms": round(waits[len(waits) // 2], 1) if waits else None,
+        "p99_ms": round(waits[min(len(waits) - 1, int(len(waits) * 0.99))], 1) if waits else None,
+        "failed": dict(failed),
+        "hostile": dict(seen),
+    }
+
+
+def measure(seconds: float) -> dict[str, Any]:
+    """All kinds, one after the other, on one endpoint."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        base, registry = make_world(Path(folder))
+        keys = Path(folder) / "keys.yaml"
+        secrets = [add_key(keys, "hostile", requests_at_once=4)[1]]
+        secrets += [add_key(keys, f"team-{number}")[1] for number in range(2)]
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        config = ServingConfig.model_validate(
+            {
+                "model": "abuse",
+                "base": base,
+                "registry": str(registry.store.folder),
+                "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
+                "keys": keys,
+                "engine": {"max_batch": 8, "max_new_tokens": 32},
+                "replicas": {"cpus": 0.5},
+            }
+        )
+        url = start(config, port=port)
+        asyncio.run(phase(url, secrets, min(3.0, seconds)))  # warm
+        before = asyncio.run(phase(url, secrets, seconds))
+        found = {name: asyncio.run(phase(url, secrets, seconds, attack)) for name, attack in ATTACKS.items()}
+        after = asyncio.run(phase(url, secrets, seconds))
+        stop()
+    quiet = max(before["p99_ms"], after["p99_ms"])
+    for each in found.values():
+        each["p99_ratio"] = round(each["p99_ms"] / quiet, 2) if each["p99_ms"] else None
+    load = os.getloadavg()[0]
+    return {"seconds": seconds, "load_average": round(load, 1), "quiet": [before, after], "under": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=25, help="of each kind")
+    asked = parser.parse_args()
+    os.environ[guard.SETTING] = guard.PATH
+    ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
+    found = measure(asked.seconds)
+    ray.shutdown()
+    print(json.dumps(found))
+    held = all(each["p99_ratio"] is not None and each["p99_ratio"] <= 2 for each in found["under"].values())
+    sys.exit(0 if held else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Tokenizing prompts off the event loop: callers in turn, short prompts never behind long ones, and text that cannot
+fit refused by its bytes alone."""
+
+import json
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from prefvec_ray.serving.engine import PromptTooLongError
+from prefvec_ray.serving.job import Prompt
+from prefvec_ray.serving.turns import Turns
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+SHORT_BYTES = 16_000
+"""text up to this is tokenized in a thread of its own, a matter of milliseconds"""
+NFC_SHRINKS = 4
+"""NFC takes at most so many bytes into one (three Hangul letters of 9 bytes become a syllable of 3)"""
+LOSSLESS_NORMALIZERS = {"Prepend", "Replace", "NFC"}
+LOSSLESS_SPLITS = {"ByteLevel", "Split", "Metaspace", "Digits", "UnicodeScripts"}
+
+
+class Tokenization:
+    """One tokenizer, for one thread: a call may change it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int | None):
+        self.tokenizer = tokenizer
+        self._longest = longest
+
+    def encode(self, text: str, most: int, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The text's tokens. Raises PromptTooLongError, without looking at them, where they cannot be `most` or
+        fewer: not even if each were the vocabulary's longest."""
+        if self._longest is not None:
+            size = len(text.encode(errors="replace"))
+            if size > most * self._longest:
+                hold = f"{most} tokens of this model hold at most {most * self._longest}"
+                raise PromptTooLongError(f"prompt of {size} bytes; {hold}; shorten it")
+        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+class Encoder:
+    """Runs the tokenizing of jobs, each caller's one after the other. `load` gives another, equal tokenizer, for long
+    prompts: it is called at the first of those."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, load: Callable[[], PreTrainedTokenizerBase]):
+        self._load = load
+        self._longest = longest_token(tokenizer)
+        self._short, self._short_turns = Tokenization(tokenizer, self._longest), Turns("encoding")
+        self._long: Tokenization | None = None
+        self._long_turns = Turns("encoding-long")
+
+    async def run(
+        self,
+        caller: str,
+        prompts: tuple[Prompt, ...],
+        work: Callable[Concatenate[Tokenization, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """`work(tokenization, ...)` in the thread for prompts of this size."""
+        if sum(_size(prompt) for prompt in prompts) <= SHORT_BYTES:
+            return await self._short_turns.run(caller, work, self._short, *args, **kwargs)
+
+        def long() -> T:
+            if self._long is None:
+                self._long = Tokenization(self._load(), self._longest)
+            return work(self._long, *args, **kwargs)
+
+        return await self._long_turns.run(caller, long)
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The most bytes of text that one token can stand for; None where there is no such bound, because the tokenizer may
+    drop text, or take any run of unknown characters for one token."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation is not None:
+        return None
+    shrinks = 1
+    for part in _parts(backend.normalizer, "normalizers"):
+        if part["type"] not in LOSSLESS_NORMALIZERS:
+            return None
+        if part["type"] == "Replace" and part != part | {"pattern": {"String": " "}, "content": "▁"}:
+            return None
+        shrinks = NFC_SHRINKS if part["type"] == "NFC" else shrinks
+    splits = _parts(backend.pre_tokenizer, "pretokenizers")
+    if any(part["type"] not in LOSSLESS_SPLITS or part.get("behavior") == "Removed" for part in splits):
+        return None
+    by_bytes = any(part["type"] == "ByteLevel" for part in splits)
+    model = backend.model
+    if type(model).__name__ != "BPE" or not (by_bytes or model.byte_fallback):
+        return None
+    added = backend.get_added_tokens_decoder().values()
+    if any(token.lstrip or token.rstrip for token in added):
+        return None
+    known = set(bytes_to_unicode().values()) if by_bytes else set()
+    sizes = [len(name) if known.issuperset(name) else len(name.encode()) for name in backend.get_vocab()]
+    return shrinks * max(sizes, default=1)
+
+
+def _parts(component: Any, inner: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the plain steps that it is made of."""
+    if component is None:
+        return []
+    found = json.loads(component.__getstate__())
+    if found["type"] != "Sequence":
+        return [found]
+    return list(found[inner])
+
+
+def _size(prompt: Prompt) -> int:
+    """Bytes of the prompt's text, about: characters, of which some are longer. Ids need no work."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(part["content"]) for part in prompt if not isinstance(part, int)) if _is_chat(prompt) else 0
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return bool(prompt) and not isinstance(prompt[0], int)

@@ -1,0 +1,69 @@
+"""Prompts to tokens: refused by their bytes only where they could not fit, in threads, callers in turn."""
+
+import asyncio
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from prefvec_ray.serving.encoding import SHORT_BYTES, Encoder, Tokenization, longest_token
+from prefvec_ray.serving.engine import PromptTooLongError
+
+
+def with_normalizer(tokenizer, normalizer):
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizer
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.booleans())
+def test_no_text_that_would_fit_is_refused_by_its_bytes(tokenizer, text, composed):
+    some = with_normalizer(tokenizer, normalizers.NFC()) if composed else tokenizer
+    tokens = some(text)["input_ids"]
+    assert Tokenization(some, longest_token(some)).encode(text, len(tokens)) == tuple(tokens)
+
+
+def test_text_that_cannot_fit_is_not_looked_at(tokenizer):
+    longest = longest_token(tokenizer)
+    assert longest == max(len(name) for name in tokenizer.get_vocab())
+
+    class Untouched:
+        def __call__(self, *_, **__):
+            raise AssertionError("it need not be tokenized")
+
+    with pytest.raises(PromptTooLongError, match=f"prompt of {100 * longest + 1} bytes; 100 tokens .* shorten it"):
+        Tokenization(Untouched(), longest).encode("x" * (100 * longest + 1), 100)
+
+
+def test_where_a_token_may_stand_for_any_text_its_bytes_say_nothing(tokenizer):
+    words = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert longest_token(PreTrainedTokenizerFast(tokenizer_object=words)) is None
+    for lossy in (normalizers.NFKC(), normalizers.Strip(), normalizers.Replace("  ", " "), normalizers.Lowercase()):
+        assert longest_token(with_normalizer(tokenizer, lossy)) is None
+    greedy = with_normalizer(tokenizer, None)
+    greedy.add_tokens(AddedToken("<mask>", lstrip=True))
+    assert longest_token(greedy) is None
+
+
+def test_a_short_prompt_does_not_wait_for_long_ones(tokenizer):
+    go = threading.Event()
+
+    async def all_of_it() -> None:
+        encoder = Encoder(tokenizer, lambda: tokenizer)
+        long = ("x" * (SHORT_BYTES + 1),)
+        waiting = [asyncio.create_task(encoder.run(f"key-{i}", long, lambda _: go.wait())) for i in range(3)]
+        await asyncio.sleep(0)
+        try:
+            tokens = await encoder.run("other", ("the fox",), lambda found: found.encode("the fox", 100))
+            assert tokens == tuple(tokenizer("the fox")["input_ids"])
+            assert not any(task.done() for task in waiting)
+        finally:
+            go.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(all_of_it())
