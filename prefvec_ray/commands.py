@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 def train(config: "TrainingConfig", console: Console) -> None:
     """Train, publish, and show how the held-out pairs separate."""
     from prefvec_ray.registry import start_registry
+    from prefvec_ray.scheduling import check_room
     from prefvec_ray.training import publish_vectors, train_vectors
     from prefvec_ray.training.dpo import RunSpec
     from prefvec_ray.training.train import prepare_data
 
     config.check()
+    connect(console)
+    if not (config.folder / "training.json").is_file():  # of a finished job nothing may be left to run
+        check_room("a run", config.resources.bundles)
     prepared = prepare_data(config)
     for name, data in prepared.items():
         notes = "".join(f"; {note}" for note in data["notes"])
@@ -39,7 +43,6 @@ def train(config: "TrainingConfig", console: Console) -> None:
         )
         for warning in data["warnings"]:
             console.print(f"[yellow]warning[/]: {escape(warning)}", soft_wrap=True)
-    connect(console)
     start_registry(config.store)  # a registry that another process writes to is found here, before anything is trained
     summary = train_vectors(config, prepared)
     for name, parts in summary["left_out"].items():

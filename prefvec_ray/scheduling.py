@@ -67,10 +67,15 @@ def fits_now(bundles: Sequence[Bundle]) -> bool:
 
 
 class Waiting:
-    """Reports what work waits for: after ten seconds, then every minute. `poll` it from the loop that waits."""
+    """Reports what work waits for: after ten seconds, then every minute. `poll` it from the loop that waits.
 
-    def __init__(self, console: Console, what: str, bundles: Sequence[Bundle]) -> None:
-        self.console, self.what, self.bundles = console, what, list(bundles)
+    Args:
+        starts: also report that room was found and a process is starting. Without it only a lack of room is reported,
+            for work that does not say when it has begun.
+    """
+
+    def __init__(self, console: Console, what: str, bundles: Sequence[Bundle], *, starts: bool = True) -> None:
+        self.console, self.what, self.bundles, self.starts = console, what, list(bundles), starts
         self.began = time.monotonic()
         self.next = self.began + FIRST_REPORT
 
@@ -80,6 +85,9 @@ class Waiting:
         if started:
             self.began, self.next = now, now + FIRST_REPORT
         elif now >= self.next:
+            if not self.starts and not self._starving():
+                self.began, self.next = now, now + FIRST_REPORT
+                return
             self.next = now + NEXT_REPORTS
             self.console.print(f"   [dim]{escape(self.line())}[/dim]", soft_wrap=True)
 

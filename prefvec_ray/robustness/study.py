@@ -243,11 +243,14 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
         JobError: another process is at it.
     """
     import ray
+    from rich.console import Console
 
-    needs = dict(study.config.resources)
-    task: Any = ray.remote(run_cell).options(
-        num_cpus=needs.pop("cpu", 1), num_gpus=needs.pop("gpu", 0), resources=needs, max_retries=2
-    )
+    from prefvec_ray.scheduling import Waiting, actor_options, bundle_of, check_room
+
+    bundle = bundle_of({"cpu": 1, **study.config.resources})
+    check_room("a run of the study", [bundle])
+    wait = Waiting(Console(highlight=False), "a run of the study", [bundle], starts=False)
+    task: Any = ray.remote(run_cell).options(**actor_options(bundle), max_retries=2)
     waiting, failed = study.missing[::-1], dict[str, str]()
     under_way: dict[Any, str] = {}
     total, config = len(study.config.runs()), ray.put(study.config)
@@ -256,7 +259,10 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
             while waiting and len(under_way) < workers:
                 cell, seed = waiting.pop()
                 under_way[task.remote(config, cell, seed)] = f"{cell.name}, seed {seed}"
-            ready, _ = ray.wait(list(under_way), num_returns=1)
+            ready, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0)
+            wait.poll(started=bool(ready))
+            if not ready:
+                continue
             name = under_way.pop(ready[0])
             try:
                 run: Run = ray.get(ready[0])

@@ -426,7 +426,7 @@ def application(config: ServingConfig, deployment: str) -> serve.Application:
         logging_config=_logs(config),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},  # with one replica an endpoint fits on one CPU
     )
     return front.bind(config, lineup, replicas)
 

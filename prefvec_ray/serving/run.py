@@ -20,6 +20,7 @@ from rich.console import Console
 from prefvec_ray.cluster import connect
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.registry.locate import THROUGH_RAY, join_ray
+from prefvec_ray.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.serving.config import Name, ServingConfig
 
 if TYPE_CHECKING:
@@ -62,8 +63,9 @@ def start(
     """
     new = _Endpoint(config, name, host, port)
     new.check()
-    connect(console or Console(quiet=True))
-    return _deploy(new, replace)
+    console = console or Console(quiet=True)
+    connect(console)
+    return _deploy(new, replace, console)
 
 
 def roll_out(config: ServingConfig, *, name: str = APP) -> "Lineup":
@@ -134,9 +136,10 @@ def serve_forever(
     """
     new = _Endpoint(config, name, host, port)
     new.check()
-    connect(console or Console(quiet=True))
+    console = console or Console(quiet=True)
+    connect(console)
     with _terminable():
-        url = _deploy(new, replace)
+        url = _deploy(new, replace, console)
         try:
             print(f"serving {config.model} as {name!r} at {url} (Ctrl-C stops it)", flush=True)
             _wait_while_ours(name)
@@ -156,6 +159,12 @@ class _Endpoint:
     port: int
     deployment: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     app: Any = None
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What the replicas that it begins with need."""
+        wanted = self.config.replicas
+        return [bundle_of({"cpu": wanted.cpus, "gpu": wanted.gpus})] * max(1, wanted.min)
 
     @property
     def url(self) -> str:
@@ -181,7 +190,7 @@ class _Endpoint:
         self.app = self.app or application(self.config, self.deployment)
 
 
-def _deploy(new: _Endpoint, replace: bool) -> str:
+def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
     """`start` on the cluster that this process is in."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
@@ -194,6 +203,7 @@ def _deploy(new: _Endpoint, replace: bool) -> str:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what Serve reports of starting, this function returns
     found = inspect_serve()
     route = choose_route(found, new.config, new.name, Address(new.host, new.port), replace)
+    check_room(f"endpoint {new.name!r}", new.bundles)
     _deployed[new.name] = new.deployment
     try:
         if found is None:
@@ -204,7 +214,7 @@ def _deploy(new: _Endpoint, replace: bool) -> str:
         _deployed.pop(new.name)  # Serve shows the new deployment a moment late: what has the name now is to be deleted
         # The wait for replicas is `_await_running`, which can say what it waits for.
         serve.run_many([serve.RunTarget(new.app, new.name, route)], wait_for_applications_running=False)
-        _await_running(new.name)
+        _await_running(new, console)
         _deployed[new.name] = new.deployment
         if route == "/":
             close_ingress(new.name)
@@ -218,15 +228,18 @@ def _deploy(new: _Endpoint, replace: bool) -> str:
     return new.url
 
 
-def _await_running(name: str) -> None:
+def _await_running(new: "_Endpoint", console: Console) -> None:
     """Until every deployment of the application has the replicas that it wants. JobError where one fails."""
     from prefvec_ray.serving.instance import app_status, inspect_serve
 
+    name = new.name
+    wait = Waiting(console, f"endpoint {name!r}", new.bundles)
     while (status := app_status(name)) != "RUNNING":
         if status in ("DEPLOY_FAILED", "NOT_STARTED", "DELETING", "UNHEALTHY"):
             found = inspect_serve()
             app = found.apps.get(name) if found else None
             raise JobError(f"the endpoint {name!r} did not start: {_why(app)}")
+        wait.poll()
         time.sleep(POLL_SECONDS)
 
 
