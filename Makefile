@@ -11,7 +11,7 @@ export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: env env-vllm demo test test-vllm lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,15 @@ test: env ## Lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --durations=25 -n 3 --dist loadfile --no-loadscope-reorder
+
+test-quick: env ## Tests without a cluster or a browser
+	$(BIN)/python -m pytest -q --quick -n 2 --dist loadfile
+
+# Each stops after its seconds, with exit code 1 where an input gave a traceback, a status 500, or a hang.
+fuzz: env ## Mutated bundles, records, vectors, data files, configs and requests; seeded
+	$(BIN)/python tests/fuzz/registry.py --inputs 10000 --seconds 600
+	$(BIN)/python -W ignore -m tests.fuzz.readers --inputs 10000 --seconds 600
+	$(BIN)/python -m tests.fuzz.api --inputs 3000 --seconds 300
 
 lint: env ## ruff and mypy only
 	$(BIN)/ruff check .

@@ -46,9 +46,26 @@ def group(path: Path) -> str:
     return str(path)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="no cluster, no browser, nothing that is marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
     groups = {path: group(path) for path in {item.path for item in items}}
+    if config.getoption("--quick"):
+        far = {
+            path
+            for path in groups
+            if any(word in path.read_text() for word in ("new_cluster", "playwright", "ray.init"))
+        }
+        kept = [
+            item
+            for item in items
+            if groups[item.path] not in DEAREST_FIRST and item.path not in far and not item.get_closest_marker("slow")
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     items.sort(key=lambda item: (*DEAREST_FIRST, groups[item.path]).index(groups[item.path]))
 
 

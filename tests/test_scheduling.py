@@ -59,9 +59,9 @@ def test_a_wait_names_what_is_missing_and_who_holds_it(ray_cluster):
         def here(self) -> None:
             pass
 
-    cpus = int(ray.cluster_resources()["CPU"])
-    holder = Holder.options(num_cpus=cpus).remote()
-    ray.get(holder.here.remote())
+    free = ray.available_resources().get("CPU", 0.0)  # the cluster is shared with other tests
+    holder = Holder.options(num_cpus=free).remote()
+    ray.get(holder.here.remote(), timeout=120)
     waits = Holder.options(num_cpus=1).remote()
     shown = io.StringIO()
     wait = scheduling.Waiting(Console(file=shown, width=400), "measuring", [{"CPU": 1}])
@@ -79,7 +79,7 @@ def test_a_wait_names_what_is_missing_and_who_holds_it(ray_cluster):
         ray.kill(waits)
     assert "measuring waits for 1 CPU: the cluster has" in shown.getvalue()
     assert "free 0 CPUs" in shown.getvalue()
-    assert f"{cpus} CPUs by this job" in shown.getvalue()
+    assert "by this job" in shown.getvalue()
     assert "Holder" in shown.getvalue()
 
 
