@@ -93,13 +93,6 @@ def _address() -> str | None:
     return None
 
 
-def running_cluster() -> str | None:
-    """`host:port` of a cluster that has a node on this machine, whoever started it; None without one."""
-    from ray._private.services import find_gcs_addresses
-
-    return os.environ.get("RAY_ADDRESS") or next(iter(sorted(find_gcs_addresses())), None)
-
-
 def _join(address: str) -> Any:
     import ray
     from ray._private.services import find_node_ids
