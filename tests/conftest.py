@@ -6,6 +6,7 @@ Tests that share what is dear stay together: those of one Ray cluster, those aro
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,15 +55,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Begin with what takes longest."""
     groups = {path: group(path) for path in {item.path for item in items}}
     if config.getoption("--quick"):
-        far = {
-            path
-            for path in groups
-            if any(word in path.read_text() for word in ("new_cluster", "playwright", "ray.init"))
-        }
+        far = {path for path in groups if "ray.init" in path.read_text()}
         kept = [
             item
             for item in items
-            if groups[item.path] not in DEAREST_FIRST and item.path not in far and not item.get_closest_marker("slow")
+            if groups[item.path] not in DEAREST_FIRST
+            and item.path not in far
+            and not {"new_cluster", "browser"} & set(item.fixturenames)  # type: ignore[attr-defined]
+            and not item.get_closest_marker("slow")
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
@@ -161,6 +161,26 @@ def blind_node() -> Callable[[Any, Path], AbstractContextManager[None]]:
             raylet.wait()
 
     return started
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium. Where none is installed its tests are skipped; in CI (`CI` is set) they fail."""
+    found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
+    path = next(filter(None, found), None)
+    if path is None:
+        words = "no Chromium is installed: apt-get install chromium"
+        pytest.fail(words) if os.environ.get("CI") else pytest.skip(words)
+    from playwright.sync_api import sync_playwright
+
+    # Without these, Chromium asks Google's hosts at every start.
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path, args=[*quiet, "--no-sandbox", "--disable-gpu", "--disable-quic"]
+        )
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

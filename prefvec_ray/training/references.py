@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +92,35 @@ def compute_references(
 
 
 def _reference_worker(config: dict[str, Any]) -> None:
-    """Score every set that is missing; each appears complete or not at all."""
+    """Body of a Ray Train worker."""
+    sources = [task["source"] for task in config["tasks"] if "samples" not in task]
+    check_visible(config["base"], *sources)
+    worker_setup()
+    board = config["board"]
+    board.begin.remote("reference")
+
+    def report(done: int, total: int) -> None:
+        board.update.remote("reference", {"step": done, "total": total})
+
+    write_references(config["base"], config["dpo"], config["method"], config["tasks"], report)
+
+
+def write_references(
+    base: str,
+    dpo: dict[str, Any],
+    method: dict[str, Any],
+    tasks: list[dict[str, Any]],
+    report: Callable[[int, int], None],
+) -> None:
+    """Score every set that is missing; each appears complete or not at all. `report(done, total)` after each, on rank 0."""
     import torch.distributed as dist
 
     from prefvec_ray.training.answers import base_answers
     from prefvec_ray.training.dpo import dpo_config, reference_logps
 
-    sources = [task["source"] for task in config["tasks"] if "samples" not in task]
-    check_visible(config["base"], *sources)
-    worker_setup()
-    method = Method.model_validate(config["method"])
+    checked = Method.model_validate(method)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank == 0:
-        config["board"].begin.remote("reference")
-    for number, task in enumerate(config["tasks"], 1):
+    for number, task in enumerate(tasks, 1):
         started = time.perf_counter()
         target = Path(task["target"])
         if target.is_dir():  # an earlier attempt got as far as this
@@ -115,17 +131,15 @@ def _reference_worker(config: dict[str, Any]) -> None:
             if "samples" in task:
                 source = str(target.with_name(f".{target.name}.unscored"))
                 if rank == 0:
-                    limit = dpo_config(config["dpo"], work_dir).max_length
+                    limit = dpo_config(dpo, work_dir).max_length
                     test = load_from_disk(task["source"])
-                    drawn = base_answers(
-                        config["base"], test, samples=task["samples"], tokens=task["tokens"], max_length=limit
-                    )
+                    drawn = base_answers(base, test, samples=task["samples"], tokens=task["tokens"], max_length=limit)
                     shutil.rmtree(source, ignore_errors=True)
                     drawn.save_to_disk(source, num_shards=1)  # also where it is empty: no shard could not be read
                 if dist.is_initialized():
                     dist.barrier()
             pairs = load_from_disk(source)
-            scored = reference_logps(config["base"], pairs, config["dpo"], work_dir, method) if len(pairs) else pairs
+            scored = reference_logps(base, pairs, dpo, work_dir, checked) if len(pairs) else pairs
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 scored.save_to_disk(partial, num_shards=None if len(scored) else 1)
@@ -133,7 +147,7 @@ def _reference_worker(config: dict[str, Any]) -> None:
                 with (target.parent / "passes.jsonl").open("a") as file:
                     file.write(json.dumps({**done, "seconds": round(time.perf_counter() - started, 2)}) + "\n")
                 partial.rename(target)
-                config["board"].update.remote("reference", {"step": number, "total": len(config["tasks"])})
+                report(number, len(tasks))
             if dist.is_initialized():
                 dist.barrier()
             if "samples" in task and rank == 0:

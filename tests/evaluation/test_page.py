@@ -1,7 +1,6 @@
-"""The interactive page in a real browser, with answers that try to be code. Skipped where there is no chromium."""
+"""The interactive page in a real browser, with answers that try to be code."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,6 @@ from prefvec_ray.evaluation.report import write_report
 from prefvec_ray.evaluation.results import Measured, Preset, ReportData, SearchSummary, SeedResults
 from prefvec_ray.evaluation.settings import grid
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=document.title='taken'>{{ 7*7 }} & \u2028"
 METRICS = {
     "help": Metric(direction="maximize", low=0, high=1, meaning=HOSTILE),
@@ -102,18 +100,6 @@ def test_six_dials_one_goal_and_a_table_alone(measured, tmp_path):
     assert view["points"][1]["coefficients"] == dict.fromkeys(names, 1.0)
     assert "harm" not in view["points"][0]["values"], "what was not measured is left out, not 0"
     assert "settings-0" in (tmp_path / "report.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ def test_a_link_to_another_file_is_not_published(tmp_path):
     (tmp_path / "secret.txt").write_text("not for others")
     (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
     registry = Registry.open(tmp_path / "registry")
-    with pytest.raises(InputError, match="link to outside the folder"):
+    with pytest.raises(InputError, match="is a link to outside its folder"):
         registry.publish_vector(folder)
     assert registry.list_vectors() == []
     (folder / "notes.txt").unlink()

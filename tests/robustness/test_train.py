@@ -97,5 +97,5 @@ def test_cifar_files_are_read_and_refused(tmp_path):
     with pytest.raises(InputError, match="has no x_test, y_test"):
         load_images(str(path), 10)
     path.write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(InputError, match=r"cifar.npz: not a .npz file"):
+    with pytest.raises(InputError, match=r"cifar.npz: not a sound .npz file"):
         load_images(str(path), 10)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation import TextPrompt, scorer
-from prefvec_ray.search import Goal, Progress, Tried, measure, search
+from prefvec_ray.search import Goal, Progress, Task, Tried, measure, search
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.result import Ended, FailedTrial
 from prefvec_ray.search.run import _definition, show_progress
@@ -93,23 +93,38 @@ def test_trials_that_raise_score_nan_die_or_hang_never_enter_the_front(task, len
 @pytest.mark.slow
 def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_path, ray_cluster):
     """What is in flight then is cancelled; opened again the result is the same; with more patience it goes on."""
-    calls = tmp_path / "calls"
 
     @scorer(**lengths.metrics)
     def constant(prompts, responses):
-        with calls.open("a") as file:
-            file.write("x")
-            number = file.tell()
-        if number == 3:  # one after the base, which one of the first two is
-            time.sleep(3600)
         return {"length": [1.0] * len(responses), "letters": [1.0] * len(responses)}
 
     task, lines = replace(task, scorer=constant, rungs=(1.0,)), []
     settings = {"trials": 40, "actors": 2, "sampler": "random"}
-    first = search(task, OBJECTIVES, tmp_path / "s", patience=2, progress=lines.append, **settings)
+    patient = search(task, OBJECTIVES, tmp_path / "patient", patience=3, **settings)
+    assert "the last 3 settings added nothing" in patient.stopped
+    assert len(patient.trials) == 6
+    in_flight = patient.trials[4].coefficients
+
+    class Hanging(Task):
+        """The setting that is in flight when the front has stood still never comes back."""
+
+        def ladder(self, rungs=None):
+            ladder = super().ladder(rungs)
+            climb = ladder.climb
+
+            def climb_or_hang(coefficients):
+                if coefficients == in_flight:
+                    time.sleep(3600)
+                return climb(coefficients)
+
+            ladder.climb = climb_or_hang
+            return ladder
+
+    hanging = Hanging(**{field.name: getattr(task, field.name) for field in fields(task)})
+    first = search(hanging, OBJECTIVES, tmp_path / "s", patience=2, progress=lines.append, **settings)
     assert "the last 2 settings added nothing" in first.stopped
-    assert calls.stat().st_size >= 5
-    assert len(first.trials) == len(lines) == 4
+    assert [trial.coefficients for trial in first.trials] == [trial.coefficients for trial in patient.trials[:4]]
+    assert len(lines) == 4
 
     again = search(task, OBJECTIVES, tmp_path / "s", patience=2, **settings)
     assert again.model_dump_json() == first.model_copy(update={"resumed": 4}).model_dump_json()

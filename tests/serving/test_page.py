@@ -14,11 +14,6 @@ import pytest
 
 from prefvec_ray.serving.page import TYPES
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 ASKED = """it's "the quick" brown \\ fox — why not?"""
 REASON = "the front's <b>knee</b>"
 FIGURES = {"helpful": {"mean": 0.6, "stderr": 0.02, "n": 64}, "harmless": {"mean": 0.8, "stderr": 0.03, "n": 64}}
@@ -37,17 +32,6 @@ def publish(endpoint: Any, reason: str = REASON, **coefficients: float) -> None:
     evidence = {"verdict": "confirmed", "search": {"objectives": ["helpful", "harmless"]}, "base": BASE}
     pinned = {f"{name}@1": eta for name, eta in coefficients.items()}
     endpoint.registry.publish_preset("cautious", pinned, metrics=FIGURES | {"evidence": evidence}, reason=reason)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ One user is this process; the other runs the command, which joins the cluster of
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,8 +184,10 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
     page = httpx.get(f"{own}/", timeout=30)
     assert 'src="playground/app.js"' in page.text
     assert httpx.get(f"{own}/playground/app.js", timeout=30).status_code == 200
-    description = httpx.get(f"{own}/docs", timeout=30).text.partition("url: '")[2].partition("'")[0]
-    assert "/v1/completions" in httpx.get(own + description, timeout=30).json()["paths"]
+    reference = httpx.get(f"{own}/docs", timeout=30).text
+    assert "/v1/completions" in reference
+    description = re.search(r'href="(openapi\.json)"', reference)[1]
+    assert "/v1/completions" in httpx.get(f"{own}/{description}", timeout=30).json()["paths"]
     assert httpx.get(f"http://127.0.0.1:{alice.port}/prefvec/bob", timeout=30).headers["location"].endswith("/bob/")
     headers = {"authorization": f"Bearer {bob.key}"}
     assert httpx.post(f"{bob.url}/completions", headers=headers, content=b"{", timeout=30).status_code == 415

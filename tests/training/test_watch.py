@@ -19,7 +19,7 @@ from prefvec_ray.training.checkpoints import checkpoint_folder
 from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.progress import ProgressTable
-from prefvec_ray.training.references import _reference_worker
+from prefvec_ray.training.references import write_references
 from prefvec_ray.training.watch import RunStoppedError, wrong_way
 from prefvec_ray.vectors import load_vector
 
@@ -122,7 +122,11 @@ def test_answers_of_the_base_are_distinct_draws_that_leave_room(scored, world_fo
 def test_a_job_whose_prompts_leave_no_room_for_answers_trains_without_kl(scored, tmp_path):
     spec, target = scored["spec"], tmp_path / "answers"
     drawing = {"target": str(target), "source": spec.train[0], "pairs": 4, "samples": 4, "tokens": 100_000}
-    _reference_worker({"base": spec.base, "dpo": spec.dpo, "method": Method().model_dump(), "tasks": [drawing]})
+    reports = []
+    write_references(
+        spec.base, spec.dpo, Method().model_dump(), [drawing], lambda done, total: reports.append((done, total))
+    )
+    assert reports == [(1, 1)]
     assert len(load_from_disk(target)) == 0
     recipe = {**spec.dpo, "max_steps": 2}
     run = run_dpo(
