@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prefvec_ray.cluster import connect, progress_bar
+from prefvec_ray.paths import check_lasting
 from prefvec_ray.redact import redacted, source_name
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def evaluate(config: "EvalConfig", console: Console) -> None:
     from prefvec_ray.evaluation.report import write_report
     from prefvec_ray.search.table import evaluate_table, plan_table
 
+    check_lasting(output=config.output)
     plan = plan_table(config)
     connect(console)
     with progress_bar(console, "settings") as tell:
@@ -178,6 +180,7 @@ def search(config: "SearchConfig", console: Console) -> None:
     from prefvec_ray.search.presets import publish_searched
     from prefvec_ray.search.run import show_progress
 
+    check_lasting(output=config.output)
     task = config.task()
     goal = Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits))
     goal.check()
@@ -323,6 +326,7 @@ def export(
     from prefvec_ray.registry import open_registry
     from prefvec_ray.vectors import export_adapter, export_model, load_vector
 
+    check_lasting(out=out)
     store = open_registry(registry)
     coefficients = store.resolve_preset(chosen).coefficients if isinstance(chosen, str) else chosen
     versions = {ref: store.resolve(ref) for ref in coefficients}

@@ -1,10 +1,14 @@
-"""Whether this machine sees a path that the others see: what every worker checks before it loads anything. No Ray."""
+"""Whether a path is seen by this machine, and whether what is written there lasts. No Ray."""
 
 import os
+import re
 import socket
 from pathlib import Path
 
-from prefvec_ray.errors import JobError
+from prefvec_ray.errors import InputError, JobError
+
+_SESSION = re.compile(r"session_(latest|\d{4}-\d\d-\d\d_.*)")
+"""a folder that Ray makes for each cluster, and deletes"""
 
 
 def check_visible(*paths: str | Path) -> None:
@@ -35,3 +39,22 @@ def this_node() -> str:
         except OSError:
             return name
         return f"{name} ({probe.getsockname()[0]})"
+
+
+def check_lasting(**paths: str | Path | None) -> None:
+    """Pass if nothing would be written into a folder that Ray deletes: a job's copy of `--working-dir` is one.
+
+    Args:
+        paths: name of the setting -> its path, relative ones included; addresses of buckets and None pass.
+
+    Raises:
+        InputError: one would; the line names the setting and the folder.
+    """
+    for name, path in paths.items():
+        if path is None or re.match(r"[a-z0-9]+:", str(path)):
+            continue
+        if any(_SESSION.fullmatch(part) for part in Path(path).absolute().parts):
+            raise InputError(
+                f"{name} {path}: it would be written to {Path(path).absolute()}, which Ray deletes with the cluster; "
+                "give an absolute path on storage that every node mounts"
+            )

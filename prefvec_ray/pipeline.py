@@ -19,6 +19,7 @@ from rich.console import Console
 from prefvec_ray.cluster import connect, progress_bar
 from prefvec_ray.config import Config
 from prefvec_ray.files import read_model
+from prefvec_ray.paths import check_lasting
 from prefvec_ray.redact import redacted
 from prefvec_ray.stages import ADVICE, Stages
 
@@ -78,6 +79,7 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     """
     from prefvec_ray.preferences import TinyWorld
 
+    check_lasting(output=folder)
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     world = TinyWorld(config.world, config.seed)

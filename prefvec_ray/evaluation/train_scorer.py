@@ -28,6 +28,7 @@ from prefvec_ray.evaluation.classifiers import SCORER_FILE, ClassifierScorer, Sc
 from prefvec_ray.evaluation.held_out import HeldOut, held_out_report
 from prefvec_ray.evaluation.scorers import Scorer, run_scorer
 from prefvec_ray.files import read_json
+from prefvec_ray.paths import check_lasting
 from prefvec_ray.preferences import data_digest, load_preferences, read_template, split_by_prompt
 from prefvec_ray.preferences.splits import text_key
 from prefvec_ray.pretrained import from_pretrained
@@ -80,6 +81,7 @@ def train_scorer(config: ScorerTrainingConfig, progress: Progress | None = None)
         InputError: anything in config, base or data that cannot be used; before training starts.
         JobError: the loss became infinite or NaN.
     """
+    check_lasting(output=config.output)
     if config.output.exists():
         raise InputError(f"output {config.output}: exists already; name a new folder, or delete it")
     tokenizer = _tokenizer(config)

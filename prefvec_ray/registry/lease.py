@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from prefvec_ray.errors import InputError
 from prefvec_ray.registry.errors import LeaseLost, NoSpace, StoreError
 from prefvec_ray.registry.records import Claim, decode, encode
@@ -190,7 +192,9 @@ class Lease:
 
     def _others_for_long(self) -> bool:
         claim = self.claim()
-        return claim is not None and claim.lasting and not claim.released and claim.owner != self.owner
+        if claim is None or not claim.lasting or claim.released or claim.owner == self.owner:
+            return False
+        return not _is_orphan(claim)
 
     def _beat(self, token: str, stop: threading.Event) -> None:
         count = 0
@@ -232,3 +236,13 @@ class Lease:
             lasting=self.lasting,
         )
         self.store.overwrite(CLAIM, encode(claim))
+
+
+def _is_orphan(claim: Claim) -> bool:
+    """Whether the claim is of an actor on this machine whose raylet has ended: it ends by itself, within seconds."""
+    if claim.host != socket.gethostname() or not claim.owner.startswith("actor "):
+        return False
+    try:
+        return all(parent.name() != "raylet" for parent in psutil.Process(claim.pid).parents())
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return False

@@ -28,6 +28,7 @@ from blake3 import blake3
 from pyarrow import ArrowException, fs
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.paths import check_lasting
 from prefvec_ray.registry.conditional import ConditionalWriter, connect
 from prefvec_ray.registry.errors import NoSpace, StoreError
 from prefvec_ray.registry.names import shown
@@ -113,6 +114,7 @@ class Store:
         if self.read(MARKER) is None:
             if not self.creates:
                 self.require()
+            check_lasting(registry=self.label)
             with contextlib.suppress(FileExistsError):
                 self.create(MARKER, encode(Marker(created=self.clock(), uid=uuid.uuid4().hex)), lambda: None)
 

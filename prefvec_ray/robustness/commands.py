@@ -10,6 +10,7 @@ from prefvec_ray.cluster import connect, progress_bar
 from prefvec_ray.config import load_config
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.evaluation.plots import STYLE
+from prefvec_ray.paths import check_lasting
 from prefvec_ray.robustness.audit import Audit, Ladder
 from prefvec_ray.robustness.intervals import Rate
 from prefvec_ray.robustness.plots import ladder_plot
@@ -42,6 +43,7 @@ def study(
     """Run what is missing of a study, then write its tables and plots."""
     from prefvec_ray.robustness.images import load_images
 
+    check_lasting(output=output, out=out)
     if config and preset:
         raise InputError(f"--preset {preset} and --config {config}: give one of the two")
     wanted = load_config(config, StudyConfig) if config else PRESETS[preset or "digits"]

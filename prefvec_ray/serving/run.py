@@ -6,11 +6,8 @@ name, and what is started, failed or stopped here touches the application of tha
 
 import contextlib
 import logging
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,15 +135,14 @@ def serve_forever(
     new.check()
     console = console or Console(quiet=True)
     connect(console)
-    with _terminable():
-        url = _deploy(new, replace, console)
-        try:
-            print(f"serving {config.model} as {name!r} at {url} (Ctrl-C stops it)", flush=True)
-            _wait_while_ours(name)
-        except (KeyboardInterrupt, SystemExit):
-            pass
-        finally:
-            stop(name)
+    url = _deploy(new, replace, console)
+    try:
+        print(f"serving {config.model} as {name!r} at {url} (Ctrl-C stops it)", flush=True)
+        _wait_while_ours(name)
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    finally:
+        stop(name)
 
 
 @dataclass
@@ -299,20 +295,3 @@ def _wait_while_ours(name: str) -> None:
             raise JobError(f"the endpoint {name!r} was deleted by somebody else")
         if app.deployment != _deployed.get(name):
             raise JobError(f"the endpoint {name!r} was deployed anew by somebody else, who stops it now")
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) in the main thread, so that what was deployed is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

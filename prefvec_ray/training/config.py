@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from prefvec_ray.config import Config
 from prefvec_ray.errors import InputError
 from prefvec_ray.names import Name
+from prefvec_ray.paths import check_lasting
 from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
 
 # Names with a meaning of their own: `mixed` is the baseline trained on all preferences' pairs at once.
@@ -227,6 +228,7 @@ class TrainingConfig(Config):
             InputError: an unknown DPO field, a base that is no model folder, a chat template that is missing, a method
                 that contradicts the recipe, the resources or what is installed.
         """
+        check_lasting(output=self.output, registry=self.registry)
         self._check_method()
         from trl import DPOConfig, SFTConfig
 

@@ -112,7 +112,7 @@ def write_references(
     tasks: list[dict[str, Any]],
     report: Callable[[int, int], None],
 ) -> None:
-    """Score every set that is missing; each appears complete or not at all. `report(done, total)` after each, on rank 0."""
+    """Score every set that is missing; each appears whole or not at all. Rank 0 calls `report(done, total)`."""
     import torch.distributed as dist
 
     from prefvec_ray.training.answers import base_answers

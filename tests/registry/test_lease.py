@@ -1,5 +1,7 @@
 """One writer per store, whatever the clocks say."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,3 +135,18 @@ def test_clocks_may_jump(root: str, open_registry: Open, make_vector: Make) -> N
     future = open_registry(root, clock=lambda: 9.0e9)
     assert future.gc(apply=True).blobs.keys() == {orphan}  # takes even a fresh orphan for an old one ...
     assert future.verify().sound  # ... but never what is published
+
+
+def test_an_actor_whose_cluster_has_ended_is_waited_for(tmp_path: Path) -> None:
+    """Its driver was killed, and with it the raylet; the actor's process ends a few seconds later."""
+    code = (
+        "import sys, time; from prefvec_ray.registry.lease import Lease; from prefvec_ray.registry.store import Store\n"
+        "Lease(Store.open(sys.argv[1]), 'actor a (1)', lasting=True).acquire(wait_s=60); print('held', flush=True)\n"
+        "time.sleep(3)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as orphan:
+        assert orphan.stdout is not None
+        assert orphan.stdout.readline() == "held\n"
+        lease(str(tmp_path / "store"), "actor a (2)").acquire(wait_s=60)
+        assert orphan.wait(timeout=60) == 0
