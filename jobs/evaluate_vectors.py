@@ -1,11 +1,11 @@
-"""Measure settings of published vectors on a Ray cluster:
+"""Measure settings of published vectors on a Ray cluster. In the folder in which `ray start` ran:
 
-ray job submit --working-dir . -- python jobs/evaluate_vectors.py --config jobs/configs/tiny_eval.yaml
+ray job submit -- .venv/bin/python jobs/evaluate_vectors.py --config jobs/configs/tiny_eval.yaml
+
+Relative paths are taken from that folder; see docs/clusters.md for jobs from another one.
 """
 
-import sys
-
-from prefvec_ray.cli import main
+from _command import run
 
 if __name__ == "__main__":
-    main(["eval", *sys.argv[1:]])
+    run("eval")

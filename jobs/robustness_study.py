@@ -1,11 +1,11 @@
-"""Study how often TRADES overestimates robustness, on a Ray cluster:
+"""Study how often TRADES overestimates robustness, on a Ray cluster. In the folder in which `ray start` ran:
 
-ray job submit --working-dir . -- python jobs/robustness_study.py --preset digits --output /shared/runs/robustness
+ray job submit -- .venv/bin/python jobs/robustness_study.py --preset quick --output runs/robustness
+
+Relative paths are taken from that folder; see docs/clusters.md for jobs from another one.
 """
 
-import sys
-
-from prefvec_ray.cli import main
+from _command import run
 
 if __name__ == "__main__":
-    main(["robustness", "study", *sys.argv[1:]])
+    run("robustness", "study")

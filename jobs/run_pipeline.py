@@ -1,11 +1,11 @@
-"""The whole mission on the embedded tiny world, as one job on a Ray cluster:
+"""The whole mission on the embedded tiny world, as one job on a Ray cluster. In the folder in which `ray start` ran:
 
-ray job submit --working-dir . -- python jobs/run_pipeline.py --world micro --output /shared/runs
+ray job submit -- .venv/bin/python jobs/run_pipeline.py --world micro
+
+Relative paths are taken from that folder; see docs/clusters.md for jobs from another one.
 """
 
-import sys
-
-from prefvec_ray.cli import main
+from _command import run
 
 if __name__ == "__main__":
-    main(["demo", *sys.argv[1:]])
+    run("demo")

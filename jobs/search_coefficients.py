@@ -1,11 +1,11 @@
-"""Search the coefficients of published vectors on a Ray cluster:
+"""Search the coefficients of published vectors on a Ray cluster. In the folder in which `ray start` ran:
 
-ray job submit --working-dir . -- python jobs/search_coefficients.py --config jobs/configs/tiny_search.yaml
+ray job submit -- .venv/bin/python jobs/search_coefficients.py --config jobs/configs/tiny_search.yaml
+
+Relative paths are taken from that folder; see docs/clusters.md for jobs from another one.
 """
 
-import sys
-
-from prefvec_ray.cli import main
+from _command import run
 
 if __name__ == "__main__":
-    main(["search", *sys.argv[1:]])
+    run("search")

@@ -1,11 +1,11 @@
-"""Train preference vectors on a Ray cluster:
+"""Train preference vectors on a Ray cluster. In the folder in which `ray start` ran:
 
-ray job submit --working-dir . -- python jobs/train_vectors.py --config jobs/configs/hh_stories260k.yaml
+ray job submit -- .venv/bin/python jobs/train_vectors.py --config jobs/configs/tiny_train.yaml
+
+Relative paths are taken from that folder; see docs/clusters.md for jobs from another one.
 """
 
-import sys
-
-from prefvec_ray.cli import main
+from _command import run
 
 if __name__ == "__main__":
-    main(["train", *sys.argv[1:]])
+    run("train")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # a machine that others fill is no reason to kill a worker
 os.environ["RAY_ADDRESS"] = "local"  # a process that a test starts never joins another cluster of this machine
 
+import psutil
 import pytest
 import torch
 from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
 
@@ -48,6 +52,7 @@ def group(path: Path) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-tables", action="store_true", help="write the documentation's tables that tests make")
     parser.addoption("--quick", action="store_true", help="no cluster, no browser, nothing that is marked slow")
 
 
@@ -222,3 +227,68 @@ def _run_demo(cwd: Path) -> dict[str, str]:
     killed = (cwd / "killed.txt").read_text()
     assert (folder / "dpo").is_dir(), killed
     return {"cwd": str(cwd), "folder": str(folder), "killed": killed, "resumed": run(), "again": run()}
+
+
+@dataclass
+class Machine:
+    """A namespace to type commands in. `pid`: of a process inside; `project`: the folder to type them in."""
+
+    pid: int
+    home: Path
+    project: Path
+
+    def command(self, script: str) -> list[str]:
+        enter = ["nsenter", "--target", str(self.pid), "--pid", "--net", "--mount"]
+        path = f"{self.project / '.venv' / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin"
+        quiet = ["HF_HUB_OFFLINE=1", "OMP_WAIT_POLICY=PASSIVE", "RAY_memory_monitor_refresh_ms=0", "COLUMNS=200"]
+        alone = ["env", "-i", f"HOME={self.home}", f"PATH={path}", *quiet]
+        return [*enter, *alone, "bash", "-ec", script]
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(script), cwd=self.project, capture_output=True, text=True, timeout=600)
+
+    def succeeds(self, script: str) -> str:
+        done = self.run(script)
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def answers(self, script: str) -> str:
+        """What the script prints once it succeeds: an endpoint that was deployed takes a while to answer."""
+        until = time.monotonic() + 180
+        while True:
+            done = self.run(script)
+            if done.returncode == 0 and "error" not in done.stdout:
+                return done.stdout
+            assert time.monotonic() < until, done.stdout + done.stderr
+            time.sleep(1)
+
+
+@pytest.fixture(scope="session")
+def machine(demo_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine that has never seen Ray: a namespace of processes, network and mounts with a home folder of its own, so
+    that `ray start`, its ports and `ray stop` touch no other cluster here. Its project holds a finished micro demo as
+    `runs/demo`, and the project's configs with the micro world for the tiny one."""
+    folder = tmp_path_factory.mktemp("machine")
+    home, project, scratch = folder / "home", folder / "project", folder / "ray"
+    for path in (home, project / "runs", scratch):
+        path.mkdir(parents=True)
+    (project / ".venv").symlink_to(sys.prefix)
+    shutil.copy(ROOT / ".gitignore", project)
+    for name in ("jobs", "serve_configs"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("demo", "demo-micro"):
+        shutil.copytree(demo_run["folder"], project / "runs" / name)
+    for path in (project / "jobs" / "configs").glob("tiny_*.yaml"):
+        text = path.read_text().replace("tiny-world:tiny:", "tiny-world:micro:").replace("trials: 24", "trials: 6")
+        path.write_text(text.replace("preferences.jsonl}", "preferences.jsonl, rows: 64}"))
+
+    new = ["unshare", "--pid", "--net", "--mount", "--uts", "--fork", "--mount-proc", "--kill-child"]
+    set_up = 'ip link set lo up && mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray && echo up && exec sleep infinity'
+    process = subprocess.Popen([*new, "bash", "-c", set_up, str(scratch)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if process.stdout.readline() != "up\n":
+        pytest.skip("namespaces are not permitted here")
+    (inside,) = psutil.Process(process.pid).children()
+    yield Machine(inside.pid, home, project)
+    process.kill()
+    process.wait()
