@@ -52,7 +52,9 @@ def group(path: Path) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-tables", action="store_true", help="write the documentation's tables that tests make")
+    parser.addoption(
+        "--full", action="store_true", help="also what is too long for every suite; writes the tables that tests make"
+    )
     parser.addoption("--quick", action="store_true", help="no cluster, no browser, nothing that is marked slow")
 
 
@@ -242,10 +244,10 @@ class Machine:
         path = f"{self.project / '.venv' / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin"
         quiet = ["HF_HUB_OFFLINE=1", "OMP_WAIT_POLICY=PASSIVE", "RAY_memory_monitor_refresh_ms=0", "COLUMNS=200"]
         alone = ["env", "-i", f"HOME={self.home}", f"PATH={path}", *quiet]
-        return [*enter, *alone, "bash", "-ec", script]
+        return [*enter, f"--wd={self.project}", *alone, "bash", "-ec", script]
 
     def run(self, script: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(script), cwd=self.project, capture_output=True, text=True, timeout=600)
+        return subprocess.run(self.command(script), capture_output=True, text=True, timeout=600)
 
     def succeeds(self, script: str) -> str:
         done = self.run(script)

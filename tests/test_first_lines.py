@@ -1,6 +1,6 @@
 """What each command says, and how it ends, where a cluster has no room for it or cannot be joined.
 
-The table of docs/clusters.md is made here: `pytest tests/test_first_lines.py --write-tables` runs every command in
+The table of docs/clusters.md is made here: `pytest tests/test_first_lines.py --full` runs every command in
 every case and writes it. Without that option one command a case runs, and must say what the table says.
 """
 
@@ -196,10 +196,10 @@ def shown(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def table(request) -> Iterator[dict[tuple[str, str], str]]:
-    """Case and command -> row. With `--write-tables` it begins empty, and is written at the end."""
+    """Case and command -> row. With `--full` it begins empty, and is written at the end."""
     before, _, rest = PAGE.read_text().partition(HEAD)
     old, _, after = rest.partition("\n\n")
-    if not request.config.getoption("--write-tables"):
+    if not request.config.getoption("--full"):
         yield {tuple(row.strip("| ").split(" | ")[:2]): row for row in old.splitlines()}  # type: ignore[misc]
         return
     rows: dict[tuple[str, str], str] = {}
@@ -209,9 +209,9 @@ def table(request) -> Iterator[dict[tuple[str, str], str]]:
 
 @pytest.mark.parametrize(("case", "command"), CELLS, ids=lambda part: getattr(part, "name", part).replace(" ", "-"))
 def test_the_line_comes_and_the_command_ends(case, command, rooms, command_of, table, request):
-    write = request.config.getoption("--write-tables")
+    write = request.config.getoption("--full")
     if not write and command != case.sample:
-        pytest.skip("run with --write-tables")
+        pytest.skip("run with --full")
     interrupt = case.interrupt or (command == "serve" and case.code == 0)
     found = outcome(rooms(case.name)(command_of(command, case)), case, interrupt)
     assert found.line, found.printed
@@ -225,5 +225,5 @@ def test_the_line_comes_and_the_command_ends(case, command, rooms, command_of, t
 
 
 def test_the_table_has_every_cell(table, request):
-    if not request.config.getoption("--write-tables"):
+    if not request.config.getoption("--full"):
         assert list(table) == [(case.name, command) for case, command in CELLS]
