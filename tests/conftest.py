@@ -254,13 +254,10 @@ class Machine:
         assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def answers(self, script: str) -> str:
-        """What the script prints once it succeeds: an endpoint that was deployed takes a while to answer."""
+    def prints(self, script: str, wanted: str) -> None:
+        """Run it until it prints `wanted`: an endpoint that was deployed takes a while to answer."""
         until = time.monotonic() + 180
-        while True:
-            done = self.run(script)
-            if done.returncode == 0 and "error" not in done.stdout:
-                return done.stdout
+        while wanted not in (done := self.run(script)).stdout:
             assert time.monotonic() < until, done.stdout + done.stderr
             time.sleep(1)
 
