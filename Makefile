@@ -10,6 +10,8 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
+# Every worker imports the project: without cached bytecode it would compile it each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: env env-vllm demo test test-quick fuzz test-vllm lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
 

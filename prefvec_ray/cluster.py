@@ -244,6 +244,7 @@ def _start(console: Console | None) -> Any:
     import ray
 
     _guard_with_own_token()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a run; this machine is all there is
     allowed, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     cpus = {"num_cpus": allowed} if allowed < all_of_them else {}
     try:
