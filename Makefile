@@ -51,7 +51,7 @@ test: env ## Lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=25 -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --durations=25 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-quick: env ## Tests without a cluster or a browser
 	$(BIN)/python -m pytest -q --quick -n 2 --dist loadfile

@@ -1,6 +1,6 @@
 """What all tests share: a Ray cluster, one finished micro demo, and an offline, quiet environment for every process.
 
-The suite mostly waits (for processes to start, mostly), so `make test` runs it in three processes of pytest-xdist.
+`make test` runs the suite in two processes of pytest-xdist: most of its time goes into starting Ray's processes.
 Tests that share what is dear stay together: those of one Ray cluster, those around the demo, else those of a file.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,18 +154,24 @@ def blind_node() -> Callable[[Any, Path], AbstractContextManager[None]]:
             pytest.skip(f"a mount namespace is not permitted here: {tried.stderr.strip()}")
         before = len(cluster.global_state.node_table())
         command = [*unshare, "bash", "-c", BLIND, sys.executable, cluster.address, str(folder)]
-        raylet = subprocess.Popen(
-            command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+
+        def start() -> "subprocess.Popen[str]":
+            pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            return subprocess.Popen(command, start_new_session=True, text=True, **pipe)
+
+        raylet = start()
         try:
-            until = time.monotonic() + 120
+            until = time.monotonic() + 180
             while len(cluster.global_state.node_table()) == before:
-                if raylet.poll() is not None or time.monotonic() > until:
-                    pytest.fail(f"no second node: {raylet.communicate(timeout=60)[0]}")
+                if time.monotonic() > until:
+                    pytest.fail("no second node within three minutes")
+                if raylet.poll() is not None:  # on a busy machine it may miss Ray's own limit of 30 s
+                    raylet = start()
                 time.sleep(0.2)
             yield
         finally:
-            os.killpg(raylet.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(raylet.pid, signal.SIGKILL)
             raylet.wait()
 
     return started
