@@ -89,7 +89,7 @@ def command_of(demo_run, tmp_path_factory) -> Callable[[str, Case], list[str]]:
             config = {"name": "job", "output": output, "base": str(demo / "base"), "preferences": {"helpful": pairs}}
             config |= {"resources": workers, "dpo": {"per_device_train_batch_size": 16, "num_train_epochs": 1}}
         elif name == "eval":
-            config = {**measured, **room, "output": output}
+            config = {**measured, **room, "output": output, "settings": {"careful": {"harmless": 1.0}}}
         elif name == "search":
             config = {**measured, **room, "output": output, "objectives": ["helpful", "harmless"], "trials": 6}
             config |= {"report_prompts": "tiny-world:micro:0:report", "patience": 2}
