@@ -104,6 +104,7 @@ def ray_cluster() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
+    ray.shutdown()  # a command that a test ran in this process may have started one
     head = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": free_port()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     context = ray.init(cluster.address, namespace="prefvec", log_to_driver=False)
@@ -178,9 +179,12 @@ def blind_node() -> Callable[[Any, Path], AbstractContextManager[None]]:
     return started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium. Where none is installed its tests are skipped; in CI (`CI` is set) they fail."""
+    """A headless Chromium. Where none is installed its tests are skipped; in CI (`CI` is set) they fail.
+
+    One a file: while Playwright runs it keeps an event loop running in this thread, in which no test can start its own.
+    """
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     path = next(filter(None, found), None)
     if path is None:
