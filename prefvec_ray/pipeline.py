@@ -18,8 +18,9 @@ from rich.console import Console
 
 from prefvec_ray.cluster import connect, progress_bar
 from prefvec_ray.config import Config
+from prefvec_ray.errors import JobError
 from prefvec_ray.files import read_model
-from prefvec_ray.paths import check_lasting
+from prefvec_ray.paths import check_lasting, check_visible
 from prefvec_ray.redact import redacted
 from prefvec_ray.stages import ADVICE, Stages
 
@@ -141,9 +142,13 @@ def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, 
     check_room("fine-tuning", [{"CPU": 1}])
     with job_board(folder / "base") as board:
         job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
-        return follow(
-            job.future(), board, "base", "steps of fine-tuning", console, Waiting(console, "fine-tuning", [{"CPU": 1}])
-        )
+        wait = Waiting(console, "fine-tuning", [{"CPU": 1}])
+        try:
+            return follow(job.future(), board, "base", "steps of fine-tuning", console, wait)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, JobError):
+                raise error.cause from None
+            raise
 
 
 def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
@@ -154,6 +159,7 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
     from prefvec_ray.training.base import sft
     from prefvec_ray.vectors import fingerprint
 
+    check_visible(out.parent / "world")
     board.begin.remote("base")
     torch.set_num_threads(1)
     world = TinyWorld(preset, seed)

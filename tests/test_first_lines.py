@@ -45,7 +45,12 @@ class Case:
 
 
 CASES = [
-    Case("one CPU", r"registry .*: h|evaluation\.json and|report\.html$|serving tiny|runs in |report: ", 0, "eval"),
+    Case(
+        "one CPU",
+        r"registry .*: h|evaluation\.json and|report\.html$|serving tiny|^[0-9]+ runs in |report: ",
+        0,
+        "eval",
+    ),
     Case("no CPU is free", "waits for", 130, "search", interrupt=True),
     Case("no GPU in the cluster", "can never give it", 2, "serve", without=("demo",), room={"gpus": 1}),
     Case("larger than any node", "can never give it", 2, "train", without=("demo",), room={"cpus": 64}),
@@ -187,7 +192,8 @@ def outcome(words: list[str], case: Case, interrupt: bool) -> Outcome:
 
 def shown(line: str) -> str:
     """The line without what differs from run to run."""
-    line = re.sub(r"(/[\w.@+-]+)+/(first-lines/[\w-]+/|demo/runs/)", "…/", line)
+    line = re.sub(r"(/[\w.@+-]+)*/(first-lines/[\w-]+|runs)/", "…/", line).replace("`", "'")
+    line = re.sub(r"\(\d+ s; Ctrl-C", "(10 s; Ctrl-C", line)
     line = re.sub(r"node (\S+) \([\d.]+\)", r"node \1", re.sub(r"127\.0\.0\.1:\d{4,}", "127.0.0.1:6379", line))
     line = re.sub(r"job 0\d+000000 \(.*?\)", "job 02000000 (…)", line)
     line = re.sub(r"actor \w{32}", "actor …", line)
@@ -196,15 +202,14 @@ def shown(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def table(request) -> Iterator[dict[tuple[str, str], str]]:
-    """Case and command -> row. With `--full` it begins empty, and is written at the end."""
+    """Case and command -> row. With `--full` it is written at the end, with a new row for each cell that ran."""
     before, _, rest = PAGE.read_text().partition(HEAD)
     old, _, after = rest.partition("\n\n")
-    if not request.config.getoption("--full"):
-        yield {tuple(row.strip("| ").split(" | ")[:2]): row for row in old.splitlines()}  # type: ignore[misc]
-        return
-    rows: dict[tuple[str, str], str] = {}
-    yield rows
-    PAGE.write_text(before + HEAD + "\n".join(rows.values()) + "\n\n" + after)
+    rows = {tuple(row.strip("| ").split(" | ")[:2]): row for row in old.splitlines()}
+    yield rows  # type: ignore[misc]
+    if request.config.getoption("--full"):
+        lines = [rows[case.name, command] for case, command in CELLS if (case.name, command) in rows]
+        PAGE.write_text(before + HEAD + "\n".join(lines) + "\n\n" + after)
 
 
 @pytest.mark.parametrize(("case", "command"), CELLS, ids=lambda part: getattr(part, "name", part).replace(" ", "-"))
