@@ -81,10 +81,19 @@ def test_a_cluster_by_hand_and_every_job(machine, request):
             arguments += f" --output {machine.project}/runs" if "--world" in arguments else ""
             machine.succeeds(f"{copied}jobs/{name}{arguments}")
 
+        typo = (
+            (machine.project / "jobs" / "configs" / "tiny_train.yaml")
+            .read_text()
+            .replace("learning_rate", "learning_rat")
+        )
+        (machine.project / "absolute" / "typo.yaml").write_text(typo)
         another = f"{sys.base_prefix}/bin/python3"  # without the packages
         for command, says in {
             f"ray job submit -- {another} jobs/train_vectors.py": "submit the job with the interpreter",
             scripts["evaluate_vectors.py"].replace("tiny_eval", "no_such"): "no_such.yaml: no such file",
+            scripts["train_vectors.py"].replace(
+                "jobs/configs/tiny_train", "absolute/typo"
+            ): "did you mean 'learning_rate'?",
         }.items():
             done = machine.run(command)
             assert done.returncode == 1
