@@ -60,7 +60,7 @@ def connect(console: Console | None = None) -> None:
         os.environ.setdefault(name, value)
     address = _address()
     context = _start(console) if address is None else _join(address)
-    _end_by_sigterm()
+    end_by_sigterm()
     if console is not None:
         import ray
 
@@ -71,7 +71,7 @@ def connect(console: Console | None = None) -> None:
         console.print(f"   [dim]Ray cluster with {cpus:g} CPU{'' if cpus == 1 else 's'}{gpus}, dashboard {where}[/dim]")
 
 
-def _end_by_sigterm() -> None:
+def end_by_sigterm() -> None:
     """Let SIGTERM (what `ray job stop` sends) raise SystemExit(143) in the main thread, as Ctrl-C raises
     KeyboardInterrupt: what was begun is ended. Ray's own handler prints a C++ trace and ends the process at once."""
     if threading.current_thread() is threading.main_thread():

@@ -146,9 +146,9 @@ def rooms(demo_run, new_cluster, blind_node, machine) -> Iterator[Callable[[str]
                 found = at(cluster.address)
                 if case == "no CPU is free":
                     hold = [sys.executable, "-c", HOLD, cluster.address, NAMESPACE]
-                    holder = enter(subprocess.Popen(hold, stdout=subprocess.PIPE, text=True))
-                    open_now.callback(holder.kill)
-                    assert holder.stdout.readline() == "held\n"
+                    busy = enter(subprocess.Popen(hold, stdout=subprocess.PIPE, text=True))
+                    open_now.callback(busy.kill)
+                    assert busy.stdout.readline() == "held\n"
             stages[case] = found
             return found
 
@@ -159,10 +159,10 @@ HOLD = """
 import sys, time, ray
 ray.init(sys.argv[1], namespace=sys.argv[2], log_to_driver=False)
 @ray.remote(num_cpus=2)
-class Holder:
+class Busy:
     def here(self): pass
-holder = Holder.remote()
-ray.get(holder.here.remote())
+busy = Busy.remote()
+ray.get(busy.here.remote())
 print("held", flush=True)
 time.sleep(3600)
 """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from prefvec_ray.cluster import connect
+from prefvec_ray.cluster import connect, end_by_sigterm
 from prefvec_ray.errors import InputError, JobError
 from prefvec_ray.registry.locate import THROUGH_RAY, join_ray
 from prefvec_ray.scheduling import Waiting, bundle_of, check_room
@@ -135,6 +135,7 @@ def serve_forever(
     new.check()
     console = console or Console(quiet=True)
     connect(console)
+    end_by_sigterm()  # also where the caller has joined the cluster itself
     url = _deploy(new, replace, console)
     try:
         print(f"serving {config.model} as {name!r} at {url} (Ctrl-C stops it)", flush=True)
