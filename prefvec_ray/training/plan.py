@@ -147,7 +147,7 @@ def start_run(
     storage: Path,
     *,
     retries: int = 2,
-    lost: Callable[[list[int]], None] | None = None,
+    lost: Callable[[Exception], None] | None = None,
 ) -> Future[Any]:
     """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
@@ -156,8 +156,8 @@ def start_run(
     main thread Ray Train would take that signal over and never give it back, so a thread of its own controls the run.
 
     Args:
-        lost: called in that thread when a worker was lost, before the run is started again, with the ranks that Ray
-            knows to be lost; a line is printed where this is left out.
+        lost: called in that thread when a worker was lost, before the run is started again, with the error that Ray
+            Train raised; a line is printed where this is left out.
 
     Raises:
         RunsFailedError: from `result()`: the run failed for good; the message is the reason alone.
@@ -178,8 +178,9 @@ def start_run(
 
     run: Future[Any] = Future()
 
-    def say(ranks: list[int]) -> None:
-        print(f"   {name}: a worker was lost; it is started again and keeps what it has finished", flush=True)
+    def say(error: Exception) -> None:
+        kept = "it is started again and keeps what it has finished"
+        print(f"   {name}: a worker was lost ({failure_reason(error)}); {kept}", flush=True)
 
     def control() -> None:
         try:
@@ -194,11 +195,11 @@ def start_run(
 def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[list[int]], None]:
     """Says in a line of `table` which run lost a worker, on which node, and which step it continues from."""
 
-    def report(ranks: list[int]) -> None:
+    def report(error: Exception) -> None:
         places: dict[int, str] = {}
         with suppress(ray.exceptions.RayError):  # the board was lost with that node: which one is not known then
             places = ray.get(board.places.remote(spec.label), timeout=10)
-        nodes = sorted({places[rank] for rank in ranks if rank in places})
+        nodes = sorted({places[rank] for rank in _lost_ranks(error) if rank in places})
         where = f" (node {', '.join(nodes)})" if nodes else ""
         found = newest_checkpoint(checkpoint_folder(spec.out), workers)
         then = f"it continues from step {found[1]}" if found else "it starts over: it has no checkpoint yet"
@@ -207,7 +208,7 @@ def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> 
     return report
 
 
-def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[list[int]], None]) -> Any:
+def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[Exception], None]) -> Any:
     """What a run returned, started again where a process of it was lost; `lost` hears of it each time."""
     for attempt in range(retries + 1):
         try:
@@ -215,7 +216,7 @@ def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[list
         except (TrainingFailedError, *LOST) as error:  # the second kind: the run's controller itself was lost
             if attempt == retries or not _worker_died(error):
                 raise RunsFailedError(failure_reason(error)) from error
-            lost(_lost_ranks(error))
+            lost(error)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 

@@ -302,8 +302,10 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
     full = [line["rungs"][-1] for line in before if line["complete"]]
     assert result["trials"][: len(full)] == full, "what was paid for is kept"
     assert len(result["trials"]) + len(result["dropped"]) == 10
-    assert all(line.startswith("search: ") for line in lines), "one line a trial and nothing else"
-    assert len(lines) == 10 - len(before)
+    trials = [line for line in lines if line.startswith("search: ")]
+    assert len(trials) == 10 - len(before), "one line a trial"
+    rest = [line for line in lines if line not in trials]
+    assert all("the search is starting" in line for line in rest), "besides, a slow machine says what it waits for"
 
 
 @pytest.mark.parametrize(
