@@ -21,7 +21,7 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to generate. What is generated depends on these fields alone, never on other requests."""
+    """One answer to generate. What is generated depends on these fields, never on other requests."""
 
     prompt: tuple[int, ...]
     """token ids, at least one"""
@@ -39,6 +39,8 @@ class Request:
     begins: tuple[int, ...] = ()
     """the answer's first tokens, where its caller has heard them already from a replica that died: within rounding
     distance they need not be what this engine would choose. One that does not heed them may say something else"""
+    caller: str = ""
+    """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""
 
 
 @dataclass(frozen=True)

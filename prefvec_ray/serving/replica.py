@@ -237,6 +237,7 @@ class Replica:
                 top_p=job.top_p,
                 stop=job.stop,
                 logprobs=job.logprobs,
+                caller=job.caller if self._config.keys else "",  # without keys all are one, and may have all rows
             )
             self.engine.check(first)
             for choice in range(job.n):

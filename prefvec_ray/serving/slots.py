@@ -17,7 +17,7 @@ import logging
 import random
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ from prefvec_ray.serving.engine import (
 from prefvec_ray.serving.holders import Holder
 from prefvec_ray.serving.kv import SlotCache, context_length
 from prefvec_ray.serving.sampling import choose, logprobs
+from prefvec_ray.serving.shares import Shares
 from prefvec_ray.serving.text import TextStream, TokenTexts
 from prefvec_ray.vectors import PreferenceVector
 
@@ -87,8 +88,9 @@ class _Batch:
 class SlotEngine:
     """Continuous batching over the rows of `SlotCache`s.
 
-    max_batch: most requests that run at once, over all batches; the others wait. First come, first served, but that up
-        to max_batch / 4 others may join running requests of their own setting first.
+    max_batch: most requests that run at once, over all batches; the others wait. Callers that have had least of the
+        engine come first (`Shares`), and of one caller its oldest request, but that up to max_batch / 4 others may join
+        running requests of their own setting first. A caller that is named never has the last eighth of the rows.
     switch_share: in merged mode, the share of time that may go into rewriting the weights while several sets of
         coefficients take turns. Smaller: longer turns, more tokens a second, longer pauses within each answer.
     prefill_tokens: most prompt tokens (padding included) computed between two steps; a longer prompt goes alone, in
@@ -115,8 +117,9 @@ class SlotEngine:
         self._ends = end_tokens(self.model.generation_config, tokenizer)
         self._token_texts = TokenTexts(tokenizer)
         self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
-        self._turn_began = time.monotonic()
+        self._turn_began = self._pass_began = time.monotonic()
         self._waiting: deque[Ticket] = deque()
+        self._shares = Shares()
         self._changes: deque[tuple[Mapping[str, PreferenceVector], Future[None]]] = deque()
         self._news = threading.Condition()
         self._closed = False
@@ -139,6 +142,7 @@ class SlotEngine:
             if self._closed:
                 raise EngineError("the engine is closed")
             self._waiting.append(ticket)
+            self._shares.enter(request.caller)
             self._news.notify()
         return ticket
 
@@ -184,6 +188,7 @@ class SlotEngine:
         if not self._batches:
             return False
         key, batch = next(iter(self._batches.items()))
+        self._pass_began = time.monotonic()
         try:
             if batch.joining:
                 self._prefill(batch)
@@ -214,47 +219,67 @@ class SlotEngine:
                 if batch.tickets[row].cancelled:
                     self._free(batch, row)
                     self._cancelled += 1
-            self._cancelled += _discard_cancelled(batch.joining)
+            self._discard_cancelled(batch.joining)
             if batch.long and batch.long[0].cancelled:
                 batch.partial = None
-            self._cancelled += _discard_cancelled(batch.long)
-        self._cancelled += _discard_cancelled(self._waiting)
+            self._discard_cancelled(batch.long)
+        self._discard_cancelled(self._waiting)
         for key in [key for key, batch in self._batches.items() if not batch.size]:
             del self._batches[key]
 
+    def _discard_cancelled(self, tickets: deque[Ticket]) -> None:
+        gone = [ticket for ticket in tickets if ticket.cancelled]
+        for ticket in gone:
+            tickets.remove(ticket)
+            self._shares.leave(ticket.request.caller)
+        self._cancelled += len(gone)
+
     def _admit(self) -> None:
-        running = sum(batch.size for batch in self._batches.values())
-        while self._waiting and running < self.max_batch:
-            ticket = self._next_waiting()
+        if not self._waiting:
+            return
+        running = Counter(ticket.request.caller for batch in self._batches.values() for ticket in batch.all())
+        while self._waiting and running.total() < self.max_batch:
+            ticket = self._next_waiting(running)
+            if ticket is None:
+                return
+            self._waiting.remove(ticket)
             batch = self._batches.setdefault(self._holder.group(ticket.request.coefficients), _Batch())
             long = len(ticket.request.prompt) > self.prefill_tokens
             (batch.long if long else batch.joining).append(ticket)
-            running += 1
+            running[ticket.request.caller] += 1
 
-    def _next_waiting(self) -> Ticket:
-        """The oldest; or, where that would need a batch of its own, the first that can join one which runs already:
-        weights are rewritten less often, and more rows share each pass. Nobody is passed by many."""
-        oldest = self._waiting[0]
-        if oldest.passed < self.max_batch // 4 and not self._runs(oldest):
-            for place, ticket in enumerate(self._waiting):
-                if self._runs(ticket):
-                    oldest.passed += 1
-                    del self._waiting[place]
+    def _next_waiting(self, running: Mapping[str, int]) -> Ticket | None:
+        """The oldest of the caller that had least and may have another row. Or, where that would need a batch of its
+        own, the first of a caller that had no more and can join one which runs already: weights are rewritten less
+        often, and more rows share each pass. Nobody is passed by many."""
+        most = self.max_batch - self.max_batch // 8
+        fit = [ticket for ticket in self._waiting if not (caller := ticket.request.caller) or running[caller] < most]
+        if not fit:
+            return None
+        first = min(fit, key=self._had)
+        if first.passed < self.max_batch // 4 and not self._runs(first):
+            for ticket in fit:
+                if self._runs(ticket) and self._had(ticket) <= self._had(first):
+                    first.passed += 1
                     return ticket
-        return self._waiting.popleft()
+        return first
+
+    def _had(self, ticket: Ticket) -> float:
+        return self._shares.had(ticket.request.caller)
 
     def _runs(self, ticket: Ticket) -> bool:
         return self._holder.group(ticket.request.coefficients) in self._batches
 
     def _prefill(self, batch: _Batch) -> None:
         """Compute the prompts of the next joining requests, and their first token."""
-        new = [batch.joining.popleft()]
-        width = len(new[0].request.prompt)
-        while batch.joining:
-            wider = max(width, len(batch.joining[0].request.prompt))
-            if wider * (len(new) + 1) > self.prefill_tokens:
+        new: list[Ticket] = []
+        width = 0
+        for ticket in sorted(batch.joining, key=self._had):
+            wider = max(width, len(ticket.request.prompt))
+            if new and wider * (len(new) + 1) > self.prefill_tokens:
                 break
-            new.append(batch.joining.popleft())
+            batch.joining.remove(ticket)
+            new.append(ticket)
             width = wider
         lengths = [len(t.request.prompt) for t in new]
         batch.tickets += new
@@ -286,6 +311,9 @@ class SlotEngine:
             batch.partial = None
             batch.tickets.append(batch.long.popleft())
             self._advance(batch, len(batch.tickets) - 1, logits_1EV[:, 0])
+        else:
+            logits_1EV.sum().item()  # the pass is over when this is known
+            self._charge([ticket])
 
     def _decode(self, batch: _Batch) -> None:
         batch.rested = True
@@ -328,6 +356,7 @@ class SlotEngine:
             for ticket, token, told, fine in zip(tickets, chosen, likely, sound, strict=True)
         ]
         with self._news:
+            self._charge(tickets)
             self._tokens += sum(sound)
             for row in reversed(range(len(tickets))):
                 piece = said[row]
@@ -353,7 +382,12 @@ class SlotEngine:
                 likely[row] = tuple(Likely(*self._token_texts[token], value) for token, value in pairs)
         return likely
 
+    def _charge(self, tickets: list[Ticket]) -> None:
+        """A pass over these is over."""
+        self._shares.charge([t.request.caller for t in tickets], time.monotonic() - self._pass_began)
+
     def _free(self, batch: _Batch, row: int) -> None:
+        self._shares.leave(batch.tickets[row].request.caller)
         last = batch.tickets.pop()
         if row < len(batch.tickets):
             batch.tickets[row] = last
@@ -363,20 +397,27 @@ class SlotEngine:
         self._holder.forget()
         tickets = batch.all()
         batch.clear()
-        self._failed += len(tickets)
+        with self._news:
+            self._failed += len(tickets)
+            for ticket in tickets:
+                self._shares.leave(ticket.request.caller)
         for ticket in tickets:
             ticket.emit(error)
 
     def _end_turn(self, key: Hashable, batch: _Batch) -> None:
-        """Keep the batches' round: one that is empty goes, one that has had its time goes to the end."""
+        """One that is empty goes, one that has had its time goes to the end; the next is that of whoever had least."""
         with self._news:
             now = time.monotonic()
             if not batch.size:
                 del self._batches[key]
-                self._turn_began = now
             elif (now - self._turn_began) * self.switch_share >= self._holder.switch_seconds:
                 self._batches.move_to_end(key)
-                self._turn_began = now
+            else:
+                return
+            self._turn_began = now
+            if self._batches:
+                following = min(self._batches, key=lambda key: min(map(self._had, self._batches[key].all())))
+                self._batches.move_to_end(following, last=False)
 
     # --- in a thread, for asynchronous callers ----------------------------------------------------------------------
 
@@ -435,15 +476,6 @@ class SlotEngine:
     def stream(self, request: Request) -> AsyncIterator[Piece]:
         """See `Engine.stream`. Needs `start`."""
         return stream_of(lambda emit: self.submit(request, emit), self.cancel)
-
-
-def _discard_cancelled(tickets: deque[Ticket]) -> int:
-    kept = [t for t in tickets if not t.cancelled]
-    gone = len(tickets) - len(kept)
-    if gone:
-        tickets.clear()
-        tickets.extend(kept)
-    return gone
 
 
 def _wants_additive_mask(model: PreTrainedModel) -> bool:

@@ -192,7 +192,7 @@ def start_run(
     return run
 
 
-def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[list[int]], None]:
+def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[Exception], None]:
     """Says in a line of `table` which run lost a worker, on which node, and which step it continues from."""
 
     def report(error: Exception) -> None:

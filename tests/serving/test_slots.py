@@ -1,6 +1,7 @@
 """The slot engine alone: no Ray, no HTTP. `merged_alone` is the truth that every batch must reproduce."""
 
 import asyncio
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.errors import InputError
+from prefvec_ray.serving import slots
 from prefvec_ray.serving.engine import EngineError, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.holders import Merged, Steered
 from prefvec_ray.serving.slots import SlotEngine
@@ -267,6 +269,67 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
         pass
     assert len(order) == 13
     assert order.index("cold") <= 3
+
+
+@pytest.fixture
+def clock(monkeypatch) -> None:
+    """Every look at the clock is a second after the one before, so that shares do not depend on the machine."""
+    ticks = itertools.count()
+    monkeypatch.setattr(slots.time, "monotonic", lambda: float(next(ticks)))
+
+
+def test_a_crowd_of_one_callers_requests_delays_another_by_one_free_row(make_engine, merged_alone, clock):
+    engine, ended = make_engine(max_batch=4), []
+    asked = [ask(random_prompt(i, 9), 0.5, max_new_tokens=16, caller="crowd") for i in range(12)]
+    asked.append(ask(random_prompt(99, 9), 1.0, -0.5, max_new_tokens=16, caller="late"))
+    outputs: list[list[Any]] = [[] for _ in asked]
+
+    def submit(number: int) -> None:
+        def emit(piece: Any) -> None:
+            outputs[number].append(piece)
+            ended.extend([number] if piece.finish_reason else [])
+
+        engine.submit(asked[number], emit)
+
+    for number in range(12):
+        submit(number)
+    for _ in range(3):
+        engine.step()
+    submit(12)
+    while engine.step():
+        pass
+    assert len(ended) == 13
+    assert ended.index(12) < 8, "before all of the crowd that did not run when it came"
+    for request, output in zip(asked, outputs, strict=True):
+        assert tokens(output) == merged_alone(request.prompt, dict(request.coefficients), 16)
+
+
+@pytest.mark.parametrize(("caller", "most"), [("somebody", 7), ("", 8)])
+def test_a_caller_that_is_named_leaves_rows_to_others(make_engine, caller, most):
+    engine = make_engine(max_batch=8)
+    for i in range(12):
+        engine.submit(ask(random_prompt(i, 9), caller=caller), [].append)
+    engine.step()
+    assert (engine.status().running, engine.status().waiting) == (most, 12 - most)
+    engine.submit(ask(random_prompt(50, 9), caller="another"), [].append)
+    engine.step()
+    assert engine.status().running == 8
+    engine.close()
+
+
+def test_four_settings_of_one_caller_have_one_callers_share_of_the_turns(merged, clock):
+    engine, heard = merged(switch_share=1e9), []  # a turn is one step
+    for i in range(4):
+        engine.submit(ask(random_prompt(i, 9), 0.1 * i, max_new_tokens=60, caller="crowd"), [].append)
+    for _ in range(10):
+        engine.step()
+    engine.submit(ask(random_prompt(99, 9), 1.0, max_new_tokens=8, caller="late"), heard.append)
+    steps = 0
+    while not heard or heard[-1].finish_reason is None:
+        assert engine.step()
+        steps += 1
+    assert steps <= 20, "every second turn, not every fifth"
+    engine.close()
 
 
 def test_waiting_requests_of_one_setting_run_together(merged, merged_alone):
