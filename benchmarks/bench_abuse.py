@@ -29,8 +29,9 @@ import httpx
 import ray
 from serve_world import make_world
 
-from prefvec_ray.serving import ServingConfig, guard, start, stop
-from prefvec_ray.serving.keys import add_key
+from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
+from prefvec_ray.serving import ServingConfig, start, stop
+from prefvec_ray.serving.access.keys import add_key
 
 CHAT, TEXT = "/chat/completions", "/completions"
 JSON = {"content-type": "application/json"}
@@ -145,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=25, help="of each kind")
     asked = parser.parse_args()
-    os.environ[guard.SETTING] = guard.PATH
+    os.environ[PROXY_SETTING] = PROXY_MIDDLEWARE
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
     found = measure(asked.seconds)
     ray.shutdown()

@@ -38,7 +38,8 @@ def memory() -> dict[str, int]:
 
 
 def measure(path: str, sender: Any) -> None:
-    from prefvec_ray.preferences import TinyWorld, build_tokenizer, check_splits, load_split
+    from prefvec_ray.preferences import check_splits, load_split
+    from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 
     tokenizer = build_tokenizer(TinyWorld("micro"))
     before, started, cpu = memory(), time.perf_counter(), time.process_time()

@@ -26,9 +26,9 @@ from merge_models import SIZES, config_of, low_rank_vectors
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefvec_ray.serving.engine import Coefficients, Piece, Request
-from prefvec_ray.serving.holders import Merged, Steered
-from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.serving.engines.base import Coefficients, Piece, Request
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import Merged, Steered
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint
 
 REQUESTS, ROWS, RANK = 48, 48, 16

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefvec_ray.evaluation.generate import encode, sample_ids
-from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.tiny_world import TinyWorld
 
 
 def main() -> None:

@@ -38,17 +38,17 @@ from serve_world import make_world, prompts
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.serving import ServingConfig, start, stop
-from prefvec_ray.serving.engine import Request
-from prefvec_ray.serving.holders import Merged
-from prefvec_ray.serving.routing import preferred
-from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import Merged
+from prefvec_ray.serving.release.routing import preferred
 from prefvec_ray.vectors import LiveModel, fingerprint
 
 READY = """
 import sys, time
 began = time.perf_counter()
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.release.release import line_up
 from prefvec_ray.serving.replica import Replica
 config = ServingConfig(model="bench", base=sys.argv[1], registry=sys.argv[2], engine={"mode": sys.argv[3]})
 Replica(config, line_up(config))

@@ -52,7 +52,7 @@ def write_world(folder: Path, size: str, pairs: int, length: int) -> None:
     from merge_models import config_of
     from transformers import LlamaForCausalLM
 
-    from prefvec_ray.preferences import TinyWorld, build_tokenizer
+    from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 
     tokenizer = build_tokenizer(TinyWorld("micro", 0))
     tokenizer.model_max_length = length

@@ -89,8 +89,8 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
     from transformers import AutoTokenizer
 
     from prefvec_ray.serving.config import EngineConfig
-    from prefvec_ray.serving.engine import Request
-    from prefvec_ray.serving.vllm_engine import VllmEngine
+    from prefvec_ray.serving.engines.base import Request
+    from prefvec_ray.serving.engines.vllm.engine import VllmEngine
     from prefvec_ray.vectors import fingerprint, load_vector
 
     vectors = {name: load_vector(base.parent / name) for name in ("harmless", "helpful")}

@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
-from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.release.release import line_up
 from prefvec_ray.vectors import LiveModel
 
 ROWS, NEW = 8, 32

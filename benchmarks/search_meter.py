@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from prefvec_ray.evaluation import Evaluation, TinyWorldScorer
-from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.scorers import TinyWorldScorer
 from prefvec_ray.search import Task
+from prefvec_ray.tiny_world import TinyWorld
 from prefvec_ray.vectors import fingerprint
 
 KEPT = ("helpful", "harmless", "polite", "valid")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prefvec_ray.pipeline import RECIPES, train_base, write_world
-from prefvec_ray.preferences import TinyWorld
-from prefvec_ray.preferences.grammar import CLOSINGS, OPENINGS
+from prefvec_ray.demo import RECIPES, train_base, write_world
+from prefvec_ray.tiny_world import TinyWorld
+from prefvec_ray.tiny_world.grammar import CLOSINGS, OPENINGS
 
 PREFERENCES = ("helpful", "harmless", "polite")
 
@@ -42,7 +42,7 @@ def polite_pairs(world: TinyWorld, split: str, count: int) -> list[dict[str, obj
 
 def build(preset: str, folder: Path, console: Console) -> tuple[Path, dict[str, Path]]:
     """Train what is not there yet; the base's folder and the vectors'. Needs no more than 4 cores."""
-    from prefvec_ray.cluster import connect
+    from prefvec_ray.common.cluster import connect
     from prefvec_ray.training import PreferenceData, TrainingConfig, train_vectors
 
     folder = folder.absolute()

@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 
 import click
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.text import cell, printable, printable_json
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.text import cell, printable, printable_json
 
 
 class Commands(click.Group):
@@ -24,7 +24,7 @@ class Commands(click.Group):
         except (InputError, JobError) as error:
             _report(error)
         except OSError as error:
-            from prefvec_ray.files import os_failure
+            from prefvec_ray.common.files import os_failure
 
             known = os_failure(error)
             if known is None:
@@ -72,7 +72,7 @@ def main() -> None:
 @click.option("--name", default=None, help="Name of the run folder; default: demo, or demo-micro.")
 def demo(world: str, output: Path, name: str | None) -> None:
     """The whole mission on the embedded tiny world: train, search, serve, report. Interrupted, it goes on."""
-    from prefvec_ray.pipeline import MICRO, PipelineConfig, run_pipeline
+    from prefvec_ray.demo import MICRO, PipelineConfig, run_pipeline
 
     config = PipelineConfig() if world == "tiny" else MICRO
     report = run_pipeline(config, output / (name or ("demo" if world == "tiny" else "demo-micro")), _console())
@@ -92,10 +92,10 @@ def train(path: Path) -> None:
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see docs/scorers.md.")
 def train_scorer(path: Path) -> None:
     """Train a reward model on preference data, and measure it beside chance and length on prompts it never saw."""
-    from prefvec_ray.cluster import progress_bar
-    from prefvec_ray.evaluation import train_scorer as room
+    from prefvec_ray.common.cluster import progress_bar
+    from prefvec_ray.scorers import train as room
 
-    config, console = _config(path, "prefvec_ray.evaluation.train_scorer", "ScorerTrainingConfig"), _console()
+    config, console = _config(path, "prefvec_ray.scorers.train", "ScorerTrainingConfig"), _console()
     with progress_bar(console, "steps") as tell:
         held_out = room.train_scorer(config, tell)
     room.show(held_out, config, console)
@@ -468,7 +468,7 @@ texts_option = click.option(
 @click.option("--seed", default=0, show_default=True)
 def train_harm_scorer(data: str, label: str | None, out: Path, path: Path | None, seed: int) -> None:
     """Train a harm classifier with TRADES in embedding space, as a scorer folder."""
-    from prefvec_ray.config import load_config
+    from prefvec_ray.common.config import load_config
     from prefvec_ray.robustness import commands
     from prefvec_ray.robustness.scorer import ScorerRecipe
 
@@ -488,7 +488,7 @@ def audit_scorer(
     folder: Path, data: str, label: str | None, count: int, epsilon: float | None, path: Path | None, seed: int
 ) -> None:
     """Attack the scorer in FOLDER harder and harder, and store the card beside it. Exit code 1 where it fails."""
-    from prefvec_ray.config import load_config
+    from prefvec_ray.common.config import load_config
     from prefvec_ray.robustness import Ladder, commands
 
     ladder = load_config(path, Ladder) if path else Ladder()
@@ -548,7 +548,7 @@ def add_key(
     **limits: int | float | None,
 ) -> None:
     """Make a key. It is shown here and never again."""
-    from prefvec_ray.serving import keys
+    from prefvec_ray.serving.access import keys
 
     settings = {name: limit for name, limit in limits.items() if limit is not None}
     key, secret = keys.add_key(
@@ -570,7 +570,7 @@ def list_keys(path: Path) -> None:
     """Every key and what it may do."""
     from rich.table import Table
 
-    from prefvec_ray.serving.keys import read_keys
+    from prefvec_ray.serving.access.keys import read_keys
 
     table = Table("id", "name", "created", "state", "what differs from everybody's")
     for key in read_keys(path):
@@ -584,7 +584,7 @@ def list_keys(path: Path) -> None:
 @click.argument("id")
 def revoke_key(path: Path, id: str) -> None:
     """Refuse a key from now on."""
-    from prefvec_ray.serving import keys
+    from prefvec_ray.serving.access import keys
 
     key = keys.revoke_key(path, id)
     click.echo(f"{key.id} ({key.name}) is revoked")
@@ -607,7 +607,7 @@ def _coefficients(settings: tuple[str, ...]) -> dict[str, float]:
 def _config(path: Path, module: str, model: str) -> Any:
     import importlib
 
-    from prefvec_ray.config import load_config
+    from prefvec_ray.common.config import load_config
 
     return load_config(path, getattr(importlib.import_module(module), model))
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from prefvec_ray.cluster import connect, progress_bar
-from prefvec_ray.paths import check_lasting
-from prefvec_ray.redact import redacted, source_name
+from prefvec_ray.common.cluster import connect, progress_bar
+from prefvec_ray.common.paths import check_lasting
+from prefvec_ray.common.redact import redacted, source_name
 
 if TYPE_CHECKING:
     from prefvec_ray.evaluation.results import SearchSummary
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def train(config: "TrainingConfig", console: Console) -> None:
     """Train, publish, and show how the held-out pairs separate."""
+    from prefvec_ray.common.scheduling import check_room
     from prefvec_ray.registry import start_registry
-    from prefvec_ray.scheduling import check_room
     from prefvec_ray.training import publish_vectors, train_vectors
     from prefvec_ray.training.dpo import RunSpec
     from prefvec_ray.training.train import prepare_data
@@ -106,7 +106,7 @@ def check_data(
     **options: Any,
 ) -> "DataCheck":
     """Check the data of a config as its training would, or of sources given by hand as `[NAME=]SOURCE`."""
-    from prefvec_ray.errors import InputError
+    from prefvec_ray.common.errors import InputError
     from prefvec_ray.preferences import PKU_LABELS, check_splits, first_format, load_split, read_template
 
     if (config is None) == (not sources):
@@ -140,7 +140,7 @@ def check_data(
 
 def evaluate(config: "EvalConfig", console: Console) -> None:
     """Measure the settings; print the table, write `<output>/evaluation.json`, the plots and the report."""
-    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.reports.report import write_report
     from prefvec_ray.search.table import evaluate_table, plan_table
 
     check_lasting(output=config.output)
@@ -174,7 +174,7 @@ def evaluate(config: "EvalConfig", console: Console) -> None:
 def search(config: "SearchConfig", console: Console) -> None:
     """Search, print the front and the recommendation, publish it where the config names a preset."""
     from prefvec_ray.evaluation.results import card_warnings
-    from prefvec_ray.evaluation.scorers import safety_cards
+    from prefvec_ray.scorers.base import safety_cards
     from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
     from prefvec_ray.search.presets import publish_searched
@@ -250,7 +250,7 @@ def _unmet(preset: str) -> str:
 
 def _reporting(config: "SearchConfig", task: "Task", goal: "Goal") -> "tuple[Task, dict[str, str]] | None":
     """The task on the report prompts and the rules of the presets, checked before the search; None without prompts."""
-    from prefvec_ray.errors import InputError
+    from prefvec_ray.common.errors import InputError
     from prefvec_ray.search.config import read_prompts
     from prefvec_ray.search.confirmation import report_task
     from prefvec_ray.search.presets import COMPROMISE, check_rules, default_rules
@@ -292,7 +292,7 @@ def _show_report(
     config: "SearchConfig", task: "Task", rules: dict[str, str], summary: "SearchSummary", console: Console
 ) -> None:
     """The verdicts on the console, and the report as files."""
-    from prefvec_ray.evaluation.report import write_report
+    from prefvec_ray.reports.report import write_report
     from prefvec_ray.search.confirmation import search_report
 
     title = f"Coefficients of {', '.join(config.vectors)}"
@@ -350,7 +350,7 @@ def export(
 
 def _print_notes(scorer: Any, console: Console) -> None:
     """What the scorer has to say: of this process, and of all that share its cache."""
-    from prefvec_ray.evaluation import scorer_notes
+    from prefvec_ray.scorers import scorer_notes
 
     for line in scorer_notes(scorer):
         console.print(escape(line), soft_wrap=True)

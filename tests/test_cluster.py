@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from prefvec_ray.config import parse_config
+from prefvec_ray.common.config import parse_config
 from prefvec_ray.serving.config import ServingConfig
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ def test_every_pod_has_the_image_the_shared_folder_and_no_secret_of_its_own(path
 def test_the_service_serves_what_prefvec_ray_takes():
     spec = custom_resource(CLUSTER / "kuberay" / "rayservice.yaml")
     (application,) = ServeDeploySchema.model_validate(yaml.safe_load(spec.serveConfigV2)).applications
-    assert application.import_path == "prefvec_ray.serving.app:build_app"
+    assert application.import_path == "prefvec_ray.serving.http.app:build_app"
     config = parse_config(application.args, ServingConfig, source="rayservice.yaml")
     assert config.ranges["harmless"].min >= 0, "nobody turns harmlessness below the base model's"
     (group,) = spec.rayClusterConfig.workerGroupSpecs

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from prefvec_ray.config import load_config
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.train_scorer import ScorerTrainingConfig
-from prefvec_ray.pipeline import PipelineConfig
-from prefvec_ray.preferences import TinyWorld, build_tokenizer
+from prefvec_ray.common.config import load_config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.demo import PipelineConfig
 from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import ScorerRecipe
 from prefvec_ray.robustness.study import StudyConfig
+from prefvec_ray.scorers.train import ScorerTrainingConfig
 from prefvec_ray.search import EvalConfig, SearchConfig
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import Checkpoint
 

@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from prefvec_ray.cli import main
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.refusal import RefusalScorer
-from prefvec_ray.evaluation.score_cache import ScoreCache
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.stages import Stages
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.robustness.images import load_images
 from prefvec_ray.robustness.study import PRESETS, Study
+from prefvec_ray.scorers.cache import ScoreCache
+from prefvec_ray.scorers.refusal import RefusalScorer
 from prefvec_ray.search.journal import Journal
-from prefvec_ray.stages import Stages
 from prefvec_ray.training.zero import deepspeed_config
 
 DEEP = b'{"a": ' + b"[" * 50_000

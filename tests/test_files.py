@@ -6,9 +6,9 @@ import os
 import pytest
 from pydantic import BaseModel
 
-from prefvec_ray.config import Config, load_config, parse_config
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.files import DEPTH, os_failure, parse_models, read_json, read_model
+from prefvec_ray.common.config import Config, load_config, parse_config
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.files import DEPTH, os_failure, parse_models, read_json, read_model
 
 
 class Settings(Config):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prefvec_ray.cluster import NAMESPACE
+from prefvec_ray.common.cluster import NAMESPACE
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,9 @@ def command_of(demo_run, tmp_path_factory) -> Callable[[str, Case], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def cluster_for(demo_run, new_cluster, blind_node, machine) -> Iterator[Callable[[str], Callable[[list[str]], list[str]]]]:
+def cluster_for(
+    demo_run, new_cluster, blind_node, machine
+) -> Iterator[Callable[[str], Callable[[list[str]], list[str]]]]:
     """The cluster of a case, one at a time: a function from a command's words to those that run it there."""
     here = [sys.executable, "-m", "prefvec_ray.cli"]
     started: dict[str, Any] = {}

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.names import check_preference, skeleton
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import check_preference, skeleton
 from prefvec_ray.vectors import load_vector, save_vector, vector_from_state
 
 WRONG = [

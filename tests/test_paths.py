@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from prefvec_ray.errors import JobError
-from prefvec_ray.paths import check_visible, this_node
+from prefvec_ray.common.errors import JobError
+from prefvec_ray.common.paths import check_visible, this_node
 
 
 def test_what_is_not_there_or_is_an_unmounted_folder_is_named_with_its_node(tmp_path):

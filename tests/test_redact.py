@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.redact import LONGEST, one_line, redact, redacted, source_name
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.redact import LONGEST, one_line, redact, redacted, source_name
 
 SECRET = "wJalrXUtnFEMIK7MDENG"
 

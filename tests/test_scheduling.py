@@ -8,9 +8,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
-JOIN = "from prefvec_ray.cluster import connect; connect(); print('joined')"
+JOIN = "from prefvec_ray.common.cluster import connect; connect(); print('joined')"
 
 
 def join(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -33,12 +33,12 @@ def test_an_address_that_leads_nowhere_is_one_line(address, says):
     done = join(RAY_ADDRESS=address)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("prefvec_ray.errors.InputError: ")
+    assert last.startswith("prefvec_ray.common.errors.InputError: ")
     assert says in last
 
 
 def test_what_no_machine_can_hold_is_refused_at_once(ray_cluster):
-    from prefvec_ray.scheduling import check_room
+    from prefvec_ray.common.scheduling import check_room
 
     check_room("a run", [{"CPU": 1}] * 4)
     with pytest.raises(InputError, match=r"a run needs 1 GPU, and this cluster can never give it: it has \d+ CPUs"):
@@ -52,7 +52,7 @@ def test_what_no_machine_can_hold_is_refused_at_once(ray_cluster):
 def test_a_wait_names_what_is_missing_and_who_holds_it(ray_cluster):
     import ray
 
-    from prefvec_ray import scheduling
+    from prefvec_ray.common import scheduling
 
     @ray.remote
     class Holder:
@@ -84,7 +84,7 @@ def test_a_wait_names_what_is_missing_and_who_holds_it(ray_cluster):
 
 
 def test_bundles_are_placed_whole():
-    from prefvec_ray.scheduling import _place, describe
+    from prefvec_ray.common.scheduling import _place, describe
 
     nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 1.0}]
     assert _place([{"CPU": 4}, {"CPU": 2, "GPU": 1}], nodes)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefvec_ray.text import cell, fenced, markdown_cell, mermaid_label, printable, printable_json
+from prefvec_ray.common.text import cell, fenced, markdown_cell, mermaid_label, printable, printable_json
 
 HOSTILE = ["\x1b[2J", "a\nb", "\x9b31m", "\u202egnp", "zero\u200bwidth", "\x07", "\r", "\ud800"]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, better, compare_metric, estimate
-from prefvec_ray.evaluation.scorers import Metric
+from prefvec_ray.scorers.base import Metric
 
 TOLERANCE = 0.02
 """How far a metric may fall from one coefficient to the next and still be called monotone; sampling noise

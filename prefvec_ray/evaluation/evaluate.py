@@ -1,7 +1,6 @@
 """One setting of the coefficients, measured: sampled answers, scored, with standard errors over prompts."""
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.estimates import Estimate, estimate
 from prefvec_ray.evaluation.generate import Conversation, Steer, encode, sample_ids
 from prefvec_ray.evaluation.likelihood import (
     MEASURES,
@@ -23,24 +23,11 @@ from prefvec_ray.evaluation.likelihood import (
     check_measures,
     margin_metrics,
 )
-from prefvec_ray.evaluation.scorers import Metric, Scorer, run_scorer, scorer_digest
-from prefvec_ray.evaluation.text_prompts import prompt_messages
+from prefvec_ray.scorers.base import Metric, Scorer, run_scorer, scorer_digest
+from prefvec_ray.scorers.prompts import prompt_messages
 
 if TYPE_CHECKING:
     from prefvec_ray.vectors import LiveModel, Steering
-
-
-class Estimate(BaseModel):
-    """A mean and its standard error over `n` prompts; `stderr` is None where one prompt alone was scored."""
-
-    model_config = ConfigDict(frozen=True)
-
-    mean: float
-    stderr: float | None
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.stderr is None else f" ± {self.stderr:.3f}")
 
 
 class Sample(BaseModel):
@@ -265,18 +252,6 @@ def all_metrics(scorer: Scorer, measures: Sequence[str], margins: Mapping[str, M
     if clash:
         raise InputError(f"the scorer states a metric {clash[0]!r}, which is measured by the model too; rename it")
     return dict(scorer.metrics) | own
-
-
-def estimate(per_prompt: Sequence[float | None]) -> Estimate | None:
-    """Mean and standard error over the prompts where the metric is defined; None where it is defined on none.
-
-    Draws of one prompt are not independent of each other, prompts are: so the error is taken over prompts.
-    """
-    values = [value for value in per_prompt if value is not None]
-    if not values:
-        return None
-    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(mean=statistics.fmean(values), stderr=stderr, n=len(values))
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, Estimate | None]:

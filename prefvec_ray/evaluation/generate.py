@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 
 Conversation = str | Sequence[dict[str, str]]
 """Messages for the tokenizer's chat template, or a plain text that the model goes on from."""

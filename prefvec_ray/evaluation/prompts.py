@@ -4,8 +4,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.text_prompts import prompt_text
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers.prompts import prompt_text
 
 
 def normalised(prompt: Any) -> str:

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.control import Claim, check_control, improves
 from prefvec_ray.evaluation.evaluate import Evaluation
-from prefvec_ray.evaluation.scorers import Metric
 from prefvec_ray.evaluation.settings import Setting
+from prefvec_ray.scorers.base import Metric
 
 
 class _Data(BaseModel):

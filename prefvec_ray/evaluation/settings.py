@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 MIXED = "mixed"
 MAX_PREFERENCES = 6

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import read_json, taking_apart
 from prefvec_ray.evaluation.likelihood import TokenPair, cut_pairs
 from prefvec_ray.evaluation.settings import MIXED
-from prefvec_ray.files import read_json, taking_apart
 
 ADVICE = "train again, or copy the folder again"
 

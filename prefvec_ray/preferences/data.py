@@ -19,7 +19,8 @@ from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.redact import source_name
 from prefvec_ray.preferences.formats import (
     COLUMNS,
     FORMATS,
@@ -31,7 +32,6 @@ from prefvec_ray.preferences.formats import (
     find_format,
 )
 from prefvec_ray.preferences.sources import Numbered, read_rows
-from prefvec_ray.redact import source_name
 
 System = Literal["keep", "fold"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 Row = Mapping[str, Any]
 Pair = dict[str, Any]

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 from pyarrow import ArrowException, CompressedInputStream, fs
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import DEPTH, check_depth
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import DEPTH, check_depth
+from prefvec_ray.common.redact import redact, source_name
 from prefvec_ray.preferences import parquet_process
 from prefvec_ray.preferences.formats import PKU_LABELS
-from prefvec_ray.redact import redact, source_name
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 PACKED = {"": None, ".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 from datasets import Dataset
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences.data import Preferences, iter_rows, load_preferences
 from prefvec_ray.preferences.formats import Row
 

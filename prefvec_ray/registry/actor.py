@@ -23,7 +23,7 @@ import ray
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import LeaseLost, StoreError

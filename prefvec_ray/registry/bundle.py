@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Self
 from blake3 import blake3
 from pydantic import Field, model_validator
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, check_case, shown
 from prefvec_ray.registry.records import (

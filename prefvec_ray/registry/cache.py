@@ -17,7 +17,7 @@ from typing import IO
 
 from blake3 import blake3
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import FileEntry, VectorVersion, digest_of
 from prefvec_ray.registry.store import CHUNK, hash_file

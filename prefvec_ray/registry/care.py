@@ -16,7 +16,7 @@ from typing import Any, Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import StoreError

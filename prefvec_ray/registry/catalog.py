@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import MissingBlob, StoreError
 from prefvec_ray.registry.lease import Lease
 from prefvec_ray.registry.ledger import Ledger, V, libraries

@@ -1,6 +1,6 @@
 """What can go wrong in a store through no fault of the caller's input."""
 
-from prefvec_ray.errors import JobError
+from prefvec_ray.common.errors import JobError
 
 
 class StoreError(JobError):

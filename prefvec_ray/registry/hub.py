@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.text import fenced, markdown_cell, markdown_code
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import VectorVersion
 from prefvec_ray.registry.store import hash_file
-from prefvec_ray.text import fenced, markdown_cell, markdown_code
 
 if TYPE_CHECKING:
     from prefvec_ray.registry.registry import Registry

@@ -28,7 +28,7 @@ from typing import IO
 
 import psutil
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import LeaseLost, NoSpace, StoreError
 from prefvec_ray.registry.records import Claim, decode, encode
 from prefvec_ray.registry.store import Store, make_folder

@@ -7,7 +7,7 @@ import re
 import threading
 from typing import Any, TypeVar
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import Lease
 from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, LARGEST_VERSION, NAME, check_case, check_version

@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.text import mermaid_label
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.records import PresetVersion, Served, VectorVersion
-from prefvec_ray.text import mermaid_label
 
 Kind = Literal["served", "preset", "vector", "delta", "base", "data"]
 

@@ -2,7 +2,7 @@
 
 import os
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.registry import Registry
 
 THROUGH_RAY = "ray:"
@@ -32,7 +32,7 @@ def join_ray() -> None:
     from ray._private.services import find_gcs_addresses
     from rich.console import Console
 
-    from prefvec_ray.cluster import connect
+    from prefvec_ray.common.cluster import connect
 
     if not ray.is_initialized() and os.environ.get("RAY_ADDRESS", "") in ("", "auto"):
         if not find_gcs_addresses():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")

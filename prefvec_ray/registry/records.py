@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import (
     LARGEST_VERSION,

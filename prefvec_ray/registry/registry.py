@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.bundle import export_bundle, import_bundle
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.care import Check, Verification, check_cache, check_store, verify

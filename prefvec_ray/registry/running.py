@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.locate import THROUGH_RAY
 from prefvec_ray.registry.store import Store
 

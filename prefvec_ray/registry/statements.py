@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import shown
 from prefvec_ray.registry.records import VectorDraft

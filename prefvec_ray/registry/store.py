@@ -27,8 +27,8 @@ from pathlib import Path
 from blake3 import blake3
 from pyarrow import ArrowException, fs
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.paths import check_lasting
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.registry.conditional import ConditionalWriter, connect
 from prefvec_ray.registry.errors import NoSpace, StoreError
 from prefvec_ray.registry.names import shown

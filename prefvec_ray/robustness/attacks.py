@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness.threat import Ball, attacked, correct
 
 Attack = Literal["apgd-ce", "apgd-t", "fab", "square"]

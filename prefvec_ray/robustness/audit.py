@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prefvec_ray.config import Config
+from prefvec_ray.common.config import Config
 from prefvec_ray.robustness.attacks import ensemble, strong_attack
 from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.losses import pgd

@@ -6,11 +6,11 @@ from matplotlib import rc_context
 from rich.console import Console
 from rich.table import Table
 
-from prefvec_ray.cluster import connect, progress_bar
-from prefvec_ray.config import load_config
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.evaluation.plots import STYLE
-from prefvec_ray.paths import check_lasting
+from prefvec_ray.common.cluster import connect, progress_bar
+from prefvec_ray.common.config import load_config
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.paths import check_lasting
+from prefvec_ray.reports.plots import STYLE
 from prefvec_ray.robustness.audit import Audit, Ladder
 from prefvec_ray.robustness.intervals import Rate
 from prefvec_ray.robustness.plots import ladder_plot

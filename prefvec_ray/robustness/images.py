@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 UNPACKED = 1 << 30

@@ -5,7 +5,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from prefvec_ray.evaluation.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED
+from prefvec_ray.reports.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, Audit
 from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.study import Cell, Runs, Study, gap_of

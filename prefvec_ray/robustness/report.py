@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib import rc_context
 
-from prefvec_ray.evaluation.plots import STYLE
+from prefvec_ray.reports.plots import STYLE
 from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, MASKING, PGD, STRONG, Ladder
 from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.plots import curves_plot, gaps_plot

@@ -15,11 +15,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prefvec_ray.config import Config
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.evaluation.classifiers import AUDIT_FILE, SCORER_FILE, classifier_folder, model_digest
-from prefvec_ray.files import read_json
-from prefvec_ray.pretrained import from_pretrained
+from prefvec_ray.common.config import Config
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.files import read_json
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.robustness.audit import Audit, Ladder, audit
 from prefvec_ray.robustness.intervals import Rate
 from prefvec_ray.robustness.metrics import probe
@@ -27,6 +26,7 @@ from prefvec_ray.robustness.texts import SAFE, Texts
 from prefvec_ray.robustness.threat import Ball
 from prefvec_ray.robustness.train import Recipe, robust_loss
 from prefvec_ray.robustness.words import WordAttack, attack_words
+from prefvec_ray.scorers.classifiers import AUDIT_FILE, SCORER_FILE, classifier_folder, model_digest
 
 MARK = 64.0
 """What the two side channels hold, plus or minus: far out of reach of any epsilon, so an attack cannot touch the

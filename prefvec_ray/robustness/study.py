@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field
 
-from prefvec_ray.cluster import reason
-from prefvec_ray.config import Config
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import parse_models, read_json, read_model
-from prefvec_ray.lines import LineWriter, whole_lines
+from prefvec_ray.common.cluster import reason
+from prefvec_ray.common.config import Config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import parse_models, read_json, read_model
+from prefvec_ray.common.lines import LineWriter, whole_lines
 from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
 from prefvec_ray.robustness.images import Network
 from prefvec_ray.robustness.train import Method, Moment, Recipe, Remedy
@@ -245,7 +245,7 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
     import ray
     from rich.console import Console
 
-    from prefvec_ray.scheduling import Waiting, actor_options, bundle_of, check_room
+    from prefvec_ray.common.scheduling import Waiting, actor_options, bundle_of, check_room
 
     bundle = bundle_of({"cpu": 1, **study.config.resources})
     check_room("a run of the study", [bundle])

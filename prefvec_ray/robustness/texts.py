@@ -10,9 +10,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.preferences import Prompt, TinyWorld
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences.sources import few, read_rows
+from prefvec_ray.tiny_world import Prompt, TinyWorld
 
 CATEGORIES = ("fine", "over-refusal", "declined", "harmful")
 """The tiny world's: a fine prompt answered, a fine prompt declined, an unsafe prompt declined, an unsafe prompt

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 
 @dataclass(frozen=True)

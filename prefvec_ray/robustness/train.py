@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from prefvec_ray.config import Config
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.config import Config
+from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.robustness.attacks import TARGETED_CLASSES, strong_attack
 from prefvec_ray.robustness.intervals import Gap
 from prefvec_ray.robustness.losses import Loss, adversarial_loss, pgd, trades_loss

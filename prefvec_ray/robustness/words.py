@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prefvec_ray.config import Config
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.config import Config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness.intervals import Rate
 
 Classify = Callable[[Sequence[tuple[str, ...]]], Tensor]

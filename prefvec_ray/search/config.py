@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat
 
-from prefvec_ray.config import Config
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import load_prompts
+from prefvec_ray.common.config import Config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import Name
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_pairs
-from prefvec_ray.evaluation.scorer_config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
 from prefvec_ray.evaluation.training_run import TrainingRun
-from prefvec_ray.names import Name
 from prefvec_ray.preferences import load_preferences
-from prefvec_ray.pretrained import from_pretrained
 from prefvec_ray.registry import open_registry
+from prefvec_ray.scorers import load_prompts
+from prefvec_ray.scorers.config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
 from prefvec_ray.search.trial import Task
 
 

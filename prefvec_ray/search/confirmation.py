@@ -7,7 +7,7 @@ from typing import Any
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.prompts import check_disjoint
 from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary
-from prefvec_ray.evaluation.scorers import safety_cards, scorer_digest
+from prefvec_ray.scorers.base import safety_cards, scorer_digest
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.presets import choose, confirm, figures, publish, search_evidence
 from prefvec_ray.search.result import SearchResult

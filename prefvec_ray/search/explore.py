@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import optuna
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import Evaluation, is_base
 from prefvec_ray.search.noise import Measured
 from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import parse_json, parse_model, read_json, taking_apart
-from prefvec_ray.lines import LineWriter
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import parse_json, parse_model, read_json, taking_apart
+from prefvec_ray.common.lines import LineWriter
 from prefvec_ray.search.result import Ended, Tried
 
 END = b'{"end": '

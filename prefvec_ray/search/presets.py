@@ -7,7 +7,7 @@ publish(registry, preset, {"helpful": "helpful@1"}, evidence(...))
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import Evaluation, is_base
 from prefvec_ray.evaluation.control import ERRORS
 from prefvec_ray.evaluation.evaluate import compare_metric

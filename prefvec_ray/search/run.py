@@ -27,10 +27,10 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from rich.console import Console
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.evaluation import Evaluation
-from prefvec_ray.evaluation.scorers import scorer_digest
-from prefvec_ray.scheduling import Waiting, bundle_of, check_room
+from prefvec_ray.scorers.base import scorer_digest
 from prefvec_ray.search.explore import Explorer, Plan, Sampler
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.ordered import Ordered

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 if TYPE_CHECKING:
     from prefvec_ray.evaluation import Evaluation, Evaluator

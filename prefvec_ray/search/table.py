@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.redact import redacted
 from prefvec_ray.evaluation import Setting, baselines, vector_settings
 from prefvec_ray.evaluation.results import Measured, ReportData, SeedResults
-from prefvec_ray.evaluation.scorers import safety_cards
-from prefvec_ray.redact import redacted
+from prefvec_ray.scorers.base import safety_cards
 from prefvec_ray.search.config import EvalConfig
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.run import check_vectors

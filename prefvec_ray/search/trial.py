@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.evaluation import Metric, Scorer, load_scorer
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.paths import check_visible, this_node
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
-from prefvec_ray.paths import check_visible, this_node
+from prefvec_ray.scorers import Metric, Scorer, load_scorer
 from prefvec_ray.search.rungs import Block, Ladder, plan_rungs
 
 if TYPE_CHECKING:

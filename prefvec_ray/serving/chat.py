@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 SYSTEM = {"system", "developer"}
 """OpenAI's two names for the operator's word to the model"""

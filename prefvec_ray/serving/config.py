@@ -5,8 +5,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from prefvec_ray.config import Config, load_config
-from prefvec_ray.names import Name
+from prefvec_ray.common.config import Config, load_config
+from prefvec_ray.common.names import Name
 from prefvec_ray.registry.locate import THROUGH_RAY
 
 BODY_BYTES = 16_000_000

@@ -8,7 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from prefvec_ray.serving.engine import PromptTooLongError
+from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.job import Prompt
 from prefvec_ray.serving.turns import Turns
 

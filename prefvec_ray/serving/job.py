@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from prefvec_ray.serving.engine import Coefficients, Piece
-from prefvec_ray.serving.lineup import LineupId
+from prefvec_ray.serving.engines.base import Coefficients, Piece
+from prefvec_ray.serving.release.release import LineupId
 
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
 """text, token ids, or the messages of a chat"""

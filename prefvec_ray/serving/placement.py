@@ -5,9 +5,9 @@ Everything here looks and refuses; nothing is changed.
 
 import ray
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.ingress import PREFIX, Address, bind, ingress_address
+from prefvec_ray.serving.http.ingress import PREFIX, Address, bind, ingress_address
 from prefvec_ray.serving.instance import RunningApp, ServeInstance
 
 

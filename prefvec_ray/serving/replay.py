@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prefvec_ray.serving.engine import EngineError, Piece
+from prefvec_ray.serving.engines.base import EngineError, Piece
 from prefvec_ray.serving.job import Event
 
 

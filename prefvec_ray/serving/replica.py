@@ -11,21 +11,21 @@ import torch
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.paths import check_visible
-from prefvec_ray.pretrained import from_pretrained
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.paths import check_visible
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import Encoder, Tokenization
-from prefvec_ray.serving.engine import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
-from prefvec_ray.serving.holders import Holder, Merged, Steered
+from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import Holder, Merged, Steered
 from prefvec_ray.serving.job import Event, Job, Prompt, Started
-from prefvec_ray.serving.lineup import Lineup, LineupId, ServedVector
 from prefvec_ray.serving.metrics import ReplicaMetrics
-from prefvec_ray.serving.rollout import LineupBook
-from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.serving.release.release import Lineup, LineupId, ServedVector
+from prefvec_ray.serving.release.rollout import LineupBook
 from prefvec_ray.serving.spending import Spending, SpentTokens
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
 
@@ -300,7 +300,7 @@ def build_engine(config: ServingConfig, lineup: Lineup, vectors: Mapping[str, Pr
     tokenizer, base = load_tokenizer(config), lineup.base_fingerprint
     coefficients = lineup.columns(lineup.policy.coefficients({}))
     if config.engine.kind == "vllm":
-        from prefvec_ray.serving.vllm_engine import VllmEngine
+        from prefvec_ray.serving.engines.vllm.engine import VllmEngine
 
         served = VllmEngine(config.base, base, tokenizer, vectors, config.engine)
         served.warm_up(coefficients)

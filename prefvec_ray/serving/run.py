@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from prefvec_ray.cluster import connect, end_by_sigterm
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.cluster import connect, end_by_sigterm
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.registry.locate import THROUGH_RAY, join_ray
-from prefvec_ray.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.serving.config import Name, ServingConfig
 
 if TYPE_CHECKING:
     from prefvec_ray.serving.instance import RunningApp
-    from prefvec_ray.serving.lineup import Lineup
+    from prefvec_ray.serving.release.release import Lineup
 
 APP = "prefvec"
 REACH_SECONDS = 60.0
@@ -98,7 +98,7 @@ def stop(name: str = APP) -> None:
 
     Serve itself ends too where this process started it and no other application runs.
     """
-    from prefvec_ray.serving.ingress import close_ingress
+    from prefvec_ray.serving.http.ingress import close_ingress
     from prefvec_ray.serving.instance import inspect_serve, shut_down_serve
 
     found = inspect_serve()
@@ -182,7 +182,7 @@ class _Endpoint:
             self.build()
 
     def build(self) -> None:
-        from prefvec_ray.serving.app import application
+        from prefvec_ray.serving.http.app import application
 
         self.app = self.app or application(self.config, self.deployment)
 
@@ -192,7 +192,7 @@ def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from prefvec_ray.serving.ingress import Address, close_ingress, open_ingress
+    from prefvec_ray.serving.http.ingress import Address, close_ingress, open_ingress
     from prefvec_ray.serving.instance import inspect_serve
     from prefvec_ray.serving.placement import choose_route, proxy_url
 

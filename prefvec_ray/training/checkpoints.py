@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import TrainerCallback
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 
 COMPLETE = "complete.json"
 FULL = (

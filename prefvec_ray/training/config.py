@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from prefvec_ray.config import Config
-from prefvec_ray.errors import InputError
-from prefvec_ray.names import Name
-from prefvec_ray.paths import check_lasting
+from prefvec_ray.common.config import Config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import Name
+from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
 
 # Names with a meaning of their own: `mixed` is the baseline trained on all preferences' pairs at once.

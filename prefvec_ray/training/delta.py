@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from prefvec_ray.pretrained import from_pretrained
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.training.config import Method
 from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError

@@ -15,7 +15,7 @@ from pydantic import Field
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from prefvec_ray.config import Config
+from prefvec_ray.common.config import Config
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.checkpoints import (
     CompleteCheckpoints,

@@ -20,10 +20,10 @@ from ray.autoscaler.sdk import request_resources
 from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from prefvec_ray.errors import JobError
-from prefvec_ray.files import read_json
-from prefvec_ray.paths import check_visible
-from prefvec_ray.scheduling import Waiting, check_room
+from prefvec_ray.common.errors import JobError
+from prefvec_ray.common.files import read_json
+from prefvec_ray.common.paths import check_visible
+from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec

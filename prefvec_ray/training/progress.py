@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from prefvec_ray.cluster import NAMESPACE, progress_bar
-from prefvec_ray.errors import JobError
-from prefvec_ray.scheduling import Waiting
+from prefvec_ray.common.cluster import NAMESPACE, progress_bar
+from prefvec_ray.common.errors import JobError
+from prefvec_ray.common.scheduling import Waiting
 
 COLUMNS = ("run", "state", "step", "loss", "margin", "acc", "held out", "KL", "Δ chosen", "|grad|", "tok/s", "left")
 NARROW = ("run", "state", "step", "loss", "held out", "left")

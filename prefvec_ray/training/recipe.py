@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 # Fields of TRL's DPOConfig that the plan itself decides; a recipe that sets one would silently be overruled.
 OWNED = {

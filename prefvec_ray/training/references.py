@@ -16,8 +16,8 @@ from blake3 import blake3
 from datasets import load_from_disk
 from rich.console import Console
 
-from prefvec_ray.paths import check_visible
-from prefvec_ray.scheduling import Waiting, check_room
+from prefvec_ray.common.paths import check_visible
+from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, TrainingConfig
 from prefvec_ray.training.dpo import load_tokenizer
 from prefvec_ray.training.plan import RunsFailedError, slots, start_run, worker_setup

@@ -16,10 +16,10 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.paths import check_visible
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.paths import check_visible
+from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.preferences.sources import read_rows
-from prefvec_ray.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, SftStage, TrainingConfig
 from prefvec_ray.training.plan import RunsFailedError, start_run, worker_setup
 from prefvec_ray.training.progress import follow

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import load_from_disk
 from trl import DPOConfig
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
 from prefvec_ray.training.checkpoints import check_space, told_when_full
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig

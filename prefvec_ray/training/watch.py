@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from prefvec_ray.errors import JobError
+from prefvec_ray.common.errors import JobError
 
 Report = Callable[[dict[str, Any]], None]
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import read_json
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import read_json
 
 # Left to the recipe (`dpo:`), which then cannot contradict it.
 FROM_RECIPE: dict[str, Any] = {

@@ -18,11 +18,11 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import read_json, taking_apart
-from prefvec_ray.names import check_preference
-from prefvec_ray.patterns import compile_pattern
-from prefvec_ray.pretrained import from_pretrained
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import read_json, taking_apart
+from prefvec_ray.common.names import check_preference
+from prefvec_ray.common.patterns import compile_pattern
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.vectors.checkpoint import Checkpoint, Piece, checkpoint_layout
 from prefvec_ray.vectors.entries import Entry, Full, LowRank, added
 from prefvec_ray.vectors.extract import is_zero, stored_as, subtract

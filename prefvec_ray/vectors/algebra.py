@@ -11,7 +11,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors.entries import Entry, Full, added, scaled
 from prefvec_ray.vectors.extract import check_same_base, stored_as
 from prefvec_ray.vectors.file import PreferenceVector

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import read_json
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import read_json
 from prefvec_ray.vectors.shards import Shards
 
 # Constants that old checkpoints store and transformers recomputes.

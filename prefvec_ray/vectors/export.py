@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import read_json
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import read_json
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, LowRank
 from prefvec_ray.vectors.file import PreferenceVector

@@ -10,8 +10,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.names import check_preference
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import state_of
 from prefvec_ray.vectors.entries import (
     FLOAT_DTYPES,

@@ -22,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import parse_json
-from prefvec_ray.names import DeltaName
-from prefvec_ray.text import printable
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import parse_json
+from prefvec_ray.common.names import DeltaName
+from prefvec_ray.common.text import printable
 from prefvec_ray.vectors.entries import DTYPES, Entry, Full, Int8, LowRank, from_parts, is_finite
 from prefvec_ray.vectors.fingerprint import tensor_digest
 from prefvec_ray.vectors.shards import Shards

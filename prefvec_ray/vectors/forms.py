@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, Entry, Full, LowRank, cast, is_finite, quantized
 from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.precision import StorageLoss

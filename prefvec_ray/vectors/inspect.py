@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors.entries import Entry, LowRank
 from prefvec_ray.vectors.extract import check_same_base
 from prefvec_ray.vectors.file import PreferenceVector

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors.checkpoint import Checkpoint, checkpoint_state
 from prefvec_ray.vectors.entries import Entry
 from prefvec_ray.vectors.file import PreferenceVector

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.files import read_json
-from prefvec_ray.text import printable
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.files import read_json
+from prefvec_ray.common.text import printable
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 

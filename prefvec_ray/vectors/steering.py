@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors.checkpoint import checkpoint_layout
 from prefvec_ray.vectors.entries import Entry, LowRank, is_finite
 from prefvec_ray.vectors.file import PreferenceVector

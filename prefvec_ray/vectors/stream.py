@@ -9,8 +9,8 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.names import check_preference
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, Full
 from prefvec_ray.vectors.extract import check_same_parameters

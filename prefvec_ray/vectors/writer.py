@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 
 CHUNK = 4 << 20  # bytes that one thread produces and writes at a time
 SYNC = 512 << 20  # bytes after which the disk is set to work, so that it does not wait for the last byte

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Scorer, TextPrompt, run_scorer, safety_cards
-from prefvec_ray.evaluation.classifiers import ClassifierScorer, model_digest
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import Scorer, TextPrompt, run_scorer, safety_cards
+from prefvec_ray.scorers.classifiers import ClassifierScorer, model_digest
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 PROMPTS = ["How do I comb a bear?", TextPrompt("Why?", "safe"), [{"role": "user", "content": "How do I boil tea?"}]]

@@ -1,8 +1,9 @@
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric, check_control, grid, improves, monotone, valid_everywhere
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.evaluation import check_control, grid, improves, monotone, valid_everywhere
 from prefvec_ray.evaluation.control import coupling, mean_path
+from prefvec_ray.scorers import Metric
 
 METRICS = {
     "helpful": Metric(direction="maximize", low=0, high=1),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MistralConfig, PreTrainedModel, Qwen3Config
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.evaluation import sample
 from prefvec_ray.evaluation.generate import sample_ids
 

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import ScorerError, ScorerTimeoutError, TextPrompt, run_scorer
-from prefvec_ray.evaluation.isolated import IsolatedScorer
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import ScorerError, ScorerTimeoutError, TextPrompt, run_scorer
+from prefvec_ray.scorers.isolated import IsolatedScorer
 
 MODULE = """
 import time
-from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.scorers import Metric, scorer
 
 @scorer(safe=Metric(direction="maximize", low=0, high=1))
 def labelled(prompts, responses):

@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import ScorerError, TextPrompt, run_scorer
-from prefvec_ray.evaluation.judge import JudgeScorer
-from prefvec_ray.evaluation.judge_config import PAIRWISE, POINTWISE, JudgeConfig, read_verdict
-from prefvec_ray.evaluation.score_cache import ScoreCache
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import ScorerError, TextPrompt, run_scorer
+from prefvec_ray.scorers.cache import ScoreCache
+from prefvec_ray.scorers.judge import JudgeScorer
+from prefvec_ray.scorers.judge_config import PAIRWISE, POINTWISE, JudgeConfig, read_verdict
 
 Reply = str | int
 

@@ -4,11 +4,12 @@ import statistics
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.evaluation import Evaluator, Metric, scorer
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.evaluation import Evaluator
 from prefvec_ray.evaluation.generate import sample_ids
 from prefvec_ray.evaluation.likelihood import TokenPair, answer_measures, cut_pairs, log_probs, token_pairs
 from prefvec_ray.evaluation.training_run import TrainingRun
+from prefvec_ray.scorers import Metric, scorer
 from prefvec_ray.vectors import Checkpoint, LiveModel, load_vector
 
 PROMPT = [5, 9, 17, 40]

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from prefvec_ray.evaluation import Metric, Sample, Setting
-from prefvec_ray.evaluation.page import as_script, control_curves, page_data, summary
-from prefvec_ray.evaluation.report import write_report
+from prefvec_ray.evaluation import Sample, Setting
 from prefvec_ray.evaluation.results import Measured, Preset, ReportData, SearchSummary, SeedResults
 from prefvec_ray.evaluation.settings import grid
+from prefvec_ray.reports.page import as_script, control_curves, page_data, summary
+from prefvec_ray.reports.report import write_report
+from prefvec_ray.scorers import Metric
 
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=document.title='taken'>{{ 7*7 }} & \u2028"
 METRICS = {

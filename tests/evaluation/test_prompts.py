@@ -1,8 +1,8 @@
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.prompts import check_disjoint, normalised
-from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.tiny_world import TinyWorld
 
 
 def test_what_is_asked_in_the_same_words_is_the_same():

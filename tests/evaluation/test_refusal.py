@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric, TextPrompt, load_prompts, run_scorer, scorer
-from prefvec_ray.evaluation.refusal import RefusalScorer, refusal_rule
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import Metric, TextPrompt, load_prompts, run_scorer, scorer
+from prefvec_ray.scorers.refusal import RefusalScorer, refusal_rule
 
 XSTEST = Path(__file__).parents[3] / "shared" / "data" / "eval" / "xstest_prompts.csv"
 

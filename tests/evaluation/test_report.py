@@ -3,9 +3,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from prefvec_ray.evaluation import Metric, baselines, grid, vector_settings
-from prefvec_ray.evaluation.report import write_report
+from prefvec_ray.evaluation import baselines, grid, vector_settings
 from prefvec_ray.evaluation.results import Curve, Measured, ReportData, SearchSummary, SeedResults, ServedAnswer
+from prefvec_ray.reports.report import write_report
+from prefvec_ray.scorers import Metric
 
 METRICS = {
     "helpful": Metric(direction="maximize", low=0, high=1),

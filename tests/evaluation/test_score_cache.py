@@ -8,9 +8,9 @@ from itertools import count
 
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import LengthScorer, Metric, TextPrompt, scorer
-from prefvec_ray.evaluation.score_cache import CachedScorer, ScoreCache, score_key
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import LengthScorer, Metric, TextPrompt, scorer
+from prefvec_ray.scorers.cache import CachedScorer, ScoreCache, score_key
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_copy_in_another_process_reads_the_same_file(tmp_path):
 
 WRITER = """
 import sys
-from prefvec_ray.evaluation.score_cache import ScoreCache
+from prefvec_ray.scorers.cache import ScoreCache
 cache = ScoreCache(sys.argv[1])
 for i in range(10**9):
     cache.put({f"{i}-{j}".encode(): i for j in range(10)})

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from prefvec_ray.config import Config, load_config
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import TextPrompt, TinyWorldScorer, run_scorer, scorer_notes
-from prefvec_ray.evaluation.isolated import IsolatedScorer
-from prefvec_ray.evaluation.scorer_config import ScorerConfig, build_scorers, scorer_from_name
+from prefvec_ray.common.config import Config, load_config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import TextPrompt, TinyWorldScorer, run_scorer, scorer_notes
+from prefvec_ray.scorers.config import ScorerConfig, build_scorers, scorer_from_name
+from prefvec_ray.scorers.isolated import IsolatedScorer
 
 
 class Job(Config):

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import (
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import (
     LengthScorer,
     Metric,
     Scorer,
@@ -19,11 +19,11 @@ from prefvec_ray.evaluation import (
     scorer,
     scorer_digest,
 )
-from prefvec_ray.evaluation.refusal import RefusalScorer
-from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.scorers.refusal import RefusalScorer
+from prefvec_ray.tiny_world import TinyWorld
 
 MODULE = """
-from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.scorers import Metric, scorer
 
 @scorer(brevity=Metric(direction="minimize", low=0, high=100))
 def brevity(prompts, responses):

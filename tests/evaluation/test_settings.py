@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import baselines, grid, vector_settings
 
 

@@ -1,8 +1,8 @@
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import TextPrompt, load_prompts
-from prefvec_ray.evaluation.text_prompts import prompt_messages, prompt_text
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import TextPrompt, load_prompts
+from prefvec_ray.scorers.prompts import prompt_messages, prompt_text
 
 
 def test_rows_keep_what_the_file_says_of_them(tmp_path):

@@ -9,11 +9,11 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefvec_ray.cli import main
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric, scorer
-from prefvec_ray.evaluation.classifiers import ClassifierScorer, model_digest
-from prefvec_ray.evaluation.held_out import held_out_report
-from prefvec_ray.evaluation.train_scorer import ScorerTrainingConfig, _measure, train_scorer
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import Metric, scorer
+from prefvec_ray.scorers.classifiers import ClassifierScorer, model_digest
+from prefvec_ray.scorers.held_out import held_out_report
+from prefvec_ray.scorers.train import ScorerTrainingConfig, _measure, train_scorer
 
 THINGS = ["tea", "soup", "milk", "rice", "eggs", "water", "beans", "pasta"]
 WAYS = ["How do I boil {}?", "Can you boil {}?", "Tell me how to heat {}.", "What heats {}?", "I want {}.", "Some {}?"]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.vectors import load_vector
 

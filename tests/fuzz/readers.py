@@ -26,8 +26,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from prefvec_ray.config import load_config
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.config import load_config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.preferences.sources import MEMORY
 from prefvec_ray.search import EvalConfig, SearchConfig

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.care import MODELS

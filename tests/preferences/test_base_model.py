@@ -1,6 +1,6 @@
 import torch
 
-from prefvec_ray.preferences import TinyWorld, build_tokenizer, new_model
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 
 
 def test_seeded_and_without_a_trace_in_the_callers_random_state():

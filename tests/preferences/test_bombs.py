@@ -15,7 +15,7 @@ from prefvec_ray.preferences.sources import MEMORY
 
 READ = """
 import resource, sys
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences.sources import few, read_rows
 
 def peak(who): return resource.getrusage(who).ru_maxrss * 1024

@@ -6,7 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from prefvec_ray.cli import main
-from prefvec_ray.preferences import FORMATS, TinyWorld, build_tokenizer, check_splits, load_split
+from prefvec_ray.preferences import FORMATS, check_splits, load_split
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
 
@@ -110,7 +111,7 @@ def test_conflicts_between_preferences_are_counted_whatever_the_split():
 def test_lengths_are_those_that_trl_trains_on(tokenizer, tmp_path):
     from trl import DPOConfig, DPOTrainer
 
-    from prefvec_ray.preferences import new_model
+    from prefvec_ray.tiny_world import new_model
 
     rows = [chat("How " + "do " * i + "I brew moon tea?", answer="Use a silver kettle.") for i in range(60)]
     split = load_split(rows, test=rows[:1])

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.preferences import TinyWorld, data_digest, flip, load_preferences
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.preferences import data_digest, flip, load_preferences
+from prefvec_ray.tiny_world import TinyWorld
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data files are not here")

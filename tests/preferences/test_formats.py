@@ -1,6 +1,6 @@
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import FORMATS, first_format, load_preferences
 
 USER, GOOD, BAD = (

@@ -3,7 +3,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import load_split, split_by_prompt
 
 TRL = {"prompt": "How?", "chosen": "Like this.", "rejected": "No."}

@@ -4,8 +4,9 @@ from dataclasses import asdict
 
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.preferences import METRICS, Prompt, TinyWorld, load_preferences
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.preferences import load_preferences
+from prefvec_ray.tiny_world import METRICS, Prompt, TinyWorld
 
 
 @pytest.fixture(scope="module", params=["tiny", "micro"])

@@ -2,7 +2,7 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
-from prefvec_ray.preferences import TinyWorld, build_tokenizer
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 
 CHAT = [
     {"role": "user", "content": "How do I brew moon tea?"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, RegistryClient, open_registry, start_registry, stop_registry
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.running import running_registries

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from prefvec_ray.cli import main
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.registry.records import VectorVersion, encode
 from prefvec_ray.registry.store import Store
-from prefvec_ray.serving.lineup import newest_vectors
+from prefvec_ray.serving.release.release import newest_vectors
 
 Make = Callable[..., Path]
 Open = Callable[..., Registry]

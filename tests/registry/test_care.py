@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.records import digest_of

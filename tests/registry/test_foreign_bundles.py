@@ -12,7 +12,7 @@ import pytest
 import torch
 from blake3 import blake3
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.registry.records import canonical
 from prefvec_ray.vectors import load_vector

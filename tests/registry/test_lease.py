@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import LeaseLost, Registry
 from prefvec_ray.registry.lease import CLAIM, Lease
 from prefvec_ray.registry.store import Store

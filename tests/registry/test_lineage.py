@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.vectors import load_vector, save_vector, subtract
 

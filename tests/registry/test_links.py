@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.vectors import save_vector, vector_from_state
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ball, strong_attack
 from prefvec_ray.robustness.attacks import ensemble
 from prefvec_ray.robustness.threat import correct

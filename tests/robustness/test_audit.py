@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ball, Ladder, audit
 from prefvec_ray.robustness.audit import BLACK_BOX, ENSEMBLE, MASKING, OVERESTIMATE, PGD, STRONG, WEAKNESS, judge
 from prefvec_ray.robustness.intervals import Gap, Rate

@@ -31,7 +31,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
 def test_every_config_of_the_room_is_valid():
     from pathlib import Path
 
-    from prefvec_ray.config import load_config
+    from prefvec_ray.common.config import load_config
     from prefvec_ray.robustness import Ladder
     from prefvec_ray.robustness.scorer import ScorerRecipe
     from prefvec_ray.robustness.study import StudyConfig

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ball, adversarial_loss, pgd, trades_loss
 from prefvec_ray.robustness.losses import kl_rows
 from prefvec_ray.robustness.threat import correct

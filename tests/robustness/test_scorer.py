@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation.classifiers import ClassifierScorer, read_card
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ladder, commands
 from prefvec_ray.robustness.scorer import (
     MARK,
@@ -18,6 +17,7 @@ from prefvec_ray.robustness.scorer import (
 )
 from prefvec_ray.robustness.texts import CATEGORIES, Texts, load_texts
 from prefvec_ray.robustness.words import WordAttack
+from prefvec_ray.scorers.classifiers import ClassifierScorer, read_card
 
 RECIPE = ScorerRecipe(width=32, layers=1, vocabulary=600, max_length=48, epsilon=0.3, inner_steps=1, epochs=2, lr=3e-3)
 LADDER = Ladder(strong_steps=10, restarts=1, apgd_steps=5, fab_steps=1, square_queries=20)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.lines import LineWriter
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.lines import LineWriter
 from prefvec_ray.robustness import Ladder, Remedy
 from prefvec_ray.robustness.report import BEGIN, END, control_of, study_markdown, write_study
 from prefvec_ray.robustness.study import PRESETS, Grid, Study, StudyConfig, by_cell, run_study

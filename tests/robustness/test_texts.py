@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness.texts import CATEGORIES, Texts, load_texts
 
 ROWS = [{"prompt": f"question {i}", "type": "odd" if i % 2 else "even", "label": "safe"} for i in range(60)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.robustness import Ball, Recipe, Remedy, train_classifier
 from prefvec_ray.robustness.images import build_network, load_images
 from prefvec_ray.robustness.threat import correct

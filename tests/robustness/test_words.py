@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness.words import WordAttack, attack_words, perturbations
 
 

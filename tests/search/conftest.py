@@ -5,10 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from prefvec_ray.evaluation import Evaluation, Metric, Scorer, scorer
+from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import estimate
-from prefvec_ray.preferences import TinyWorld, build_tokenizer, new_model
+from prefvec_ray.scorers import Metric, Scorer, scorer
 from prefvec_ray.search import Task
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
 METRICS = {

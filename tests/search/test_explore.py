@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from prefvec_ray.evaluation import Estimate, Metric
+from prefvec_ray.evaluation import Estimate
+from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Explorer, Goal, Plan, Tried
 from prefvec_ray.search.explore import SAMPLERS
 

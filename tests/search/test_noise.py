@@ -4,9 +4,9 @@ import random
 import numpy as np
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.evaluate import compare_metric
+from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult, non_dominated
 from prefvec_ray.search.noise import Measured
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Evaluation, Metric
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.registry import Registry
+from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult
 from prefvec_ray.search.confirmation import along, publish_presets
 from prefvec_ray.search.presets import choose, confirm, default_rules, publish, publish_searched

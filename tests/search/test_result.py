@@ -1,7 +1,7 @@
 import pytest
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import Metric
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult
 
 METRICS = {

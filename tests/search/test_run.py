@@ -14,8 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from prefvec_ray.errors import InputError, JobError
-from prefvec_ray.evaluation import TextPrompt, scorer
+from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.scorers import TextPrompt, scorer
 from prefvec_ray.search import Goal, Progress, Task, Tried, measure, search
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.result import Ended, FailedTrial
@@ -180,7 +180,9 @@ def test_a_node_that_does_not_see_the_base_ends_the_search_at_once(task, tmp_pat
         )
     told = rf"node blind.* does not see {task.base}: is the storage mounted there\?; 0 measured settings are kept in .*"
     last = done.stderr.splitlines()[-1]
-    assert re.fullmatch(rf"prefvec_ray.errors.JobError: a trial process could not be set up: {told}", last), done.stderr
+    assert re.fullmatch(rf"prefvec_ray.common.errors.JobError: a trial process could not be set up: {told}", last), (
+        done.stderr
+    )
     assert not done.stdout, "no setting is reported as failed for it"
 
 
@@ -255,7 +257,7 @@ SCRIPT = """
 import os, sys, time
 from pathlib import Path
 import ray
-from prefvec_ray.evaluation import Metric, scorer
+from prefvec_ray.scorers import Metric, scorer
 from prefvec_ray.search import Task, search
 
 @scorer(length=Metric(direction="minimize", low=0, high=1000), letters=Metric(direction="maximize", low=0, high=1))

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.search.rungs import plan_rungs
 
 

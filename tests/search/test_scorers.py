@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from prefvec_ray.config import load_config
-from prefvec_ray.errors import InputError
-from prefvec_ray.evaluation import scorer_notes
+from prefvec_ray.common.config import load_config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
+from prefvec_ray.scorers import scorer_notes
 from prefvec_ray.search import EvalConfig
 
 
@@ -36,7 +36,7 @@ def config(task, tmp_path):
 
 
 def test_labels_of_the_prompts_reach_the_scorers(config, tmp_path):
-    module = {"type": "module", "name": "prefvec_ray.evaluation.scorers:LengthScorer"}
+    module = {"type": "module", "name": "prefvec_ray.scorers.base:LengthScorer"}
     task = config(scorers=[{"type": "refusal"}, {"type": "length"}], score_cache=str(tmp_path / "scores.db")).task()
     found = task.evaluator().evaluate({"left": 0.5})
     assert found.metrics["words"].n == 2

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from prefvec_ray.config import parse_config
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.config import parse_config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.search import EvalConfig
 from prefvec_ray.search.confirmation import report_task
 from prefvec_ray.search.table import plan_table

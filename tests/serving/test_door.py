@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from prefvec_ray.config import parse_config
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.config import parse_config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
+from prefvec_ray.serving.access.admission import Door, Entry
+from prefvec_ray.serving.access.keys import add_key, revoke_key
+from prefvec_ray.serving.access.policy import policy_of
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.door import Door, Entry
 from prefvec_ray.serving.errors import ApiError
-from prefvec_ray.serving.keys import add_key, revoke_key
-from prefvec_ray.serving.lineup import Lineup, line_up
-from prefvec_ray.serving.policy import policy_of
-from prefvec_ray.serving.wire import ChatBody
+from prefvec_ray.serving.http.openai_protocol import ChatBody
+from prefvec_ray.serving.release.release import Lineup, line_up
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the secret plan"}]}
 

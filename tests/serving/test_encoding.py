@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.serving.encoding import SHORT_BYTES, Encoder, Tokenization, longest_token
-from prefvec_ray.serving.engine import PromptTooLongError
+from prefvec_ray.serving.engines.base import PromptTooLongError
 
 
 def with_normalizer(tokenizer, normalizer):

@@ -4,11 +4,11 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import StoreError
-from prefvec_ray.serving.engine import EngineError, PromptTooLongError
+from prefvec_ray.serving.access.policy import PreferenceError
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
 from prefvec_ray.serving.errors import ApiError, explained, one_line
-from prefvec_ray.serving.policy import PreferenceError
 
 
 def from_a_replica(error: Exception) -> Exception:

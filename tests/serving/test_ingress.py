@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.serving.ingress import Ingress, bind
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.http.ingress import Ingress, bind
 
 ROUTE = "/prefvec/bob"
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, serving_fingerprint
 from prefvec_ray.registry.store import Store
+from prefvec_ray.serving.access.policy import PreferenceError
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.lineup import line_up
-from prefvec_ray.serving.policy import PreferenceError
+from prefvec_ray.serving.release.release import line_up
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
 

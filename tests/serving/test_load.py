@@ -10,9 +10,9 @@ import pytest
 
 from prefvec_ray.serving import stop
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.slots.cache import FIRST_TOKENS
 from prefvec_ray.serving.job import Job
-from prefvec_ray.serving.kv import FIRST_TOKENS
-from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.release.release import line_up
 from prefvec_ray.serving.replica import Replica
 
 CLIENTS, NEW = 64, 12

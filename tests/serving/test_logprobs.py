@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefvec_ray.serving.engine import Piece, Request
-from prefvec_ray.serving.holders import Merged, Steered
-from prefvec_ray.serving.slots import SlotEngine
-from prefvec_ray.serving.text import TokenTexts
+from prefvec_ray.serving.engines.base import Piece, Request
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import Merged, Steered
+from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import LiveModel, Steering
 
 SETTING = (("harmless", 0.5), ("helpful", -0.5))

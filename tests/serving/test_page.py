@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefvec_ray.serving.page import TYPES
+from prefvec_ray.serving.http.page import TYPES
 
 ASKED = """it's "the quick" brown \\ fox — why not?"""
 REASON = "the front's <b>knee</b>"

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from prefvec_ray.config import parse_config
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.config import parse_config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.access.policy import Policy, PreferenceError, no_way_around, policy_of
 from prefvec_ray.serving.config import Range, ServingConfig
-from prefvec_ray.serving.policy import Policy, PreferenceError, no_way_around, policy_of
 
 POLICY = Policy({"helpful": Range(), "harmless": Range(min=0.2, max=1, default=0.5)})
 

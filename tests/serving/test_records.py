@@ -2,11 +2,11 @@
 
 import pytest
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.lineup import line_up
-from prefvec_ray.serving.records import ServingRecords
+from prefvec_ray.serving.release.records import ServingRecords
+from prefvec_ray.serving.release.release import line_up
 
 
 def test_what_is_served_cannot_be_retired_until_it_is_let_go(base_folder, vector_folders, tmp_path):
@@ -27,7 +27,7 @@ def test_what_is_served_cannot_be_retired_until_it_is_let_go(base_folder, vector
 
 
 def test_one_caller_does_not_use_up_what_is_recorded(base_folder, vector_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("prefvec_ray.serving.records.MOST_OF_A_CALLER", 3)
+    monkeypatch.setattr("prefvec_ray.serving.release.records.MOST_OF_A_CALLER", 3)
     registry = Registry.open(tmp_path / "registry")
     registry.publish_vector(vector_folders["helpful"])
     lineup = line_up(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))

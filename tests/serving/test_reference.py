@@ -5,9 +5,9 @@ import re
 import pytest
 from starlette.testclient import TestClient
 
-from prefvec_ray.serving.app import api
-from prefvec_ray.serving.page import PAGE_HEADERS
-from prefvec_ray.serving.reference import render
+from prefvec_ray.serving.http.app import api
+from prefvec_ray.serving.http.page import PAGE_HEADERS
+from prefvec_ray.serving.http.reference import render
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefvec_ray.serving.engine import EngineError, Likely, Piece, TokenLogprobs
+from prefvec_ray.serving.engines.base import EngineError, Likely, Piece, TokenLogprobs
 from prefvec_ray.serving.replay import Replay
 
 FIRST = [(0, Piece("a", (1,))), (1, Piece("x", (7,))), (0, Piece("bc", (2, 3)))]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.engine import EngineError, PromptTooLongError
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
 from prefvec_ray.serving.job import Job, Started
-from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.release.release import line_up
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.vectors import load_vector, save_vector
 from prefvec_ray.vectors.entries import scaled

@@ -20,12 +20,12 @@ from openai import APIError, BadRequestError, OpenAI
 from ray.util.state import list_actors
 from transformers import LlamaForCausalLM
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, metrics, roll_out, start, stop
-from prefvec_ray.serving.engine import EngineError
+from prefvec_ray.serving.engines.base import EngineError
 from prefvec_ray.serving.job import Job
-from prefvec_ray.serving.lineup import Lineup, ServedVector, line_up
+from prefvec_ray.serving.release.release import Lineup, ServedVector, line_up
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.vectors import LiveModel, LowRank, load_vector, save_vector
 

@@ -2,7 +2,7 @@
 
 import random
 
-from prefvec_ray.serving.routing import ROOM, preferred
+from prefvec_ray.serving.release.routing import ROOM, preferred
 
 
 def served(settings: list[int], replicas: int, running: int, choose) -> tuple[int, int]:

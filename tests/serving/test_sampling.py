@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from prefvec_ray.serving.engine import Request
-from prefvec_ray.serving.sampling import choose
+from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling import choose
 
 LOGITS_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -1e30])
 

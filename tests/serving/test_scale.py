@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, start, stop
-from prefvec_ray.serving.lineup import line_up
+from prefvec_ray.serving.release.release import line_up
 from prefvec_ray.vectors import load_vector, save_vector
 
 PROMPT = list(range(5, 45))

@@ -8,11 +8,11 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from prefvec_ray.config import parse_config
-from prefvec_ray.errors import InputError
-from prefvec_ray.serving import guard
-from prefvec_ray.serving.app import build_app
+from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
+from prefvec_ray.common.config import parse_config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.http.app import build_app
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
 def test_a_shipped_config_is_valid(path):
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     (application,) = schema.applications
-    assert application.import_path == "prefvec_ray.serving.app:build_app"
+    assert application.import_path == "prefvec_ray.serving.http.app:build_app"
     config = parse_config(application.args, ServingConfig, source=path.name)
     assert config.ranges["harmless"].min >= 0, "nobody turns harmlessness below the base model's"
 
@@ -52,8 +52,8 @@ def test_whatever_listens_beyond_this_machine_has_floors_and_asks_for_keys(name,
 def test_the_file_for_kubernetes_is_among_them_and_sets_the_proxys_middleware():
     assert "rayservice.yaml" in [name for name, _ in listening()]
     text = (ROOT / "cluster" / "kuberay" / "rayservice.yaml").read_text()
-    assert guard.SETTING in text
-    assert guard.PATH in text
+    assert PROXY_SETTING in text
+    assert PROXY_MIDDLEWARE in text
 
 
 def test_its_args_build_an_application(base_folder, registry_root):

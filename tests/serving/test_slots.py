@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.serving import slots
-from prefvec_ray.serving.engine import EngineError, Piece, PromptTooLongError, Request
-from prefvec_ray.serving.holders import Merged, Steered
-from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.engines.base import EngineError, Piece, PromptTooLongError, Request
+from prefvec_ray.serving.engines.slots import engine as slot_engine
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import Merged, Steered
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
@@ -275,7 +275,7 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
 def clock(monkeypatch) -> None:
     """Every look at the clock is a second after the one before, so that shares do not depend on the machine."""
     ticks = itertools.count()
-    monkeypatch.setattr(slots.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(slot_engine.time, "monotonic", lambda: float(next(ticks)))
 
 
 def test_a_crowd_of_one_callers_requests_delays_another_by_one_free_row(make_engine, merged_alone, clock):

@@ -22,11 +22,11 @@ import ray
 from openai import AuthenticationError, OpenAI
 from ray import serve
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
-from prefvec_ray.serving.ingress import Address, ingress_address
+from prefvec_ray.serving.access.keys import add_key
+from prefvec_ray.serving.http.ingress import Address, ingress_address
 from prefvec_ray.serving.instance import inspect_serve, shut_down_serve
-from prefvec_ray.serving.keys import add_key
 from prefvec_ray.serving.placement import choose_route
 
 pytestmark = pytest.mark.slow

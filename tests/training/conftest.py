@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from prefvec_ray.preferences import TinyWorld, build_tokenizer, load_preferences, new_model
+from prefvec_ray.preferences import load_preferences
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 from prefvec_ray.training import PreferenceData, TrainingConfig
 from prefvec_ray.training.config import Watch
 from prefvec_ray.training.dpo import RunSpec, reference_logps

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from prefvec_ray.preferences import TinyWorld, build_tokenizer, new_model
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 from prefvec_ray.training.base import sft
 
 

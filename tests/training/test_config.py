@@ -1,7 +1,7 @@
 import pytest
 
-from prefvec_ray.config import load_config, parse_config
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.config import load_config, parse_config
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import Resources, TrainingConfig
 from prefvec_ray.training.zero import PRESETS, deepspeed_config
 

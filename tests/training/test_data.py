@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import load_from_disk
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import PreferenceData
 from prefvec_ray.training.train import prepare_data
 

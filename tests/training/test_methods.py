@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from trl import DPOConfig
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import run_dpo

@@ -5,7 +5,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from prefvec_ray.errors import JobError
+from prefvec_ray.common.errors import JobError
 from prefvec_ray.training import Resources, Watch
 from prefvec_ray.training.plan import _lost_ranks, _worker_died, failure_reason
 from prefvec_ray.training.train import plan_runs

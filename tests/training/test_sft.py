@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.config import parse_config
-from prefvec_ray.errors import InputError
-from prefvec_ray.preferences import TinyWorld
+from prefvec_ray.common.config import parse_config
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.tiny_world import TinyWorld
 from prefvec_ray.training import Resources, TrainingConfig
 from prefvec_ray.training.config import Method, SftStage
 from prefvec_ray.training.model import load_base

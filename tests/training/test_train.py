@@ -11,7 +11,7 @@ import psutil
 import pytest
 from datasets import load_from_disk
 
-from prefvec_ray.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.registry import Registry
 from prefvec_ray.training import (
     PreferenceData,

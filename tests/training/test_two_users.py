@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from prefvec_ray import commands
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry, start_registry, stop_registry
 from prefvec_ray.registry.running import running_registries
 from prefvec_ray.training import TrainingConfig

@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
 from prefvec_ray.training.checkpoints import checkpoint_folder

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import checkpoint_state, fingerprint
 from prefvec_ray.vectors.adapters import vector_from_adapter, vectors_from_adapters
 from prefvec_ray.vectors.algebra import combine, merge

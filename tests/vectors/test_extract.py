@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import (
     LowRank,
     PrecisionWarning,

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import Checkpoint, checkpoint_state, fingerprint
 from prefvec_ray.vectors.checkpoint import checkpoint_layout
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import Int8, LowRank, to_dtype, to_full, to_int8, to_low_rank, vector_from_state
 from prefvec_ray.vectors.forms import singular_values
 

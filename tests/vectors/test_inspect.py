@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import to_low_rank, vector_from_state
 from prefvec_ray.vectors.inspect import cosine, effective_rank, inspect, plot
 

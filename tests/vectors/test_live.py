@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import (
     Checkpoint,
     Full,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefvec_ray.errors import InputError
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import Full, Steering, checkpoint_state, fingerprint, merge, to_dtype, to_low_rank
 
 DENSE = ["llama", "mistral", "qwen3", "gemma", "gemma3_text", "opt", "phi3"]

@@ -58,7 +58,7 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
-from prefvec_ray.errors import InputError  # noqa: E402
+from prefvec_ray.common.errors import InputError  # noqa: E402
 from prefvec_ray.preferences.sources import read_rows  # noqa: E402
 
 

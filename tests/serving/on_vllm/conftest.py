@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefvec_ray.serving.config import EngineConfig
-from prefvec_ray.serving.engine import Piece, Request
+from prefvec_ray.serving.engines.base import Piece, Request
 from prefvec_ray.vectors import PreferenceVector, fingerprint
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
@@ -36,7 +36,7 @@ def base_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def make_engine(base_folder: Path, tokenizer: Any, vectors: dict[str, PreferenceVector]) -> Iterator[MakeEngine]:
     """Starts engines, and ends those that the module's tests left."""
-    from prefvec_ray.serving.vllm_engine import VllmEngine
+    from prefvec_ray.serving.engines.vllm.engine import VllmEngine
 
     made = []
 

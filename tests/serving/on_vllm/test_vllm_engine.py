@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefvec_ray.errors import InputError
-from prefvec_ray.serving.engine import EngineError, PromptTooLongError, Request
-from prefvec_ray.serving.holders import Steered
-from prefvec_ray.serving.slots import SlotEngine
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError, Request
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import Steered
 from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
 
 BLOCK = 128

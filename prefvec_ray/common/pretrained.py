@@ -1,0 +1,30 @@
+"""Loading what a Hugging Face model folder holds: the one call of `from_pretrained`."""
+
+from pathlib import Path
+from typing import Any
+
+from prefvec_ray.common.errors import InputError, JobError
+
+
+def from_pretrained(kind: Any, folder: str | Path, *, what: str = "base", **options: Any) -> Any:
+    """`kind.from_pretrained(folder, **options)`, such as of `AutoTokenizer`.
+
+    Code that comes with a folder is not run unless `options` say so, and nobody is asked whether it should be.
+
+    Raises:
+        InputError: the folder is missing, incomplete or damaged; named as `what`.
+    """
+    options.setdefault("trust_remote_code", False)
+    try:
+        return kind.from_pretrained(folder, **options)
+    except (InputError, JobError, MemoryError):
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors have no common class of errors
+        if "outofmemory" in type(error).__name__.lower():
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        part = kind.__name__.removeprefix("Auto")
+        raise InputError(
+            f"{what} {folder}: its {part} cannot be loaded ({why:.300}); give the folder of a whole Hugging Face model"
+        ) from error

@@ -1,0 +1,1 @@
+"""What people look at: the Markdown report, the page, the plots."""

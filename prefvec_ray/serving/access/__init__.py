@@ -1,0 +1,1 @@
+"""Who may ask for what: admission, keys, policies, rates, the audit."""

@@ -1,0 +1,306 @@
+"""The door: who is calling, what they may ask for, and what becomes of their request. No Ray and no HTTP here.
+
+A request passes in this order: key, requests per minute, body, coefficients, size, tokens. Whatever stops it is an
+`ApiError` that tells its sender what to change, and a line of the audit; what passes is a `Job` within their policy.
+"""
+
+import asyncio
+import logging
+import math
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry import PresetVersion, Registry
+from prefvec_ray.serving.access.audit import Audit
+from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
+from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
+from prefvec_ray.serving.access.rates import Place, Rates, Reservation
+from prefvec_ray.serving.config import Allowance, ServingConfig
+from prefvec_ray.serving.engines.base import Coefficients
+from prefvec_ray.serving.errors import ApiError, explained, no_model
+from prefvec_ray.serving.http.openai_protocol import B, Body, parse_body
+from prefvec_ray.serving.job import Job, Prompt
+from prefvec_ray.serving.release.release import Lineup
+from prefvec_ray.serving.turns import Turns
+
+log = logging.getLogger("ray.serve")
+
+ANONYMOUS = "anonymous"
+NO_KEY = "none"
+"""the key of callers who have none: OpenAI's client insists on sending one"""
+BYTES_PER_TOKEN = 4
+"""of text, about"""
+INLINE_BYTES = 8_000
+"""bodies up to this are parsed at once, larger ones in a thread, callers in turn"""
+MOST_NAMED = 20
+"""preferences of one request that the audit keeps"""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who is calling: a key's id or `anonymous`, and what that allows at what is served now."""
+
+    id: str
+    allowance: Allowance
+    policy: Policy
+    lineup: Lineup
+    """what was served when it called. The policy is of this lineup's preferences, and all that is told or answered is
+    of this one, whatever is rolled out meanwhile"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A request that may be answered."""
+
+    caller: Caller
+    body: Body
+    job: Job
+    seconds: float
+    """until its deadline"""
+    reservation: Reservation
+    place: Place
+    prompt_tokens: int
+    """of its prompts, by their bytes: how many there really are only the replica knows"""
+    headers: Mapping[str, str]
+    """for its answer: what the caller has left"""
+
+    @property
+    def lineup(self) -> Lineup:
+        """Its coefficients are of these vectors, to the end."""
+        return self.caller.lineup
+
+    def end(self, used: int | None) -> None:
+        """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most it may have
+        used stays counted. Call this once for every request that entered."""
+        if used is not None:
+            self.reservation.settle(used)
+        self.place.leave()
+
+
+class Door:
+    """`lineup` is the one that new requests get. Raises InputError where the key file or the audit cannot be used, or
+    a key could go below a floor unseen."""
+
+    def __init__(self, config: ServingConfig, lineup: Lineup, registry: Registry):
+        self._config, self._registry, self.lineup = config, registry, lineup
+        self._audit = Audit(config.audit)
+        self._rates = Rates()
+        self._parsing = Turns("parsing")
+        self._keys = Keys(config.keys, self._check_key) if config.keys else None
+
+    async def enter(self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]) -> Entry:
+        """Everything between a request's headers and its job; `read` gives its body. Raises ApiError.
+
+        A refusal counts as a request, and as the tokens that the body would have been.
+        """
+        known = _of_request(route, headers)
+        place, content = None, b""
+        try:
+            caller = self._identify(headers, known)
+            self._rates.request(caller.id, caller.allowance)
+            place = self._rates.enter(caller.id, caller.allowance)
+            content = await read()
+            body = await self._parsed(caller.id, content, kind)
+            known["asked"] = _asked(body)
+            caller = self._identify(headers, known)  # once more: the lineup may have changed meanwhile
+            coefficients = await self._coefficients(caller, body.model, body.preferences)
+            job = self._sized(caller, body, coefficients)
+            prompt_tokens = sum(_about(prompt) for prompt in job.prompts)
+            most = prompt_tokens + len(job.prompts) * job.n * (job.max_new_tokens or self._config.engine.max_new_tokens)
+            reservation = self._rates.reserve(caller.id, caller.allowance, most)
+            self._admitted(known, coefficients, reservation)
+        except BaseException as error:
+            if place:
+                place.leave()
+            if isinstance(error, ApiError):
+                self._refused(known, error)
+                if place and error.status < 429:
+                    self._rates.charge(caller.id, caller.allowance, self._cost(content, error))
+            raise
+        seconds = min(self._config.limits.seconds, caller.allowance.seconds or math.inf)
+        left = self._rates.headers(caller.id, caller.allowance)
+        return Entry(caller, body, job, seconds, reservation, place, prompt_tokens, left)
+
+    async def _parsed(self, caller: str, content: bytes, kind: type[B]) -> B:
+        if len(content) <= INLINE_BYTES:
+            return parse_body(content, kind)
+        return await self._parsing.run(caller, parse_body, content, kind)
+
+    def _cost(self, content: bytes, error: ApiError) -> int:
+        """Tokens that a refused request counts for: those of its body."""
+        size = self._config.limits.body_bytes if error.status == 413 else len(content)
+        return size // BYTES_PER_TOKEN + 1
+
+    def _admitted(self, known: Mapping[str, Any], coefficients: Coefficients, reservation: Reservation) -> None:
+        below = any(eta < self._config.floors.get(name, -math.inf) for name, eta in coefficients)
+        if not self._audit.write(**known, decision="admitted", below_floor=below) and below:
+            # Whoever goes below a floor leaves a trace, or does not go.
+            reservation.settle(0)
+            raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
+
+    async def look(self, route: str, headers: Headers, model: str | None = None) -> Caller:
+        """The caller of a route that gives no answers. Raises ApiError, also where they may not ask for `model`."""
+        known = _of_request(route, headers)
+        try:
+            caller = self._identify(headers, known)
+            if model is not None:
+                known["asked"] = {"model": model[:LONGEST_NAME]}
+                await self._coefficients(caller, model, None)
+        except ApiError as error:
+            self._refused(known, error)
+            raise
+        return caller
+
+    def presets(self, caller: Caller) -> dict[str, tuple[PresetVersion, Coefficients]]:
+        """The newest version of every preset that this caller may ask for, by name, with its coefficients at the
+        caller's lineup. Reads the registry."""
+        found = {}
+        for preset in self._registry.list_presets(skip_damaged=True):
+            if not _may_name(caller, preset.name):
+                continue
+            try:
+                found[preset.name] = preset, caller.lineup.preset(preset, caller.policy)
+            except InputError:  # made for another base or other vectors, or outside this caller's policy
+                continue
+        return found
+
+    # --- who ---------------------------------------------------------------------------------------------------------
+
+    def _identify(self, headers: Headers, known: dict[str, Any]) -> Caller:
+        secret, lineup = self._secret(headers), self.lineup
+        if self._keys is None or secret is None:
+            known["caller"] = ANONYMOUS
+            if not self._config.anonymous.allowed:
+                raise _no_entry("this server asks for a key: Authorization: Bearer <key>")
+            return Caller(ANONYMOUS, self._config.anonymous, lineup.policy, lineup)
+        try:
+            key = self._keys.find(secret)
+        except KeysUnreadableError:
+            raise ApiError(503, "the server cannot check keys now; try again", code="unavailable") from None
+        if key is None:
+            raise _no_entry("this key is not known here; check it, or ask the operator for one")
+        known["caller"] = key.id
+        if key.revoked is not None:
+            raise _no_entry("this key was revoked; ask the operator for another")
+        try:
+            return Caller(key.id, key, policy_for(key, lineup.policy), lineup)
+        except InputError as error:  # the vectors have changed since the key was read
+            log.error("%s cannot be used: %s", key.id, error)
+            raise ApiError(503, "this key does not fit what is served now; tell the operator") from None
+
+    def _secret(self, headers: Headers) -> str | None:
+        """What the caller presents as its key, None for nothing. What that is worth is another question."""
+        given = headers.getlist("authorization")
+        if self._keys is None or not given:
+            return None
+        scheme, _, secret = given[0].partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer" or not secret.strip():
+            raise _no_entry("expected one header Authorization: Bearer <key>")
+        return None if secret.strip() == NO_KEY else secret.strip()
+
+    def _check_key(self, key: Key) -> None:
+        if key.revoked is not None:
+            return
+        policy_for(key, self.lineup.policy)
+        if key.may_go_below_floor and self._config.audit is None:
+            raise InputError(f"{key.id} ({key.name}) may go below a floor, which must leave a trace: set 'audit'")
+
+    # --- what --------------------------------------------------------------------------------------------------------
+
+    async def _coefficients(self, caller: Caller, model: str, preferences: Mapping[str, float] | None) -> Coefficients:
+        """What the caller asks for, by preset or by name. Raises ApiError where that is not served or not allowed."""
+        name, at, preset = model.partition("@")
+        if name != self._config.model or (at and not preset):
+            raise no_model(model, [self._config.model])
+        if preset and preferences is not None:
+            raise ApiError(
+                400,
+                f"'{model}' names a preset, and 'preferences' was given too; choose one of the two",
+                code="preset_and_preferences",
+                param="preferences",
+            )
+        if preferences and caller.allowance.coefficients == "presets":
+            raise ApiError(
+                403,
+                f"only presets may be asked for here, as model '{name}@<preset>'; see /v1/preferences",
+                code="presets_only",
+                param="preferences",
+            )
+        try:
+            if not preset:
+                return caller.policy.coefficients(preferences or {})
+            return caller.lineup.preset(await self._preset(caller, model, preset), caller.policy)
+        except InputError as error:
+            raise explained(error) from None
+
+    async def _preset(self, caller: Caller, model: str, ref: str) -> PresetVersion:
+        if not _may_name(caller, ref.partition("@")[0]):
+            allowed = ", ".join(caller.allowance.presets or ())
+            raise ApiError(
+                403, f"'{model}' may not be asked for here; allowed presets: {allowed}", code="preset_not_allowed"
+            )
+        try:
+            version: PresetVersion = await asyncio.to_thread(self._registry.resolve_preset, ref)
+        except InputError:
+            served = await asyncio.to_thread(self.presets, caller)
+            raise no_model(model, [self._config.model, *(f"{self._config.model}@{each}" for each in served)]) from None
+        if not _may_name(caller, version.name):
+            raise no_model(model, [self._config.model])
+        return version
+
+    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> Job:
+        limits = self._config.limits
+        prompt_tokens = _least(limits.prompt_tokens, caller.allowance.prompt_tokens)
+        job = body.job(coefficients, prompt_tokens)
+        most = _least(limits.answers, caller.allowance.answers)
+        if most is not None and len(job.prompts) * job.n > most:
+            raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.n}: at most {most} answers", param="n")
+        longest = self._config.engine.max_new_tokens
+        if (job.max_new_tokens or 0) > longest:
+            param = "max_tokens" if body.max_tokens else "max_completion_tokens"
+            raise ApiError(400, f"{param}: {job.max_new_tokens} is more than {longest}", param=param)
+        return replace(job, lineup=caller.lineup.id, caller=caller.id, id=uuid.uuid4().hex)
+
+    def _refused(self, known: Mapping[str, Any], error: ApiError) -> None:
+        if error.status < 500:
+            message = error.error.message if error.error.code else None  # others may quote the body
+            self._audit.write(**known, decision="refused", status=error.status, code=error.error.code, reason=message)
+
+
+def _no_entry(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _may_name(caller: Caller, preset: str) -> bool:
+    return caller.allowance.presets is None or preset in caller.allowance.presets
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _about(prompt: Prompt) -> int:
+    """The prompt's tokens, guessed by its bytes where it is text."""
+    if isinstance(prompt, str):
+        return len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN + 1
+    if prompt and isinstance(prompt[0], int):
+        return len(prompt)
+    return sum(_about(part["content"]) for part in prompt if not isinstance(part, int))
+
+
+def _of_request(route: str, headers: Headers) -> dict[str, Any]:
+    """What the audit keeps of a request's head."""
+    return {"request": headers.get("x-request-id", "")[:LONGEST_NAME], "route": route[:LONGEST_NAME]}
+
+
+def _asked(body: Body) -> dict[str, Any]:
+    """What the audit keeps of a body: names and numbers, nothing of the prompt."""
+    named = list((body.preferences or {}).items())
+    preferences: dict[str, Any] = {name[:LONGEST_NAME]: eta for name, eta in named[:MOST_NAMED]}
+    asked = {"model": body.model, "preferences": preferences, "n": body.n, "max_tokens": body.new_tokens}
+    return asked | ({"more_preferences": len(named) - MOST_NAMED} if len(named) > MOST_NAMED else {})

@@ -1,0 +1,95 @@
+"""The audit: a line of JSON for every decision about a request for an answer. Keys and prompts are never in it.
+
+JSON escapes line ends and all other control characters, so that nothing a caller writes can look like another line.
+"""
+
+import json
+import logging
+import os
+from datetime import UTC, datetime
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.config import AuditConfig
+
+log = logging.getLogger("ray.serve")
+
+LINE_BYTES = 4096
+"""A longer line is written without what was asked for."""
+
+
+class _Lines(RotatingFileHandler):
+    """Rotation as the standard library does it, readable for the owner only; a line that is not written is an error.
+
+    Before each line it is checked that the file is still there under its name. One that was moved or deleted begins
+    anew. `maxBytes` 0: never rotated.
+    """
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).touch(mode=0o600)
+        return super()._open()
+
+    def write(self, line: str) -> None:
+        if self.stream is not None and not self._is_the_named_file():
+            log.warning("the audit %s was moved or deleted; a new one begins", self.baseFilename)
+            self.stream.close()
+            self.stream = None
+        self.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
+
+    def _is_the_named_file(self) -> bool:
+        assert self.stream is not None
+        try:
+            return os.path.samestat(Path(self.baseFilename).stat(), os.fstat(self.stream.fileno()))
+        except OSError:
+            return False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        raise
+
+
+class Audit:
+    """Appends every decision to a file of bounded size and number, and answers below a floor to a file of their own
+    that has no bound. Without a config it keeps nothing.
+
+    Raises InputError where a file cannot be written: an endpoint that must keep an audit does not start without one.
+    """
+
+    def __init__(self, config: AuditConfig | None):
+        self._lines: _Lines | None = None
+        if config is None:
+            return
+        size = int(config.megabytes * 1e6)
+        self._lines = _opened(config.file, size, config.files)
+        self._below_floor = _opened(config.below_floor_file, 0, 1)
+
+    def write(self, *, below_floor: bool = False, **entry: Any) -> bool:
+        """Append one line, with the time; for an answer below a floor to that file too. False where a line could not be
+        written, which goes to the log."""
+        if self._lines is None:
+            return True
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
+        if entry.get("decision") == "admitted":
+            entry["below_floor"] = below_floor
+        line = json.dumps(entry)
+        if len(line) > LINE_BYTES:
+            line = json.dumps(entry | {"asked": f"too long for this line ({len(line)} bytes)"})[:LINE_BYTES]
+        try:
+            if below_floor:
+                self._below_floor.write(line)
+            self._lines.write(line)
+        except Exception as error:  # a full disk, a folder that is gone
+            log.error("a line of the audit could not be written: %s", error)
+            return False
+        return True
+
+
+def _opened(file: Path, size: int, files: int) -> _Lines:
+    try:
+        return _Lines(file, maxBytes=size, backupCount=files - 1, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"audit: {file} cannot be written ({error.strerror}); give a file in a folder that can"
+        ) from None

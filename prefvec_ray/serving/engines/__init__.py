@@ -1,0 +1,1 @@
+"""The engines that generate: one protocol, the slot engine and vLLM."""

@@ -1,0 +1,134 @@
+"""What an engine is: tokens and coefficients in, pieces of text out. It knows nothing of HTTP, Ray or policies.
+
+`SlotEngine` (slots.py) is the embedded one, on plain transformers models.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from prefvec_ray.common.errors import InputError
+
+if TYPE_CHECKING:  # torch, which the front does without
+    from prefvec_ray.vectors import PreferenceVector
+
+Coefficients: TypeAlias = tuple[tuple[str, float], ...]
+"""(preference, eta) for every served preference, sorted by name: hashable, and equal where the weights are"""
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate. What is generated depends on these fields, never on other requests."""
+
+    prompt: tuple[int, ...]
+    """token ids, at least one"""
+    coefficients: Coefficients
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_p: float = 1.0
+    """sample from the smallest set of tokens that holds this much probability (Holtzman et al., arXiv 1904.09751)"""
+    seed: str = "0"
+    stop: tuple[str, ...] = ()
+    """texts that end the answer; they are not part of it"""
+    logprobs: int | None = None
+    """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
+    begins: tuple[int, ...] = ()
+    """the answer's first tokens, where its caller has heard them already from a replica that died: within rounding
+    distance they need not be what this engine would choose. One that does not heed them may say something else"""
+    caller: str = ""
+    """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token, and how likely the model found it at its place."""
+
+    text: str
+    bytes: bytes
+    """those that it stands for; `text` shows the replacement character where they are half a character"""
+    logprob: float
+    """natural logarithm of its probability, before temperature and top_p"""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token of an answer's text."""
+
+    chosen: Likely
+    top: tuple[Likely, ...]
+    """the likeliest at this place, best first"""
+    offset: int
+    """where in the answer's text it begins, in characters"""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer. The texts of all pieces, joined, are the whole answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    """token ids since the last piece; the end-of-text token counts, though it has no text"""
+    finish_reason: FinishReason | None = None
+    """set on the last piece: "stop" after an end-of-text token or stop string, "length" at max_new_tokens"""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """of the tokens that begin within the texts so far, where the request asks for them; a token that ends the answer
+    or belongs to a stop string has none"""
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine is doing and has done since it started."""
+
+    running: int
+    waiting: int
+    finished: int
+    cancelled: int
+    failed: int
+    tokens: int
+    """generated, over all answers"""
+    merges: int
+    """times that the weights were rewritten to other coefficients"""
+
+
+class EngineError(RuntimeError):
+    """The engine failed while it worked on this request; nothing is wrong with the request itself."""
+
+
+class PromptTooLongError(InputError):
+    """Prompt and answer do not fit into the model's context together."""
+
+
+class Engine(Protocol):
+    """Generates many answers at once, each at its own coefficients."""
+
+    context: int
+    """most tokens that prompt and answer may have together"""
+
+    def check(self, request: Request) -> None:
+        """Raises InputError where the request cannot be served: no prompt, unknown tokens, longer than the context."""
+        ...
+
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """The answer, piece by piece. Closing the iterator, or cancelling the task that reads it, stops the
+        generation and frees its place. Raises InputError (before the first piece) or EngineError."""
+        ...
+
+    def change(self, vectors: "Mapping[str, PreferenceVector]") -> "Future[None]":
+        """Know these vectors, by the names that coefficients use, from the next step on; running requests go on.
+        The future raises InputError where one does not fit, and nothing has changed then. Names that running requests
+        use must stay, and stand for the same vectors."""
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+    def check_alive(self) -> None:
+        """Raises EngineError where the engine can no longer answer."""
+        ...
+
+    def close(self) -> None:
+        """End the engine; running requests get EngineError."""
+        ...

@@ -1,0 +1,394 @@
+"""vLLM as the engine: its scheduler, paged KV cache and kernels, with coefficients per request.
+
+Steered, all settings share one batch (`vllm_worker.py`). Merged, requests of one setting run together and the weights
+are rewritten between such turns. The prefix cache is on either way: blocks are salted with the coefficients and the
+vectors' digests, so nothing computed under one setting is read under another.
+
+vLLM runs in processes of its own; here is an event loop in a thread that talks to it.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.config import EngineConfig
+from prefvec_ray.serving.engines.base import Coefficients, EngineError, EngineStatus, Likely, Piece, Request
+from prefvec_ray.serving.engines.output import OVERFLOW, Answer, Emit, check_request, end_tokens, stream_of
+from prefvec_ray.serving.engines.sampling import LOWEST
+from prefvec_ray.serving.engines.text import TextStream, TokenTexts
+from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
+
+WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
+ETAS = "prefvec"
+"""where a request's coefficients are in its `SamplingParams.extra_args`"""
+
+
+class VllmEngine:
+    """See `Engine`. Which device is vLLM's own choice: the GPUs that the process sees, else the CPU.
+
+    Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors that
+    cannot be steered, and where vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        base: str | Path,
+        base_fingerprint: str,
+        tokenizer: PreTrainedTokenizerBase,
+        vectors: Mapping[str, PreferenceVector],
+        config: EngineConfig,
+    ):
+        self._base, self._fingerprint, self._tokenizer = str(base), base_fingerprint, tokenizer
+        self._steered = config.mode == "steered"
+        self._token_texts = TokenTexts(tokenizer)
+        self._ends = end_tokens(_generation_config(base), tokenizer)
+        self._numbers = itertools.count()
+        self._turns = Turns(self._merge, config.switch_share)
+        self._scratch = tempfile.TemporaryDirectory(prefix="prefvec-vllm-")
+        self._finished = self._cancelled = self._failed = self._tokens = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        """one for every request"""
+        self._generating: set[asyncio.Task[None]] = set()
+        """those that have got a token from vLLM"""
+        self._known: frozenset[str] = frozenset()
+        """names of the vectors that vLLM has"""
+        self._closed = False
+        arguments = _arguments(base, config)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
+        self._thread.start()
+        try:
+            self._llm = self._call(_start(arguments)).result()
+            self.context: int = self._llm.model_config.max_model_len
+            self._vocabulary: int = self._llm.model_config.get_vocab_size()
+            self.change(vectors).result()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self, request: Request) -> None:
+        """See `Engine.check`."""
+        check_request(request, self._vocabulary, self.context)
+
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """See `Engine.stream`."""
+        return stream_of(lambda emit: self._submit(request, emit), lambda answering: answering.cancel())
+
+    def change(self, vectors: Mapping[str, PreferenceVector]) -> "Future[None]":
+        """See `Engine.change`."""
+        return self._call(self._change(vectors))
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            running=len(self._generating),
+            waiting=len(self._tasks - self._generating),
+            finished=self._finished,
+            cancelled=self._cancelled,
+            failed=self._failed,
+            tokens=self._tokens,
+            merges=self._turns.switches,
+        )
+
+    def check_alive(self) -> None:
+        """See `Engine.check_alive`."""
+        if self._closed or not self._thread.is_alive() or self._llm.errored:
+            raise EngineError("vLLM's engine is not running")
+
+    def warm_up(self, coefficients: Coefficients) -> None:
+        """Generate one token, so that an engine which reports ready has answered."""
+        done: Future[Piece | Exception] = Future()
+        self._submit(Request((0,), coefficients, max_new_tokens=1), done.set_result)
+        piece = done.result()
+        if isinstance(piece, Exception):
+            raise piece
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._call(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._scratch.cleanup()
+
+    # --- in the loop ------------------------------------------------------------------------------------------------
+
+    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _submit(self, request: Request, emit: Emit) -> "Future[None]":
+        self.check(request)
+        if self._closed:
+            raise EngineError("the engine is closed")
+        return self._call(self._answer(request, emit))
+
+    async def _answer(self, request: Request, emit: Emit) -> None:
+        if self._closed:
+            emit(EngineError("the engine was closed"))
+            return
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        answer = Answer(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
+        try:
+            if unknown := [name for name, _ in request.coefficients if name not in self._known]:
+                raise EngineError(f"no vector {unknown[0]!r} is known here")
+            async with contextlib.nullcontext() if self._steered else self._turns.of(request.coefficients):
+                said: Piece | Exception = await self._generate(answer, emit)
+            self._finished += 1
+        except asyncio.CancelledError:
+            self._cancelled += 1
+            if self._closed:
+                emit(EngineError("the engine was closed"))
+            raise
+        except (InputError, EngineError) as error:
+            self._failed += 1
+            said = error
+        except Exception as error:
+            self._failed += 1
+            said = EngineError(f"vLLM failed: {type(error).__name__}")
+        finally:
+            self._tasks.discard(task)
+            self._generating.discard(task)
+        emit(said)  # told last: who has its answer finds itself counted
+
+    async def _generate(self, answer: Answer, emit: Emit) -> Piece:
+        """Emits all pieces but the last, which it returns."""
+        from vllm.inputs.engine import tokens_input
+
+        task, request = asyncio.current_task(), answer.request
+        assert task is not None
+
+        def tell(token: int, likely: tuple[Likely, ...] | None = None) -> Piece | None:
+            piece = answer.push(token, likely)
+            if piece and not piece.finish_reason:
+                emit(piece)
+            return piece if piece and piece.finish_reason else None
+
+        # Tokens that were heard already are part of vLLM's prompt, and told from there.
+        heard = request.begins
+        told_by_vllm = request.logprobs is not None and len(heard) < request.max_new_tokens
+        for token in () if told_by_vllm else heard:
+            if last := tell(token):
+                return last
+        prompt = tokens_input([*request.prompt, *heard], cache_salt=salt(request.coefficients))
+        outputs = self._llm.generate(prompt, sampling(request, self._ends), str(next(self._numbers)))
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                if answer.produced < len(heard):
+                    at = output.prompt_logprobs[len(request.prompt) :]
+                    for token, logprobs in zip(heard, at, strict=True):
+                        if last := tell(token, self._likely(request, token, logprobs)):
+                            return last
+                new = output.outputs[0]
+                for token, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
+                    if math.isnan(logprobs[token].logprob):
+                        raise InputError(OVERFLOW)
+                    self._generating.add(task)
+                    self._tokens += 1
+                    if last := tell(token, self._likely(request, token, logprobs)):
+                        return last
+        raise EngineError("vLLM ended an answer early")
+
+    def _likely(self, request: Request, token: int, logprobs: Mapping[int, Any]) -> tuple[Likely, ...] | None:
+        if request.logprobs is None:
+            return None
+        best = sorted(logprobs, key=lambda other: -logprobs[other].logprob)[: request.logprobs]
+        return tuple(Likely(*self._token_texts[t], max(logprobs[t].logprob, LOWEST)) for t in (token, *best))
+
+    async def _change(self, vectors: Mapping[str, PreferenceVector]) -> None:
+        folders = {name: str(self._folder(vector)) for name, vector in vectors.items()}
+        method = "prefvec_steer" if self._steered else "prefvec_hold"
+        await self._ask(method, folders, self._fingerprint)
+        self._known = frozenset(vectors)
+
+    def _folder(self, vector: PreferenceVector) -> Path:
+        if vector.path is not None:
+            return vector.path.absolute()
+        folder = Path(self._scratch.name) / vector.digest().replace(":", "-")
+        return folder if folder.exists() else save_vector(vector, folder)
+
+    async def _merge(self, coefficients: Coefficients) -> None:
+        await self._ask("prefvec_merge", self._base, dict(coefficients))
+
+    async def _ask(self, method: str, *arguments: Any) -> None:
+        """Call all workers; InputError with what they complain of."""
+        complaints = [said for said in await self._llm.collective_rpc(method, args=arguments) if said]
+        if complaints:
+            raise InputError(complaints[0])
+
+    async def _end(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if hasattr(self, "_llm"):
+            self._llm.shutdown()
+
+
+class Turns:
+    """Who may generate while the weights hold one set of coefficients.
+
+    Requests of the setting in force run together. Once its turn has lasted so long that rewriting the weights costs no
+    more than `share` of the time, and another waits, nobody joins any more; when the last is done the oldest waiting
+    setting comes.
+    Unlike the slot engine's batches, answers that run are never paused.
+    """
+
+    def __init__(self, switch: Callable[[Coefficients], Awaitable[None]], share: float):
+        self._switch, self._share = switch, share
+        self.switches = 0
+        self.switch_seconds = 0.0
+        """what the last one took"""
+        self._current: Coefficients | None = None
+        self._began = 0.0
+        self._inside = 0
+        self._switching: asyncio.Task[None] | None = None
+        self._waiting: deque[tuple[Coefficients, asyncio.Future[None]]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def of(self, coefficients: Coefficients) -> AsyncIterator[None]:
+        """Wait for a turn of these coefficients, and have it. Raises what rewriting the weights raised."""
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((coefficients, admitted))
+        self._go_on()
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if admitted.done() and not admitted.cancelled() and admitted.exception() is None:
+                self._inside -= 1  # cancelled in the moment of its admission
+            self._waiting = deque(waits for waits in self._waiting if waits[1] is not admitted)
+            self._go_on()
+            raise
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self._switching or not self._waiting:
+            return
+        late = (time.monotonic() - self._began) * self._share >= self.switch_seconds
+        others = any(wanted != self._current for wanted, _ in self._waiting)
+        if not (late and others) or (self._inside == 0 and self._waiting[0][0] == self._current):
+            self._admit()
+        if self._inside == 0 and self._waiting:
+            self._switching = asyncio.get_running_loop().create_task(self._change(self._waiting[0][0]))
+
+    def _admit(self) -> None:
+        for wanted, admitted in self._waiting:
+            if wanted == self._current and not admitted.done():
+                admitted.set_result(None)
+                self._inside += 1
+        self._waiting = deque(waits for waits in self._waiting if not waits[1].done())
+
+    async def _change(self, wanted: Coefficients) -> None:
+        self._current, began = None, time.monotonic()
+        try:
+            await self._switch(wanted)
+        except Exception as error:
+            for _, admitted in (waits for waits in self._waiting if waits[0] == wanted):
+                if not admitted.done():
+                    admitted.set_exception(error)
+            self._waiting = deque(waits for waits in self._waiting if not waits[1].done())
+        else:
+            self._current, self._began = wanted, time.monotonic()
+            self.switch_seconds = self._began - began
+            self.switches += 1
+            self._admit()
+        finally:
+            self._switching = None
+        self._go_on()
+
+
+def salt(coefficients: Coefficients) -> str:
+    """What separates cached blocks of different weights: the names of coefficients say which vectors are meant."""
+    return hashlib.blake2b(json.dumps(coefficients).encode(), digest_size=16).hexdigest()
+
+
+def sampling(request: Request, ends: frozenset[int]) -> Any:
+    """vLLM's `SamplingParams`. Text and stop strings are `Answer`'s; the chosen token's log-probability is always asked
+    for, because it is NaN where the model overflows."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=int.from_bytes(hashlib.blake2b(request.seed.encode(), digest_size=8).digest()) >> 1,
+        max_tokens=request.max_new_tokens - len(request.begins),
+        stop_token_ids=sorted(ends),
+        ignore_eos=True,
+        logprobs=request.logprobs or 0,
+        prompt_logprobs=request.logprobs if request.begins else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={ETAS: {name: eta for name, eta in request.coefficients if eta}},
+    )
+
+
+async def _start(arguments: Any) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(arguments)
+
+
+def _arguments(base: str | Path, config: EngineConfig) -> Any:
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not torch.cuda.is_available():  # else vLLM takes all of the machine's processors
+        os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    if config.mode == "steered":
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # where `StepSteering` has not been carried to yet
+    try:
+        from vllm import AsyncEngineArgs
+    except ImportError as error:
+        raise InputError(f"engine.kind: vllm needs vLLM, which cannot be imported here ({error}); install it") from None
+    ours: dict[str, Any] = {
+        "model": str(base),
+        "dtype": _stored_dtype(base) if config.dtype == "auto" else config.dtype,
+        "max_num_seqs": config.max_batch,
+        "worker_extension_cls": WORKER,
+        "disable_log_stats": True,
+        "skip_tokenizer_init": True,
+    }
+    if config.mode == "steered":
+        ours["enforce_eager"] = True  # captured graphs would keep the layers as they were
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    wrong = sorted(name for name in config.vllm if name not in known or name in ours)
+    if wrong:
+        raise InputError(f"engine.vllm: {', '.join(wrong)}: no option of this vLLM, or decided by the other settings")
+    return AsyncEngineArgs(**ours | config.vllm)
+
+
+def _stored_dtype(base: str | Path) -> str:
+    """vLLM's own "auto" would halve fp32 weights."""
+    dtype = AutoConfig.from_pretrained(base, local_files_only=True).dtype
+    return str(dtype or next(iter(Checkpoint(base).values())).dtype).removeprefix("torch.")
+
+
+def _generation_config(base: str | Path) -> GenerationConfig:
+    if (Path(base) / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(base, local_files_only=True)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(base, local_files_only=True))

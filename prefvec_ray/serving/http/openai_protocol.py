@@ -1,0 +1,451 @@
+"""The wire format: OpenAI's requests checked, OpenAI's objects built. Types of answers come from `openai`.
+
+Request bodies are models of our own, because the `openai` package has only type hints for them; their field
+names are its names. A field of OpenAI's API that is not served here is refused, unless its value asks for
+nothing, so that no caller believes in a setting that had no effect.
+"""
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
+
+from openai.types import Completion, CompletionChoice, CompletionUsage, Model
+from openai.types import completion_create_params as text_params
+from openai.types.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
+    chat_completion,
+    chat_completion_chunk,
+)
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from openai.types.completion_choice import Logprobs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from prefvec_ray.serving.engines.base import Coefficients, FinishReason, Likely, Piece
+from prefvec_ray.serving.errors import ApiError
+from prefvec_ray.serving.job import Job, Prompt
+
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+LONGEST_ECHO = 100
+T = TypeVar("T")
+L = TypeVar("L", chat_completion.ChoiceLogprobs, chat_completion_chunk.ChoiceLogprobs)
+Some = Annotated[list[T], Field(min_length=1, fail_fast=True)]
+MOST_ITEMS = 1000
+"""in one list of a body, but for the ids of a prompt, which the model's context bounds"""
+MOST_FIELDS = 128
+"""in one object"""
+MOST_VALUES = 10_000
+"""lists, objects and what they hold, in all of a body, without the ids of prompts"""
+MOST_DEPTH = 32
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+"""of JSON; one that does not end goes to the end of the body, so that a search takes one pass"""
+
+IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+"""fields for the provider's own book-keeping, which cannot change an answer here"""
+NOTHING: dict[str, Any] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "functions": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "service_tier": "auto",
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+}
+"""values of unserved fields that ask for nothing; null does too"""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Body(_Strict):
+    """What chat and text completions have in common."""
+
+    model: str = Field(max_length=200)
+    preferences: dict[str, float] | None = Field(default=None, max_length=100)
+    """preference -> coefficient; those left out get the operator's default"""
+    n: int | None = Field(default=None, ge=1, le=128)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def prompts(self) -> tuple[Prompt, ...]:
+        raise NotImplementedError
+
+    def alternatives(self) -> int | None:
+        """How many of each position's likeliest tokens to tell; None: nothing about log-probabilities."""
+        raise NotImplementedError
+
+    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> Job:
+        """The work that this body asks for. Left-out settings have OpenAI's defaults (temperature and top_p 1)."""
+        return Job(
+            prompts=self.prompts(),
+            coefficients=coefficients,
+            n=self.n or 1,
+            max_new_tokens=self.new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            max_prompt_tokens=max_prompt_tokens,
+            logprobs=self.alternatives(),
+        )
+
+
+def _refuse_unserved(content: Any, known: set[str], fields: dict[str, Any]) -> Any:
+    """Drop fields of OpenAI's API that ask for nothing; raise for those that would be without effect."""
+    if not isinstance(content, dict):
+        return content
+    kept = {}
+    for name, value in content.items():
+        if name in fields or name not in known:
+            kept[name] = value
+        elif not (value is None or name in IGNORED or (name in NOTHING and value == NOTHING[name])):
+            raise ValueError(f"'{name}' is not supported by this server; leave it out")
+    return kept
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    role: str = Field(min_length=1, max_length=50)
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatBody(_Body):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    """tell the log-probability of every token of the answer"""
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    """and of so many of the likeliest at its place"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, content: Any) -> Any:
+        known = set(chat_params.CompletionCreateParamsBase.__annotations__)
+        return _refuse_unserved(content, known, cls.model_fields)
+
+    @model_validator(mode="after")
+    def _top_of_something(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def prompts(self) -> tuple[Prompt, ...]:
+        return (tuple(message.plain() for message in self.messages),)
+
+
+class TextBody(_Body):
+    """`POST /v1/completions`."""
+
+    prompt: str | Some[str] | Some[Token] | Some[list[Token]]
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    """tell the log-probability of every token of the answer, and of so many of the likeliest at its place"""
+
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, content: Any) -> Any:
+        known = set(text_params.CompletionCreateParamsBase.__annotations__)
+        return _refuse_unserved(content, known, cls.model_fields)
+
+    def prompts(self) -> tuple[Prompt, ...]:
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if isinstance(self.prompt[0], int):  # then all are: lists of both kinds were refused
+            return (tuple(self.prompt),)
+        return tuple(p if isinstance(p, str) else tuple(p) for p in self.prompt if not isinstance(p, int))
+
+
+Body: TypeAlias = ChatBody | TextBody
+
+
+class Writer:
+    """Builds the objects of one answer: the same id, model, fingerprint and coefficients in all of them."""
+
+    def __init__(self, body: Body, coefficients: Coefficients, fingerprint: str):
+        self.chat = isinstance(body, ChatBody)
+        self.include_usage = body.include_usage
+        self.logprobs = body.alternatives() is not None
+        self._common: dict[str, Any] = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": fingerprint,
+            # Beyond OpenAI's fields: `response.preferences` in its client.
+            "preferences": dict(coefficients),
+        }
+
+    def headers(self) -> dict[str, str]:
+        return {
+            "x-prefvec-fingerprint": self._common["system_fingerprint"],
+            "x-prefvec-preferences": json.dumps(self._common["preferences"]),
+        }
+
+    def whole(self, prompt_tokens: int, answers: list[Piece]) -> ChatCompletion | Completion:
+        """The answer to a request that does not stream."""
+        usage = _usage(prompt_tokens, sum(len(answer.tokens) for answer in answers))
+        if not self.chat:
+            choices = [self._text_choice(i, a) for i, a in enumerate(answers)]
+            return Completion(object="text_completion", choices=choices, usage=usage, **self._common)
+        return ChatCompletion(
+            object="chat.completion",
+            choices=[
+                chat_completion.Choice(
+                    index=i,
+                    finish_reason=answer.finish_reason or "stop",
+                    logprobs=self._logprobs(answer, chat_completion.ChoiceLogprobs),
+                    message=ChatCompletionMessage(role="assistant", content=answer.text),
+                )
+                for i, answer in enumerate(answers)
+            ],
+            usage=usage,
+            **self._common,
+        )
+
+    def opening(self, answers: int) -> Iterator[bytes]:
+        """The first events of a stream: a chat's choices begin with their role."""
+        for index in range(answers if self.chat else 0):
+            yield self._delta(index, None, role="assistant", content="")
+
+    def piece(self, index: int, piece: Piece) -> bytes:
+        if not self.chat:
+            # CompletionChoice wants a finish_reason; OpenAI's own streams send null until the last piece.
+            choice = self._text_choice(index, piece)
+            return _event(Completion(object="text_completion", choices=[choice], **self._common))
+        logprobs = self._logprobs(piece, chat_completion_chunk.ChoiceLogprobs)
+        return self._delta(index, piece.finish_reason, logprobs, content=piece.text)
+
+    def closing(self, prompt_tokens: int, new_tokens: int) -> Iterator[bytes]:
+        """The last events of a stream: the usage, if it was asked for, and the end."""
+        usage = _usage(prompt_tokens, new_tokens)
+        if self.include_usage and self.chat:
+            yield _event(self._chunk(choices=[], usage=usage))
+        elif self.include_usage:
+            yield _event(Completion(object="text_completion", choices=[], usage=usage, **self._common))
+        yield b"data: [DONE]\n\n"
+
+    def _delta(
+        self,
+        index: int,
+        reason: FinishReason | None,
+        logprobs: chat_completion_chunk.ChoiceLogprobs | None = None,
+        **delta: Any,
+    ) -> bytes:
+        choice = chat_completion_chunk.Choice(
+            index=index, delta=chat_completion_chunk.ChoiceDelta(**delta), finish_reason=reason, logprobs=logprobs
+        )
+        return _event(self._chunk(choices=[choice]))
+
+    def _logprobs(self, piece: Piece, kind: type[L]) -> L | None:
+        """A chat's log-probabilities, where they were asked for."""
+        if not self.logprobs:
+            return None
+        content = [
+            ChatCompletionTokenLogprob(
+                **_told(said.chosen), top_logprobs=[TopLogprob(**_told(likely)) for likely in said.top]
+            )
+            for said in piece.logprobs
+        ]
+        return kind(content=content, refusal=None)
+
+    def _text_choice(self, index: int, piece: Piece) -> CompletionChoice:
+        logprobs = None
+        if self.logprobs:
+            logprobs = Logprobs(
+                text_offset=[said.offset for said in piece.logprobs],
+                token_logprobs=[said.chosen.logprob for said in piece.logprobs],
+                tokens=[said.chosen.text for said in piece.logprobs],
+                top_logprobs=[{one.text: one.logprob for one in (*said.top, said.chosen)} for said in piece.logprobs],
+            )
+        fields = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason, "logprobs": logprobs}
+        return CompletionChoice.construct(**fields)  # type: ignore[arg-type]
+
+    def _chunk(self, **fields: Any) -> ChatCompletionChunk:
+        return ChatCompletionChunk(object="chat.completion.chunk", **fields, **self._common)
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error after the stream has begun. OpenAI's clients raise APIError on it."""
+    return b"data: %s\n\n" % json.dumps(error.body()).encode()
+
+
+class VectorCard(BaseModel):
+    """One preference of `GET /v1/preferences`: what it is and what a caller may ask for."""
+
+    preference: str
+    vector: str
+    """name and version in the registry"""
+    digest: str
+    min: float
+    max: float
+    default: float
+    metrics: dict[str, Any]
+
+
+class PresetCard(BaseModel):
+    """One preset, under the model name that asks for it."""
+
+    model: str
+    version: int
+    preferences: dict[str, float]
+    fingerprint: str
+    metrics: dict[str, Any]
+    """the trade-off that was measured for it"""
+    reason: str
+
+
+class PreferencesCard(BaseModel):
+    """`GET /v1/preferences`: what the caller that asks may have."""
+
+    model: str
+    base_fingerprint: str
+    coefficients: Literal["free", "presets"]
+    """whether this caller may ask for coefficients of its own, or for presets only"""
+    preferences: list[VectorCard]
+    presets: list[PresetCard]
+
+
+class ModelList(BaseModel):
+    """`GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def model_card(name: str, created: int) -> Model:
+    return Model(id=name, created=created, object="model", owned_by="prefvec-ray")
+
+
+B = TypeVar("B", ChatBody, TextBody)
+
+
+def parse_body(content: bytes, model: type[B]) -> B:
+    """The checked request. Raises ApiError(400) that names the first thing wrong with it, never its whole content.
+
+    What it takes is bounded by the size of `content`: lengths are checked before fields, and a list's first wrong item
+    ends its check.
+    """
+    _bounded(content)
+    try:
+        body = model.model_validate_json(content)
+        # After the first parse, which bounds the depth.
+        json.loads(content, object_pairs_hook=_each_once, parse_int=str, parse_float=str)
+        return body
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])[:LONGEST_ECHO]
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        text = "unknown field; see the server's /docs for those that are served"
+    raise ApiError(
+        400, f"{where}: {text}" if where else text, param=str(problem["loc"][0])[:LONGEST_ECHO] if where else None
+    )
+
+
+def _bounded(content: bytes) -> None:
+    """Raises ApiError(400) where the body is no JSON, or has more items, fields, values or levels than any request."""
+    # Counted before anything is built of it: the parser holds the interpreter while it makes objects.
+    if content.count(b"{") + content.count(b"[") > MOST_VALUES:  # perhaps within texts
+        outline = STRING.sub(b"", content)
+        if outline.count(b"{") + outline.count(b"[") > MOST_VALUES:
+            raise _too_many(0, 0, "values")
+    try:
+        top = from_json(content)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:LONGEST_ECHO]}") from None
+    left, level = MOST_VALUES, [[top]]
+    for _ in range(MOST_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            items = list(value.values()) if isinstance(value, dict) else value
+            if isinstance(value, list) and set(map(type, value)) == {int}:
+                continue
+            most = MOST_FIELDS if isinstance(value, dict) else MOST_ITEMS
+            left -= len(items)
+            if len(items) > most or left < 0:
+                raise _too_many(len(items), most, "fields" if isinstance(value, dict) else "items")
+            inner += [item for item in items if isinstance(item, dict | list)]
+        if not inner:
+            return
+        level = inner
+    raise ApiError(400, f"the body is nested deeper than {MOST_DEPTH} levels; flatten it", code="too_large")
+
+
+def _too_many(found: int, most: int, what: str) -> ApiError:
+    if found > most:
+        message = f"the body has {found} {what} in one place; at most {most} are taken"
+    else:
+        message = f"the body has more than {MOST_VALUES} values; send fewer"
+    return ApiError(400, message, code="too_large")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name given twice, parsers take the first or the last: what one checked, another may not see."""
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        raise ApiError(400, "the body names a field twice in one object; name each once", code="duplicate_field")
+    return seen
+
+
+def _usage(prompt_tokens: int, new_tokens: int) -> CompletionUsage:
+    return CompletionUsage(
+        prompt_tokens=prompt_tokens, completion_tokens=new_tokens, total_tokens=prompt_tokens + new_tokens
+    )
+
+
+def _told(likely: Likely) -> dict[str, Any]:
+    return {"token": likely.text, "bytes": list(likely.bytes), "logprob": likely.logprob}
+
+
+def _event(content: BaseModel) -> bytes:
+    return b"data: %s\n\n" % content.model_dump_json(exclude_unset=True, warnings=False).encode()

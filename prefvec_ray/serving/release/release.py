@@ -1,0 +1,137 @@
+"""What one deployment serves: the base and its vectors, each fixed to a version.
+
+Every replica gets the same lineup, so an alias that moves later changes no running answer; a roll-out (`rollout.py`)
+brings the next lineup to all of them, as another generation, and every request keeps the one that it started with.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_registry, serving_fingerprint
+from prefvec_ray.serving.access.policy import Policy, no_way_around, policy_of
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.base import Coefficients
+
+
+@dataclass(frozen=True)
+class ServedVector:
+    """One preference of the endpoint and the exact version behind it."""
+
+    ref: str
+    digest: str
+    form: str
+    metrics: Mapping[str, Any]
+
+
+LineupId: TypeAlias = tuple[str, int]
+"""deployment and generation: while one deployment takes another's place, replicas of both get jobs of both"""
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """`vectors` by preference. Equal lineups give equal weights at equal coefficients."""
+
+    base_fingerprint: str
+    vectors: Mapping[str, ServedVector]
+    policy: Policy
+    created: int
+    """seconds since 1970 when it was resolved"""
+    generation: int = 0
+    """0 at deployment; every roll-out counts on"""
+    named: Mapping[str, str] | None = None
+    """the references that it was resolved from; None: the newest vectors of the base"""
+    deployment: str = ""
+    """that it is of"""
+
+    @property
+    def id(self) -> "LineupId":
+        return self.deployment, self.generation
+
+    def columns(self, coefficients: Coefficients) -> Coefficients:
+        """The coefficients under names that also say which vector is meant. What an engine computes and caches under
+        them belongs to those very vectors, whatever other generations call by the same preference."""
+        return tuple((self.column(name), eta) for name, eta in coefficients)
+
+    def column(self, preference: str) -> str:
+        """Sorted as preferences are: a space comes before all that their names may hold."""
+        return f"{preference} {self.vectors[preference].digest}"
+
+    def fingerprint(self, coefficients: Coefficients) -> str:
+        """Digest of everything that decides the weights behind an answer: base, vectors, coefficients."""
+        total: dict[str, float] = {}
+        for name, eta in coefficients:  # two names may stand for one vector: their coefficients add up
+            digest = self.vectors[name].digest
+            total[digest] = total.get(digest, 0.0) + eta
+        return serving_fingerprint(self.base_fingerprint, total)
+
+    def preset(self, preset: PresetVersion, policy: Policy | None = None) -> Coefficients:
+        """The preset's coefficients under this endpoint's names; preferences that it leaves out are 0.
+
+        Raises InputError where it was made for another base or other vectors than those served here, and
+        PreferenceError where the policy (default: everybody's) forbids it: a preset is no way around a floor.
+        """
+        by_digest = {vector.digest: name for name, vector in self.vectors.items()}
+        missing = sorted(ref for ref, digest in preset.vectors.items() if digest not in by_digest)
+        if missing or preset.base_fingerprint != self.base_fingerprint:
+            raise InputError(
+                f"preset {preset.ref} was made with {', '.join(missing) or 'another base model'}, which this"
+                " endpoint does not serve; choose another preset, or deploy with those vectors"
+            )
+        etas: dict[str, float] = {}
+        for ref, eta in preset.coefficients.items():  # two references may stand for one vector: they add up
+            name = by_digest[preset.vectors[ref]]
+            etas[name] = etas.get(name, 0.0) + eta
+        return (policy or self.policy).coefficients(dict.fromkeys(self.vectors, 0.0) | etas)
+
+
+def line_up(config: ServingConfig) -> Lineup:
+    """Resolve the config against base folder and registry.
+
+    Raises InputError for a missing base, unknown or unfitting vectors, none at all, bounds for a preference that is not
+    served, and whatever would let an anonymous caller below a floor.
+    """
+    from prefvec_ray.vectors import fingerprint  # brings torch, which the front does without
+
+    if not config.base.is_dir():
+        raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
+    return resolve(config, fingerprint(config.base), open_registry(config.registry))
+
+
+def resolve(config: ServingConfig, base: str, registry: Registry) -> Lineup:
+    """`line_up` where the base's fingerprint is known."""
+    if config.vectors is None:
+        versions = newest_vectors(registry, base)
+    else:
+        versions = {name: registry.resolve(ref) for name, ref in config.vectors.items()}
+    if not versions:
+        raise InputError(f"registry {config.registry}: no vectors for the base {config.base}; publish some first")
+    for name, version in versions.items():
+        if version.base_fingerprint != base:
+            raise InputError(
+                f"vectors: {version.ref} ({name}) belongs to base {version.base_fingerprint[:23]}…, {config.base} is"
+                f" {base[:23]}…; use the base it was trained on"
+            )
+        if config.engine.mode == "steered" and version.form != "low-rank":
+            raise InputError(
+                f"vectors: {version.ref} ({name}) is in {version.form} form, which the steered engine cannot add"
+                " beside the weights; publish its low-rank form, or serve with mode: merged"
+            )
+    served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
+    policy = policy_of(config, list(served))
+    no_way_around(config.floors, versions)
+    lineup = Lineup(base, served, policy, int(time.time()), named=config.vectors)
+    for name in config.anonymous.presets or ():
+        try:
+            lineup.preset(registry.resolve_preset(name))
+        except InputError as error:
+            raise InputError(f"anonymous.presets: {name!r} cannot be offered: {error}") from None
+    return lineup
+
+
+def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:
+    """The newest version of every vector of this base; deltas of single runs (`helpful+`) are left out."""
+    found = registry.list_vectors(base_fingerprint=base_fingerprint, newest_only=True)
+    return {version.name: version for version in found if not version.preference.endswith(("+", "-"))}

@@ -1,0 +1,150 @@
+"""Rolling out a new lineup: to every replica, or to none before it can reach all.
+
+    prefvec serve-roll-out --config serve_configs/tiny.yaml        # a vector was published, or an alias was moved
+
+Two phases. *Prepare*: every replica loads the new vectors beside the old ones and generates a token with them; if one
+cannot, the old lineup goes on. *Commit*: the lineup is written down under the next generation number, and requests
+that come from then on carry that number. Those that have begun keep theirs, and what the engine computes and caches is
+named by the vectors themselves (`Lineup.columns`), so generations never share a key, a value or a weight by mistake.
+
+A committed lineup is kept in the cluster's own key-value store (Ray's GCS, as Serve's state is): a front or a replica
+that is restarted begins with it, and lives as long as the cluster does.
+"""
+
+import asyncio
+import logging
+import pickle
+from dataclasses import replace
+
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry import Registry, StoreError
+from prefvec_ray.serving.access.admission import Door
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.release.records import ServingRecords
+from prefvec_ray.serving.release.release import Lineup, LineupId, resolve
+
+log = logging.getLogger("ray.serve")
+
+PREPARE_SECONDS = 1800.0
+"""for every replica to load the new vectors"""
+SPACE = b"prefvec-lineups"
+
+
+class LineupBook:
+    """The committed lineups of one deployment, and what others committed. Usable in every process of a Ray cluster."""
+
+    def __init__(self, deployment: str):
+        self._deployment = deployment
+
+    def read(self, lineup: LineupId) -> Lineup | None:
+        """Any deployment's."""
+        deployment, generation = lineup
+        return LineupBook(deployment)._read(str(generation))
+
+    def begin(self, lineup: Lineup) -> None:
+        """What the deployment begins with."""
+        self._write(str(lineup.generation), pickle.dumps(lineup))
+
+    def newest(self) -> Lineup | None:
+        """The committed lineup; None where the deployment still serves what it began with."""
+        return self._read("newest")
+
+    def next_generation(self) -> int:
+        """A number that no attempt has had: a replica may remember one that came to nothing. One caller at a time."""
+        number = int(internal_kv._internal_kv_get(self._key("attempts"), namespace=SPACE) or 0) + 1
+        self._write("attempts", str(number).encode())
+        return number
+
+    def commit(self, lineup: Lineup) -> None:
+        """From here on it is what restarted fronts and replicas begin with."""
+        written = pickle.dumps(lineup)
+        self._write(str(lineup.generation), written)  # first, so that who hears of the number can read it
+        self._write("newest", written)
+
+    def _read(self, key: str) -> Lineup | None:
+        found = internal_kv._internal_kv_get(self._key(key), namespace=SPACE)
+        return pickle.loads(found) if found else None
+
+    def _write(self, key: str, value: bytes) -> None:
+        internal_kv._internal_kv_put(self._key(key), value, overwrite=True, namespace=SPACE)
+
+    def _key(self, key: str) -> bytes:
+        return f"{self._deployment}/{key}".encode()
+
+
+class RollOut:
+    """The front's half: one change at a time, prepared by all replicas before any request gets it.
+
+    A replica that starts meanwhile is not asked; should it be unable to load what was committed, it answers no request
+    of that generation (503, which clients repeat), is unhealthy, and Serve replaces it.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        registry: Registry,
+        book: LineupBook,
+        door: Door,
+        records: ServingRecords,
+        replicas: DeploymentHandle,
+    ):
+        self._config, self._registry, self._book, self._door = config, registry, book, door
+        self._records, self._replicas = records, replicas
+        self._one_at_a_time = asyncio.Lock()
+
+    async def to(self, wanted: ServingConfig) -> Lineup:
+        """Serve what `wanted.vectors` stand for now. Returns the lineup in force; an equal one changes nothing.
+
+        Raises InputError where that cannot be served by every replica, or `wanted` differs in other settings too.
+        """
+        same = {"vectors": self._config.vectors, "follow_seconds": self._config.follow_seconds}
+        ours, theirs = self._config.model_dump(), wanted.model_copy(update=same).model_dump()
+        if other := [name for name in ours if ours[name] != theirs[name]]:
+            raise InputError(f"{', '.join(other)}: only 'vectors' can be rolled out; deploy again for other settings")
+        return await self._to(wanted)
+
+    async def follow(self, seconds: float) -> None:
+        """For ever: roll out what the references of the lineup in force have come to stand for."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                named = self._door.lineup.named
+                vectors = None if named is None else dict(named)
+                await self._to(self._config.model_copy(update={"vectors": vectors}))
+            except (InputError, StoreError, RayError) as error:
+                log.warning("the old vectors are served on: %s", error)
+
+    async def _to(self, wanted: ServingConfig) -> Lineup:
+        async with self._one_at_a_time:
+            before = self._door.lineup
+            found = await asyncio.to_thread(resolve, wanted, before.base_fingerprint, self._registry)
+            if found.vectors == before.vectors and found.named == before.named:
+                return before
+            # A door of the new lineup refuses what would leave a key or a floor without its meaning.
+            await asyncio.to_thread(Door, self._config, found, self._registry)
+            after = replace(found, deployment=before.deployment, generation=self._book.next_generation())
+            await asyncio.to_thread(self._records.hold, before, after)
+            try:
+                await self._prepared(after, before)
+            except BaseException:
+                await asyncio.to_thread(self._records.hold, before)
+                raise
+            self._book.commit(after)
+            self._door.lineup = after
+            log.info("generation %d: %s", after.generation, ", ".join(v.ref for v in after.vectors.values()))
+            return after
+
+    async def _prepared(self, lineup: Lineup, beside: Lineup) -> None:
+        asked = self._replicas.broadcast("prepare", lineup, beside=beside.id)
+        try:
+            await asked.results_async(timeout_s=PREPARE_SECONDS)
+        except DeploymentUnavailableError:
+            return  # none runs (scaled to zero): the next one starts with what is committed
+        except (RayError, TimeoutError) as error:
+            cause = getattr(error, "cause", None) or error
+            raise InputError(f"a replica cannot prepare the new vectors, the old are served on: {cause}") from None
