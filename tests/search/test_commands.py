@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from prefvec_ray import commands
+from prefvec_ray.cli.search import search_coefficients
 from prefvec_ray.registry import Registry
 from prefvec_ray.search import SearchConfig
 
@@ -33,7 +33,7 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
         preset="balanced",
     )
     printed = io.StringIO()
-    commands.search(config, Console(file=printed, width=200))
+    search_coefficients(config, Console(file=printed, width=200))
     assert "recommended {'left': 0.0, 'right': 0.0}: stay with the base" in printed.getvalue()
     assert "no preset 'balanced': no setting but the base" in printed.getvalue()
     assert store.list_presets() == []

@@ -14,7 +14,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from prefvec_ray import commands
+from prefvec_ray.cli.train import run_train
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry, start_registry, stop_registry
 from prefvec_ray.registry.running import running_registries
@@ -80,7 +80,7 @@ def test_two_trainings_and_two_registries_on_one_cluster(ray_cluster, config, tm
 def test_a_registry_that_another_writes_to_is_found_before_anything_is_trained(ray_cluster, config):
     other = start_registry(config.store, name="another-teams")
     with pytest.raises(InputError, match=r"is being written to by actor another-teams .*--registry ray:another-teams"):
-        commands.train(config, Console(file=StringIO()))
+        run_train(config, Console(file=StringIO()))
     other.stop()
     assert not (config.folder / "dpo").exists()
     assert not (config.folder / "reference").exists()

@@ -1,0 +1,3 @@
+from prefvec_ray.cli import main
+
+main(prog_name="prefvec")

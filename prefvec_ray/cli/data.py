@@ -1,0 +1,193 @@
+"""`prefvec data`."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prefvec_ray.cli.shared import Commands, console, load
+from prefvec_ray.common.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from prefvec_ray.preferences import DataCheck
+    from prefvec_ray.preferences.measures import Lengths, PreferenceCheck
+    from prefvec_ray.training import TrainingConfig
+
+
+@click.group(cls=Commands)
+def data() -> None:
+    """Look at preference data before training on it."""
+
+
+@data.command("check")
+@click.argument("sources", nargs=-1, metavar="[[NAME=]SOURCE]...")
+@click.option("--config", "path", type=click.Path(path_type=Path), help="A training config instead of sources.")
+@click.option("--test", help="Source of held-out pairs; default: a tenth of the prompts.")
+@click.option("--format", help="Name of the format; default: found by itself, see `prefvec data formats`.")
+@click.option("--split", help="Split of a hub dataset or of a folder.")
+@click.option(
+    "--system", type=click.Choice(["keep", "fold"]), default="keep", help="fold: into the first user message."
+)
+@click.option("--base", type=click.Path(path_type=Path), help="Folder of the base: measures lengths in its tokens.")
+@click.option("--chat-template", help="A Jinja file, or `transcript`, where the base has no chat template.")
+@click.option("--max-length", type=click.IntRange(min=1), default=1024, show_default=True, help="In tokens.")
+@click.option("--json", "as_json", is_flag=True)
+def check_data(sources: tuple[str, ...], path: Path | None, as_json: bool, **options: Any) -> None:
+    """What SOURCEs hold and what is wrong with them; exit code 2 where training on them would be garbage.
+
+    A source is a file, a folder, s3://…, or org/name of the hub. NAME says which preference it is for.
+    """
+    config = load(path, "prefvec_ray.training", "TrainingConfig") if path else None
+    found = run_check(sources, config, **options)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+        for error in found.errors:
+            click.echo(f"error: {printable(error)}", err=True)
+    else:
+        print_check(found, console())
+    sys.exit(2 if found.errors else 0)
+
+
+@data.command("formats")
+def data_formats() -> None:
+    """The forms of preference data that can be read."""
+    console().print(formats_table())
+
+
+def run_check(
+    sources: Sequence[str],
+    config: "TrainingConfig | None",
+    *,
+    base: Path | None,
+    chat_template: str | None,
+    max_length: int,
+    format: str | None,
+    split: str | None,
+    **options: Any,
+) -> "DataCheck":
+    """Check the data of a config as its training would, or of sources given by hand as `[NAME=]SOURCE`."""
+    from prefvec_ray.common.errors import InputError
+    from prefvec_ray.common.redact import source_name
+    from prefvec_ray.preferences import PKU_LABELS, check_splits, first_format, load_split, read_template
+
+    if (config is None) == (not sources):
+        raise InputError("give either sources of preference data or --config FILE")
+    if config is not None:
+        from prefvec_ray.training.train import check_data as check_config
+
+        config.check()
+        return check_config(config, collect_flaws=True)[1]
+    splits: dict[str, Any] = {}
+    for given in sources:
+        named = re.fullmatch(r"([\w-]+)=(.+)", given)
+        source = named[2] if named else given
+        found = format or first_format(source, split=split)
+        stem = Path(source_name(source)).name.partition(".")[0]
+        names = [named[1]] if named else list(PKU_LABELS) if found == "pku-saferlhf" else [stem]
+        for name in names:
+            key = name if name not in splits else f"{name} {len(splits) + 1}"
+            splits[key] = load_split(source, preference=name, format=format, split=split, collect_flaws=True, **options)
+    tokenizer = None
+    if base is not None:
+        if not base.is_dir():
+            raise InputError(f"base {base}: no such folder; give the folder of a Hugging Face model")
+        from prefvec_ray.training.model import load_tokenizer
+
+        tokenizer = load_tokenizer(base)
+        if chat_template is not None:
+            tokenizer.chat_template = read_template(chat_template)
+    return check_splits(splits, tokenizer=tokenizer, max_length=max_length)
+
+
+def print_check(check: "DataCheck", console: "Console") -> None:
+    """A column a preference, then what pairs of preferences have in common, then the findings."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title_justify="left")
+    table.add_column()
+    for name in check.preferences:
+        table.add_column(name, overflow="fold")
+    columns = [_lines(preference) for preference in check.preferences.values()]
+    for line in dict.fromkeys(line for column in columns for line in column):
+        table.add_row(line, *(escape(column.get(line, "–")) for column in columns))
+    console.print(table)
+    for overlap in check.overlaps:
+        names = " and ".join(overlap.preferences)
+        if overlap.shared:
+            share = overlap.opposite / overlap.shared
+            console.print(
+                f"{names}: {overlap.shared} pairs in both, {overlap.opposite} ({share:.0%}) ordered oppositely"
+            )
+        else:
+            console.print(f"{names}: no pair in both")
+    for finding in check.findings:
+        color = "red" if finding.level == "error" else "yellow"
+        console.print(f"[{color}]{finding.level}[/]: {escape(finding.text)}", soft_wrap=True)
+    if not check.findings:
+        console.print("[green]nothing wrong found[/]")
+
+
+def formats_table() -> "Table":
+    """Every format, with the fields that it is known by."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from prefvec_ray.preferences import FORMATS
+
+    table = Table(title="Formats of preference data, found by their fields", title_justify="left")
+    for column in ("format", "what", "fields"):
+        table.add_column(column, no_wrap=column == "format")
+    for format in FORMATS.values():
+        table.add_row(format.name, escape(format.about), escape(format.fields))
+    return table
+
+
+def _lines(check: "PreferenceCheck") -> dict[str, str]:
+    """Name of a line to its text."""
+    lines = {
+        "source": check.source,
+        "format": check.format + (", conversations" if check.conversational else ", plain text"),
+        "because": check.why,
+        "rows": f"{check.rows}",
+        "rows unreadable": f"{check.unreadable}",
+        **{f"left out: {reason}": f"{count}" for reason, count in check.dropped.items()},
+        "pairs to train on": f"{check.pairs}",
+        "pairs held out": f"{check.held_out}",
+        "distinct prompts": f"{check.prompts}",
+        "held-out prompts trained on": f"{check.shared_prompts} of {check.held_out_prompts}",
+        "pairs that repeat": f"{check.duplicates}",
+        "pairs in both orders": f"{check.contradictions}",
+        "pairs with a system message": f"{check.system_messages}",
+        "chosen is the longer": f"{check.chosen_longer:.1%}",
+    }
+    if check.labels:
+        lines["chosen by place"] = ", ".join(f"{place} {count}" for place, count in sorted(check.labels.items()))
+    return lines | (_length_lines(check.lengths) if check.lengths and check.lengths.whole else {})
+
+
+def _length_lines(lengths: "Lengths") -> dict[str, str]:
+    lines = {
+        f"tokens of {what}": " / ".join(str(value) for value in values.values())
+        for what, values in (
+            ("prompt, p50/p90/p99/max", lengths.prompt),
+            ("chosen", lengths.chosen),
+            ("rejected", lengths.rejected),
+            ("the whole", lengths.whole),
+        )
+    }
+    lines["pairs tokenized"] = f"{lengths.sampled}"
+    if lengths.max_length is not None:
+        lines |= {
+            "max_length": f"{lengths.max_length}",
+            "longer than max_length": f"{lengths.truncated}",
+            "dropped: prompt fills it": f"{lengths.left_out}",
+            "answers equal up to it": f"{lengths.cut_equal}",
+        }
+    return lines
