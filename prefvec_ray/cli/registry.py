@@ -182,10 +182,10 @@ def repair(registry: str, apply: bool) -> None:
 @registry_option
 def stop(registry: str) -> None:
     """End the actor of a registry on the Ray cluster. The store keeps everything; training starts an actor again."""
+    from prefvec_ray.common.cluster import join
     from prefvec_ray.registry import stop_registry
-    from prefvec_ray.registry.locate import join_ray
 
-    join_ray()
+    join()
     click.echo(f"stopped ray:{stop_registry(registry)}; the store keeps everything")
 
 

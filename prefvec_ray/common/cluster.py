@@ -57,7 +57,7 @@ def connect(console: Console | None = None) -> None:
             is refused, another version of Ray or Python, no node on this machine. Within 20 seconds.
         JobError: Ray did not start on this machine.
     """
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if _is_connected():
         return
 
     for name, value in DEFAULTS.items():
@@ -73,6 +73,25 @@ def connect(console: Console | None = None) -> None:
         gpus = f" and {resources['GPU']:g} GPUs" if resources.get("GPU") else ""
         where = context.dashboard_url or "off"
         console.print(f"   [dim]Ray cluster with {cpus:g} CPU{'' if cpus == 1 else 's'}{gpus}, dashboard {where}[/dim]")
+
+
+def join() -> None:
+    """Join the cluster of RAY_ADDRESS or of this machine, unless this process is in one already; start none.
+
+    Raises:
+        InputError: as `connect`, and where no cluster runs.
+    """
+    if not _is_connected() and os.environ.get("RAY_ADDRESS", "") in ("", "auto"):
+        from ray._private.services import find_gcs_addresses
+
+        if not find_gcs_addresses():
+            raise InputError("no Ray cluster runs on this machine; start one (`ray start --head`), or set RAY_ADDRESS")
+        os.environ["RAY_ADDRESS"] = "auto"
+    connect()
+
+
+def _is_connected() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 def end_by_sigterm() -> None:

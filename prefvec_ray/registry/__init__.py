@@ -6,7 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.registry.errors import LeaseLost, StoreError
-from prefvec_ray.registry.locate import THROUGH_RAY, open_registry
+from prefvec_ray.registry.locate import open_registry
+from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.registry.records import (
     FileEntry,
     Move,

@@ -23,14 +23,15 @@ import ray
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from prefvec_ray.common.cluster import NAMESPACE
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import LeaseLost, StoreError
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.locate import THROUGH_RAY
+from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.registry.registry import Blobs, Registry, user
-from prefvec_ray.registry.running import NAMESPACE, actor_name, end, listing, running_registries
+from prefvec_ray.registry.running import actor_name, end, listing, running_registries
 from prefvec_ray.registry.store import Store
 from prefvec_ray.registry.transport import RayBlobs, run_on
 

@@ -11,14 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.cache import NodeCache
-from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import CLAIM, Lease
 from prefvec_ray.registry.ledger import NUMBERED
@@ -40,6 +39,9 @@ from prefvec_ray.registry.records import (
 )
 from prefvec_ray.registry.statements import scratch_folder, wrong_statements
 from prefvec_ray.registry.store import MARKER, RECORD_FOLDERS, Marker, Store, blob_key, hash_file
+
+if TYPE_CHECKING:
+    from prefvec_ray.registry.catalog import Catalog
 
 MODELS: dict[str, type[Record]] = {
     "vectors": VectorVersion,
@@ -276,7 +278,7 @@ def _hash(store: Store, digest: str) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
-def collect(catalog: Catalog, *, apply: bool = False, grace_s: float = 3600.0) -> Collection:
+def collect(catalog: "Catalog", *, apply: bool = False, grace_s: float = 3600.0) -> Collection:
     """Blobs that no version needs (retired versions need none) and leftovers of dead writers; deleted with `apply`.
 
     Orphans younger than `grace_s` stay, so that publishers seldom have to stage twice. Raises StoreError, and deletes
@@ -309,7 +311,7 @@ def collect(catalog: Catalog, *, apply: bool = False, grace_s: float = 3600.0) -
     return Collection(applied=apply, blobs=doomed, spared=spared, staging=tuple(path.name for path in staging))
 
 
-def repair(catalog: Catalog, *, apply: bool = False) -> list[str]:
+def repair(catalog: "Catalog", *, apply: bool = False) -> list[str]:
     """Steps of aliases' and tags' histories that are missing or damaged, by key; with `apply` each is marked as lost.
 
     A marked step says that it was lost, and the history goes on behind it. Where the newest step was lost, alias and

@@ -1,13 +1,15 @@
 """Where something came from, as a graph: a served fingerprint or preset, its vectors, their two runs, their data."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.text import mermaid_label
-from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.records import PresetVersion, Served, VectorVersion
+
+if TYPE_CHECKING:
+    from prefvec_ray.registry.catalog import Catalog
 
 Kind = Literal["served", "preset", "vector", "delta", "base", "data"]
 
@@ -51,7 +53,7 @@ class Lineage(BaseModel):
         return "\n".join(["graph TD", *lines])
 
 
-def lineage(catalog: Catalog, what: str) -> Lineage:
+def lineage(catalog: "Catalog", what: str) -> Lineage:
     """The graph behind a served fingerprint (`blake3:…`), a preset or a vector (`name`, `name@version`, `name@alias`).
 
     A name that is both a vector and a preset means the vector; say `preset:<name>` for the other. Deltas that were
@@ -79,7 +81,7 @@ def lineage(catalog: Catalog, what: str) -> Lineage:
     return Lineage(nodes=tuple(graph.nodes.values()), edges=tuple(dict.fromkeys(graph.edges)))
 
 
-def _all_presets(catalog: Catalog) -> list[PresetVersion]:
+def _all_presets(catalog: "Catalog") -> list[PresetVersion]:
     names = catalog.names("presets")
     return [catalog.resolve_preset(f"{n}@{v}") for n in names for v in reversed(catalog.versions(n, "presets"))]
 

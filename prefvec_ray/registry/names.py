@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from prefvec_ray.common.errors import InputError
 
+THROUGH_RAY = "ray:"
+"""begins an address that goes through a registry actor: `ray:<name>`"""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")

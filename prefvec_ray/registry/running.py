@@ -9,11 +9,11 @@ from typing import Any
 
 import ray
 
+from prefvec_ray.common.cluster import NAMESPACE
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.registry.locate import THROUGH_RAY
+from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.registry.store import Store
 
-NAMESPACE = "prefvec"
 ASK_SECONDS = 5.0
 """for an actor to answer when it is listed or ended"""
 STOP_SECONDS = 15.0

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, PositiveFl
 
 from prefvec_ray.common.config import Config, load_config
 from prefvec_ray.common.names import Name
-from prefvec_ray.registry.locate import THROUGH_RAY
+from prefvec_ray.registry.names import THROUGH_RAY
 
 BODY_BYTES = 16_000_000
 """the largest body that an endpoint can be told to take"""

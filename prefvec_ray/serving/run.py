@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from prefvec_ray.common.cluster import connect, end_by_sigterm
+from prefvec_ray.common.cluster import connect, end_by_sigterm, join
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
-from prefvec_ray.registry.locate import THROUGH_RAY, join_ray
+from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.serving.config import Name, ServingConfig
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def roll_out(config: ServingConfig, *, name: str = APP) -> "Lineup":
     from prefvec_ray.serving.instance import inspect_serve
     from prefvec_ray.serving.placement import endpoints
 
-    join_ray()
+    join()
     found = inspect_serve()
     app = found.apps.get(name) if found else None
     if app is None or app.config is None:
