@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from prefvec_ray.serving.engines.base import Coefficients, Piece
-from prefvec_ray.serving.release.release import LineupId
+
+LineupId: TypeAlias = tuple[str, int]
+"""deployment and generation: while one deployment takes another's place, replicas of both get jobs of both"""
 
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
 """text, token ids, or the messages of a chat"""

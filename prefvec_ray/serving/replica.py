@@ -22,9 +22,9 @@ from prefvec_ray.serving.encoding import Encoder, Tokenization
 from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import Holder, Merged, Steered
-from prefvec_ray.serving.job import Event, Job, Prompt, Started
+from prefvec_ray.serving.job import Event, Job, LineupId, Prompt, Started
 from prefvec_ray.serving.metrics import ReplicaMetrics
-from prefvec_ray.serving.release.release import Lineup, LineupId, ServedVector
+from prefvec_ray.serving.release.release import Lineup, ServedVector
 from prefvec_ray.serving.release.rollout import LineupBook
 from prefvec_ray.serving.spending import Spending, SpentTokens
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector

@@ -16,11 +16,11 @@ from starlette.datastructures import Headers
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
-from prefvec_ray.serving.access.admission import Door, Entry
+from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.access.keys import add_key, revoke_key
 from prefvec_ray.serving.access.policy import policy_of
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.errors import ApiError
+from prefvec_ray.serving.http.admission import Door, Entry
 from prefvec_ray.serving.http.openai_protocol import ChatBody
 from prefvec_ray.serving.release.release import Lineup, line_up
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.access.rates import MINUTE, Rates, Window
 from prefvec_ray.serving.config import Allowance
-from prefvec_ray.serving.errors import ApiError
 
 
 class Clock:

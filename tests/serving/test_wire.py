@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from prefvec_ray.serving.errors import ApiError
+from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody, parse_body
 
 MESSAGE = {"role": "user", "content": "x"}

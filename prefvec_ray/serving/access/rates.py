@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.config import Allowance
-from prefvec_ray.serving.errors import ApiError
 
 MINUTE, DAY = 60.0, 86_400.0
 BINS = 60

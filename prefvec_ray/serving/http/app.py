@@ -32,9 +32,9 @@ from starlette.requests import Request as HttpRequest
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry
-from prefvec_ray.serving.access.admission import Door, Entry
+from prefvec_ray.serving.access.errors import ApiError, answer_in_openai_form, explained, one_line
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.errors import ApiError, answer_in_openai_form, explained, one_line
+from prefvec_ray.serving.http.admission import Door, Entry
 from prefvec_ray.serving.http.openai_protocol import (
     B,
     ChatBody,

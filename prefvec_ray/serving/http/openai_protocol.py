@@ -28,8 +28,8 @@ from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.engines.base import Coefficients, FinishReason, Likely, Piece
-from prefvec_ray.serving.errors import ApiError
 from prefvec_ray.serving.job import Job, Prompt
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]

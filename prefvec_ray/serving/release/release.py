@@ -7,13 +7,14 @@ brings the next lineup to all of them, as another generation, and every request 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_registry, serving_fingerprint
 from prefvec_ray.serving.access.policy import Policy, no_way_around, policy_of
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
+from prefvec_ray.serving.job import LineupId
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,6 @@ class ServedVector:
     digest: str
     form: str
     metrics: Mapping[str, Any]
-
-
-LineupId: TypeAlias = tuple[str, int]
-"""deployment and generation: while one deployment takes another's place, replicas of both get jobs of both"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Lineup:
     """that it is of"""
 
     @property
-    def id(self) -> "LineupId":
+    def id(self) -> LineupId:
         return self.deployment, self.generation
 
     def columns(self, coefficients: Coefficients) -> Coefficients:

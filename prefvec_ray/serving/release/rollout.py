@@ -15,6 +15,7 @@ import asyncio
 import logging
 import pickle
 from dataclasses import replace
+from typing import Protocol
 
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
@@ -23,10 +24,10 @@ from ray.serve.handle import DeploymentHandle
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
-from prefvec_ray.serving.access.admission import Door
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.job import LineupId
 from prefvec_ray.serving.release.records import ServingRecords
-from prefvec_ray.serving.release.release import Lineup, LineupId, resolve
+from prefvec_ray.serving.release.release import Lineup, resolve
 
 log = logging.getLogger("ray.serve")
 
@@ -77,6 +78,16 @@ class LineupBook:
         return f"{self._deployment}/{key}".encode()
 
 
+class Admits(Protocol):
+    """What a roll-out needs of whoever lets requests in."""
+
+    lineup: Lineup
+    """what new requests get"""
+
+    def check(self, lineup: Lineup) -> None:
+        """Raises InputError where a key or a floor would lose its meaning with this lineup."""
+
+
 class RollOut:
     """The front's half: one change at a time, prepared by all replicas before any request gets it.
 
@@ -89,7 +100,7 @@ class RollOut:
         config: ServingConfig,
         registry: Registry,
         book: LineupBook,
-        door: Door,
+        door: Admits,
         records: ServingRecords,
         replicas: DeploymentHandle,
     ):
@@ -125,8 +136,7 @@ class RollOut:
             found = await asyncio.to_thread(resolve, wanted, before.base_fingerprint, self._registry)
             if found.vectors == before.vectors and found.named == before.named:
                 return before
-            # A door of the new lineup refuses what would leave a key or a floor without its meaning.
-            await asyncio.to_thread(Door, self._config, found, self._registry)
+            await asyncio.to_thread(self._door.check, found)
             after = replace(found, deployment=before.deployment, generation=self._book.next_generation())
             await asyncio.to_thread(self._records.hold, before, after)
             try:

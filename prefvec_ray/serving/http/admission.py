@@ -17,12 +17,12 @@ from starlette.datastructures import Headers
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry
 from prefvec_ray.serving.access.audit import Audit
+from prefvec_ray.serving.access.errors import ApiError, explained, no_model
 from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
 from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
 from prefvec_ray.serving.access.rates import Place, Rates, Reservation
 from prefvec_ray.serving.config import Allowance, ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.errors import ApiError, explained, no_model
 from prefvec_ray.serving.http.openai_protocol import B, Body, parse_body
 from prefvec_ray.serving.job import Job, Prompt
 from prefvec_ray.serving.release.release import Lineup
@@ -92,6 +92,10 @@ class Door:
         self._rates = Rates()
         self._parsing = Turns("parsing")
         self._keys = Keys(config.keys, self._check_key) if config.keys else None
+
+    def check(self, lineup: Lineup) -> None:
+        """Raises InputError where a key or a floor would lose its meaning with this lineup."""
+        Door(self._config, lineup, self._registry)
 
     async def enter(self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]) -> Entry:
         """Everything between a request's headers and its job; `read` gives its body. Raises ApiError.
