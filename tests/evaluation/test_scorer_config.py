@@ -66,7 +66,7 @@ scorers:
 
 def test_the_tiny_world_and_own_modules(build, tmp_path, monkeypatch):
     (tmp_path / "my_marks.py").write_text(
-        "from prefvec_ray.evaluation import Metric, scorer\n\n"
+        "from prefvec_ray.scorers import Metric, scorer\n\n"
         "@scorer(mark=Metric(direction='maximize'))\n"
         "def mark(prompts, responses):\n    return {'mark': [1.0] * len(responses)}\n"
     )

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from prefvec_ray.cli.robustness import run_audit
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.robustness import Ladder, commands
+from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import (
     MARK,
     EmbeddingClassifier,
@@ -111,7 +112,7 @@ def test_the_commands(folder, tmp_path, capsys):
         *(lambda held: (held.rows, held.labels))(load_texts("micro")[1]), strict=True
     ) if "'" not in prompt]  # fmt: skip
     (tmp_path / "held.jsonl").write_text("\n".join(rows * 2))
-    commands.audit(
+    run_audit(
         Console(width=120), folder=folder, data=str(tmp_path / "held.jsonl"), label="kind", count=30, epsilon=0.2,
         ladder=LADDER, seed=0,
     )  # fmt: skip
