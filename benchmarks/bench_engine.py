@@ -26,15 +26,15 @@ from merge_models import SIZES, config_of, low_rank_vectors
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefvec_ray.serving.engines.base import Coefficients, Piece, Request
+from prefvec_ray.serving.engines.base import Coefficients, OutputDelta, Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import Merged, Steered
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint
 
 REQUESTS, ROWS, RANK = 48, 48, 16
 
 
-class Plain(Merged):
+class Plain(MergedWeights):
     """The engine's floor: the base model, whatever the requests say."""
 
     def group(self, coefficients: Coefficients) -> Hashable:
@@ -62,7 +62,7 @@ def answers(engine: SlotEngine, asked: list[Request]) -> list[list[int]]:
         engine.submit(request, output.append)
     while engine.step():
         pass
-    assert all(isinstance(piece, Piece) for output in pieces for piece in output)
+    assert all(isinstance(piece, OutputDelta) for output in pieces for piece in output)
     return [[token for piece in output for token in piece.tokens] for output in pieces]
 
 
@@ -101,8 +101,8 @@ def measure(size: str, rounds: int, device: str) -> dict[str, Any]:
     speed: dict[str, list[float]] = {}
     with Steering(plain, vectors, base_fingerprint=base) as steering:
         floor = SlotEngine(Plain(live), tokenizer, max_batch=ROWS)
-        merged = SlotEngine(Merged(live), tokenizer, max_batch=ROWS)
-        steered = SlotEngine(Steered(steering), tokenizer, max_batch=ROWS)
+        merged = SlotEngine(MergedWeights(live), tokenizer, max_batch=ROWS)
+        steered = SlotEngine(SteeredWeights(steering), tokenizer, max_batch=ROWS)
         variants: dict[str, Callable[[], list[list[int]]]] = {
             "plain": lambda: answers(floor, requests(1)),
             "merged_1_setting": lambda: answers(merged, requests(1)),

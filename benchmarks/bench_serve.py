@@ -40,7 +40,7 @@ from transformers import LlamaForCausalLM
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import Merged
+from prefvec_ray.serving.engines.slots.weights import MergedWeights
 from prefvec_ray.serving.release.routing import preferred
 from prefvec_ray.vectors import LiveModel, fingerprint
 
@@ -48,10 +48,10 @@ READY = """
 import sys, time
 began = time.perf_counter()
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 config = ServingConfig(model="bench", base=sys.argv[1], registry=sys.argv[2], engine={"mode": sys.argv[3]})
-Replica(config, line_up(config))
+Replica(config, resolve_release(config))
 print(time.perf_counter() - began, flush=True)
 import os
 os._exit(0)
@@ -121,7 +121,7 @@ def merges_per_request(settings: int, replicas: int, choose: Choose) -> float:
         own.load_state_dict(model.state_dict())
         live = LiveModel(own, vectors, base_fingerprint=base, threads=1)
         # The engines share one thread here, so a turn by the clock holds so many times fewer steps.
-        engines[f"r{number}"] = SlotEngine(Merged(live), _no_words(), max_batch=8, switch_share=0.1 / replicas)
+        engines[f"r{number}"] = SlotEngine(MergedWeights(live), _no_words(), max_batch=8, switch_share=0.1 / replicas)
     draw, loads, asked = random.Random(0), dict.fromkeys(engines, 0), 0
 
     def done(name: str) -> Callable[[Any], None]:

@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.vectors import LiveModel
 
 ROWS, NEW = 8, 32
@@ -86,13 +86,13 @@ class Truths(dict[tuple[str, int], Truth]):
     def __init__(self, config: ServingConfig, registry: Registry, asked: list[list[int]]):
         for version in ("helpful@1", "helpful@2"):
             refs = {"harmless": "harmless@1", "helpful": version}
-            lineup = line_up(config.model_copy(update={"vectors": refs}))
+            release = resolve_release(config.model_copy(update={"vectors": refs}))
             live = LiveModel(AutoModelForCausalLM.from_pretrained(config.base).eval(), load_vectors(registry, refs))
             for setting in SETTINGS + PRESETS:
-                coefficients = lineup.policy.coefficients(setting)
+                coefficients = release.policy.coefficients(setting)
                 live.set_coefficients(dict(coefficients))
                 for number, prompt in enumerate(asked):
-                    self[lineup.fingerprint(coefficients), number] = _truth(live.model, prompt)
+                    self[release.fingerprint(coefficients), number] = _truth(live.model, prompt)
 
 
 @torch.inference_mode()

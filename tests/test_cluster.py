@@ -126,7 +126,7 @@ class Cluster(Strict):
     autoscalerOptions: Autoscaler | None = None  # noqa: N815
 
 
-class Job(Strict):
+class GenerationRequest(Strict):
     entrypoint: str
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode"]  # noqa: N815
     backoffLimit: int  # noqa: N815
@@ -152,7 +152,7 @@ class RayCluster(Resource):
 
 class RayJob(Resource):
     kind: Literal["RayJob"]
-    spec: Job
+    spec: GenerationRequest
 
 
 class RayService(Resource):

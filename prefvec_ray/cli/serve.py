@@ -22,9 +22,9 @@ def roll_out(path: Path, name: str | None) -> None:
     from prefvec_ray.serving.config import load_application
 
     named, config = load_application(path)
-    lineup = bring(config, name=name or named or APP)
-    served = ", ".join(f"{name} = {vector.ref}" for name, vector in lineup.vectors.items())
-    click.echo(f"served now: {served} (generation {lineup.generation})")
+    release = bring(config, name=name or named or APP)
+    served = ", ".join(f"{name} = {vector.ref}" for name, vector in release.vectors.items())
+    click.echo(f"served now: {served} (generation {release.generation})")
 
 
 @click.command()

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from prefvec_ray.serving.engines.base import PromptTooLongError
-from prefvec_ray.serving.job import Prompt
+from prefvec_ray.serving.request import Prompt
 from prefvec_ray.serving.turns import Turns
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 BY_PRESET = ("model", "preset")
 BY_REPLICA = ("model", "replica")
 COUNTERS = {
-    "prefvec_serve_requests": ("requests that passed the door, by how they ended", (*BY_PRESET, "status")),
-    "prefvec_serve_refused": ("requests refused at the door", ("model", "status")),
+    "prefvec_serve_requests": ("requests that were admitted, by how they ended", (*BY_PRESET, "status")),
+    "prefvec_serve_refused": ("requests that were refused", ("model", "status")),
     "prefvec_serve_answer_tokens": ("tokens of answers", BY_PRESET),
     "prefvec_serve_generated_tokens": ("tokens that an engine computed", BY_REPLICA),
     "prefvec_serve_merges": ("times that a replica's weights were rewritten to other coefficients", BY_REPLICA),
@@ -22,7 +22,7 @@ COUNTERS = {
 GAUGES = {
     "prefvec_serve_running": ("requests that an engine works on", BY_REPLICA),
     "prefvec_serve_waiting": ("requests that wait within an engine", BY_REPLICA),
-    "prefvec_serve_generation": ("generation of the lineup that new requests get", ("model",)),
+    "prefvec_serve_generation": ("generation of the release that new requests get", ("model",)),
 }
 HISTOGRAMS = {
     "prefvec_serve_request_s": ("from a request's admission to the end of its answer", BY_PRESET),
@@ -45,7 +45,7 @@ class FrontMetrics:
         self.seconds, self.first = _histogram("prefvec_serve_request_s"), _histogram("prefvec_serve_first_piece_s")
 
     def refused(self, status: int) -> None:
-        """The door stopped a request with this."""
+        """Admission refused a request with this."""
         self._refused.inc(tags={"model": self._model, "status": str(status)})
 
     def admitted(self, model: str, *, free: bool) -> "RequestMetrics":

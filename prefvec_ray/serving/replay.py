@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prefvec_ray.serving.engines.base import EngineError, Piece
-from prefvec_ray.serving.job import Event
+from prefvec_ray.serving.engines.base import EngineError, OutputDelta
+from prefvec_ray.serving.request import Event
 
 
 @dataclass
@@ -19,7 +19,7 @@ class _Said:
     logprobs: int = 0
     ended: bool = False
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: OutputDelta) -> None:
         self.tokens += piece.tokens
         self.characters += len(piece.text)
         self.logprobs += len(piece.logprobs)
@@ -37,7 +37,7 @@ class Replay:
     def again(self) -> None:
         self._runs = defaultdict(_Said)
 
-    def heard(self, answers: int) -> tuple[tuple[int, ...], ...]:
+    def tokens(self, answers: int) -> tuple[tuple[int, ...], ...]:
         """The tokens of each of so many answers, for the next run to begin with."""
         return tuple(tuple(self._told[index].tokens) for index in range(answers))
 
@@ -53,7 +53,7 @@ class Replay:
         return new
 
 
-def _unheard(index: int, piece: Piece, told: _Said, run: _Said) -> Piece:
+def _unheard(index: int, piece: OutputDelta, told: _Said, run: _Said) -> OutputDelta:
     place = len(run.tokens)
     known = told.tokens[place : place + len(piece.tokens)]
     if known != list(piece.tokens[: len(known)]):
@@ -61,7 +61,7 @@ def _unheard(index: int, piece: Piece, told: _Said, run: _Said) -> Piece:
             f"a replica died, and answer {index} cannot be continued as it began: from token {place} {known} were told,"
             f" now {list(piece.tokens)}"
         )
-    rest = Piece(
+    rest = OutputDelta(
         piece.text[max(0, told.characters - run.characters) :],
         piece.tokens[len(known) :],
         piece.finish_reason,

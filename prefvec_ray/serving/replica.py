@@ -19,13 +19,13 @@ from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import Encoder, Tokenization
-from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, Piece, PromptTooLongError, Request
+from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import Holder, Merged, Steered
-from prefvec_ray.serving.job import Event, Job, LineupId, Prompt, Started
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
 from prefvec_ray.serving.metrics import ReplicaMetrics
-from prefvec_ray.serving.release.release import Lineup, ServedVector
-from prefvec_ray.serving.release.rollout import LineupBook
+from prefvec_ray.serving.release.release import Release, ServedVector
+from prefvec_ray.serving.release.rollout import ReleaseBook
+from prefvec_ray.serving.request import Event, GenerationRequest, Prompt, ReleaseId, Started
 from prefvec_ray.serving.spending import Spending, SpentTokens
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
 
@@ -33,21 +33,21 @@ from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerpri
 class Replica:
     """Loads base and vectors, and answers jobs. Construction returns only once a token has been generated.
 
-    It begins with the lineup that its book says is committed, and learns others by `prepare`, or when a job is of one
+    It begins with the release that its book says is committed, and learns others by `prepare`, or when a job is of one
     that it does not have yet. Vectors that no running job needs are dropped at the next change.
 
     Raises JobError, before anything is loaded, where this node does not see the base or the registry's folder.
     """
 
-    def __init__(self, config: ServingConfig, lineup: Lineup, book: LineupBook | None = None):
+    def __init__(self, config: ServingConfig, release: Release, book: ReleaseBook | None = None):
         check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
         torch.set_num_threads(config.engine.threads)
         self._config, self._book = config, book
-        self._first = lineup
-        lineup = (book and book.newest()) or lineup
-        self._lineups = {lineup.id: lineup}
-        self._jobs: Counter[LineupId] = Counter()
-        """running, by lineup"""
+        self._first = release
+        release = (book and book.newest()) or release
+        self._releases = {release.id: release}
+        self._jobs: Counter[ReleaseId] = Counter()
+        """running, by release"""
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
         self._tokenizer = load_tokenizer(config)
@@ -57,10 +57,10 @@ class Replica:
         self._registry = open_registry(config.registry)
         self._fetched: dict[str, VectorVersion] = {}
         """what is pinned in the node's cache, by column"""
-        self._vectors = self._loaded([lineup])
-        self.engine = build_engine(config, lineup, self._vectors)
+        self._vectors = self._loaded([release])
+        self.engine = build_engine(config, release, self._vectors)
 
-    async def stream(self, job: Job) -> AsyncIterator[Started | list[Event]]:
+    async def stream(self, job: GenerationRequest) -> AsyncIterator[Started | list[Event]]:
         """`Started`, then lists of events until every answer has its finish_reason.
 
         Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
@@ -68,13 +68,13 @@ class Replica:
         """
         spent = self._spent.begin(job.id)
         try:
-            lineup = await self._lineup(job.lineup)
-            self._jobs[lineup.id] += 1
+            release = await self._release_of(job.release)
+            self._jobs[release.id] += 1
             try:
-                async for item in self._answers(replace(job, coefficients=lineup.columns(job.coefficients)), spent):
+                async for item in self._answers(replace(job, coefficients=release.columns(job.coefficients)), spent):
                     yield item
             finally:
-                self._jobs[lineup.id] -= 1
+                self._jobs[release.id] -= 1
         finally:
             spent.end()
 
@@ -82,7 +82,7 @@ class Replica:
         """Tokens of answers that were generated here for the job of this id, once it has ended; None: none of ours."""
         return await self._spent.of(job)
 
-    async def _answers(self, job: Job, spent: Spending) -> AsyncIterator[Started | list[Event]]:
+    async def _answers(self, job: GenerationRequest, spent: Spending) -> AsyncIterator[Started | list[Event]]:
         requests = await self._encoder.run(job.caller, job.prompts, self._requests, job)
         yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -101,17 +101,17 @@ class Replica:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def answer(self, job: Job) -> tuple[int, list[Piece]]:
+    async def answer(self, job: GenerationRequest) -> tuple[int, list[OutputDelta]]:
         """Number of prompt tokens, and every answer as one piece."""
         prompt_tokens = 0
-        answers: dict[int, Piece] = {}
+        answers: dict[int, OutputDelta] = {}
         async for item in self.stream(job):
             if isinstance(item, Started):
                 prompt_tokens = item.prompt_tokens
                 continue
             for index, piece in item:
-                before = answers.get(index, Piece("", ()))
-                answers[index] = Piece(
+                before = answers.get(index, OutputDelta("", ()))
+                answers[index] = OutputDelta(
                     before.text + piece.text,
                     before.tokens + piece.tokens,
                     piece.finish_reason,
@@ -128,73 +128,73 @@ class Replica:
             self._metrics.tell(self.engine.status())
         self.engine.check_alive()
         if self._unfit:
-            raise EngineError(f"this replica cannot load the lineup that is served: {self._unfit}")
+            raise EngineError(f"this replica cannot load the release that is served: {self._unfit}")
 
-    # --- lineups -----------------------------------------------------------------------------------------------------
+    # --- releases -----------------------------------------------------------------------------------------------------
 
-    async def prepare(self, lineup: Lineup, beside: LineupId) -> None:
-        """Load this lineup beside the lineup `beside` and those of running jobs, and generate a token with it.
+    async def prepare(self, release: Release, beside: ReleaseId) -> None:
+        """Load this release beside the release `beside` and those of running jobs, and generate a token with it.
 
         Running jobs go on. Raises InputError or StoreError where it cannot be had; all goes on as before then.
         """
         async with self._changing:
-            await self._learn(lineup, beside)
+            await self._learn(release, beside)
 
-    async def _lineup(self, wanted: LineupId) -> Lineup:
-        if wanted not in self._lineups:
+    async def _release_of(self, wanted: ReleaseId) -> Release:
+        if wanted not in self._releases:
             async with self._changing:
-                if wanted not in self._lineups:
+                if wanted not in self._releases:
                     await self._catch_up(wanted)
-        return self._lineups[wanted]
+        return self._releases[wanted]
 
-    async def _catch_up(self, wanted: LineupId) -> None:
-        """A job of a lineup that was committed while this replica started or before it did; or of the deployment
+    async def _catch_up(self, wanted: ReleaseId) -> None:
+        """A job of a release that was committed while this replica started or before it did; or of the deployment
         before this one or after it."""
         found = self._first if wanted == self._first.id else None
         if found is None and self._book:
             found = await asyncio.to_thread(self._book.read, wanted)
         if found is None or found.base_fingerprint != self._first.base_fingerprint:
-            raise EngineError(f"no lineup of generation {wanted[1]} was committed for this base")
+            raise EngineError(f"no release of generation {wanted[1]} was committed for this base")
         try:
-            await self._learn(found, next(reversed(self._lineups)))  # the one learned last
+            await self._learn(found, next(reversed(self._releases)))  # the one learned last
         except Exception as error:
             if found.deployment == self._first.deployment:
                 self._unfit = error
             raise EngineError(f"generation {wanted[1]} cannot be served here: {error}") from error
 
-    async def _learn(self, lineup: Lineup, beside: LineupId) -> None:
+    async def _learn(self, release: Release, beside: ReleaseId) -> None:
         try:
-            await self._change(lineup, beside)
+            await self._change(release, beside)
         finally:
             self._unpin_unused()
 
-    async def _change(self, lineup: Lineup, beside: LineupId) -> None:
-        new = await asyncio.to_thread(self._loaded, [lineup])
+    async def _change(self, release: Release, beside: ReleaseId) -> None:
+        new = await asyncio.to_thread(self._loaded, [release])
         used = {beside, *(name for name, jobs in self._jobs.items() if jobs)}
         # Jobs of what is dropped may come meanwhile: they wait, and load it again.
-        before, self._lineups = self._lineups, {name: known for name, known in self._lineups.items() if name in used}
-        vectors = self._loaded(list(self._lineups.values())) | new
+        before, self._releases = self._releases, {name: known for name, known in self._releases.items() if name in used}
+        vectors = self._loaded(list(self._releases.values())) | new
         try:
             await asyncio.wrap_future(self.engine.change(vectors))
         except BaseException:
-            self._lineups = before
+            self._releases = before
             raise
         self._vectors = vectors
-        coefficients = lineup.columns(lineup.policy.coefficients({}))
+        coefficients = release.columns(release.policy.coefficients({}))
         async for _ in self.engine.stream(Request((0,), coefficients, max_new_tokens=1)):
             pass
-        self._lineups[lineup.id] = lineup
+        self._releases[release.id] = release
 
-    def _loaded(self, lineups: list[Lineup]) -> dict[str, PreferenceVector]:
-        """The vectors of these lineups under their engine's names; those that are loaded are not read again.
+    def _loaded(self, releases: list[Release]) -> dict[str, PreferenceVector]:
+        """The vectors of these releases under their engine's names; those that are loaded are not read again.
 
-        Raises InputError where a reference no longer is the vector that it was when the lineup was resolved.
+        Raises InputError where a reference no longer is the vector that it was when the release was resolved.
         """
         known: dict[str, PreferenceVector] = getattr(self, "_vectors", {})
         vectors = {}
-        for lineup in lineups:
-            for name, vector in lineup.vectors.items():
-                column = lineup.column(name)
+        for release in releases:
+            for name, vector in release.vectors.items():
+                column = release.column(name)
                 if column not in vectors:
                     vectors[column] = known[column] if column in known else self._load(column, vector)
         return vectors
@@ -219,7 +219,7 @@ class Replica:
 
     # --- jobs --------------------------------------------------------------------------------------------------------
 
-    def _requests(self, encoder: Tokenization, job: Job) -> list[Request]:
+    def _requests(self, encoder: Tokenization, job: GenerationRequest) -> list[Request]:
         """The job's requests, prompt by prompt; all are checked before any of them starts."""
         requests: list[Request] = []
         for prompt in job.prompts:
@@ -242,8 +242,8 @@ class Replica:
             self.engine.check(first)
             for choice in range(job.n):
                 seed = secrets.token_hex(8) if job.seed is None else str(job.seed)
-                begins = job.heard[len(requests)] if job.heard else ()
-                requests.append(replace(first, seed=f"{seed}/{choice}", begins=begins))
+                resume_tokens = job.resume_tokens[len(requests)] if job.resume_tokens else ()
+                requests.append(replace(first, seed=f"{seed}/{choice}", resume_tokens=resume_tokens))
         return requests
 
     def _tokens(self, encoder: Tokenization, prompt: Prompt, most: int) -> tuple[int, ...]:
@@ -286,19 +286,19 @@ def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_engine(config: ServingConfig, lineup: Lineup, vectors: Mapping[str, PreferenceVector]) -> Engine:
-    """Load the base with the lineup's vectors as the config says, generate one token, and start.
+def build_engine(config: ServingConfig, release: Release, vectors: Mapping[str, PreferenceVector]) -> Engine:
+    """Load the base with the release's vectors as the config says, generate one token, and start.
 
     Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
     """
     found = fingerprint(config.base)
-    if found != lineup.base_fingerprint:
+    if found != release.base_fingerprint:
         raise InputError(
-            f"base {config.base}: {found[:23]}… here, {lineup.base_fingerprint[:23]}… at deployment;"
+            f"base {config.base}: {found[:23]}… here, {release.base_fingerprint[:23]}… at deployment;"
             " put the same base on every node, or deploy again"
         )
-    tokenizer, base = load_tokenizer(config), lineup.base_fingerprint
-    coefficients = lineup.columns(lineup.policy.coefficients({}))
+    tokenizer, base = load_tokenizer(config), release.base_fingerprint
+    coefficients = release.columns(release.policy.coefficients({}))
     if config.engine.kind == "vllm":
         from prefvec_ray.serving.engines.vllm.engine import VllmEngine
 
@@ -311,11 +311,11 @@ def build_engine(config: ServingConfig, lineup: Lineup, vectors: Mapping[str, Pr
     model = from_pretrained(
         AutoModelForCausalLM, config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
-    holder: Holder
+    holder: WeightBackend
     if config.engine.mode == "steered":
-        holder = Steered(Steering(model, vectors, base_fingerprint=base))
+        holder = SteeredWeights(Steering(model, vectors, base_fingerprint=base))
     else:
-        holder = Merged(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
+        holder = MergedWeights(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
     engine = SlotEngine(holder, tokenizer, max_batch=config.engine.max_batch, switch_share=config.engine.switch_share)
     engine.warm_up(coefficients)
     return engine.start()

@@ -22,7 +22,7 @@ from prefvec_ray.serving.config import Name, ServingConfig
 
 if TYPE_CHECKING:
     from prefvec_ray.serving.instance import RunningApp
-    from prefvec_ray.serving.release.release import Lineup
+    from prefvec_ray.serving.release.release import Release
 
 APP = "prefvec"
 REACH_SECONDS = 60.0
@@ -65,11 +65,11 @@ def start(
     return _deploy(new, replace, console)
 
 
-def roll_out(config: ServingConfig, *, name: str = APP) -> "Lineup":
+def roll_out(config: ServingConfig, *, name: str = APP) -> "Release":
     """Bring the vectors that `config.vectors` names now to every replica of the running endpoint, or to none.
 
     Returns what is served from now on. Raises InputError where no endpoint of this name runs, where `config` differs
-    from the running one in more than its vectors, and where a vector, a key or a replica does not take the new lineup:
+    from the running one in more than its vectors, and where a vector, a key or a replica does not take the new release:
     then the old one goes on.
     """
     import ray
@@ -84,12 +84,12 @@ def roll_out(config: ServingConfig, *, name: str = APP) -> "Lineup":
     if app is None or app.config is None:
         raise InputError(f"no endpoint {name!r} runs: {endpoints(found)}; `prefvec serve --name {name}` starts one")
     try:
-        lineup: Lineup = serve.get_deployment_handle("front", name).roll_out.remote(config.absolute()).result()
+        release: Release = serve.get_deployment_handle("front", name).roll_out.remote(config.absolute()).result()
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, InputError):
             raise InputError(str(error.cause)) from None
         raise
-    return lineup
+    return release
 
 
 def stop(name: str = APP) -> None:

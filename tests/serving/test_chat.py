@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.job import Job
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
+from prefvec_ray.serving.request import GenerationRequest
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 BRIEF = {"role": "system", "content": "Be brief."}
@@ -49,10 +49,10 @@ def without_system_role(base_folder, tmp_path_factory):
 def test_the_operator_decides(without_system_role, registry_root, tokenizer, system):
     settings = {"model": "tiny", "base": without_system_role, "registry": registry_root}
     config = ServingConfig.model_validate(settings | ({"system": system} if system != "template" else {}))
-    replica = Replica(config, line_up(config))
+    replica = Replica(config, resolve_release(config))
 
     def told(*prompts: Any) -> list[Any]:
-        job = Job(prompts, (("harmless", 0.0), ("helpful", 0.5)), temperature=0.0, max_new_tokens=8)
+        job = GenerationRequest(prompts, (("harmless", 0.0), ("helpful", 0.5)), temperature=0.0, max_new_tokens=8)
         return asyncio.run(replica.answer(job))[1]
 
     try:

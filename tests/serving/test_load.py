@@ -11,9 +11,9 @@ import pytest
 from prefvec_ray.serving import stop
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.slots.cache import FIRST_TOKENS
-from prefvec_ray.serving.job import Job
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
+from prefvec_ray.serving.request import GenerationRequest
 
 CLIENTS, NEW = 64, 12
 SETTINGS = [{"harmless": i / 63, "helpful": 1 - i / 31.5} for i in range(CLIENTS)]
@@ -31,8 +31,8 @@ def alone(merged_alone) -> list[list[int]]:
     return [merged_alone(prompt(client), SETTINGS[client], NEW) for client in range(CLIENTS)]
 
 
-def job(client: int, preferences: Mapping[str, float], **settings: Any) -> Job:
-    return Job((prompt(client),), tuple(sorted(preferences.items())), temperature=0.0, **settings)
+def job(client: int, preferences: Mapping[str, float], **settings: Any) -> GenerationRequest:
+    return GenerationRequest((prompt(client),), tuple(sorted(preferences.items())), temperature=0.0, **settings)
 
 
 @pytest.mark.parametrize("mode", ["merged", "steered"])
@@ -42,7 +42,7 @@ def test_64_clients_at_64_settings(mode, base_folder, registry_root, alone):
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
     )
-    replica = Replica(config, line_up(config))
+    replica = Replica(config, resolve_release(config))
 
     async def ask(client: int) -> list[int]:
         _, (answer,) = await replica.answer(job(client, SETTINGS[client], max_new_tokens=NEW))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefvec_ray.serving.engines.base import Piece, Request
+from prefvec_ray.serving.engines.base import OutputDelta, Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import Merged, Steered
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import LiveModel, Steering
 
@@ -17,7 +17,7 @@ SETTING = (("harmless", 0.5), ("helpful", -0.5))
 
 @pytest.fixture(scope="module")
 def engine(request, base_folder, vectors, tokenizer):
-    return SlotEngine(Merged(LiveModel(LlamaForCausalLM.from_pretrained(base_folder), vectors)), tokenizer)
+    return SlotEngine(MergedWeights(LiveModel(LlamaForCausalLM.from_pretrained(base_folder), vectors)), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def alone(base_folder, vectors):
     return logp
 
 
-def generate(engine: SlotEngine, *requests: Request) -> list[list[Piece]]:
+def generate(engine: SlotEngine, *requests: Request) -> list[list[OutputDelta]]:
     said: list[list[Any]] = [[] for _ in requests]
     for request, pieces in zip(requests, said, strict=True):
         engine.submit(request, pieces.append)
@@ -67,7 +67,7 @@ def test_they_are_those_of_a_lone_merged_model(engine, alone, tokenizer, sampled
 
 
 def test_steered_rows_tell_the_same(base_folder, vectors, tokenizer, engine):
-    steered = SlotEngine(Steered(Steering(LlamaForCausalLM.from_pretrained(base_folder), vectors)), tokenizer)
+    steered = SlotEngine(SteeredWeights(Steering(LlamaForCausalLM.from_pretrained(base_folder), vectors)), tokenizer)
     request = ask(tokenizer("the lazy dog").input_ids)
     ((*_, one), (*_, other)) = (generate(each, request)[0] for each in (steered, engine))
     assert one.tokens == other.tokens

@@ -7,7 +7,7 @@ import pytest
 from ray.serve._private.constants import SERVE_SESSION_ID
 
 from prefvec_ray.serving.http import middleware
-from prefvec_ray.serving.http.middleware import Guard
+from prefvec_ray.serving.http.middleware import ProxyMiddleware
 
 
 class Serve:
@@ -80,7 +80,7 @@ SPELLINGS = [
 def test_no_spelling_of_serves_own_headers_gets_through(name):
     serve = Serve()
     pairs = [(name.lower().encode(), b"mine"), (name.encode(), b"mine"), (b"x-other", b"kept")]
-    asyncio.run(answered(Guard(serve), headers=pairs))
+    asyncio.run(answered(ProxyMiddleware(serve), headers=pairs))
     assert serve.headers == [(b"x-other", b"kept")]
 
 
@@ -97,14 +97,14 @@ def test_no_spelling_of_serves_own_headers_gets_through(name):
 )
 def test_a_request_id_that_logs_can_hold_or_none(given, kept):
     serve = Serve()
-    asyncio.run(answered(Guard(serve), headers=given))
+    asyncio.run(answered(ProxyMiddleware(serve), headers=given))
     assert serve.headers == (given if kept else [])
 
 
 @pytest.mark.parametrize("path", ["/v1/\nERROR forged", "/v1/\x1b[2K", "/\x00", "/\u202egnp"])
 def test_a_path_that_would_forge_a_line_of_the_log_is_not_found(path):
     serve = Serve()
-    upload = asyncio.run(answered(Guard(serve), path=path))
+    upload = asyncio.run(answered(ProxyMiddleware(serve), path=path))
     assert (upload.status, serve.headers) == (404, [])
 
 
@@ -113,7 +113,7 @@ def test_one_caller_has_so_many_unfinished_bodies_and_others_have_theirs(monkeyp
     monkeypatch.setattr(middleware, "UPLOADS", 5)
 
     async def attack() -> None:
-        app = Guard(Serve())
+        app = ProxyMiddleware(Serve())
         slow = [Upload(app) for _ in range(3)]
         for upload in slow:
             await upload.feed(b"{")
@@ -140,7 +140,7 @@ def test_unfinished_bytes_are_bounded_and_given_back(monkeypatch):
 
     async def attack() -> None:
         serve = Serve()
-        app = Guard(serve)
+        app = ProxyMiddleware(serve)
         first, second, third = Upload(app), Upload(app), Upload(app)
         await first.feed(b"x" * 600)
         await second.feed(b"x" * 600)
@@ -163,7 +163,7 @@ def test_who_is_refused_without_end_waits_and_nobody_else(monkeypatch):
     monkeypatch.setattr(middleware, "REFUSALS_PER_SECOND", 1e-3)
 
     async def attack() -> None:
-        app = Guard(Serve(status=400))
+        app = ProxyMiddleware(Serve(status=400))
         for _ in range(5):
             assert (await answered(app)).status == 400
         waiting = [Upload(app) for _ in range(3)]
@@ -176,7 +176,7 @@ def test_who_is_refused_without_end_waits_and_nobody_else(monkeypatch):
             upload.task.cancel()
         await asyncio.gather(*(upload.task for upload in waiting), return_exceptions=True)
         assert not app._uploads.open
-        good = Guard(Serve())
+        good = ProxyMiddleware(Serve())
         for _ in range(20):
             assert (await answered(good)).status == 200
 
@@ -199,7 +199,7 @@ def test_refusals_are_forgotten_with_time_and_large_ones_count_for_more():
 def test_a_body_that_says_it_is_too_large_is_not_begun():
     serve = Serve()
     for length in (b"16000001", b"9" * 5000):
-        upload = asyncio.run(answered(Guard(serve), headers=[(b"content-length", length)]))
+        upload = asyncio.run(answered(ProxyMiddleware(serve), headers=[(b"content-length", length)]))
         assert (upload.status, serve.body) == (413, b"")
 
 
@@ -210,7 +210,7 @@ def test_a_caller_that_is_answered_before_its_body_came_is_not_listened_to_any_m
             await send({"type": "http.response.body", "body": b""})
 
     async def attack() -> None:
-        app = Guard(Early())
+        app = ProxyMiddleware(Early())
         upload = Upload(app)
         await upload.task
         assert upload.sent[0]["headers"] == [(b"connection", b"close")]

@@ -6,22 +6,22 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.release.records import ServingRecords
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 
 
 def test_what_is_served_cannot_be_retired_until_it_is_let_go(base_folder, vector_folders, tmp_path):
     registry = Registry.open(tmp_path / "registry")
     registry.publish_vector(vector_folders["helpful"])
-    lineup = line_up(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))
+    release = resolve_release(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))
     records = ServingRecords(registry, "abc")
-    records.hold(lineup)
+    records.hold(release)
     with pytest.raises(InputError, match="replica serve-abc"):
         registry.retire("helpful@1", "old")
     setting = (("helpful", 0.5),)
     for _ in range(3):
-        records.note(lineup.fingerprint(setting), lineup, setting, "anonymous")
+        records.note(release.fingerprint(setting), release, setting, "anonymous")
     records.close()
-    assert registry.served(lineup.fingerprint(setting)).coefficients == {"helpful@1": 0.5}
+    assert registry.served(release.fingerprint(setting)).coefficients == {"helpful@1": 0.5}
     assert registry.holds() == {}
     registry.retire("helpful@1", "nobody serves it")
 
@@ -30,12 +30,12 @@ def test_one_caller_does_not_use_up_what_is_recorded(base_folder, vector_folders
     monkeypatch.setattr("prefvec_ray.serving.release.records.MOST_OF_A_CALLER", 3)
     registry = Registry.open(tmp_path / "registry")
     registry.publish_vector(vector_folders["helpful"])
-    lineup = line_up(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))
+    release = resolve_release(ServingConfig(model="tiny", base=base_folder, registry=str(tmp_path / "registry")))
     records = ServingRecords(registry, "abc")
     settings = [(("helpful", number / 16),) for number in range(8)]
     for setting in settings[:7]:
-        records.note(lineup.fingerprint(setting), lineup, setting, "key-flood")
-    records.note(lineup.fingerprint(settings[7]), lineup, settings[7], "key-other")
+        records.note(release.fingerprint(setting), release, setting, "key-flood")
+    records.note(release.fingerprint(settings[7]), release, settings[7], "key-other")
     records.close()
-    kept = [setting for setting in settings if registry.served(lineup.fingerprint(setting))]
+    kept = [setting for setting in settings if registry.served(release.fingerprint(setting))]
     assert kept == [*settings[:3], settings[7]]

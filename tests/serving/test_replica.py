@@ -13,9 +13,9 @@ from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
-from prefvec_ray.serving.job import Job, Started
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
+from prefvec_ray.serving.request import GenerationRequest, Started
 from prefvec_ray.vectors import load_vector, save_vector
 from prefvec_ray.vectors.entries import scaled
 
@@ -28,14 +28,14 @@ def replica(request, base_folder, registry_root) -> Iterator[Replica]:
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
     )
-    replica = Replica(config, line_up(config))
+    replica = Replica(config, resolve_release(config))
     yield replica
     replica.engine.close()
 
 
 def answer(replica: Replica, **job: Any) -> tuple[int, list[Any]]:
     job = {"coefficients": SETTING, "temperature": 0.0, "max_new_tokens": 16} | job
-    return asyncio.run(replica.answer(Job(**job)))
+    return asyncio.run(replica.answer(GenerationRequest(**job)))
 
 
 def test_a_replica_has_answered_before_it_is_ready(replica):
@@ -46,7 +46,7 @@ def test_a_replica_has_answered_before_it_is_ready(replica):
 @pytest.mark.parametrize("folder", ["base", "registry"])
 def test_a_replica_on_a_node_that_does_not_see_a_folder_names_both(folder, base_folder, registry_root, tmp_path):
     given = {"model": "tiny", "base": base_folder, "registry": registry_root}
-    lineup = line_up(ServingConfig.model_validate(given))
+    release = resolve_release(ServingConfig.model_validate(given))
     shutil.copytree(given[folder], tmp_path / "storage")
     config = ServingConfig.model_validate({**given, folder: str(tmp_path / "storage")})
     shutil.rmtree(tmp_path / "storage")  # the storage is no longer mounted
@@ -54,7 +54,7 @@ def test_a_replica_on_a_node_that_does_not_see_a_folder_names_both(folder, base_
     with pytest.raises(
         JobError, match=rf"^node .* does not see {tmp_path / 'storage'}: is the storage mounted there\?$"
     ):
-        Replica(config, lineup)
+        Replica(config, release)
 
 
 def test_text_ids_and_chats_become_prompts(replica, tokenizer, merged_alone):
@@ -103,7 +103,7 @@ def test_a_bad_prompt_is_refused_before_any_answer_starts(replica, prompt, error
 
 def test_leaving_a_stream_stops_all_its_answers(replica):
     async def leave() -> None:
-        job = Job(prompts=("the dog",), coefficients=SETTING, n=8, temperature=1.5, max_new_tokens=64)
+        job = GenerationRequest(prompts=("the dog",), coefficients=SETTING, n=8, temperature=1.5, max_new_tokens=64)
         items = replica.stream(job)
         assert isinstance(await anext(items), Started)
         await anext(items)
@@ -118,15 +118,15 @@ def test_leaving_a_stream_stops_all_its_answers(replica):
 
 def test_another_base_on_the_node_is_refused(base_folder, registry_root):
     config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
-    lineup = line_up(config)
-    other = type(lineup)("blake3:" + "0" * 64, lineup.vectors, lineup.policy, lineup.created)
+    release = resolve_release(config)
+    other = type(release)("blake3:" + "0" * 64, release.vectors, release.policy, release.created)
     with pytest.raises(InputError, match="put the same base on every node"):
         Replica(config, other)
 
 
 def test_a_dead_engine_is_unhealthy(base_folder, registry_root):
     config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
-    replica = Replica(config, line_up(config))
+    replica = Replica(config, resolve_release(config))
     replica.engine.close()
     with pytest.raises(EngineError):
         replica.check_health()
@@ -151,12 +151,12 @@ def test_earlier_releases_leave_the_cache(base_folder, vector_folders, tmp_path,
         )
         for number in range(1, 7)
     ]
-    releases = [replace(line_up(config), generation=number) for number, config in enumerate(configs)]
+    releases = [replace(resolve_release(config), generation=number) for number, config in enumerate(configs)]
     replica = Replica(configs[0], releases[0])
     try:
         for before, release in itertools.pairwise(releases):
             asyncio.run(replica.prepare(release, before.id))
-            _, (piece,) = answer(replica, prompts=((5, 6),), lineup=release.id, coefficients=(("helpful", 0.1),))
+            _, (piece,) = answer(replica, prompts=((5, 6),), release=release.id, coefficients=(("helpful", 0.1),))
             assert piece.tokens
     finally:
         replica.engine.close()

@@ -1,4 +1,4 @@
-"""A new lineup: beside the old one in a replica, and to all replicas of an endpoint or none."""
+"""A new release: beside the old one in a replica, and to all replicas of an endpoint or none."""
 
 import asyncio
 import contextlib
@@ -24,9 +24,9 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, metrics, roll_out, start, stop
 from prefvec_ray.serving.engines.base import EngineError
-from prefvec_ray.serving.job import Job
-from prefvec_ray.serving.release.release import Lineup, ServedVector, line_up
+from prefvec_ray.serving.release.release import Release, ServedVector, resolve_release
 from prefvec_ray.serving.replica import Replica
+from prefvec_ray.serving.request import GenerationRequest
 from prefvec_ray.vectors import LiveModel, LowRank, load_vector, save_vector
 
 DRAW = random.Random(9)
@@ -73,17 +73,17 @@ def config(request, base_folder, registry) -> ServingConfig:
 
 @pytest.fixture
 def replica(config) -> Iterator[Replica]:
-    replica = Replica(config, line_up(config))
+    replica = Replica(config, resolve_release(config))
     yield replica
     replica.engine.close()
 
 
-def later(lineup: Lineup, generation: int) -> Lineup:
-    return Lineup(lineup.base_fingerprint, lineup.vectors, lineup.policy, lineup.created, generation)
+def later(release: Release, generation: int) -> Release:
+    return Release(release.base_fingerprint, release.vectors, release.policy, release.created, generation)
 
 
 async def ask(replica: Replica, generation: int, new: int = 24) -> list[int]:
-    job = Job((PROMPT,), SETTING, max_new_tokens=new, temperature=0.0, lineup=("", generation))
+    job = GenerationRequest((PROMPT,), SETTING, max_new_tokens=new, temperature=0.0, release=("", generation))
     _, (answer,) = await replica.answer(job)
     return list(answer.tokens)
 
@@ -93,11 +93,11 @@ def test_a_request_keeps_the_lineup_that_it_started_with(
 ):
     """Same prompt, same coefficients, two generations, at once: nothing that one caches reaches the other."""
     registry.publish_vector(next_helpful)
-    second = later(line_up(config), 1)
+    second = later(resolve_release(config), 1)
     assert second.vectors["helpful"].ref == "helpful@2"
 
     async def change_in_the_middle() -> list[list[int]]:
-        job = Job((PROMPT,), SETTING, max_new_tokens=200, temperature=0.0)
+        job = GenerationRequest((PROMPT,), SETTING, max_new_tokens=200, temperature=0.0)
         items = replica.stream(job)
         first: list[int] = []
         for _ in range(4):
@@ -119,13 +119,13 @@ def test_a_request_keeps_the_lineup_that_it_started_with(
 
 
 def test_what_cannot_be_prepared_leaves_everything_as_it_was(config, replica, registry, next_helpful):
-    lineup = line_up(config)
+    release = resolve_release(config)
     before = asyncio.run(ask(replica, 0))
     for vector, error in (
         (ServedVector("helpful@7", "blake3:" + "0" * 64, "low-rank", {}), "helpful@7"),
         (ServedVector("helpful@1", "blake3:" + "0" * 64, "low-rank", {}), "another vector"),
     ):
-        bad = Lineup(lineup.base_fingerprint, {**lineup.vectors, "helpful": vector}, lineup.policy, 0, 1)
+        bad = Release(release.base_fingerprint, {**release.vectors, "helpful": vector}, release.policy, 0, 1)
         with pytest.raises(InputError, match=error):
             asyncio.run(replica.prepare(bad, beside=("", 0)))
     replica.check_health()
@@ -135,10 +135,10 @@ def test_what_cannot_be_prepared_leaves_everything_as_it_was(config, replica, re
 
 
 def test_what_no_job_needs_is_dropped_and_comes_back_when_asked_for(config, replica):
-    lineup = line_up(config)
+    release = resolve_release(config)
     before = asyncio.run(ask(replica, 0))
     for generation in (1, 2, 3):
-        asyncio.run(replica.prepare(later(lineup, generation), beside=("", generation - 1)))
+        asyncio.run(replica.prepare(later(release, generation), beside=("", generation - 1)))
     assert asyncio.run(ask(replica, 0)) == asyncio.run(ask(replica, 3)) == before
 
 
@@ -275,14 +275,14 @@ def test_a_moved_alias_reaches_all_while_callers_notice_nothing(served):
             wait_for(lambda: len(answers) > 6)
             served.registry.set_alias("helpful", "production", 2, "a better one")
             assert served.says("helpful@1"), "nothing moves by itself"
-            lineup = roll_out(served.config)
+            release = roll_out(served.config)
             after = [served.ask() for _ in range(8)]
         finally:
             done.set()
         for caller in callers:
             caller.result()
-    assert lineup.vectors["helpful"].ref == "helpful@2"
-    fingerprints["helpful@2"] = lineup.fingerprint(SETTING)
+    assert release.vectors["helpful"].ref == "helpful@2"
+    fingerprints["helpful@2"] = release.fingerprint(SETTING)
     truths = {fingerprints[ref]: text for ref, text in served.truths.items()}
     assert len(truths) == 2
     assert len(set(truths.values())) == 2

@@ -19,7 +19,7 @@ from openai import OpenAI
 
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, start, stop
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.vectors import load_vector, save_vector
 
 PROMPT = list(range(5, 45))
@@ -125,10 +125,10 @@ def deployed(
     )
     truths = {}
     for version, same in (("helpful@1", "helpful"), ("helpful@2", "harmless")):
-        lineup = line_up(config.model_copy(update={"vectors": {"helpful": version}}))
+        release = resolve_release(config.model_copy(update={"vectors": {"helpful": version}}))
         for eta, new in itertools.product(ETAS, (NEW, LONG)):
             text = tokenizer.decode(merged_alone(PROMPT, {same: eta}, new), skip_special_tokens=True)
-            truths[lineup.fingerprint((("helpful", eta),)), eta, new] = text
+            truths[release.fingerprint((("helpful", eta),)), eta, new] = text
     assert len(set(truths.values())) >= 2 * len(ETAS), "versions and settings must make a difference"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import EngineError, Piece, PromptTooLongError, Request
+from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
 from prefvec_ray.serving.engines.slots import engine as slot_engine
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import Merged, Steered
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
@@ -31,10 +31,10 @@ def make_engine(request, base_folder, tokenizer, vectors) -> Iterator[MakeEngine
     model = LlamaForCausalLM.from_pretrained(base_folder)
     if request.param == "merged":
         live = LiveModel(model, vectors)
-        yield lambda **settings: SlotEngine(Merged(live), tokenizer, **settings)
+        yield lambda **settings: SlotEngine(MergedWeights(live), tokenizer, **settings)
     else:
         with Steering(model, vectors) as steering:
-            yield lambda **settings: SlotEngine(Steered(steering), tokenizer, **settings)
+            yield lambda **settings: SlotEngine(SteeredWeights(steering), tokenizer, **settings)
 
 
 def ask(prompt: tuple[int, ...], helpful: float = 0.0, harmless: float = 0.0, **settings: Any) -> Request:
@@ -56,11 +56,11 @@ def run(engine: SlotEngine, requests: list[Request]) -> list[list[Any]]:
     return outputs
 
 
-def tokens(pieces: list[Piece]) -> list[int]:
+def tokens(pieces: list[OutputDelta]) -> list[int]:
     return [token for piece in pieces for token in piece.tokens]
 
 
-def text(pieces: list[Piece]) -> str:
+def text(pieces: list[OutputDelta]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
@@ -165,12 +165,12 @@ def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):
 def test_an_answer_goes_on_from_what_was_heard_of_it(make_engine, merged_alone):
     prompt, heard = random_prompt(5, 20), random_prompt(6, 5)
     engine = make_engine(max_batch=4)
-    greedy, other = run(engine, [ask(prompt, 0.5, begins=heard, logprobs=0), ask(prompt, 0.5)])
+    greedy, other = run(engine, [ask(prompt, 0.5, resume_tokens=heard, logprobs=0), ask(prompt, 0.5)])
     assert tokens(greedy) == [*heard, *merged_alone([*prompt, *heard], {"helpful": 0.5}, 19)]
     assert tokens(other) == merged_alone(prompt, {"helpful": 0.5}, 24)
     assert next(said.chosen.logprob for piece in greedy for said in piece.logprobs) < -1, "not what the model would say"
     (whole,) = run(engine, [ask(prompt, temperature=1.0, seed="7")])
-    (again,) = run(engine, [ask(prompt, temperature=1.0, seed="7", begins=tuple(tokens(whole)[:9]))])
+    (again,) = run(engine, [ask(prompt, temperature=1.0, seed="7", resume_tokens=tuple(tokens(whole)[:9]))])
     assert tokens(again) == tokens(whole), "what is drawn after it is what would have been"
 
 
@@ -247,7 +247,7 @@ def test_prompt_and_answer_may_fill_the_context(make_engine, merged_alone):
 @pytest.fixture
 def merged(base_folder: Path, tokenizer, vectors) -> MakeEngine:
     live = LiveModel(LlamaForCausalLM.from_pretrained(base_folder), vectors)
-    return lambda **settings: SlotEngine(Merged(live), tokenizer, **settings)
+    return lambda **settings: SlotEngine(MergedWeights(live), tokenizer, **settings)
 
 
 def test_weights_are_rewritten_only_when_the_setting_changes(merged):
@@ -340,7 +340,7 @@ def test_waiting_requests_of_one_setting_run_together(merged, merged_alone):
     outputs: list[list[Any]] = [[] for _ in asked]
     for i, (request, output) in enumerate(zip(asked, outputs, strict=True)):
 
-        def emit(piece: Piece, i: int = i, output: list[Any] = output) -> None:
+        def emit(piece: OutputDelta, i: int = i, output: list[Any] = output) -> None:
             output.append(piece)
             order.extend([i] if piece.finish_reason else [])
 
@@ -364,7 +364,7 @@ def test_coefficients_that_overflow_the_sums_fail_alone(merged, merged_alone):
 def test_coefficients_that_overflow_a_weight_fail_alone(base_folder, tokenizer, vectors):
     half = LlamaForCausalLM.from_pretrained(base_folder, dtype=torch.float16)
     live = LiveModel(half, vectors, base_fingerprint=fingerprint(base_folder))
-    engine = SlotEngine(Merged(live), tokenizer)
+    engine = SlotEngine(MergedWeights(live), tokenizer)
     outputs = run(engine, [ask(random_prompt(1, 9), 1e8), ask(random_prompt(1, 9), 0.5)])
     assert isinstance(outputs[0][-1], InputError)
     assert outputs[1][-1].finish_reason
@@ -435,7 +435,7 @@ def test_other_architectures_give_what_generate_gives(kind, tokenizer):
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).eval()
-    engine = SlotEngine(Merged(LiveModel(model, {})), tokenizer)
+    engine = SlotEngine(MergedWeights(LiveModel(model, {})), tokenizer)
     requests = [
         Request(random_prompt(i, length), (), max_new_tokens=12, temperature=0.0)
         for i, length in enumerate([1, 5, 20, 40])
@@ -457,7 +457,7 @@ def test_a_real_model_at_two_settings():
     live = LiveModel(model, {"odd": vector})
     prompt = tuple(words("Once upon a time").input_ids)
     asked = [Request(prompt, (("odd", eta),), max_new_tokens=30, temperature=0.0) for eta in (0.0, 0.3)]
-    told = run(SlotEngine(Merged(live), words), asked)
+    told = run(SlotEngine(MergedWeights(live), words), asked)
     assert text(told[0]).startswith(", there was")
     assert text(told[0]) != text(told[1])
     for request, pieces in zip(asked, told, strict=True):
@@ -472,4 +472,4 @@ def test_models_without_keys_and_values_by_position_are_refused(tokenizer):
 
     model = MambaForCausalLM(MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4))
     with pytest.raises(InputError, match="mamba"):
-        SlotEngine(Merged(LiveModel(model, {})), tokenizer)
+        SlotEngine(MergedWeights(LiveModel(model, {})), tokenizer)

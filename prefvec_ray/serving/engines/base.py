@@ -36,7 +36,7 @@ class Request:
     """texts that end the answer; they are not part of it"""
     logprobs: int | None = None
     """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
-    begins: tuple[int, ...] = ()
+    resume_tokens: tuple[int, ...] = ()
     """the answer's first tokens, where its caller has heard them already from a replica that died: within rounding
     distance they need not be what this engine would choose. One that does not heed them may say something else"""
     caller: str = ""
@@ -44,7 +44,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Likely:
+class TokenLogprob:
     """A token, and how likely the model found it at its place."""
 
     text: str
@@ -58,15 +58,15 @@ class Likely:
 class TokenLogprobs:
     """One token of an answer's text."""
 
-    chosen: Likely
-    top: tuple[Likely, ...]
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
     """the likeliest at this place, best first"""
     offset: int
     """where in the answer's text it begins, in characters"""
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputDelta:
     """The next part of an answer. The texts of all pieces, joined, are the whole answer."""
 
     text: str
@@ -112,7 +112,7 @@ class Engine(Protocol):
         """Raises InputError where the request cannot be served: no prompt, unknown tokens, longer than the context."""
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncIterator[OutputDelta]:
         """The answer, piece by piece. Closing the iterator, or cancelling the task that reads it, stops the
         generation and frees its place. Raises InputError (before the first piece) or EngineError."""
         ...

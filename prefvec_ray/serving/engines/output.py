@@ -10,14 +10,21 @@ from typing import TypeAlias, TypeVar
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import FinishReason, Likely, Piece, PromptTooLongError, Request, TokenLogprobs
+from prefvec_ray.serving.engines.base import (
+    FinishReason,
+    OutputDelta,
+    PromptTooLongError,
+    Request,
+    TokenLogprob,
+    TokenLogprobs,
+)
 from prefvec_ray.serving.engines.text import TextStream
 
 OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
 
 
 @dataclass(eq=False)
-class Answer:
+class OutputState:
     """`ends` are the tokens that end an answer."""
 
     request: Request
@@ -31,7 +38,7 @@ class Answer:
     _sent: int = 0
     """characters of the answer's text"""
 
-    def push(self, token: int, likely: tuple[Likely, ...] | None = None) -> Piece | None:
+    def push(self, token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
         """What the token adds to the answer, if there is anything to tell yet. `likely`: the token itself, then the
         likeliest at its place, where the request asks for them."""
         self.last_token = token
@@ -56,7 +63,7 @@ class Answer:
         self._sent += len(text)
         # A token that begins in text held back may still turn out to belong to a stop string.
         told = tuple(t for t in self._untold if t.offset < self._sent)
-        piece = Piece(text, tuple(self._unsent), reason, told)
+        piece = OutputDelta(text, tuple(self._unsent), reason, told)
         self._unsent.clear()
         self._untold = self._untold[len(told) :]
         return piece
@@ -82,16 +89,16 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
         raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
 
 
-Emit: TypeAlias = Callable[[Piece | Exception], None]
+Emit: TypeAlias = Callable[[OutputDelta | Exception], None]
 T = TypeVar("T")
 
 
-async def stream_of(submit: Callable[[Emit], T], cancel: Callable[[T], object]) -> AsyncIterator[Piece]:
+async def stream_of(submit: Callable[[Emit], T], cancel: Callable[[T], object]) -> AsyncIterator[OutputDelta]:
     """The pieces that an engine's own thread emits, for the event loop that asks. `cancel` is called in the end."""
     loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+    pieces: asyncio.Queue[OutputDelta | Exception] = asyncio.Queue()
 
-    def emit(piece: Piece | Exception) -> None:
+    def emit(piece: OutputDelta | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 

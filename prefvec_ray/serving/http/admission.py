@@ -1,7 +1,8 @@
-"""The door: who is calling, what they may ask for, and what becomes of their request. No Ray and no HTTP here.
+"""Admission: who is calling, what they may ask for, and what becomes of their request. No Ray and no HTTP here.
 
 A request passes in this order: key, requests per minute, body, coefficients, size, tokens. Whatever stops it is an
-`ApiError` that tells its sender what to change, and a line of the audit; what passes is a `Job` within their policy.
+`ApiError` that tells its sender what to change, and a line of the audit; what passes is a `GenerationRequest` within
+their policy.
 """
 
 import asyncio
@@ -24,8 +25,8 @@ from prefvec_ray.serving.access.rates import Place, Rates, Reservation
 from prefvec_ray.serving.config import Allowance, ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.http.openai_protocol import B, Body, parse_body
-from prefvec_ray.serving.job import Job, Prompt
-from prefvec_ray.serving.release.release import Lineup
+from prefvec_ray.serving.release.release import Release
+from prefvec_ray.serving.request import GenerationRequest, Prompt
 from prefvec_ray.serving.turns import Turns
 
 log = logging.getLogger("ray.serve")
@@ -48,18 +49,18 @@ class Caller:
     id: str
     allowance: Allowance
     policy: Policy
-    lineup: Lineup
-    """what was served when it called. The policy is of this lineup's preferences, and all that is told or answered is
+    release: Release
+    """what was served when it called. The policy is of this release's preferences, and all that is told or answered is
     of this one, whatever is rolled out meanwhile"""
 
 
 @dataclass(frozen=True)
-class Entry:
+class AdmittedRequest:
     """A request that may be answered."""
 
     caller: Caller
     body: Body
-    job: Job
+    job: GenerationRequest
     seconds: float
     """until its deadline"""
     reservation: Reservation
@@ -70,9 +71,9 @@ class Entry:
     """for its answer: what the caller has left"""
 
     @property
-    def lineup(self) -> Lineup:
+    def release(self) -> Release:
         """Its coefficients are of these vectors, to the end."""
-        return self.caller.lineup
+        return self.caller.release
 
     def end(self, used: int | None) -> None:
         """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most it may have
@@ -82,22 +83,24 @@ class Entry:
         self.place.leave()
 
 
-class Door:
-    """`lineup` is the one that new requests get. Raises InputError where the key file or the audit cannot be used, or
+class AdmissionController:
+    """`release` is the one that new requests get. Raises InputError where the key file or the audit cannot be used, or
     a key could go below a floor unseen."""
 
-    def __init__(self, config: ServingConfig, lineup: Lineup, registry: Registry):
-        self._config, self._registry, self.lineup = config, registry, lineup
+    def __init__(self, config: ServingConfig, release: Release, registry: Registry):
+        self._config, self._registry, self.release = config, registry, release
         self._audit = Audit(config.audit)
         self._rates = Rates()
         self._parsing = Turns("parsing")
         self._keys = Keys(config.keys, self._check_key) if config.keys else None
 
-    def check(self, lineup: Lineup) -> None:
-        """Raises InputError where a key or a floor would lose its meaning with this lineup."""
-        Door(self._config, lineup, self._registry)
+    def check(self, release: Release) -> None:
+        """Raises InputError where a key or a floor would lose its meaning with this release."""
+        AdmissionController(self._config, release, self._registry)
 
-    async def enter(self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]) -> Entry:
+    async def admit(
+        self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]
+    ) -> AdmittedRequest:
         """Everything between a request's headers and its job; `read` gives its body. Raises ApiError.
 
         A refusal counts as a request, and as the tokens that the body would have been.
@@ -111,7 +114,7 @@ class Door:
             content = await read()
             body = await self._parsed(caller.id, content, kind)
             known["asked"] = _asked(body)
-            caller = self._identify(headers, known)  # once more: the lineup may have changed meanwhile
+            caller = self._identify(headers, known)  # once more: the release may have changed meanwhile
             coefficients = await self._coefficients(caller, body.model, body.preferences)
             job = self._sized(caller, body, coefficients)
             prompt_tokens = sum(_about(prompt) for prompt in job.prompts)
@@ -128,7 +131,7 @@ class Door:
             raise
         seconds = min(self._config.limits.seconds, caller.allowance.seconds or math.inf)
         left = self._rates.headers(caller.id, caller.allowance)
-        return Entry(caller, body, job, seconds, reservation, place, prompt_tokens, left)
+        return AdmittedRequest(caller, body, job, seconds, reservation, place, prompt_tokens, left)
 
     async def _parsed(self, caller: str, content: bytes, kind: type[B]) -> B:
         if len(content) <= INLINE_BYTES:
@@ -147,7 +150,7 @@ class Door:
             reservation.settle(0)
             raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
 
-    async def look(self, route: str, headers: Headers, model: str | None = None) -> Caller:
+    async def identify(self, route: str, headers: Headers, model: str | None = None) -> Caller:
         """The caller of a route that gives no answers. Raises ApiError, also where they may not ask for `model`."""
         known = _of_request(route, headers)
         try:
@@ -162,13 +165,13 @@ class Door:
 
     def presets(self, caller: Caller) -> dict[str, tuple[PresetVersion, Coefficients]]:
         """The newest version of every preset that this caller may ask for, by name, with its coefficients at the
-        caller's lineup. Reads the registry."""
+        caller's release. Reads the registry."""
         found = {}
         for preset in self._registry.list_presets(skip_damaged=True):
             if not _may_name(caller, preset.name):
                 continue
             try:
-                found[preset.name] = preset, caller.lineup.preset(preset, caller.policy)
+                found[preset.name] = preset, caller.release.preset(preset, caller.policy)
             except InputError:  # made for another base or other vectors, or outside this caller's policy
                 continue
         return found
@@ -176,12 +179,12 @@ class Door:
     # --- who ---------------------------------------------------------------------------------------------------------
 
     def _identify(self, headers: Headers, known: dict[str, Any]) -> Caller:
-        secret, lineup = self._secret(headers), self.lineup
+        secret, release = self._secret(headers), self.release
         if self._keys is None or secret is None:
             known["caller"] = ANONYMOUS
             if not self._config.anonymous.allowed:
                 raise _no_entry("this server asks for a key: Authorization: Bearer <key>")
-            return Caller(ANONYMOUS, self._config.anonymous, lineup.policy, lineup)
+            return Caller(ANONYMOUS, self._config.anonymous, release.policy, release)
         try:
             key = self._keys.find(secret)
         except KeysUnreadableError:
@@ -192,7 +195,7 @@ class Door:
         if key.revoked is not None:
             raise _no_entry("this key was revoked; ask the operator for another")
         try:
-            return Caller(key.id, key, policy_for(key, lineup.policy), lineup)
+            return Caller(key.id, key, policy_for(key, release.policy), release)
         except InputError as error:  # the vectors have changed since the key was read
             log.error("%s cannot be used: %s", key.id, error)
             raise ApiError(503, "this key does not fit what is served now; tell the operator") from None
@@ -210,7 +213,7 @@ class Door:
     def _check_key(self, key: Key) -> None:
         if key.revoked is not None:
             return
-        policy_for(key, self.lineup.policy)
+        policy_for(key, self.release.policy)
         if key.may_go_below_floor and self._config.audit is None:
             raise InputError(f"{key.id} ({key.name}) may go below a floor, which must leave a trace: set 'audit'")
 
@@ -238,7 +241,7 @@ class Door:
         try:
             if not preset:
                 return caller.policy.coefficients(preferences or {})
-            return caller.lineup.preset(await self._preset(caller, model, preset), caller.policy)
+            return caller.release.preset(await self._preset(caller, model, preset), caller.policy)
         except InputError as error:
             raise explained(error) from None
 
@@ -257,7 +260,7 @@ class Door:
             raise no_model(model, [self._config.model])
         return version
 
-    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> Job:
+    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> GenerationRequest:
         limits = self._config.limits
         prompt_tokens = _least(limits.prompt_tokens, caller.allowance.prompt_tokens)
         job = body.job(coefficients, prompt_tokens)
@@ -268,7 +271,7 @@ class Door:
         if (job.max_new_tokens or 0) > longest:
             param = "max_tokens" if body.max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{param}: {job.max_new_tokens} is more than {longest}", param=param)
-        return replace(job, lineup=caller.lineup.id, caller=caller.id, id=uuid.uuid4().hex)
+        return replace(job, release=caller.release.id, caller=caller.id, id=uuid.uuid4().hex)
 
     def _refused(self, known: Mapping[str, Any], error: ApiError) -> None:
         if error.status < 500:

@@ -34,29 +34,29 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.access.errors import ApiError, answer_in_openai_form, explained, one_line
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.http.admission import Door, Entry
+from prefvec_ray.serving.http.admission import AdmissionController, AdmittedRequest
 from prefvec_ray.serving.http.openai_protocol import (
     B,
     ChatBody,
     ModelList,
     PreferencesCard,
     PresetCard,
+    ResponseBuilder,
     TextBody,
     VectorCard,
-    Writer,
     error_event,
     model_card,
 )
 from prefvec_ray.serving.http.page import PAGE_HEADERS
 from prefvec_ray.serving.http.page import router as page
 from prefvec_ray.serving.http.reference import render
-from prefvec_ray.serving.job import Event, Job, Started
 from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
 from prefvec_ray.serving.release.records import ServingRecords
-from prefvec_ray.serving.release.release import Lineup, line_up
-from prefvec_ray.serving.release.rollout import LineupBook, RollOut
+from prefvec_ray.serving.release.release import Release, resolve_release
+from prefvec_ray.serving.release.rollout import ReleaseBook, RollOut
 from prefvec_ray.serving.release.routing import SettingRouter
 from prefvec_ray.serving.replay import Replay
+from prefvec_ray.serving.request import Event, GenerationRequest, Started
 
 log = logging.getLogger("ray.serve")
 
@@ -119,7 +119,7 @@ def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> N
         call.cancel()
 
 
-def _unanswered(entry: Entry, error: Exception, measure: RequestMetrics) -> ApiError:
+def _unanswered(entry: AdmittedRequest, error: Exception, measure: RequestMetrics) -> ApiError:
     """Why there is no answer. What its sender could have known counts for the prompts, which were read all the same;
     what was worked on until the deadline counts in full; what the server could not do, for nothing."""
     told = explained(error)
@@ -142,18 +142,18 @@ async def _begun(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[by
 class Front:
     """Every route of the endpoint."""
 
-    def __init__(self, config: ServingConfig, lineup: Lineup, replicas: DeploymentHandle):
+    def __init__(self, config: ServingConfig, release: Release, replicas: DeploymentHandle):
         self._config, self._replicas = config, replicas
         registry = open_registry(config.registry)
-        book = LineupBook(lineup.deployment)
-        book.begin(lineup)
-        self._door = Door(config, book.newest() or lineup, registry)
-        self._records = ServingRecords(registry, lineup.deployment)
-        self._records.hold(self._lineup)
+        book = ReleaseBook(release.deployment)
+        book.begin(release)
+        self._admission = AdmissionController(config, book.newest() or release, registry)
+        self._records = ServingRecords(registry, release.deployment)
+        self._records.hold(self._release_of)
         self._metrics = FrontMetrics(config.model)
         self._charging: set[asyncio.Task[None]] = set()
-        self._metrics.serves(self._lineup.generation)
-        self._rollout = RollOut(config, registry, book, self._door, self._records, replicas)
+        self._metrics.serves(self._release_of.generation)
+        self._rollout = RollOut(config, registry, book, self._admission, self._records, replicas)
         if config.follow_seconds:
             self._following = asyncio.get_running_loop().create_task(self._rollout.follow(config.follow_seconds))
 
@@ -161,10 +161,10 @@ class Front:
         self._records.close()
 
     @property
-    def _lineup(self) -> Lineup:
-        return self._door.lineup
+    def _release_of(self) -> Release:
+        return self._admission.release
 
-    async def roll_out(self, wanted: ServingConfig) -> Lineup:
+    async def roll_out(self, wanted: ServingConfig) -> Release:
         """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
         return await self._rollout.to(wanted)
 
@@ -173,7 +173,7 @@ class Front:
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
-        self._metrics.serves(self._lineup.generation)
+        self._metrics.serves(self._release_of.generation)
 
     @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
     async def chat(self, request: HttpRequest) -> Response:
@@ -185,25 +185,25 @@ class Front:
 
     @api.get("/v1/models")
     async def models(self, request: HttpRequest) -> ModelList:
-        caller = await self._door.look("/v1/models", request.headers)
-        presets = await asyncio.to_thread(self._door.presets, caller)
+        caller = await self._admission.identify("/v1/models", request.headers)
+        presets = await asyncio.to_thread(self._admission.presets, caller)
         names = [self._config.model, *(f"{self._config.model}@{name}" for name in presets)]
-        return ModelList(data=[model_card(name, caller.lineup.created) for name in names])
+        return ModelList(data=[model_card(name, caller.release.created) for name in names])
 
     @api.get("/v1/models/{name}")
     async def model(self, name: str, request: HttpRequest) -> Model:
-        caller = await self._door.look("/v1/models/{name}", request.headers, model=name)
-        return model_card(name, caller.lineup.created)
+        caller = await self._admission.identify("/v1/models/{name}", request.headers, model=name)
+        return model_card(name, caller.release.created)
 
     @api.get("/v1/preferences")
     async def preferences(self, request: HttpRequest) -> PreferencesCard:
-        caller = await self._door.look("/v1/preferences", request.headers)
-        presets = await asyncio.to_thread(self._door.presets, caller)
-        # One lineup for all of it: a roll-out may bring the next one while the presets are read.
-        ranges, lineup = caller.policy.ranges, caller.lineup
+        caller = await self._admission.identify("/v1/preferences", request.headers)
+        presets = await asyncio.to_thread(self._admission.presets, caller)
+        # One release for all of it: a roll-out may bring the next one while the presets are read.
+        ranges, release = caller.policy.ranges, caller.release
         return PreferencesCard(
             model=self._config.model,
-            base_fingerprint=lineup.base_fingerprint,
+            base_fingerprint=release.base_fingerprint,
             coefficients=caller.allowance.coefficients,
             preferences=[
                 VectorCard(
@@ -213,14 +213,14 @@ class Front:
                     metrics=dict(vector.metrics),
                     **ranges[name].model_dump(),
                 )
-                for name, vector in lineup.vectors.items()
+                for name, vector in release.vectors.items()
             ],
             presets=[
                 PresetCard(
                     model=f"{self._config.model}@{name}",
                     version=preset.version,
                     preferences=dict(coefficients),
-                    fingerprint=lineup.fingerprint(coefficients),
+                    fingerprint=release.fingerprint(coefficients),
                     metrics=preset.metrics,
                     reason=preset.reason,
                 )
@@ -247,15 +247,15 @@ class Front:
 
         began = asyncio.get_running_loop().time()
         try:
-            entry = await self._door.enter(_route(request), request.headers, read, kind)
+            entry = await self._admission.admit(_route(request), request.headers, read, kind)
         except ApiError as error:
             self._metrics.refused(error.status)
             raise
         measure = self._metrics.admitted(entry.body.model, free=bool(entry.body.preferences))
         deadline = began + entry.seconds
         coefficients = entry.job.coefficients
-        fingerprint = entry.lineup.fingerprint(coefficients)
-        writer = Writer(entry.body, coefficients, fingerprint)
+        fingerprint = entry.release.fingerprint(coefficients)
+        writer = ResponseBuilder(entry.body, coefficients, fingerprint)
         if entry.body.stream:
             return await self._stream(entry, writer, deadline, measure)
         response = self._replicas.answer.remote(entry.job)
@@ -277,11 +277,13 @@ class Front:
         headers = {**entry.headers, **writer.headers()}
         return Response(whole.model_dump_json(exclude_unset=True), 200, headers, "application/json")
 
-    def _note(self, entry: Entry) -> None:
+    def _note(self, entry: AdmittedRequest) -> None:
         coefficients = entry.job.coefficients
-        self._records.note(entry.lineup.fingerprint(coefficients), entry.lineup, coefficients, entry.caller.id)
+        self._records.note(entry.release.fingerprint(coefficients), entry.release, coefficients, entry.caller.id)
 
-    async def _stream(self, entry: Entry, writer: Writer, deadline: float, measure: RequestMetrics) -> Response:
+    async def _stream(
+        self, entry: AdmittedRequest, writer: ResponseBuilder, deadline: float, measure: RequestMetrics
+    ) -> Response:
         """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
         # With a seed of its own, so that another replica could say the same (see _pieces).
         seed = entry.job.seed if entry.job.seed is not None else secrets.randbits(63)
@@ -305,7 +307,7 @@ class Front:
         return StreamingResponse(parts, 200, headers, "text/event-stream")
 
     async def _pieces(
-        self, job: Job, calls: list[DeploymentResponseGenerator[Any]], deadline: float
+        self, job: GenerationRequest, calls: list[DeploymentResponseGenerator[Any]], deadline: float
     ) -> AsyncGenerator[list[Event]]:
         """What the job's replica says; where that one dies, what another says from there on. `calls`: the first one,
         and then those that were made."""
@@ -318,7 +320,7 @@ class Front:
                 if deaths > MOST_DEATHS:
                     raise
                 replay.again()
-                job = replace(job, heard=replay.heard(len(job.prompts) * job.n))
+                job = replace(job, resume_tokens=replay.tokens(len(job.prompts) * job.n))
                 calls.append(self._replicas.options(stream=True).stream.remote(job))
                 continue
             if item is None:
@@ -330,8 +332,8 @@ class Front:
         self,
         pieces: AsyncGenerator[list[Event]],
         calls: list[DeploymentResponseGenerator[Any]],
-        entry: Entry,
-        writer: Writer,
+        entry: AdmittedRequest,
+        writer: ResponseBuilder,
         prompt_tokens: int,
         measure: RequestMetrics,
     ) -> AsyncGenerator[bytes]:
@@ -360,7 +362,7 @@ class Front:
             measure.ended(status, new_tokens)
             await pieces.aclose()
 
-    def _charge_later(self, entry: Entry, prompt_tokens: int) -> None:
+    def _charge_later(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
         """Count what was generated for a request that was broken off, also what its caller has not heard. Only the
         replica knows that, once it has stopped."""
         if not entry.reservation.bins:  # its caller has no limit of tokens
@@ -370,7 +372,7 @@ class Front:
         self._charging.add(task)
         task.add_done_callback(self._charging.discard)
 
-    async def _charge(self, entry: Entry, prompt_tokens: int) -> None:
+    async def _charge(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
         used = None
         try:
             asked = self._replicas.broadcast("spent", entry.job.id)
@@ -417,10 +419,12 @@ def application(config: ServingConfig, deployment: str) -> serve.Application:
     config = config.absolute()
     if config.engine.kind == "vllm" and find_spec("vllm") is None:
         raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
-    lineup = replace(line_up(config), deployment=deployment)
-    Door(config, lineup, open_registry(config.registry))  # keys and audit are looked at here, not once it is deployed
-    replica = serve.deployment(Replica, name=_replica_name(config, lineup)).options(**_scale(config))
-    replicas = replica.bind(config, lineup, LineupBook(lineup.deployment))
+    release = replace(resolve_release(config), deployment=deployment)
+    AdmissionController(
+        config, release, open_registry(config.registry)
+    )  # keys and audit are looked at here, not once it is deployed
+    replica = serve.deployment(Replica, name=_replica_name(config, release)).options(**_scale(config))
+    replicas = replica.bind(config, release, ReleaseBook(release.deployment))
     front = serve.deployment(Front, name="front").options(
         user_config={"deployment": deployment, "config": config.model_dump(mode="json")},
         logging_config=_logs(config),
@@ -428,13 +432,15 @@ def application(config: ServingConfig, deployment: str) -> serve.Application:
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections
         ray_actor_options={"num_cpus": 0},  # with one replica an endpoint fits on one CPU
     )
-    return front.bind(config, lineup, replicas)
+    return front.bind(config, release, replicas)
 
 
-def _replica_name(config: ServingConfig, lineup: Lineup) -> str:
+def _replica_name(config: ServingConfig, release: Release) -> str:
     """While Serve puts new replicas in the place of old ones, the new front may ask the old replicas, and the old front
     the new. They learn each other's vectors; another base, or another engine, must be another deployment to Serve."""
-    engine = hashlib.blake2b(config.engine.model_dump_json().encode() + lineup.base_fingerprint.encode(), digest_size=4)
+    engine = hashlib.blake2b(
+        config.engine.model_dump_json().encode() + release.base_fingerprint.encode(), digest_size=4
+    )
     return f"replica-{engine.hexdigest()}"
 
 

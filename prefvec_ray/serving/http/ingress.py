@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefvec_ray.common.cluster import NAMESPACE
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.http.middleware import Guard
+from prefvec_ray.serving.http.middleware import ProxyMiddleware
 
 PREFIX = "/prefvec"
 CONNECT_SECONDS = 10.0
@@ -144,7 +144,7 @@ class Ingress:
 
     def __init__(self, host: str, port: int, target: str, route: str):
         self._about = {"host": host, "port": port, "target": target, "route": route}
-        app: ASGIApp = Guard(Forward(target, route))
+        app: ASGIApp = ProxyMiddleware(Forward(target, route))
         settings = uvicorn.Config(
             app, lifespan="off", ws="none", log_config=None, server_header=False, date_header=False, access_log=False
         )

@@ -182,7 +182,7 @@ class _Body:
             self._uploads.end(self._caller, self._counted)
 
 
-class Guard:
+class ProxyMiddleware:
     """Refuses headers that are too large or no text and bodies that are too large or too many, in OpenAI's form, drops
     Serve's own headers, and paces callers whose requests are refused."""
 
@@ -262,4 +262,4 @@ async def _refuse(send: Send, status: int, message: str) -> None:
 
 def middlewares() -> list[Middleware]:
     """What Serve's proxy asks for when it starts."""
-    return [Middleware(Guard)]
+    return [Middleware(ProxyMiddleware)]

@@ -29,8 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import from_json
 
 from prefvec_ray.serving.access.errors import ApiError
-from prefvec_ray.serving.engines.base import Coefficients, FinishReason, Likely, Piece
-from prefvec_ray.serving.job import Job, Prompt
+from prefvec_ray.serving.engines.base import Coefficients, FinishReason, OutputDelta, TokenLogprob
+from prefvec_ray.serving.request import GenerationRequest, Prompt
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -105,9 +105,9 @@ class _Body(_Strict):
         """How many of each position's likeliest tokens to tell; None: nothing about log-probabilities."""
         raise NotImplementedError
 
-    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> Job:
+    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
         """The work that this body asks for. Left-out settings have OpenAI's defaults (temperature and top_p 1)."""
-        return Job(
+        return GenerationRequest(
             prompts=self.prompts(),
             coefficients=coefficients,
             n=self.n or 1,
@@ -209,7 +209,7 @@ class TextBody(_Body):
 Body: TypeAlias = ChatBody | TextBody
 
 
-class Writer:
+class ResponseBuilder:
     """Builds the objects of one answer: the same id, model, fingerprint and coefficients in all of them."""
 
     def __init__(self, body: Body, coefficients: Coefficients, fingerprint: str):
@@ -231,7 +231,7 @@ class Writer:
             "x-prefvec-preferences": json.dumps(self._common["preferences"]),
         }
 
-    def whole(self, prompt_tokens: int, answers: list[Piece]) -> ChatCompletion | Completion:
+    def whole(self, prompt_tokens: int, answers: list[OutputDelta]) -> ChatCompletion | Completion:
         """The answer to a request that does not stream."""
         usage = _usage(prompt_tokens, sum(len(answer.tokens) for answer in answers))
         if not self.chat:
@@ -257,7 +257,7 @@ class Writer:
         for index in range(answers if self.chat else 0):
             yield self._delta(index, None, role="assistant", content="")
 
-    def piece(self, index: int, piece: Piece) -> bytes:
+    def piece(self, index: int, piece: OutputDelta) -> bytes:
         if not self.chat:
             # CompletionChoice wants a finish_reason; OpenAI's own streams send null until the last piece.
             choice = self._text_choice(index, piece)
@@ -286,7 +286,7 @@ class Writer:
         )
         return _event(self._chunk(choices=[choice]))
 
-    def _logprobs(self, piece: Piece, kind: type[L]) -> L | None:
+    def _logprobs(self, piece: OutputDelta, kind: type[L]) -> L | None:
         """A chat's log-probabilities, where they were asked for."""
         if not self.logprobs:
             return None
@@ -298,7 +298,7 @@ class Writer:
         ]
         return kind(content=content, refusal=None)
 
-    def _text_choice(self, index: int, piece: Piece) -> CompletionChoice:
+    def _text_choice(self, index: int, piece: OutputDelta) -> CompletionChoice:
         logprobs = None
         if self.logprobs:
             logprobs = Logprobs(
@@ -443,7 +443,7 @@ def _usage(prompt_tokens: int, new_tokens: int) -> CompletionUsage:
     )
 
 
-def _told(likely: Likely) -> dict[str, Any]:
+def _told(likely: TokenLogprob) -> dict[str, Any]:
     return {"token": likely.text, "bytes": list(likely.bytes), "logprob": likely.logprob}
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.release.release import Lineup
+from prefvec_ray.serving.release.release import Release
 
 log = logging.getLogger("ray.serve")
 
@@ -30,15 +30,15 @@ class ServingRecords:
         self._by_caller: Counter[str] = Counter()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="serving-records")
 
-    def hold(self, *lineups: Lineup) -> None:
-        """Keep the vectors of these lineups, and of no others, from `retire` and `gc`."""
-        refs = sorted({vector.ref for lineup in lineups for vector in lineup.vectors.values()})
+    def hold(self, *releases: Release) -> None:
+        """Keep the vectors of these releases, and of no others, from `retire` and `gc`."""
+        refs = sorted({vector.ref for release in releases for vector in release.vectors.values()})
         try:
             self._registry.hold(self.holder, refs)
         except (InputError, StoreError, OSError) as error:
             log.warning("the registry does not know that %s are served: %s", ", ".join(refs), error)
 
-    def note(self, fingerprint: str, lineup: Lineup, coefficients: Coefficients, caller: str) -> None:
+    def note(self, fingerprint: str, release: Release, coefficients: Coefficients, caller: str) -> None:
         """Write down, some time soon, what the fingerprint of an answer that was given stands for. Costs nothing when
         it is known."""
         full = len(self._seen) >= MOST_RECORDED or self._by_caller[caller] >= MOST_OF_A_CALLER
@@ -50,7 +50,7 @@ class ServingRecords:
             log.warning("%s: %d fingerprints are recorded; further ones are not", caller, MOST_OF_A_CALLER)
         if len(self._seen) == MOST_RECORDED:
             log.warning("%d fingerprints are recorded; further ones are not until the next start", MOST_RECORDED)
-        self._writer.submit(self._record, fingerprint, lineup, coefficients)
+        self._writer.submit(self._record, fingerprint, release, coefficients)
 
     def close(self) -> None:
         """Write what waits, and hold nothing any more."""
@@ -60,13 +60,13 @@ class ServingRecords:
         except (InputError, StoreError, OSError) as error:
             log.warning("the registry still holds what %s served: %s", self.holder, error)
 
-    def _record(self, fingerprint: str, lineup: Lineup, coefficients: Coefficients) -> None:
+    def _record(self, fingerprint: str, release: Release, coefficients: Coefficients) -> None:
         etas: dict[str, float] = {}
         for name, eta in coefficients:  # two names may stand for one vector: their coefficients add up
-            ref = lineup.vectors[name].ref
+            ref = release.vectors[name].ref
             etas[ref] = etas.get(ref, 0.0) + eta
         try:
-            self._registry.record_served(etas, base_fingerprint=lineup.base_fingerprint)
+            self._registry.record_served(etas, base_fingerprint=release.base_fingerprint)
         except (InputError, StoreError, OSError) as error:
             self._seen.discard(fingerprint)
             log.warning("served fingerprint %s could not be recorded: %s", fingerprint, error)

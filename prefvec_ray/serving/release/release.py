@@ -1,7 +1,7 @@
 """What one deployment serves: the base and its vectors, each fixed to a version.
 
-Every replica gets the same lineup, so an alias that moves later changes no running answer; a roll-out (`rollout.py`)
-brings the next lineup to all of them, as another generation, and every request keeps the one that it started with.
+Every replica gets the same release, so an alias that moves later changes no running answer; a roll-out (`rollout.py`)
+brings the next release to all of them, as another generation, and every request keeps the one that it started with.
 """
 
 import time
@@ -14,7 +14,7 @@ from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_re
 from prefvec_ray.serving.access.policy import Policy, no_way_around, policy_of
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.job import LineupId
+from prefvec_ray.serving.request import ReleaseId
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ServedVector:
 
 
 @dataclass(frozen=True)
-class Lineup:
-    """`vectors` by preference. Equal lineups give equal weights at equal coefficients."""
+class Release:
+    """`vectors` by preference. Equal releases give equal weights at equal coefficients."""
 
     base_fingerprint: str
     vectors: Mapping[str, ServedVector]
@@ -44,7 +44,7 @@ class Lineup:
     """that it is of"""
 
     @property
-    def id(self) -> LineupId:
+    def id(self) -> ReleaseId:
         return self.deployment, self.generation
 
     def columns(self, coefficients: Coefficients) -> Coefficients:
@@ -84,7 +84,7 @@ class Lineup:
         return (policy or self.policy).coefficients(dict.fromkeys(self.vectors, 0.0) | etas)
 
 
-def line_up(config: ServingConfig) -> Lineup:
+def resolve_release(config: ServingConfig) -> Release:
     """Resolve the config against base folder and registry.
 
     Raises InputError for a missing base, unknown or unfitting vectors, none at all, bounds for a preference that is not
@@ -97,8 +97,8 @@ def line_up(config: ServingConfig) -> Lineup:
     return resolve(config, fingerprint(config.base), open_registry(config.registry))
 
 
-def resolve(config: ServingConfig, base: str, registry: Registry) -> Lineup:
-    """`line_up` where the base's fingerprint is known."""
+def resolve(config: ServingConfig, base: str, registry: Registry) -> Release:
+    """`resolve_release` where the base's fingerprint is known."""
     if config.vectors is None:
         versions = newest_vectors(registry, base)
     else:
@@ -119,13 +119,13 @@ def resolve(config: ServingConfig, base: str, registry: Registry) -> Lineup:
     served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
     policy = policy_of(config, list(served))
     no_way_around(config.floors, versions)
-    lineup = Lineup(base, served, policy, int(time.time()), named=config.vectors)
+    release = Release(base, served, policy, int(time.time()), named=config.vectors)
     for name in config.anonymous.presets or ():
         try:
-            lineup.preset(registry.resolve_preset(name))
+            release.preset(registry.resolve_preset(name))
         except InputError as error:
             raise InputError(f"anonymous.presets: {name!r} cannot be offered: {error}") from None
-    return lineup
+    return release
 
 
 def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:

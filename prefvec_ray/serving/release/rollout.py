@@ -1,13 +1,13 @@
-"""Rolling out a new lineup: to every replica, or to none before it can reach all.
+"""Rolling out a new release: to every replica, or to none before it can reach all.
 
     prefvec serve-roll-out --config serve_configs/tiny.yaml        # a vector was published, or an alias was moved
 
 Two phases. *Prepare*: every replica loads the new vectors beside the old ones and generates a token with them; if one
-cannot, the old lineup goes on. *Commit*: the lineup is written down under the next generation number, and requests
+cannot, the old release goes on. *Commit*: the release is written down under the next generation number, and requests
 that come from then on carry that number. Those that have begun keep theirs, and what the engine computes and caches is
-named by the vectors themselves (`Lineup.columns`), so generations never share a key, a value or a weight by mistake.
+named by the vectors themselves (`Release.columns`), so generations never share a key, a value or a weight by mistake.
 
-A committed lineup is kept in the cluster's own key-value store (Ray's GCS, as Serve's state is): a front or a replica
+A committed release is kept in the cluster's own key-value store (Ray's GCS, as Serve's state is): a front or a replica
 that is restarted begins with it, and lives as long as the cluster does.
 """
 
@@ -25,34 +25,34 @@ from ray.serve.handle import DeploymentHandle
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.job import LineupId
 from prefvec_ray.serving.release.records import ServingRecords
-from prefvec_ray.serving.release.release import Lineup, resolve
+from prefvec_ray.serving.release.release import Release, resolve
+from prefvec_ray.serving.request import ReleaseId
 
 log = logging.getLogger("ray.serve")
 
 PREPARE_SECONDS = 1800.0
 """for every replica to load the new vectors"""
-SPACE = b"prefvec-lineups"
+SPACE = b"prefvec-releases"
 
 
-class LineupBook:
-    """The committed lineups of one deployment, and what others committed. Usable in every process of a Ray cluster."""
+class ReleaseBook:
+    """The committed releases of one deployment, and what others committed. Usable in every process of a Ray cluster."""
 
     def __init__(self, deployment: str):
         self._deployment = deployment
 
-    def read(self, lineup: LineupId) -> Lineup | None:
+    def read(self, release: ReleaseId) -> Release | None:
         """Any deployment's."""
-        deployment, generation = lineup
-        return LineupBook(deployment)._read(str(generation))
+        deployment, generation = release
+        return ReleaseBook(deployment)._read(str(generation))
 
-    def begin(self, lineup: Lineup) -> None:
+    def begin(self, release: Release) -> None:
         """What the deployment begins with."""
-        self._write(str(lineup.generation), pickle.dumps(lineup))
+        self._write(str(release.generation), pickle.dumps(release))
 
-    def newest(self) -> Lineup | None:
-        """The committed lineup; None where the deployment still serves what it began with."""
+    def newest(self) -> Release | None:
+        """The committed release; None where the deployment still serves what it began with."""
         return self._read("newest")
 
     def next_generation(self) -> int:
@@ -61,13 +61,13 @@ class LineupBook:
         self._write("attempts", str(number).encode())
         return number
 
-    def commit(self, lineup: Lineup) -> None:
+    def commit(self, release: Release) -> None:
         """From here on it is what restarted fronts and replicas begin with."""
-        written = pickle.dumps(lineup)
-        self._write(str(lineup.generation), written)  # first, so that who hears of the number can read it
+        written = pickle.dumps(release)
+        self._write(str(release.generation), written)  # first, so that who hears of the number can read it
         self._write("newest", written)
 
-    def _read(self, key: str) -> Lineup | None:
+    def _read(self, key: str) -> Release | None:
         found = internal_kv._internal_kv_get(self._key(key), namespace=SPACE)
         return pickle.loads(found) if found else None
 
@@ -81,11 +81,11 @@ class LineupBook:
 class Admits(Protocol):
     """What a roll-out needs of whoever lets requests in."""
 
-    lineup: Lineup
+    release: Release
     """what new requests get"""
 
-    def check(self, lineup: Lineup) -> None:
-        """Raises InputError where a key or a floor would lose its meaning with this lineup."""
+    def check(self, release: Release) -> None:
+        """Raises InputError where a key or a floor would lose its meaning with this release."""
 
 
 class RollOut:
@@ -99,17 +99,17 @@ class RollOut:
         self,
         config: ServingConfig,
         registry: Registry,
-        book: LineupBook,
-        door: Admits,
+        book: ReleaseBook,
+        admission: Admits,
         records: ServingRecords,
         replicas: DeploymentHandle,
     ):
-        self._config, self._registry, self._book, self._door = config, registry, book, door
+        self._config, self._registry, self._book, self._admission = config, registry, book, admission
         self._records, self._replicas = records, replicas
         self._one_at_a_time = asyncio.Lock()
 
-    async def to(self, wanted: ServingConfig) -> Lineup:
-        """Serve what `wanted.vectors` stand for now. Returns the lineup in force; an equal one changes nothing.
+    async def to(self, wanted: ServingConfig) -> Release:
+        """Serve what `wanted.vectors` stand for now. Returns the release in force; an equal one changes nothing.
 
         Raises InputError where that cannot be served by every replica, or `wanted` differs in other settings too.
         """
@@ -120,23 +120,23 @@ class RollOut:
         return await self._to(wanted)
 
     async def follow(self, seconds: float) -> None:
-        """For ever: roll out what the references of the lineup in force have come to stand for."""
+        """For ever: roll out what the references of the release in force have come to stand for."""
         while True:
             await asyncio.sleep(seconds)
             try:
-                named = self._door.lineup.named
+                named = self._admission.release.named
                 vectors = None if named is None else dict(named)
                 await self._to(self._config.model_copy(update={"vectors": vectors}))
             except (InputError, StoreError, RayError) as error:
                 log.warning("the old vectors are served on: %s", error)
 
-    async def _to(self, wanted: ServingConfig) -> Lineup:
+    async def _to(self, wanted: ServingConfig) -> Release:
         async with self._one_at_a_time:
-            before = self._door.lineup
+            before = self._admission.release
             found = await asyncio.to_thread(resolve, wanted, before.base_fingerprint, self._registry)
             if found.vectors == before.vectors and found.named == before.named:
                 return before
-            await asyncio.to_thread(self._door.check, found)
+            await asyncio.to_thread(self._admission.check, found)
             after = replace(found, deployment=before.deployment, generation=self._book.next_generation())
             await asyncio.to_thread(self._records.hold, before, after)
             try:
@@ -145,12 +145,12 @@ class RollOut:
                 await asyncio.to_thread(self._records.hold, before)
                 raise
             self._book.commit(after)
-            self._door.lineup = after
+            self._admission.release = after
             log.info("generation %d: %s", after.generation, ", ".join(v.ref for v in after.vectors.values()))
             return after
 
-    async def _prepared(self, lineup: Lineup, beside: Lineup) -> None:
-        asked = self._replicas.broadcast("prepare", lineup, beside=beside.id)
+    async def _prepared(self, release: Release, beside: Release) -> None:
+        asked = self._replicas.broadcast("prepare", release, beside=beside.id)
         try:
             await asked.results_async(timeout_s=PREPARE_SECONDS)
         except DeploymentUnavailableError:

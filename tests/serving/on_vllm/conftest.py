@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefvec_ray.serving.config import EngineConfig
-from prefvec_ray.serving.engines.base import Piece, Request
+from prefvec_ray.serving.engines.base import OutputDelta, Request
 from prefvec_ray.vectors import PreferenceVector, fingerprint
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
@@ -59,11 +59,11 @@ def engine(request: pytest.FixtureRequest, make_engine: MakeEngine) -> Any:
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[[Any, list[Request]], list[list[Piece]]]:
+def run() -> Callable[[Any, list[Request]], list[list[OutputDelta]]]:
     """All requests at once; what each got."""
 
-    async def everything(engine: Any, requests: list[Request]) -> list[list[Piece]]:
-        async def one(request: Request) -> list[Piece]:
+    async def everything(engine: Any, requests: list[Request]) -> list[list[OutputDelta]]:
+        async def one(request: Request) -> list[OutputDelta]:
             return [piece async for piece in engine.stream(request)]
 
         return await asyncio.gather(*(one(request) for request in requests))

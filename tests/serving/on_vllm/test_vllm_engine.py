@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError, Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import Steered
+from prefvec_ray.serving.engines.slots.weights import SteeredWeights
 from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
 
 BLOCK = 128
@@ -89,7 +89,7 @@ def test_text_log_probabilities_and_stop_strings_are_the_slot_engines(engine, ru
     model = LlamaForCausalLM.from_pretrained(base_folder)
     asked = ask(some_prompt(5, 30), 0.4, -0.6, logprobs=3, max_new_tokens=40)
     with Steering(model, vectors) as steering:
-        slots = SlotEngine(Steered(steering), tokenizer).start()
+        slots = SlotEngine(SteeredWeights(steering), tokenizer).start()
         (expected,) = run(slots, [asked])
         (got,) = run(engine, [asked])
         text = "".join(piece.text for piece in expected)
@@ -121,7 +121,7 @@ def test_an_answer_that_was_heard_in_part_goes_on_from_there(logprobs, engine, r
     whole = ask(some_prompt(7, 18), 0.6, -0.2, max_new_tokens=30, logprobs=logprobs)
     ((*_, last),) = (expected,) = run(engine, [whole])
     for heard in (1, 11, len(tokens(expected))):
-        begun = replace(whole, begins=tuple(tokens(expected)[:heard]))
+        begun = replace(whole, resume_tokens=tuple(tokens(expected)[:heard]))
         (got,) = run(engine, [begun])
         assert tokens(got) == tokens(expected)
         assert "".join(p.text for p in got) == "".join(p.text for p in expected)

@@ -1,12 +1,12 @@
 """The slot engine: continuous batching on a plain transformers model, every request at its own coefficients.
 
-    engine = SlotEngine(Merged(live), tokenizer, max_batch=32)
+    engine = SlotEngine(MergedWeights(live), tokenizer, max_batch=32)
     ticket = engine.submit(request, emit=pieces.append)
     while engine.step(): ...
 
 Each running request owns one row of a `SlotCache`; a new prompt joins between two steps of the others, a
-finished row is freed at once. Two ways to hold coefficients: `Merged` writes one set at a time into the
-weights, so requests are kept in one batch per set, and the batches take turns; `Steered` adds every row's own
+finished row is freed at once. Two ways to hold coefficients: `MergedWeights` writes one set at a time into the
+weights, so requests are kept in one batch per set, and the batches take turns; `SteeredWeights` adds every row's own
 vectors beside the weights, so there is one batch for all.
 
 `step` does all the work and is plain and synchronous. `start` runs it in a thread of its own, and `stream` is the
@@ -31,15 +31,15 @@ from prefvec_ray.serving.engines.base import (
     Coefficients,
     EngineError,
     EngineStatus,
-    Likely,
-    Piece,
+    OutputDelta,
     Request,
+    TokenLogprob,
 )
-from prefvec_ray.serving.engines.output import OVERFLOW, Answer, Emit, check_request, end_tokens, stream_of
+from prefvec_ray.serving.engines.output import OVERFLOW, Emit, OutputState, check_request, end_tokens, stream_of
 from prefvec_ray.serving.engines.sampling import choose, logprobs
 from prefvec_ray.serving.engines.slots.cache import SlotCache, context_length
 from prefvec_ray.serving.engines.slots.shares import Shares
-from prefvec_ray.serving.engines.slots.weights import Holder
+from prefvec_ray.serving.engines.slots.weights import WeightBackend
 from prefvec_ray.serving.engines.text import TextStream, TokenTexts
 from prefvec_ray.vectors import PreferenceVector
 
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class Ticket:
+class ScheduledRequest:
     """A submitted request, until its last piece has been emitted."""
 
     request: Request
     emit: Emit
-    answer: Answer
+    answer: OutputState
     draw: random.Random
     cancelled: bool = False
     passed: int = 0
@@ -64,9 +64,9 @@ class _Batch:
     """Running requests of one group: `tickets[r]` owns row r of the cache; `joining` wait for their first pass."""
 
     cache: SlotCache = field(default_factory=SlotCache)
-    tickets: list[Ticket] = field(default_factory=list)
-    joining: deque[Ticket] = field(default_factory=deque)
-    long: deque[Ticket] = field(default_factory=deque)
+    tickets: list[ScheduledRequest] = field(default_factory=list)
+    joining: deque[ScheduledRequest] = field(default_factory=deque)
+    long: deque[ScheduledRequest] = field(default_factory=deque)
     """with prompts that are computed in chunks, one prompt at a time"""
     partial: SlotCache | None = None
     """of the first of `long`: what is computed of its prompt"""
@@ -77,7 +77,7 @@ class _Batch:
     def size(self) -> int:
         return len(self.tickets) + len(self.joining) + len(self.long)
 
-    def all(self) -> list[Ticket]:
+    def all(self) -> list[ScheduledRequest]:
         return [*self.tickets, *self.joining, *self.long]
 
     def clear(self) -> None:
@@ -101,7 +101,7 @@ class SlotEngine:
 
     def __init__(
         self,
-        holder: Holder,
+        holder: WeightBackend,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch: int = 32,
@@ -118,7 +118,7 @@ class SlotEngine:
         self._token_texts = TokenTexts(tokenizer)
         self._batches: OrderedDict[Hashable, _Batch] = OrderedDict()
         self._turn_began = self._pass_began = time.monotonic()
-        self._waiting: deque[Ticket] = deque()
+        self._waiting: deque[ScheduledRequest] = deque()
         self._shares = Shares()
         self._changes: deque[tuple[Mapping[str, PreferenceVector], Future[None]]] = deque()
         self._news = threading.Condition()
@@ -130,14 +130,14 @@ class SlotEngine:
         """See `Engine.check`."""
         check_request(request, self.model.get_input_embeddings().weight.shape[0], self.context)
 
-    def submit(self, request: Request, emit: Emit) -> Ticket:
+    def submit(self, request: Request, emit: Emit) -> ScheduledRequest:
         """Queue a request. `emit` is called from the engine's thread with every piece, or once with what went wrong.
 
         Raises InputError as `check` does, and EngineError where the engine is closed.
         """
         self.check(request)
-        answer = Answer(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
-        ticket = Ticket(request, emit, answer, random.Random(request.seed))
+        answer = OutputState(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
+        ticket = ScheduledRequest(request, emit, answer, random.Random(request.seed))
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
@@ -146,7 +146,7 @@ class SlotEngine:
             self._news.notify()
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: ScheduledRequest) -> None:
         """Stop working on a request. Its row is free before the next step; nothing more is emitted."""
         with self._news:
             ticket.cancelled = True
@@ -227,7 +227,7 @@ class SlotEngine:
         for key in [key for key, batch in self._batches.items() if not batch.size]:
             del self._batches[key]
 
-    def _discard_cancelled(self, tickets: deque[Ticket]) -> None:
+    def _discard_cancelled(self, tickets: deque[ScheduledRequest]) -> None:
         gone = [ticket for ticket in tickets if ticket.cancelled]
         for ticket in gone:
             tickets.remove(ticket)
@@ -248,7 +248,7 @@ class SlotEngine:
             (batch.long if long else batch.joining).append(ticket)
             running[ticket.request.caller] += 1
 
-    def _next_waiting(self, running: Mapping[str, int]) -> Ticket | None:
+    def _next_waiting(self, running: Mapping[str, int]) -> ScheduledRequest | None:
         """The oldest of the caller that had least and may have another row. Or, where that would need a batch of its
         own, the first of a caller that had no more and can join one which runs already: weights are rewritten less
         often, and more rows share each pass. Nobody is passed by many."""
@@ -264,15 +264,15 @@ class SlotEngine:
                     return ticket
         return first
 
-    def _had(self, ticket: Ticket) -> float:
+    def _had(self, ticket: ScheduledRequest) -> float:
         return self._shares.had(ticket.request.caller)
 
-    def _runs(self, ticket: Ticket) -> bool:
+    def _runs(self, ticket: ScheduledRequest) -> bool:
         return self._holder.group(ticket.request.coefficients) in self._batches
 
     def _prefill(self, batch: _Batch) -> None:
         """Compute the prompts of the next joining requests, and their first token."""
-        new: list[Ticket] = []
+        new: list[ScheduledRequest] = []
         width = 0
         for ticket in sorted(batch.joining, key=self._had):
             wider = max(width, len(ticket.request.prompt))
@@ -323,7 +323,13 @@ class SlotEngine:
         self._advance(batch, 0, logits_R1V[:, 0])
 
     def _forward(
-        self, tickets: list[Ticket], ids: Tensor, positions: Tensor, mask: Tensor, cache: SlotCache, keep: Tensor
+        self,
+        tickets: list[ScheduledRequest],
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        cache: SlotCache,
+        keep: Tensor,
     ) -> Tensor:
         """Logits (rows, kept positions, vocabulary) in fp32."""
         self._holder.apply([t.request.coefficients for t in tickets])
@@ -347,7 +353,7 @@ class SlotEngine:
             logits_RV = torch.nan_to_num(logits_RV)
         chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
         chosen = [
-            t.request.begins[t.answer.produced] if t.answer.produced < len(t.request.begins) else token
+            t.request.resume_tokens[t.answer.produced] if t.answer.produced < len(t.request.resume_tokens) else token
             for t, token in zip(tickets, chosen, strict=True)
         ]
         likely = self._likely(tickets, logits_RV, chosen)
@@ -371,18 +377,20 @@ class SlotEngine:
             if piece:
                 ticket.emit(piece)
 
-    def _likely(self, tickets: list[Ticket], logits_RV: Tensor, chosen: list[int]) -> list[tuple[Likely, ...] | None]:
+    def _likely(
+        self, tickets: list[ScheduledRequest], logits_RV: Tensor, chosen: list[int]
+    ) -> list[tuple[TokenLogprob, ...] | None]:
         """For each row that asks for log-probabilities: the chosen token, then the likeliest."""
-        likely: list[tuple[Likely, ...] | None] = [None] * len(tickets)
+        likely: list[tuple[TokenLogprob, ...] | None] = [None] * len(tickets)
         rows = [row for row, ticket in enumerate(tickets) if ticket.request.logprobs is not None]
         if rows:
             tops = [tickets[row].request.logprobs or 0 for row in rows]
             told = logprobs(logits_RV[rows], [chosen[row] for row in rows], tops)
             for row, pairs in zip(rows, told, strict=True):
-                likely[row] = tuple(Likely(*self._token_texts[token], value) for token, value in pairs)
+                likely[row] = tuple(TokenLogprob(*self._token_texts[token], value) for token, value in pairs)
         return likely
 
-    def _charge(self, tickets: list[Ticket]) -> None:
+    def _charge(self, tickets: list[ScheduledRequest]) -> None:
         """A pass over these is over."""
         self._shares.charge([t.request.caller for t in tickets], time.monotonic() - self._pass_began)
 
@@ -438,7 +446,7 @@ class SlotEngine:
 
     def warm_up(self, coefficients: Coefficients) -> None:
         """Generate one token before `start`, so that an engine which reports ready has answered."""
-        seen: list[Piece | Exception] = []
+        seen: list[OutputDelta | Exception] = []
         self.submit(Request((0,), coefficients, max_new_tokens=1), seen.append)
         while self.step():
             pass
@@ -473,7 +481,7 @@ class SlotEngine:
         for _, changed in changes:
             changed.set_exception(EngineError("the engine was closed"))
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncIterator[OutputDelta]:
         """See `Engine.stream`. Needs `start`."""
         return stream_of(lambda emit: self.submit(request, emit), self.cancel)
 

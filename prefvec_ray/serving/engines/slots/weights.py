@@ -11,7 +11,7 @@ from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering
 
 
-class Holder(Protocol):
+class WeightBackend(Protocol):
     """How coefficients get into the model."""
 
     model: PreTrainedModel
@@ -36,7 +36,7 @@ class Holder(Protocol):
         ...
 
 
-class Merged:
+class MergedWeights:
     """One set of coefficients at a time, merged into the weights; rewritten only when the set changes."""
 
     def __init__(self, live: LiveModel):
@@ -72,7 +72,7 @@ class Merged:
         )
 
 
-class Steered:
+class SteeredWeights:
     """Every row's own coefficients, beside the weights: requests of all settings share one batch."""
 
     merges = 0

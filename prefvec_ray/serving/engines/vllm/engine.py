@@ -29,8 +29,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import EngineConfig
-from prefvec_ray.serving.engines.base import Coefficients, EngineError, EngineStatus, Likely, Piece, Request
-from prefvec_ray.serving.engines.output import OVERFLOW, Answer, Emit, check_request, end_tokens, stream_of
+from prefvec_ray.serving.engines.base import Coefficients, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
+from prefvec_ray.serving.engines.output import OVERFLOW, Emit, OutputState, check_request, end_tokens, stream_of
 from prefvec_ray.serving.engines.sampling import LOWEST
 from prefvec_ray.serving.engines.text import TextStream, TokenTexts
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
@@ -87,7 +87,7 @@ class VllmEngine:
         """See `Engine.check`."""
         check_request(request, self._vocabulary, self.context)
 
-    def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncIterator[OutputDelta]:
         """See `Engine.stream`."""
         return stream_of(lambda emit: self._submit(request, emit), lambda answering: answering.cancel())
 
@@ -113,7 +113,7 @@ class VllmEngine:
 
     def warm_up(self, coefficients: Coefficients) -> None:
         """Generate one token, so that an engine which reports ready has answered."""
-        done: Future[Piece | Exception] = Future()
+        done: Future[OutputDelta | Exception] = Future()
         self._submit(Request((0,), coefficients, max_new_tokens=1), done.set_result)
         piece = done.result()
         if isinstance(piece, Exception):
@@ -148,12 +148,12 @@ class VllmEngine:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        answer = Answer(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
+        answer = OutputState(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
         try:
             if unknown := [name for name, _ in request.coefficients if name not in self._known]:
                 raise EngineError(f"no vector {unknown[0]!r} is known here")
             async with contextlib.nullcontext() if self._steered else self._turns.of(request.coefficients):
-                said: Piece | Exception = await self._generate(answer, emit)
+                said: OutputDelta | Exception = await self._generate(answer, emit)
             self._finished += 1
         except asyncio.CancelledError:
             self._cancelled += 1
@@ -171,21 +171,21 @@ class VllmEngine:
             self._generating.discard(task)
         emit(said)  # told last: who has its answer finds itself counted
 
-    async def _generate(self, answer: Answer, emit: Emit) -> Piece:
+    async def _generate(self, answer: OutputState, emit: Emit) -> OutputDelta:
         """Emits all pieces but the last, which it returns."""
         from vllm.inputs.engine import tokens_input
 
         task, request = asyncio.current_task(), answer.request
         assert task is not None
 
-        def tell(token: int, likely: tuple[Likely, ...] | None = None) -> Piece | None:
+        def tell(token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
             piece = answer.push(token, likely)
             if piece and not piece.finish_reason:
                 emit(piece)
             return piece if piece and piece.finish_reason else None
 
         # Tokens that were heard already are part of vLLM's prompt, and told from there.
-        heard = request.begins
+        heard = request.resume_tokens
         told_by_vllm = request.logprobs is not None and len(heard) < request.max_new_tokens
         for token in () if told_by_vllm else heard:
             if last := tell(token):
@@ -209,11 +209,11 @@ class VllmEngine:
                         return last
         raise EngineError("vLLM ended an answer early")
 
-    def _likely(self, request: Request, token: int, logprobs: Mapping[int, Any]) -> tuple[Likely, ...] | None:
+    def _likely(self, request: Request, token: int, logprobs: Mapping[int, Any]) -> tuple[TokenLogprob, ...] | None:
         if request.logprobs is None:
             return None
         best = sorted(logprobs, key=lambda other: -logprobs[other].logprob)[: request.logprobs]
-        return tuple(Likely(*self._token_texts[t], max(logprobs[t].logprob, LOWEST)) for t in (token, *best))
+        return tuple(TokenLogprob(*self._token_texts[t], max(logprobs[t].logprob, LOWEST)) for t in (token, *best))
 
     async def _change(self, vectors: Mapping[str, PreferenceVector]) -> None:
         folders = {name: str(self._folder(vector)) for name, vector in vectors.items()}
@@ -327,8 +327,8 @@ def salt(coefficients: Coefficients) -> str:
 
 
 def sampling(request: Request, ends: frozenset[int]) -> Any:
-    """vLLM's `SamplingParams`. Text and stop strings are `Answer`'s; the chosen token's log-probability is always asked
-    for, because it is NaN where the model overflows."""
+    """vLLM's `SamplingParams`. Text and stop strings are `OutputState`'s. The chosen token's log-probability is always
+    asked for, because it is NaN where the model overflows."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -336,11 +336,11 @@ def sampling(request: Request, ends: frozenset[int]) -> Any:
         temperature=request.temperature,
         top_p=request.top_p,
         seed=int.from_bytes(hashlib.blake2b(request.seed.encode(), digest_size=8).digest()) >> 1,
-        max_tokens=request.max_new_tokens - len(request.begins),
+        max_tokens=request.max_new_tokens - len(request.resume_tokens),
         stop_token_ids=sorted(ends),
         ignore_eos=True,
         logprobs=request.logprobs or 0,
-        prompt_logprobs=request.logprobs if request.begins else None,
+        prompt_logprobs=request.logprobs if request.resume_tokens else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args={ETAS: {name: eta for name, eta in request.coefficients if eta}},

@@ -20,9 +20,9 @@ from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.access.keys import add_key, revoke_key
 from prefvec_ray.serving.access.policy import policy_of
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.http.admission import Door, Entry
+from prefvec_ray.serving.http.admission import AdmissionController, AdmittedRequest
 from prefvec_ray.serving.http.openai_protocol import ChatBody
-from prefvec_ray.serving.release.release import Lineup, line_up
+from prefvec_ray.serving.release.release import Release, resolve_release
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the secret plan"}]}
 
@@ -38,35 +38,37 @@ def given_config(base_folder, registry_root) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def lineup(given_config) -> Lineup:
-    return line_up(ServingConfig.model_validate(given_config))
+def release(given_config) -> Release:
+    return resolve_release(ServingConfig.model_validate(given_config))
 
 
 @pytest.fixture
-def make(given_config, lineup, registry_root):
+def make(given_config, release, registry_root):
     """A door with these settings, over the real vectors and presets."""
 
-    def door(**settings: Any) -> Door:
+    def admission(**settings: Any) -> AdmissionController:
         config = parse_config(given_config | settings, ServingConfig, source="serve.yaml")
-        policy = policy_of(config, list(lineup.vectors))
-        return Door(config, replace(lineup, policy=policy), Registry.open(registry_root))
+        policy = policy_of(config, list(release.vectors))
+        return AdmissionController(config, replace(release, policy=policy), Registry.open(registry_root))
 
-    return door
+    return admission
 
 
-def enter(door: Door, body: Any = ASK, *, key: str | None = None, headers: Any = ()) -> Entry:
+def enter(
+    admission: AdmissionController, body: Any = ASK, *, key: str | None = None, headers: Any = ()
+) -> AdmittedRequest:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     async def read() -> bytes:
         return content
 
     pairs = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    return asyncio.run(door.enter("/v1/chat/completions", Headers(raw=pairs + list(headers)), read, ChatBody))
+    return asyncio.run(admission.admit("/v1/chat/completions", Headers(raw=pairs + list(headers)), read, ChatBody))
 
 
-def refusal(door: Door, body: Any = ASK, **how: Any) -> tuple[int, str | None]:
+def refusal(admission: AdmissionController, body: Any = ASK, **how: Any) -> tuple[int, str | None]:
     with pytest.raises(ApiError) as caught:
-        enter(door, body, **how)
+        enter(admission, body, **how)
     return caught.value.status, caught.value.error.code
 
 
@@ -142,7 +144,7 @@ def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_p
     _, secret = add_key(keys, "team", **holder)
     refused: list[ApiError] = []
     try:
-        door = make(**config, keys=keys, audit={"file": tmp_path / "audit.jsonl"})
+        admission = make(**config, keys=keys, audit={"file": tmp_path / "audit.jsonl"})
     except InputError:
         return
     everybody = {
@@ -153,7 +155,7 @@ def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_p
         floors = {} if free.get("may_go_below_floor") else config.get("floors", {})
         for body in bodies:
             try:
-                entry = enter(door, body, key=key)
+                entry = enter(admission, body, key=key)
             except ApiError as error:
                 refused.append(error)
                 continue
@@ -191,7 +193,7 @@ def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_p
 )
 def test_a_config_that_lets_anybody_below_a_floor_does_not_load(given_config, settings, says):
     with pytest.raises(InputError, match=says) as caught:
-        line_up(parse_config(given_config | settings, ServingConfig, source="serve.yaml"))
+        resolve_release(parse_config(given_config | settings, ServingConfig, source="serve.yaml"))
     assert "\n" not in str(caught.value)
 
 
@@ -217,35 +219,37 @@ def test_only_a_key_that_may_goes_below_the_floor(make, tmp_path):
     below = ASK | {"preferences": {"harmless": -0.5}}
     with pytest.raises(InputError, match="must leave a trace"):
         make(**FLOOR, keys=keys)
-    door = make(**FLOOR, keys=keys, audit={"file": audit})
-    assert refusal(door, below) == (400, "preference_out_of_range")
-    assert dict(enter(door, below, key=secret).job.coefficients)["harmless"] == -0.5
-    assert dict(enter(door, ASK | {"model": "tiny@reckless"}, key=secret).job.coefficients)["harmless"] == -0.5
+    admission = make(**FLOOR, keys=keys, audit={"file": audit})
+    assert refusal(admission, below) == (400, "preference_out_of_range")
+    assert dict(enter(admission, below, key=secret).job.coefficients)["harmless"] == -0.5
+    assert dict(enter(admission, ASK | {"model": "tiny@reckless"}, key=secret).job.coefficients)["harmless"] == -0.5
     assert [line["below_floor"] for line in lines(audit) if line["decision"] == "admitted"] == [True, True]
     _, plain = add_key(keys, "plain", ranges=LOW)
-    assert refusal(door, below, key=plain) == (503, "unavailable"), "a key file that breaks the floor accepts nobody"
-    assert enter(door, ASK).caller.id == "anonymous"
+    assert refusal(admission, below, key=plain) == (503, "unavailable"), (
+        "a key file that breaks the floor accepts nobody"
+    )
+    assert enter(admission, ASK).caller.id == "anonymous"
 
 
 def test_below_the_floor_without_a_trace_is_refused(make, tmp_path):
     keys, folder = tmp_path / "keys.yaml", tmp_path / "audit"
     folder.mkdir()
     _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
-    door = make(**FLOOR, keys=keys, audit={"file": folder / "audit.jsonl", "megabytes": 1e-5, "files": 2})
-    enter(door, key=secret)
+    admission = make(**FLOOR, keys=keys, audit={"file": folder / "audit.jsonl", "megabytes": 1e-5, "files": 2})
+    enter(admission, key=secret)
     shutil.rmtree(folder)  # the next line begins a new file, which it cannot
-    assert refusal(door, ASK | {"preferences": {"harmless": -0.5}}, key=secret) == (503, "unavailable")
-    assert enter(door, key=secret), "what needs no trace goes on"
-    assert refusal(door, ASK | {"preferences": {"harmless": -2}}) == (400, "preference_out_of_range")
+    assert refusal(admission, ASK | {"preferences": {"harmless": -0.5}}, key=secret) == (503, "unavailable")
+    assert enter(admission, key=secret), "what needs no trace goes on"
+    assert refusal(admission, ASK | {"preferences": {"harmless": -2}}) == (400, "preference_out_of_range")
 
 
 @pytest.mark.parametrize("how", ["moved", "deleted", "emptied"])
 def test_the_trace_below_the_floor_is_there_whatever_happened_to_its_file(make, tmp_path, how):
     keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
     _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
-    door, trace = make(**FLOOR, keys=keys, audit={"file": audit}), tmp_path / "audit.below-floor.jsonl"
+    admission, trace = make(**FLOOR, keys=keys, audit={"file": audit}), tmp_path / "audit.below-floor.jsonl"
     below = ASK | {"preferences": {"harmless": -0.5}}
-    enter(door, below, key=secret)
+    enter(admission, below, key=secret)
     if how == "moved":
         trace.rename(tmp_path / "elsewhere")
     elif how == "deleted":
@@ -253,7 +257,7 @@ def test_the_trace_below_the_floor_is_there_whatever_happened_to_its_file(make, 
         audit.unlink()
     else:
         trace.write_text("")
-    enter(door, below, key=secret)
+    enter(admission, below, key=secret)
     (line,) = lines(trace)
     assert (line["below_floor"], line["asked"]["preferences"]) == (True, {"harmless": -0.5})
     assert lines(audit)[-1]["below_floor"]
@@ -263,10 +267,10 @@ def test_the_trace_below_the_floor_is_there_whatever_happened_to_its_file(make, 
 def test_a_flood_of_refusals_does_not_push_out_the_trace_below_the_floor(make, tmp_path):
     keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
     _, secret = add_key(keys, "red team", ranges=LOW, may_go_below_floor=True)
-    door = make(**FLOOR, keys=keys, audit={"file": audit, "megabytes": 0.001, "files": 2})
-    enter(door, ASK | {"preferences": {"harmless": -0.5}}, key=secret)
+    admission = make(**FLOOR, keys=keys, audit={"file": audit, "megabytes": 0.001, "files": 2})
+    enter(admission, ASK | {"preferences": {"harmless": -0.5}}, key=secret)
     for _ in range(40):
-        refusal(door, ASK | {"preferences": {"harmless": -0.5}})
+        refusal(admission, ASK | {"preferences": {"harmless": -0.5}})
     assert "true" not in "".join(file.read_text() for file in tmp_path.glob("audit.jsonl*")), "it was pushed out here"
     (line,) = lines(tmp_path / "audit.below-floor.jsonl")
     assert line["below_floor"]
@@ -283,20 +287,20 @@ def test_an_audit_that_cannot_be_written_refuses_to_start(make, tmp_path):
 def test_who_may_come_in(make, tmp_path):
     keys = tmp_path / "keys.yaml"
     key, secret = add_key(keys, "team")
-    door = make(keys=keys)
-    assert enter(door, key=secret).caller.id == key.id
-    assert enter(door).caller.id == enter(door, key="none").caller.id == "anonymous"
+    admission = make(keys=keys)
+    assert enter(admission, key=secret).caller.id == key.id
+    assert enter(admission).caller.id == enter(admission, key="none").caller.id == "anonymous"
     for wrong in ("pv-guess", secret[:-1], secret + "x", secret.upper(), key.id, key.sha256, "pv-é"):
-        assert refusal(door, key=wrong) == (401, "invalid_api_key")
+        assert refusal(admission, key=wrong) == (401, "invalid_api_key")
     for headers in (
         [(b"authorization", b"Basic " + secret.encode())],
         [(b"authorization", b"Bearer")],
         [(b"authorization", f"Bearer {secret}".encode()), (b"authorization", b"Bearer none")],
         [(b"authorization", b"Bearer \xff\xfe")],
     ):
-        assert refusal(door, headers=headers) == (401, "invalid_api_key")
+        assert refusal(admission, headers=headers) == (401, "invalid_api_key")
     revoke_key(keys, key.id)
-    assert refusal(door, key=secret) == (401, "invalid_api_key")
+    assert refusal(admission, key=secret) == (401, "invalid_api_key")
     closed = make(keys=keys, anonymous={"allowed": False})
     assert refusal(closed) == refusal(closed, key="none") == (401, "invalid_api_key")
     assert enter(make(), key="anything").caller.id == "anonymous", "without a key file there is nothing to check"
@@ -313,78 +317,78 @@ def test_a_key_has_bounds_of_its_own(make, tmp_path):
         seconds=7,
         requests_per_minute=5,
     )
-    door = make(keys=keys, limits={"answers": 8, "prompt_tokens": 100})
-    entry = enter(door, key=secret)
+    admission = make(keys=keys, limits={"answers": 8, "prompt_tokens": 100})
+    entry = enter(admission, key=secret)
     assert dict(entry.job.coefficients) == {"harmless": 0.7, "helpful": 0}
     assert (entry.seconds, entry.job.max_prompt_tokens) == (7, 50)
     assert entry.headers["x-ratelimit-remaining-requests"] == "4"
-    assert refusal(door, ASK | {"n": 3}, key=secret) == (400, None)
-    assert refusal(door, ASK | {"preferences": {"harmless": 0.4}}, key=secret) == (400, "preference_out_of_range")
-    enter(door, key=secret)
-    enter(door, key=secret)
-    assert refusal(door, key=secret) == (429, "rate_limit_exceeded")
-    assert enter(door, ASK | {"n": 3}).job.max_prompt_tokens == 100
+    assert refusal(admission, ASK | {"n": 3}, key=secret) == (400, None)
+    assert refusal(admission, ASK | {"preferences": {"harmless": 0.4}}, key=secret) == (400, "preference_out_of_range")
+    enter(admission, key=secret)
+    enter(admission, key=secret)
+    assert refusal(admission, key=secret) == (429, "rate_limit_exceeded")
+    assert enter(admission, ASK | {"n": 3}).job.max_prompt_tokens == 100
 
 
 def test_as_many_requests_at_once_as_allowed(make, tmp_path):
     keys = tmp_path / "keys.yaml"
     _, secret = add_key(keys, "team", requests_at_once=2)
-    door = make(keys=keys)
-    first, second = enter(door, key=secret), enter(door, key=secret)
-    assert refusal(door, key=secret) == (429, "too_many_at_once")
-    assert enter(door).caller.id == "anonymous", "others are not concerned"
+    admission = make(keys=keys)
+    first, second = enter(admission, key=secret), enter(admission, key=secret)
+    assert refusal(admission, key=secret) == (429, "too_many_at_once")
+    assert enter(admission).caller.id == "anonymous", "others are not concerned"
     first.end(5)
     first.end(5)
-    assert refusal(door, ASK | {"n": 0}, key=secret)[0] == 400, "what is refused leaves its place"
-    third = enter(door, key=secret)
-    assert refusal(door, key=secret) == (429, "too_many_at_once")
+    assert refusal(admission, ASK | {"n": 0}, key=secret)[0] == 400, "what is refused leaves its place"
+    third = enter(admission, key=secret)
+    assert refusal(admission, key=secret) == (429, "too_many_at_once")
     second.end(None)
     third.end(0)
-    assert enter(door, key=secret)
+    assert enter(admission, key=secret)
 
 
 def test_refused_work_counts_for_its_sender(make, tmp_path):
     keys = tmp_path / "keys.yaml"
     _, secret = add_key(keys, "team", tokens_per_minute=1000)
-    door = make(keys=keys)
+    admission = make(keys=keys)
     wrong = ASK | {"messages": [{"role": "user", "content": "x" * 3000, "wrong": 1}]}
-    assert refusal(door, wrong, key=secret)[0] == 400
-    assert enter(door, ASK | {"max_tokens": 1}, key=secret).headers["x-ratelimit-remaining-tokens"] < "300"
-    assert refusal(door, wrong, key=secret)[0] == 400
+    assert refusal(admission, wrong, key=secret)[0] == 400
+    assert enter(admission, ASK | {"max_tokens": 1}, key=secret).headers["x-ratelimit-remaining-tokens"] < "300"
+    assert refusal(admission, wrong, key=secret)[0] == 400
 
     async def unread() -> bytes:
         raise AssertionError("its sender's tokens are used up: the body need not be read")
 
     headers = Headers({"authorization": f"Bearer {secret}"})
     with pytest.raises(ApiError, match="1000 tokens per minute") as caught:
-        asyncio.run(door.enter("/v1/chat/completions", headers, unread, ChatBody))
+        asyncio.run(admission.admit("/v1/chat/completions", headers, unread, ChatBody))
     assert caught.value.status == 429
-    assert enter(door, wrong | {"messages": ASK["messages"]}).caller.id == "anonymous"
+    assert enter(admission, wrong | {"messages": ASK["messages"]}).caller.id == "anonymous"
 
 
-def test_what_a_caller_sees_is_of_one_lineup_whatever_is_rolled_out_meanwhile(make, lineup):
-    door = make()
-    caller = asyncio.run(door.look("/v1/preferences", Headers({})))
-    fewer = {"harmless": lineup.vectors["harmless"]}
-    door.lineup = replace(lineup, vectors=fewer, policy=policy_of(door._config, list(fewer)), generation=1)
-    presets = door.presets(caller)
+def test_what_a_caller_sees_is_of_one_lineup_whatever_is_rolled_out_meanwhile(make, release):
+    admission = make()
+    caller = asyncio.run(admission.identify("/v1/preferences", Headers({})))
+    fewer = {"harmless": release.vectors["harmless"]}
+    admission.release = replace(release, vectors=fewer, policy=policy_of(admission._config, list(fewer)), generation=1)
+    presets = admission.presets(caller)
     assert dict(presets["cautious"][1]) == {"harmless": 0.75, "helpful": 0.25}
-    assert set(caller.lineup.vectors) == set(caller.policy.ranges) == {"harmless", "helpful"}
-    assert "cautious" not in door.presets(asyncio.run(door.look("/v1/preferences", Headers({}))))
+    assert set(caller.release.vectors) == set(caller.policy.ranges) == {"harmless", "helpful"}
+    assert "cautious" not in admission.presets(asyncio.run(admission.identify("/v1/preferences", Headers({}))))
 
 
 def test_presets_only(make, tmp_path):
     keys = tmp_path / "keys.yaml"
     _, some = add_key(keys, "some", coefficients="presets", presets=("cautious",))
     _, none = add_key(keys, "none", presets=())
-    door = make(keys=keys)
-    assert refusal(door, ASK | {"preferences": {"helpful": 0.1}}, key=some) == (403, "presets_only")
-    assert refusal(door, ASK | {"model": "tiny@reckless"}, key=some) == (403, "preset_not_allowed")
-    assert refusal(door, ASK | {"model": "tiny@cautious"}, key=none) == (403, "preset_not_allowed")
-    assert enter(door, ASK | {"model": "tiny@cautious@1"}, key=some).caller.id != "anonymous"
-    assert dict(enter(door, key=some).job.coefficients) == {"harmless": 0, "helpful": 0}
-    caller = asyncio.run(door.look("/v1/models", Headers({"authorization": f"Bearer {some}"})))
-    assert list(door.presets(caller)) == ["cautious"]
+    admission = make(keys=keys)
+    assert refusal(admission, ASK | {"preferences": {"helpful": 0.1}}, key=some) == (403, "presets_only")
+    assert refusal(admission, ASK | {"model": "tiny@reckless"}, key=some) == (403, "preset_not_allowed")
+    assert refusal(admission, ASK | {"model": "tiny@cautious"}, key=none) == (403, "preset_not_allowed")
+    assert enter(admission, ASK | {"model": "tiny@cautious@1"}, key=some).caller.id != "anonymous"
+    assert dict(enter(admission, key=some).job.coefficients) == {"harmless": 0, "helpful": 0}
+    caller = asyncio.run(admission.identify("/v1/models", Headers({"authorization": f"Bearer {some}"})))
+    assert list(admission.presets(caller)) == ["cautious"]
 
 
 # --- the audit ------------------------------------------------------------------------------------------------------
@@ -393,12 +397,12 @@ def test_presets_only(make, tmp_path):
 def test_the_audit_tells_who_asked_for_what_and_nothing_more(make, tmp_path):
     keys, audit = tmp_path / "keys.yaml", tmp_path / "audit.jsonl"
     key, secret = add_key(keys, "team")
-    door = make(keys=keys, audit={"file": audit})
-    enter(door, ASK | {"preferences": {"helpful": 0.5}}, key=secret, headers=[(b"x-request-id", b"r1")])
-    refusal(door, ASK | {"preferences": {"helpful": 5}})
-    refusal(door, key="pv-a-wrong-one")
-    refusal(door, ASK | {"the secret plan": 1})
-    refusal(door, b'{"model": "tiny", "messages": [], "messages": ["the secret plan"]}')
+    admission = make(keys=keys, audit={"file": audit})
+    enter(admission, ASK | {"preferences": {"helpful": 0.5}}, key=secret, headers=[(b"x-request-id", b"r1")])
+    refusal(admission, ASK | {"preferences": {"helpful": 5}})
+    refusal(admission, key="pv-a-wrong-one")
+    refusal(admission, ASK | {"the secret plan": 1})
+    refusal(admission, b'{"model": "tiny", "messages": [], "messages": ["the secret plan"]}')
     good, out, unknown, *malformed = lines(audit)
     assert good["asked"] == {"model": "tiny", "preferences": {"helpful": 0.5}, "n": None, "max_tokens": None}
     assert (good["request"], good["caller"], good["decision"]) == ("r1", key.id, "admitted")
@@ -417,7 +421,7 @@ HOSTILE = 'a\nb\r\n{"decision": "admitted", "below_floor": true}\u2028\x1b[2K\x1
 
 def test_nothing_a_caller_writes_looks_like_another_line_of_the_audit(make, tmp_path):
     audit = tmp_path / "audit.jsonl"
-    door = make(audit={"file": audit})
+    admission = make(audit={"file": audit})
     many = {f"{HOSTILE}{number}" * 50: 1 for number in range(90)}
     for body in (
         ASK | {"model": HOSTILE},
@@ -426,9 +430,9 @@ def test_nothing_a_caller_writes_looks_like_another_line_of_the_audit(make, tmp_
         ASK | {HOSTILE: 1},
         ASK | {"model": f"tiny@{HOSTILE}"},
     ):
-        refusal(door, body)
-        enter(door, headers=[(b"x-request-id", HOSTILE.encode())])
-    asyncio.run(door.look("/v1/models", Headers({})))
+        refusal(admission, body)
+        enter(admission, headers=[(b"x-request-id", HOSTILE.encode())])
+    asyncio.run(admission.identify("/v1/models", Headers({})))
     text = audit.read_text()
     assert text.isascii()
     assert all(character.isprintable() or character == "\n" for character in text)
@@ -438,9 +442,9 @@ def test_nothing_a_caller_writes_looks_like_another_line_of_the_audit(make, tmp_
 
 
 def test_the_audit_is_bounded(make, tmp_path):
-    door = make(audit={"file": tmp_path / "audit.jsonl", "megabytes": 0.001, "files": 3})
+    admission = make(audit={"file": tmp_path / "audit.jsonl", "megabytes": 0.001, "files": 3})
     for _ in range(40):
-        enter(door)
+        enter(admission)
     files = sorted(tmp_path.glob("audit.jsonl*"))
     assert len(files) == 3
     assert all(file.stat().st_size <= 1000 for file in files)

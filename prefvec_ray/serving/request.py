@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from prefvec_ray.serving.engines.base import Coefficients, Piece
+from prefvec_ray.serving.engines.base import Coefficients, OutputDelta
 
-LineupId: TypeAlias = tuple[str, int]
+ReleaseId: TypeAlias = tuple[str, int]
 """deployment and generation: while one deployment takes another's place, replicas of both get jobs of both"""
 
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
@@ -13,7 +13,7 @@ Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Job:
+class GenerationRequest:
     """One HTTP request's worth of answers: `n` for each prompt, all at the same coefficients."""
 
     prompts: tuple[Prompt, ...]
@@ -27,9 +27,9 @@ class Job:
     stop: tuple[str, ...] = ()
     max_prompt_tokens: int | None = None
     """longest prompt that its caller may send; None: what the context has room for"""
-    lineup: LineupId = ("", 0)
+    release: ReleaseId = ("", 0)
     """whose vectors the coefficients are of"""
-    heard: tuple[tuple[int, ...], ...] = ()
+    resume_tokens: tuple[tuple[int, ...], ...] = ()
     """the tokens of each answer that its caller has heard already; empty: none of any"""
     caller: str = ""
     """whose request it is: each caller's prompts are tokenized in turn"""
@@ -41,10 +41,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Started:
-    """First item of a job's stream: the prompts fit, generation begins."""
+    """First item of a job's stream: the prompts fit, generation resume_tokens."""
 
     prompt_tokens: int
 
 
-Event: TypeAlias = tuple[int, Piece]
+Event: TypeAlias = tuple[int, OutputDelta]
 """which answer (prompt index x n + number of the choice), and its next piece"""

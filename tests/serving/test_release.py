@@ -7,7 +7,7 @@ from prefvec_ray.registry import Registry, serving_fingerprint
 from prefvec_ray.registry.store import Store
 from prefvec_ray.serving.access.policy import PreferenceError
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.release.release import line_up
+from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
 
@@ -17,39 +17,39 @@ def config(base_folder, registry_root) -> ServingConfig:
 
 
 def test_by_default_the_newest_vectors_of_this_base_without_single_runs(config, base_folder):
-    lineup = line_up(config)
-    assert {name: vector.ref for name, vector in lineup.vectors.items()} == {
+    release = resolve_release(config)
+    assert {name: vector.ref for name, vector in release.vectors.items()} == {
         "harmless": "harmless@1",
         "helpful": "helpful@1",
     }
-    assert lineup.base_fingerprint == fingerprint(base_folder)
+    assert release.base_fingerprint == fingerprint(base_folder)
 
 
 def test_references_are_fixed_to_versions(config):
-    lineup = line_up(config.model_copy(update={"vectors": {"kind": "harmless"}}))
-    assert lineup.vectors["kind"].ref == "harmless@1"
+    release = resolve_release(config.model_copy(update={"vectors": {"kind": "harmless"}}))
+    assert release.vectors["kind"].ref == "harmless@1"
 
 
 def test_the_fingerprint_is_of_base_vectors_and_coefficients_not_of_names(config):
-    lineup = line_up(config)
-    renamed = line_up(config.model_copy(update={"vectors": {"kind": "harmless", "useful": "helpful"}}))
-    fp = lineup.fingerprint((("harmless", 0.5), ("helpful", 0.0)))
+    release = resolve_release(config)
+    renamed = resolve_release(config.model_copy(update={"vectors": {"kind": "harmless", "useful": "helpful"}}))
+    fp = release.fingerprint((("harmless", 0.5), ("helpful", 0.0)))
     assert fp == renamed.fingerprint((("kind", 0.5), ("useful", 0.0)))
-    assert fp == serving_fingerprint(lineup.base_fingerprint, {lineup.vectors["harmless"].digest: 0.5})
-    assert fp != lineup.fingerprint((("harmless", 0.5), ("helpful", 1e-6)))
+    assert fp == serving_fingerprint(release.base_fingerprint, {release.vectors["harmless"].digest: 0.5})
+    assert fp != release.fingerprint((("harmless", 0.5), ("helpful", 1e-6)))
 
 
 def test_a_preset_speaks_of_vectors_and_is_bound_by_the_policy(config):
     registry = Registry.open(config.registry)
-    lineup = line_up(ServingConfig.model_validate(config.model_dump() | {"ranges": {"harmless": {"min": 0}}}))
-    assert lineup.preset(registry.resolve_preset("cautious@1")) == (("harmless", 0.75), ("helpful", 0.25))
+    release = resolve_release(ServingConfig.model_validate(config.model_dump() | {"ranges": {"harmless": {"min": 0}}}))
+    assert release.preset(registry.resolve_preset("cautious@1")) == (("harmless", 0.75), ("helpful", 0.25))
     assert (
-        lineup.fingerprint(lineup.preset(registry.resolve_preset("cautious@1")))
+        release.fingerprint(release.preset(registry.resolve_preset("cautious@1")))
         == registry.resolve_preset("cautious@1").fingerprint
     )
     with pytest.raises(PreferenceError, match="outside the allowed range"):
-        lineup.preset(registry.resolve_preset("reckless"))
-    fewer = line_up(config.model_copy(update={"vectors": {"helpful": "helpful@1"}}))
+        release.preset(registry.resolve_preset("reckless"))
+    fewer = resolve_release(config.model_copy(update={"vectors": {"helpful": "helpful@1"}}))
     with pytest.raises(InputError, match="made with harmless@1, which this endpoint does not serve"):
         fewer.preset(registry.resolve_preset("cautious@1"))
 
@@ -60,7 +60,9 @@ def test_a_presets_coefficients_for_one_vector_add_up(config, vector_folders, tm
     registry.publish_vector(vector_folders["helpful"], name="useful")
     registry.publish_preset("both", {"helpful@1": 0.75, "useful@1": 0.125}, reason="two names of one vector")
     registry.publish_preset("much", {"helpful@1": 0.75, "useful@1": 0.75}, reason="more than the range")
-    found = line_up(config.model_copy(update={"registry": str(tmp_path / "registry"), "vectors": {"kind": "helpful"}}))
+    found = resolve_release(
+        config.model_copy(update={"registry": str(tmp_path / "registry"), "vectors": {"kind": "helpful"}})
+    )
     both = registry.resolve_preset("both")
     assert found.preset(both) == (("kind", 0.875),)
     assert found.fingerprint(found.preset(both)) == both.fingerprint
@@ -79,17 +81,17 @@ def test_a_presets_coefficients_for_one_vector_add_up(config, vector_folders, tm
 )
 def test_what_is_not_there_is_refused_by_name(config, changes, says):
     with pytest.raises(InputError, match=says):
-        line_up(ServingConfig.model_validate(config.model_dump() | changes))
+        resolve_release(ServingConfig.model_validate(config.model_dump() | changes))
 
 
 def test_an_empty_registry_serves_nothing(config, tmp_path):
     empty = config.model_copy(update={"registry": str(tmp_path / "empty")})
     with pytest.raises(InputError, match="no registry here"):
-        line_up(empty)
+        resolve_release(empty)
     assert not (tmp_path / "empty").exists()
     Store.open(tmp_path / "empty").begin()
     with pytest.raises(InputError, match="no vectors for the base"):
-        line_up(empty)
+        resolve_release(empty)
 
 
 def test_steering_wants_low_rank_and_every_vector_its_own_base(config, base_folder, tmp_path, vectors):
@@ -102,6 +104,6 @@ def test_steering_wants_low_rank_and_every_vector_its_own_base(config, base_fold
     content = config.model_dump() | {"registry": str(tmp_path / "registry")}
     steered = content | {"engine": {"mode": "steered"}, "vectors": {"full": "full"}}
     with pytest.raises(InputError, match=r"full@1 .* is in full form"):
-        line_up(ServingConfig.model_validate(steered))
+        resolve_release(ServingConfig.model_validate(steered))
     with pytest.raises(InputError, match=r"foreign@1 .* belongs to base"):
-        line_up(ServingConfig.model_validate(content | {"vectors": {"foreign": "foreign"}}))
+        resolve_release(ServingConfig.model_validate(content | {"vectors": {"foreign": "foreign"}}))
