@@ -48,9 +48,9 @@ def drive(measured: Meter, goal: Goal, plan: Plan, halving: bool) -> SearchResul
         if not flying:
             return explorer.result()
         proposal = flying.pop(0)
-        climb = measured.rungs(proposal.coefficients)
+        evaluations = measured.rungs(proposal.coefficients)
         rungs = []
-        for evaluation in climb if halving else climb[-1:]:
+        for evaluation in evaluations if halving else evaluations[-1:]:
             rungs.append(evaluation)
             if not explorer.promising(rungs):
                 break

@@ -46,8 +46,8 @@ from prefvec_ray.registry.records import (
 from prefvec_ray.registry.store import Store, blob_key
 
 if TYPE_CHECKING:
-    from prefvec_ray.registry.care import Collection
     from prefvec_ray.registry.lineage import Lineage
+    from prefvec_ray.registry.maintenance import Collection
 
 
 class Catalog:
@@ -398,14 +398,14 @@ class Catalog:
         return lineage(self, what)
 
     def gc(self, *, apply: bool = False, grace_s: float = 3600.0) -> "Collection":
-        """Blobs that nothing needs; deletes them with `apply`. See `prefvec_ray.registry.care.collect`."""
-        from prefvec_ray.registry.care import collect
+        """Blobs that nothing needs; deletes them with `apply`. See `prefvec_ray.registry.maintenance.collect`."""
+        from prefvec_ray.registry.maintenance import collect
 
         return collect(self, apply=apply, grace_s=grace_s)
 
     def repair(self, *, apply: bool = False) -> list[str]:
-        """Lost steps of aliases' and tags' histories, by key; marked with `apply`. See `care.repair`."""
-        from prefvec_ray.registry.care import repair
+        """Lost steps of aliases' and tags' histories, by key; marked with `apply`. See `maintenance.repair`."""
+        from prefvec_ray.registry.maintenance import repair
 
         return repair(self, apply=apply)
 

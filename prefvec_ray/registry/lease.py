@@ -30,7 +30,7 @@ import psutil
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import LeaseLost, NoSpace, StoreError
-from prefvec_ray.registry.records import Claim, decode, encode
+from prefvec_ray.registry.records import LeaseClaim, decode, encode
 from prefvec_ray.registry.store import Store, make_folder
 
 CLAIM = "lease/claim.json"
@@ -100,7 +100,7 @@ class Lease:
             )
         return False
 
-    def _write_claim(self, last: Claim | None) -> None:
+    def _write_claim(self, last: LeaseClaim | None) -> None:
         self.epoch, self._token = (last.epoch if last else 0) + 1, uuid.uuid4().hex
         try:
             self._write(released=False)
@@ -146,15 +146,15 @@ class Lease:
             self._drop()
             raise LeaseLost(f"{self.store.label}: the writer's lease passed to {holder.owner if holder else 'nobody'}")
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> LeaseClaim | None:
         """The last claim, held or released; None where nobody ever wrote. A damaged one is somebody unknown's."""
         data = self.store.read_fresh(CLAIM)
         if data is None:
             return None
         try:
-            return decode(data, Claim, CLAIM)
+            return decode(data, LeaseClaim, CLAIM)
         except (StoreError, InputError):
-            return Claim(created=0.0, owner="an unknown process (the claim is damaged)")
+            return LeaseClaim(created=0.0, owner="an unknown process (the claim is damaged)")
 
     def _lock_folder(self, folder: Path, deadline: float) -> None:
         with self.store.reporting("lease/lock"):
@@ -171,7 +171,7 @@ class Lease:
                     raise self._refusal() from None
                 time.sleep(0.01)
 
-    def _await_bucket(self, deadline: float) -> tuple[float, Claim | None]:
+    def _await_bucket(self, deadline: float) -> tuple[float, LeaseClaim | None]:
         """Until the last claim is released, ours, or silent for ttl_s: when that was seen, and the claim."""
         state, since = None, time.monotonic()
         while True:
@@ -212,7 +212,7 @@ class Lease:
             self.store.delete(key)
 
     def _refusal(self) -> InputError:
-        claim = self.claim() or Claim(created=0.0, owner="another process")
+        claim = self.claim() or LeaseClaim(created=0.0, owner="another process")
         advice = "publish through it, or stop it first"
         if actor := re.match(r"actor (\S+) ", claim.owner):
             advice = f"use --registry ray:{actor[1]}, or end the actor with `prefvec registry stop`"
@@ -225,7 +225,7 @@ class Lease:
         return claim.token if claim else ""
 
     def _write(self, *, released: bool) -> None:
-        claim = Claim(
+        claim = LeaseClaim(
             created=self.store.clock(),
             epoch=self.epoch,
             owner=self.owner,
@@ -238,7 +238,7 @@ class Lease:
         self.store.overwrite(CLAIM, encode(claim))
 
 
-def _is_orphan(claim: Claim) -> bool:
+def _is_orphan(claim: LeaseClaim) -> bool:
     """Whether the claim is of an actor on this machine whose raylet has ended: it ends by itself, within seconds."""
     if claim.host != socket.gethostname() or not claim.owner.startswith("actor "):
         return False

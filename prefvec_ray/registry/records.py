@@ -275,7 +275,7 @@ class Served(Record):
         return self
 
 
-class Claim(Record):
+class LeaseClaim(Record):
     """Who writes to the store; `lease.py` replaces it, so it is no part of the store's history."""
 
     kind: Literal["claim"] = "claim"

@@ -25,11 +25,11 @@ from typing import Any, Protocol, TypeVar
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.bundle import export_bundle, import_bundle
 from prefvec_ray.registry.cache import NodeCache
-from prefvec_ray.registry.care import Check, Verification, check_cache, check_store, verify
 from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import MissingBlob
 from prefvec_ray.registry.hub import export_huggingface
 from prefvec_ray.registry.lease import Lease
+from prefvec_ray.registry.maintenance import Check, Verification, check_cache, check_store, verify
 from prefvec_ray.registry.names import (
     FILE_ENDINGS,
     FILE_NAME,
@@ -169,7 +169,7 @@ class Registry(Catalog):
         self.cache.unpin(self.resolve(ref))
 
     def verify(self, *, read_bytes: bool = True) -> Verification:
-        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `care.verify`."""
+        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `maintenance.verify`."""
         return self._on_store_node(functools.partial(verify, read_bytes=read_bytes))
 
     def doctor(self) -> list[Check]:

@@ -29,7 +29,7 @@ import torch
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import Evaluation, is_base
-from prefvec_ray.search.noise import Measured
+from prefvec_ray.search.noise import MeasuredSettings
 from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
@@ -216,7 +216,7 @@ class Explorer:
         if len(rungs) == len(self.rungs) or is_base(rungs[-1].coefficients):
             return True
         seen = [tried.rungs[len(rungs) - 1] for tried in self.tried[:among] if len(tried.rungs) >= len(rungs)]
-        return Measured(self.goal, [*seen, rungs[-1]]).hopeful(-1, self.plan.caution)
+        return MeasuredSettings(self.goal, [*seen, rungs[-1]]).may_be_optimal(-1, self.plan.caution)
 
     def finish(self, number: int, tried: Tried) -> bool:
         """Take in a setting that was measured or dropped.
@@ -307,7 +307,7 @@ class Explorer:
         gain = history[-1] - history[before - 1]
         if gain <= ROUNDING * history[-1]:
             gain = 0.0
-        table = Measured(self.goal, result.trials)
+        table = MeasuredSettings(self.goal, result.trials)
         error = table.gain_error(before, self.goal.reference(result.base)) if gain > 0 else 0.0
         if gain <= error:
             added = f"{gain:.4f} ± {error:.4f}" if gain else "nothing"

@@ -21,7 +21,7 @@ ERRORS = 2.0
 """How many paired standard errors a difference must exceed to be taken for one."""
 
 
-class Measured:
+class MeasuredSettings:
     """Settings measured on the same prompts, as arrays: S settings, O objectives, L limits, P prompts.
 
     Gains are larger where better; slack is how far a limit is kept. NaN where a metric is not defined.
@@ -61,7 +61,7 @@ class Measured:
         """Which settings keep every limit and define every objective."""
         return np.asarray((_mean(self.slack_SLP) >= 0).all(-1) & ~np.isnan(_mean(self.gains_SOP)).any(-1))
 
-    def hopeful(self, index: int, errors: float) -> bool:
+    def may_be_optimal(self, index: int, errors: float) -> bool:
         """Whether setting `index` may still reach the front: it does not break a limit, and no setting that keeps the
         limits is better in every objective, each by more than `errors` paired standard errors."""
         slack, slack_error = _mean(self.slack_SLP[index]), _error(self.slack_SLP[index])

@@ -12,7 +12,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import Evaluation, is_base
 from prefvec_ray.evaluation.results import SearchSummary
 from prefvec_ray.scorers import Metric
-from prefvec_ray.search.noise import Measured
+from prefvec_ray.search.noise import MeasuredSettings
 from prefvec_ray.search.pareto import Point, Volume
 
 
@@ -166,8 +166,8 @@ class SearchResult(BaseModel):
         return any(is_base(trial.coefficients) for trial in self.trials)
 
     @cached_property
-    def _measured(self) -> Measured:
-        return Measured(self.goal, self.trials)
+    def _measured(self) -> MeasuredSettings:
+        return MeasuredSettings(self.goal, self.trials)
 
     @cached_property
     def _front(self) -> list[int]:
@@ -176,8 +176,8 @@ class SearchResult(BaseModel):
 
     @property
     def front(self) -> list[Evaluation]:
-        """The settings within the limits that no other one beats beyond the paired error (`Measured.front`), sorted by
-        the first objective."""
+        """The settings within the limits that no other one beats beyond the paired error (`MeasuredSettings.front`).
+        They are sorted by the first objective."""
         return [self.trials[i] for i in self._front]
 
     @cached_property

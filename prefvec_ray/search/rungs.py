@@ -2,7 +2,7 @@
 
 The rungs of a search are shares of all prompts x draws, such as (0.25, 1). They fill draw by draw: one draw of every
 prompt (in a seeded random order, so that any part of it is a fair sample) before a second draw of any. Every setting
-climbs the same rungs with the same prompts and random numbers, so two settings are paired at each of them, and what a
+is measured on the same rungs with the same prompts and random numbers, so two settings are paired at each of them, and what a
 rung has measured is never measured again.
 """
 
@@ -67,7 +67,7 @@ def plan_rungs(prompts: int, draws: int, shares: Sequence[float], seed: int = 0)
     return rungs
 
 
-class Ladder:
+class FidelitySchedule:
     """Measures settings rung by rung. `make` builds the evaluator of a block, and hears which one is the first."""
 
     def __init__(self, make: "Callable[[Block, bool], Evaluator]", rungs: Sequence[Sequence[Block]]) -> None:
@@ -77,10 +77,10 @@ class Ladder:
         # Metrics of preference pairs, which have nothing to do with prompts, are the first block's alone.
         self._of_pairs = set(self.evaluators[0].metrics) - set(self.evaluators[-1].metrics)
 
-    def climb(self, coefficients: Mapping[str, float]) -> "Iterator[Evaluation]":
+    def evaluate_rungs(self, coefficients: Mapping[str, float]) -> "Iterator[Evaluation]":
         """What `coefficients` score after each rung; the work of a rung is done when its evaluation is asked for.
 
-        Of a prompt that several blocks ask, the mean is weighted by their draws. The whole ladder as one rung gives
+        Of a prompt that several blocks ask, the mean is weighted by their draws. The whole schedule as one rung gives
         what `Evaluator.evaluate` gives.
         """
         parts: list[tuple[Block, Evaluation]] = []

@@ -16,7 +16,7 @@ from prefvec_ray.common.paths import check_visible, this_node
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 from prefvec_ray.scorers import Metric, Scorer, load_scorer
-from prefvec_ray.search.rungs import Block, Ladder, plan_rungs
+from prefvec_ray.search.rungs import Block, FidelitySchedule, plan_rungs
 
 if TYPE_CHECKING:
     from prefvec_ray.evaluation import Evaluation, Evaluator
@@ -71,11 +71,11 @@ class Task:
         """The live model of this process, ready to measure settings in full. Heavy: once a process.
 
         Raises:
-            InputError, JobError: as `ladder`.
+            InputError, JobError: as `fidelity_schedule`.
         """
-        return self.ladder([[Block(tuple(range(len(self.prompts))), self.draws, self.seed)]]).evaluators[0]
+        return self.fidelity_schedule([[Block(tuple(range(len(self.prompts))), self.draws, self.seed)]]).evaluators[0]
 
-    def ladder(self, rungs: Sequence[Sequence[Block]] | None = None) -> Ladder:
+    def fidelity_schedule(self, rungs: Sequence[Sequence[Block]] | None = None) -> FidelitySchedule:
         """The live model of this process, ready to measure settings rung by rung. Heavy: once a process.
 
         Raises:
@@ -91,7 +91,7 @@ class Task:
         except Exception as error:
             raise JobError(f"node {this_node()} cannot load what it is to measure: {in_a_line(error)}") from error
 
-    def _loaded(self, rungs: Sequence[Sequence[Block]] | None) -> Ladder:
+    def _loaded(self, rungs: Sequence[Sequence[Block]] | None) -> FidelitySchedule:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -130,7 +130,7 @@ class Task:
                 pairs=self.pairs if first else None,
             )
 
-        return Ladder(make, self.blocks() if rungs is None else rungs)
+        return FidelitySchedule(make, self.blocks() if rungs is None else rungs)
 
 
 class Trial(tune.Trainable):
@@ -142,14 +142,14 @@ class Trial(tune.Trainable):
     def setup(self, config: dict[str, Any], task: Task) -> None:
         self.unfit = ""
         try:
-            self.ladder = task.ladder()
+            self.fidelity_schedule = task.fidelity_schedule()
         except (InputError, JobError) as error:  # Tune would start a process anew that can only fail again
             self.unfit = str(error)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         if not self.unfit:
-            self.climb: Iterator[Evaluation] = self.ladder.climb(new_config["coefficients"])
+            self.evaluations: Iterator[Evaluation] = self.fidelity_schedule.evaluate_rungs(new_config["coefficients"])
         self.rung = 0
         return True
 
@@ -159,7 +159,7 @@ class Trial(tune.Trainable):
         self.rung += 1
         began = time.time()
         try:
-            evaluation = next(self.climb)
+            evaluation = next(self.evaluations)
         except Exception as error:
             return {"rung": self.rung, "error": in_a_line(error), "done": True}
         return {
@@ -168,7 +168,7 @@ class Trial(tune.Trainable):
             "process": f"{platform.node()}:{os.getpid()}",
             "began": began,
             "ended": time.time(),
-            "done": self.rung == len(self.ladder.rungs),
+            "done": self.rung == len(self.fidelity_schedule.rungs),
         }
 
 

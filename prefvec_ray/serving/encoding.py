@@ -41,7 +41,7 @@ class Tokenization:
         return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
-class Encoder:
+class PromptEncoder:
     """Runs the tokenizing of jobs, each caller's one after the other. `load` gives another, equal tokenizer, for long
     prompts: it is called at the first of those."""
 

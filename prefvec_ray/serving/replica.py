@@ -18,7 +18,7 @@ from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.encoding import Encoder, Tokenization
+from prefvec_ray.serving.encoding import PromptEncoder, Tokenization
 from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
@@ -51,7 +51,7 @@ class Replica:
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
         self._tokenizer = load_tokenizer(config)
-        self._encoder = Encoder(self._tokenizer, lambda: load_tokenizer(config))
+        self._encoder = PromptEncoder(self._tokenizer, lambda: load_tokenizer(config))
         self._spent = SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
         self._registry = open_registry(config.registry)

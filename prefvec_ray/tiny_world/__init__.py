@@ -1,8 +1,8 @@
 """The embedded tiny world: preference data, a tokenizer, a base model and exact scores, all from a seed."""
 
 from prefvec_ray.tiny_world.base_model import new_model
-from prefvec_ray.tiny_world.scoring import METRICS, Metric, Scores
+from prefvec_ray.tiny_world.scoring import METRICS, Scores, WorldMetric
 from prefvec_ray.tiny_world.tokenizer import build_tokenizer
 from prefvec_ray.tiny_world.world import Prompt, TinyWorld
 
-__all__ = ["METRICS", "Metric", "Prompt", "Scores", "TinyWorld", "build_tokenizer", "new_model"]
+__all__ = ["METRICS", "Prompt", "Scores", "TinyWorld", "WorldMetric", "build_tokenizer", "new_model"]

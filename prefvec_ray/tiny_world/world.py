@@ -48,7 +48,7 @@ Split = Literal["train", "search", "report"]
 
 
 @dataclass(frozen=True)
-class Preset:
+class WorldSize:
     """How much of the world. Topics are counted as (safe, scary, unsafe); those not held out train preferences."""
 
     topics: tuple[int, int, int]
@@ -60,9 +60,9 @@ class Preset:
     label_noise: float = 0.05
 
 
-PRESETS: dict[str, Preset] = {
-    "tiny": Preset((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=12000, pairs=2400, test_pairs=256),
-    "micro": Preset((9, 6, 9), (2, 1, 2), (3, 2, 3), sft_examples=7000, pairs=800, test_pairs=64),
+PRESETS: dict[str, WorldSize] = {
+    "tiny": WorldSize((24, 16, 24), (3, 2, 3), (6, 4, 6), sft_examples=12000, pairs=2400, test_pairs=256),
+    "micro": WorldSize((9, 6, 9), (2, 1, 2), (3, 2, 3), sft_examples=7000, pairs=800, test_pairs=64),
 }
 
 FORM_SHARES: dict[Kind, dict[Form, float]] = {

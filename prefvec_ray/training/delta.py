@@ -20,12 +20,12 @@ from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.training.zero import leave_deepspeed
 from prefvec_ray.vectors import Checkpoint, LowRank, PreferenceVector, vector_from_adapter, vector_from_state
-from prefvec_ray.vectors.checkpoint import Piece, checkpoint_layout
+from prefvec_ray.vectors.checkpoint import TensorPiece, checkpoint_layout
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-Layout = dict[str, list[Piece]]
+Layout = dict[str, list[TensorPiece]]
 SAMPLE = 1 << 22
 
 

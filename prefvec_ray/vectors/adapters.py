@@ -23,7 +23,7 @@ from prefvec_ray.common.files import read_json, taking_apart
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.common.patterns import compile_pattern
 from prefvec_ray.common.pretrained import from_pretrained
-from prefvec_ray.vectors.checkpoint import Checkpoint, Piece, checkpoint_layout
+from prefvec_ray.vectors.checkpoint import Checkpoint, TensorPiece, checkpoint_layout
 from prefvec_ray.vectors.entries import Entry, Full, LowRank, added
 from prefvec_ray.vectors.extract import is_zero, stored_as, subtract
 from prefvec_ray.vectors.file import PreferenceVector, VectorInfo
@@ -253,7 +253,7 @@ def _check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
 
 def skeleton(
     base: str | Path, config: "LoraConfig"
-) -> tuple["PeftModel", dict[str, list[Piece]], dict[str, torch.Size]]:
+) -> tuple["PeftModel", dict[str, list[TensorPiece]], dict[str, torch.Size]]:
     """PEFT's model of this adapter without memory; the base's layout without tied parameters; all shapes."""
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -325,7 +325,7 @@ def _transposed(entry: LowRank) -> LowRank:
     return LowRank(entry.B_OR.mT, entry.A_RI.mT)
 
 
-def _piece_of(delta: Entry | Tensor, shape: torch.Size, piece: Piece) -> Entry:
+def _piece_of(delta: Entry | Tensor, shape: torch.Size, piece: TensorPiece) -> Entry:
     """The part of a live parameter's change that belongs to one checkpoint tensor.
 
     Rows of one matrix of a stack keep their factors; anything else is cut from the dense change.

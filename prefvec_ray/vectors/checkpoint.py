@@ -120,7 +120,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """Where one checkpoint tensor lies inside a live parameter, in elements of that parameter."""
 
     name: str
@@ -129,7 +129,7 @@ class Piece:
     offset: int
 
 
-def checkpoint_layout(model: nn.Module) -> dict[str, list[Piece]]:
+def checkpoint_layout(model: nn.Module) -> dict[str, list[TensorPiece]]:
     """Live parameter name -> the checkpoint tensors that it is made of; a tied parameter is listed once.
 
     `model` may lie on the meta device, and its parameters may be views of one flat buffer.
@@ -139,14 +139,14 @@ def checkpoint_layout(model: nn.Module) -> dict[str, list[Piece]]:
         for name, parameter in model.named_parameters()
         if parameter.numel()
     )
-    layout: dict[str, list[Piece]] = {}
+    layout: dict[str, list[TensorPiece]] = {}
     for name, view in checkpoint_state(model).items():
         place = (_storage(view), int(view.storage_offset()))
         position = bisect.bisect_right(starts, place, key=lambda start: start[:2]) - 1
         if position < 0 or starts[position][0] != place[0]:
             continue  # a buffer
         _, start, owner = starts[position]
-        piece = Piece(name, tuple(view.shape), view.stride(), place[1] - start)
+        piece = TensorPiece(name, tuple(view.shape), view.stride(), place[1] - start)
         layout.setdefault(owner, []).append(piece)
     return layout
 

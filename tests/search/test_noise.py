@@ -8,7 +8,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.evaluate import compare_metric
 from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult, non_dominated
-from prefvec_ray.search.noise import Measured
+from prefvec_ray.search.noise import MeasuredSettings
 
 METRICS = {
     "help": Metric(direction="maximize", low=0, high=1),
@@ -29,7 +29,7 @@ def test_a_setting_leaves_the_front_only_when_another_is_better_beyond_the_paire
     shifted = [x - 0.01 for x in clear.per_prompt["help"]]
     by_a_hair = measured({"a": 1.0}, help=noisy(0.49, 3, 0.2), harm=clear.per_prompt["harm"])
     for_sure = measured({"a": 2.0}, help=shifted, harm=clear.per_prompt["harm"])
-    table = Measured(GOAL, [clear, by_a_hair, for_sure])
+    table = MeasuredSettings(GOAL, [clear, by_a_hair, for_sure])
     assert list(table.front()) == [True, True, False], (
         "0.01 less on every prompt is certain, 0.01 less on average is not"
     )
@@ -42,7 +42,7 @@ def test_the_plain_front_always_survives(measured):
         measured({"a": i / 40}, help=noisy(rng.random(), i, 0.1), harm=noisy(rng.random(), 99 + i, 0.1))
         for i in range(40)
     ]
-    front = Measured(GOAL, trials).front()
+    front = MeasuredSettings(GOAL, trials).front()
     assert all(front[i] for i in non_dominated([GOAL.point(trial) for trial in trials]))
 
 
@@ -51,7 +51,7 @@ def test_paired_errors_are_those_of_compare(measured):
     b = measured({"a": 1.0}, help=[0.3, 0.5, None, 0.5], harm=[0.2, 0.3, 0.1, 0.1])
     from prefvec_ray.search.noise import _paired
 
-    table = Measured(GOAL, [a, b])
+    table = MeasuredSettings(GOAL, [a, b])
     mean, error = _paired(table.gains_SOP, table.gains_SOP)
     for o, name in enumerate(GOAL.objectives):
         expected = compare_metric(a, b, name)
@@ -65,7 +65,7 @@ def test_large_numbers_with_small_differences_keep_them(measured):
     goal = Goal(objectives=("words",), metrics={"words": Metric(direction="minimize", low=0)})
     a = measured({"a": 0.0}, words=[1e8 + x for x in (0.0, 1.0, 2.0)])
     b = measured({"a": 1.0}, words=[1e8 + x + 0.5 for x in (0.0, 1.0, 2.0)])
-    assert list(Measured(goal, [a, b]).front()) == [True, False]
+    assert list(MeasuredSettings(goal, [a, b]).front()) == [True, False]
 
 
 def test_limits_are_part_of_it(measured):
@@ -73,7 +73,7 @@ def test_limits_are_part_of_it(measured):
     fine = measured({"a": 0.0}, help=0.5, harm=0.4)
     breaks = measured({"a": 1.0}, help=0.9, harm=0.41)
     unknown = measured({"a": 2.0}, help=0.9, harm=[None, None])
-    table = Measured(goal, [fine, breaks, unknown])
+    table = MeasuredSettings(goal, [fine, breaks, unknown])
     assert list(table.front()) == [True, False, False]
     assert list(table.front_probabilities()) == [1.0, 0.0, 0.0]
     assert [goal.keeps_limits(e) for e in (fine, breaks, unknown)] == [True, False, False]
@@ -85,7 +85,7 @@ def test_the_chance_to_be_on_the_front(measured):
     one = measured({"a": 0.0}, help=noisy(0.50, 1, 0.2, 64), harm=flat)
     other = measured({"a": 1.0}, help=noisy(0.50, 2, 0.2, 64), harm=flat)
     worse = measured({"a": 2.0}, help=noisy(0.10, 3, 0.2, 64), harm=flat)
-    chances = Measured(GOAL, [one, other, worse]).front_probabilities(400)
+    chances = MeasuredSettings(GOAL, [one, other, worse]).front_probabilities(400)
     assert chances[0] == pytest.approx(0.5, abs=0.1)
     assert chances[0] + chances[1] == pytest.approx(1)
     assert chances[2] == 0
@@ -100,14 +100,14 @@ def test_a_gain_in_volume_has_the_error_that_other_prompts_show(measured):
         return [base, measured({"a": 1.0}, help=[0.6 + rng.gauss(0, 0.2) for _ in range(16)], harm=[0.5] * 16)]
 
     gains = [max(0, SearchResult(goal=GOAL, trials=table(s)).trials[1].mean("help") - 0.5) * 0.5 for s in range(200)]
-    errors = [Measured(GOAL, table(s)).gain_error(1, (0.0, -1.0)) for s in range(20)]
+    errors = [MeasuredSettings(GOAL, table(s)).gain_error(1, (0.0, -1.0)) for s in range(20)]
     assert np.mean(errors) == pytest.approx(np.std(gains), rel=0.25)
 
 
 def test_evaluations_of_other_prompts_do_not_mix(measured):
     a = measured({"a": 0.0}, help=0.5, harm=0.5)
     with pytest.raises(InputError, match="cannot share a front"):
-        Measured(GOAL, [a, a.model_copy(update={"prompts_digest": "other"})])
+        MeasuredSettings(GOAL, [a, a.model_copy(update={"prompts_digest": "other"})])
 
 
 def test_what_is_recommended_rests_on_no_few_lucky_prompts(measured):

@@ -108,17 +108,17 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
     class Hanging(Task):
         """The setting that is in flight when the front has stood still never comes back."""
 
-        def ladder(self, rungs=None):
-            ladder = super().ladder(rungs)
-            climb = ladder.climb
+        def fidelity_schedule(self, rungs=None):
+            schedule = super().fidelity_schedule(rungs)
+            evaluate = schedule.evaluate_rungs
 
-            def climb_or_hang(coefficients):
+            def evaluate_or_hang(coefficients):
                 if coefficients == in_flight:
                     time.sleep(3600)
-                return climb(coefficients)
+                return evaluate(coefficients)
 
-            ladder.climb = climb_or_hang
-            return ladder
+            schedule.evaluate_rungs = evaluate_or_hang
+            return schedule
 
     hanging = Hanging(**{field.name: getattr(task, field.name) for field in fields(task)})
     first = search(hanging, OBJECTIVES, tmp_path / "s", patience=2, progress=lines.append, **settings)

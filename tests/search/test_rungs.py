@@ -36,19 +36,19 @@ def test_one_draw_is_split_by_prompts_and_not_in_their_order():
 
 
 @pytest.mark.parametrize("shares", [(), (0.5,), (1.0, 0.5), (0.0, 1.0), (0.5, 0.5, 1.0), (0.5, 2.0)])
-def test_shares_that_make_no_ladder(shares):
+def test_shares_that_make_no_schedule(shares):
     with pytest.raises(InputError, match="expected rising shares"):
         plan_rungs(8, 4, shares)
 
 
-def test_a_climb_measures_each_answer_once_and_joins_them(task):
+def test_a_schedule_measures_each_answer_once_and_joins_them(task):
     task = replace(task, rungs=(0.25, 0.5, 1.0), draws=4)
-    ladder = task.ladder()
+    schedule = task.fidelity_schedule()
     settings = [{"left": 0.5}, {"left": -0.5, "right": 0.3}]
-    climbs = [list(ladder.climb(setting)) for setting in settings]
-    for climb in climbs:
-        first, second, third = climb
-        parts = [evaluator.evaluate(climb[0].coefficients) for evaluator in ladder.evaluators]
+    measured = [list(schedule.evaluate_rungs(setting)) for setting in settings]
+    for rungs in measured:
+        first, second, third = rungs
+        parts = [evaluator.evaluate(rungs[0].coefficients) for evaluator in schedule.evaluators]
         for name in ("length", "letters"):
             for i in range(len(task.prompts)):
                 draws = [part.per_prompt[name][i] for part in parts]
@@ -56,13 +56,13 @@ def test_a_climb_measures_each_answer_once_and_joins_them(task):
                 assert second.per_prompt[name][i] == pytest.approx((draws[0] + draws[1]) / 2)
                 assert third.per_prompt[name][i] == pytest.approx((draws[0] + draws[1] + 2 * draws[2]) / 4)
         assert third.tokens == sum(part.tokens for part in parts)
-    for one, other in zip(*climbs, strict=True):
+    for one, other in zip(*measured, strict=True):
         assert one.prompts_digest == other.prompts_digest, "paired at every rung"
-    assert len({evaluation.prompts_digest for evaluation in climbs[0]}) == 3
+    assert len({evaluation.prompts_digest for evaluation in measured[0]}) == 3
 
 
 def test_a_single_rung_is_a_plain_evaluation(task):
     task = replace(task, rungs=(1.0,))
-    (climbed,) = task.ladder().climb({"left": 1.0})
+    (joined,) = task.fidelity_schedule().evaluate_rungs({"left": 1.0})
     plain = task.evaluator().evaluate({"left": 1.0})
-    assert climbed.model_copy(update={"seconds": 0.0}) == plain.model_copy(update={"seconds": 0.0})
+    assert joined.model_copy(update={"seconds": 0.0}) == plain.model_copy(update={"seconds": 0.0})

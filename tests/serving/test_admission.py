@@ -366,7 +366,7 @@ def test_refused_work_counts_for_its_sender(make, tmp_path):
     assert enter(admission, wrong | {"messages": ASK["messages"]}).caller.id == "anonymous"
 
 
-def test_what_a_caller_sees_is_of_one_lineup_whatever_is_rolled_out_meanwhile(make, release):
+def test_what_a_caller_sees_is_of_one_release_whatever_is_rolled_out_meanwhile(make, release):
     admission = make()
     caller = asyncio.run(admission.identify("/v1/preferences", Headers({})))
     fewer = {"harmless": release.vectors["harmless"]}

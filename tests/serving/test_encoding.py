@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prefvec_ray.serving.encoding import SHORT_BYTES, Encoder, Tokenization, longest_token
+from prefvec_ray.serving.encoding import SHORT_BYTES, PromptEncoder, Tokenization, longest_token
 from prefvec_ray.serving.engines.base import PromptTooLongError
 
 
@@ -54,7 +54,7 @@ def test_a_short_prompt_does_not_wait_for_long_ones(tokenizer):
     go = threading.Event()
 
     async def all_of_it() -> None:
-        encoder = Encoder(tokenizer, lambda: tokenizer)
+        encoder = PromptEncoder(tokenizer, lambda: tokenizer)
         long = ("x" * (SHORT_BYTES + 1),)
         waiting = [asyncio.create_task(encoder.run(f"key-{i}", long, lambda _: go.wait())) for i in range(3)]
         await asyncio.sleep(0)

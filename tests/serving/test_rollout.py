@@ -88,7 +88,7 @@ async def ask(replica: Replica, generation: int, new: int = 24) -> list[int]:
     return list(answer.tokens)
 
 
-def test_a_request_keeps_the_lineup_that_it_started_with(
+def test_a_request_keeps_the_release_that_it_started_with(
     config, replica, registry, base_folder, vector_folders, next_helpful
 ):
     """Same prompt, same coefficients, two generations, at once: nothing that one caches reaches the other."""
@@ -219,7 +219,7 @@ def served(
     wait_for(lambda: registry.holds() == {})
 
 
-def test_an_equal_lineup_changes_nothing(served):
+def test_an_equal_release_changes_nothing(served):
     assert roll_out(served.config).generation == 0
     assert served.says("helpful@1")
     (held,) = served.registry.holds().values()

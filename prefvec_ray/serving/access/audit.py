@@ -50,7 +50,7 @@ class _Lines(RotatingFileHandler):
         raise
 
 
-class Audit:
+class AuditLog:
     """Appends every decision to a file of bounded size and number, and answers below a floor to a file of their own
     that has no bound. Without a config it keeps nothing.
 

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry
-from prefvec_ray.serving.access.audit import Audit
+from prefvec_ray.serving.access.audit import AuditLog
 from prefvec_ray.serving.access.errors import ApiError, explained, no_model
 from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
 from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
@@ -89,7 +89,7 @@ class AdmissionController:
 
     def __init__(self, config: ServingConfig, release: Release, registry: Registry):
         self._config, self._registry, self.release = config, registry, release
-        self._audit = Audit(config.audit)
+        self._audit = AuditLog(config.audit)
         self._rates = Rates()
         self._parsing = Turns("parsing")
         self._keys = Keys(config.keys, self._check_key) if config.keys else None

@@ -60,7 +60,7 @@ class VllmEngine:
         self._token_texts = TokenTexts(tokenizer)
         self._ends = end_tokens(_generation_config(base), tokenizer)
         self._numbers = itertools.count()
-        self._turns = Turns(self._merge, config.switch_share)
+        self._turns = WeightTurns(self._merge, config.switch_share)
         self._scratch = tempfile.TemporaryDirectory(prefix="prefvec-vllm-")
         self._finished = self._cancelled = self._failed = self._tokens = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -245,7 +245,7 @@ class VllmEngine:
             self._llm.shutdown()
 
 
-class Turns:
+class WeightTurns:
     """Who may generate while the weights hold one set of coefficients.
 
     Requests of the setting in force run together. Once its turn has lasted so long that rewriting the weights costs no

@@ -23,8 +23,8 @@ from prefvec_ray.registry.lease import CLAIM, Lease
 from prefvec_ray.registry.ledger import NUMBERED
 from prefvec_ray.registry.names import VERSION
 from prefvec_ray.registry.records import (
-    Claim,
     Hold,
+    LeaseClaim,
     Move,
     PresetVersion,
     Record,
@@ -60,7 +60,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Finding(Frozen):
+class StoreFinding(Frozen):
     """One thing that is not as it should be. `harm`: something that was published is affected."""
 
     kind: Literal[
@@ -91,7 +91,7 @@ class Verification(Frozen):
     records: int
     blobs: int
     bytes: int
-    findings: tuple[Finding, ...]
+    findings: tuple[StoreFinding, ...]
 
     @property
     def sound(self) -> bool:
@@ -129,7 +129,7 @@ def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda
     `read_bytes=False` blobs are only measured. `progress(path, bytes)` is called after each blob. In a bucket one
     vector at a time is copied to a scratch folder for that.
     """
-    findings: list[Finding] = []
+    findings: list[StoreFinding] = []
     records = _verify_records(store, findings)
     needed: dict[str, dict[str, int]] = {}
     retired = {f"{r.name}@{r.version}" for r in records.values() if isinstance(r, Retirement)}
@@ -142,7 +142,7 @@ def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda
         live = tuple(sorted(users.keys() - retired))
         if digest not in blobs and live:
             detail = f"{max(users.values())} bytes are gone; publish the original files again to restore it"
-            findings.append(Finding(kind="missing blob", path=blob_key(digest), detail=detail, needed_by=live))
+            findings.append(StoreFinding(kind="missing blob", path=blob_key(digest), detail=detail, needed_by=live))
     for digest, (size, _) in sorted(blobs.items()):
         expected, live = needed.get(digest, {}), tuple(sorted(needed.get(digest, {}).keys() - retired))
         wrong = None
@@ -152,10 +152,10 @@ def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda
             wrong = "the bytes changed"
         if wrong:
             detail = f"{wrong}; publish the original files again to restore it"
-            findings.append(Finding(kind="corrupt blob", path=blob_key(digest), detail=detail, needed_by=live))
+            findings.append(StoreFinding(kind="corrupt blob", path=blob_key(digest), detail=detail, needed_by=live))
         elif not live:
             detail = f"{size} bytes that nothing refers to; `gc` deletes them"
-            findings.append(Finding(kind="orphan blob", path=blob_key(digest), detail=detail))
+            findings.append(StoreFinding(kind="orphan blob", path=blob_key(digest), detail=detail))
         progress(blob_key(digest), size)
     if read_bytes:
         _verify_statements(store, records, retired, findings)
@@ -165,7 +165,7 @@ def verify(store: Store, *, read_bytes: bool = True, progress: Progress = lambda
     return Verification(root=store.label, records=len(records), blobs=len(blobs), bytes=total, findings=tuple(findings))
 
 
-def _verify_records(store: Store, findings: list[Finding]) -> dict[str, Record]:
+def _verify_records(store: Store, findings: list[StoreFinding]) -> dict[str, Record]:
     """Every record that is whole, by key; what is not becomes a finding."""
     records: dict[str, Record] = {}
     keys = [*store.record_keys(), MARKER]
@@ -175,12 +175,12 @@ def _verify_records(store: Store, findings: list[Finding]) -> dict[str, Record]:
             records[key] = decode(store.read_fresh(key) or b"", model, key)
             expected = key_of(records[key]) or MARKER
             if expected != key:
-                findings.append(Finding(kind="corrupt record", path=key, detail=f"is the record of {expected}"))
+                findings.append(StoreFinding(kind="corrupt record", path=key, detail=f"is the record of {expected}"))
         except InputError as error:
-            findings.append(Finding(kind="newer record", path=key, detail=str(error)))
+            findings.append(StoreFinding(kind="newer record", path=key, detail=str(error)))
         except StoreError as error:
             advice = f"; or {REPAIR}" if key.startswith(("refs/", "tags/")) else ""
-            findings.append(Finding(kind="corrupt record", path=key, detail=str(error) + advice))
+            findings.append(StoreFinding(kind="corrupt record", path=key, detail=str(error) + advice))
     histories: dict[str, set[int]] = {}
     for key in keys:
         folder, _, file = key.rpartition("/")
@@ -190,15 +190,17 @@ def _verify_records(store: Store, findings: list[Finding]) -> dict[str, Record]:
         missing = itertools.islice((n for n in range(1, max(numbers)) if n not in numbers), 100)
         for number in missing:
             detail = f"a step of this history is gone; restore it from a copy, or {REPAIR}"
-            findings.append(Finding(kind="missing record", path=f"{folder}/{number}.json", detail=detail))
+            findings.append(StoreFinding(kind="missing record", path=f"{folder}/{number}.json", detail=detail))
         newest = records.get(f"{folder}/{max(numbers)}.json")
         if isinstance(newest, Move | Tagging) and newest.kind.startswith("lost"):
             detail = "the newest step of this history was lost; set the alias or the tags again"
-            findings.append(Finding(kind="missing record", path=folder, detail=detail))
+            findings.append(StoreFinding(kind="missing record", path=folder, detail=detail))
     return records
 
 
-def _verify_statements(store: Store, records: dict[str, Record], retired: set[str], findings: list[Finding]) -> None:
+def _verify_statements(
+    store: Store, records: dict[str, Record], retired: set[str], findings: list[StoreFinding]
+) -> None:
     """Compare every manifest whose bytes are sound with its vector."""
     damaged = {finding.path for finding in findings if finding.kind in ("corrupt blob", "missing blob")}
     for key, record in records.items():
@@ -208,7 +210,9 @@ def _verify_statements(store: Store, records: dict[str, Record], retired: set[st
             with _vector_folder(store, record) as folder:
                 for wrong in wrong_statements(record, folder, links=True):
                     detail = f"{wrong}; do not use it: retire it, and publish the vector from its own files"
-                    findings.append(Finding(kind="wrong statement", path=key, detail=detail, needed_by=(record.ref,)))
+                    findings.append(
+                        StoreFinding(kind="wrong statement", path=key, detail=detail, needed_by=(record.ref,))
+                    )
 
 
 @contextlib.contextmanager
@@ -230,7 +234,7 @@ def _vector_folder(store: Store, version: VectorVersion) -> Iterator[Path]:
         yield scratch
 
 
-def _verify_references(records: dict[str, Record], findings: list[Finding]) -> None:
+def _verify_references(records: dict[str, Record], findings: list[StoreFinding]) -> None:
     """Presets, served fingerprints, aliases and tags must name versions that exist and are what they were."""
     for key, record in records.items():
         named: dict[str, str] = {}
@@ -247,18 +251,20 @@ def _verify_references(records: dict[str, Record], findings: list[Finding]) -> N
                 detail = f"means {digest}, but {target} is {found.digest}"
             else:
                 continue
-            findings.append(Finding(kind="dangling reference", path=key, detail=detail))
+            findings.append(StoreFinding(kind="dangling reference", path=key, detail=detail))
 
 
-def _strays(store: Store, blobs: Iterable[str], findings: list[Finding]) -> None:
+def _strays(store: Store, blobs: Iterable[str], findings: list[StoreFinding]) -> None:
     known = {digest[7:] for digest in blobs}
     for name in store.children("blobs"):
         if name not in known:
-            findings.append(Finding(kind="stray file", path=f"blobs/{name}", detail="not a blob; look and remove it"))
+            findings.append(
+                StoreFinding(kind="stray file", path=f"blobs/{name}", detail="not a blob; look and remove it")
+            )
     for path in store.stale_staging():
         detail = "its writer died; `gc` deletes it"
-        findings.append(Finding(kind="stale staging", path=f"staging/{path.name}", detail=detail))
-    mutable: dict[str, type[Record]] = {CLAIM: Claim} | {f"holds/{name}": Hold for name in store.children("holds")}
+        findings.append(StoreFinding(kind="stale staging", path=f"staging/{path.name}", detail=detail))
+    mutable: dict[str, type[Record]] = {CLAIM: LeaseClaim} | {f"holds/{name}": Hold for name in store.children("holds")}
     for key, model in mutable.items():
         try:
             data = store.read_fresh(key)
@@ -266,7 +272,7 @@ def _strays(store: Store, blobs: Iterable[str], findings: list[Finding]) -> None
                 decode(data, model, key)
         except (StoreError, InputError):
             advice = "the next writer replaces it" if key == CLAIM else "until it is released, nothing can be retired"
-            findings.append(Finding(kind="corrupt record", path=key, detail=f"cannot be read; {advice}"))
+            findings.append(StoreFinding(kind="corrupt record", path=key, detail=f"cannot be read; {advice}"))
 
 
 def _hash(store: Store, digest: str) -> str:
