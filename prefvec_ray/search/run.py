@@ -105,9 +105,9 @@ def search(
 
     The base and the settings in `start` come first, then what Optuna's `sampler` proposes within `ranges` (default
     [-1, 1]), or a grid of `grid_steps` an axis, on `actors` processes at once, each with `resources` (default one
-    CPU). Each setting is measured rung by rung (`task.rungs`); it is dropped where another is better in every objective by more than
-    `caution` paired standard errors. Settings that break a limit are kept but never enter the front, and the sampler
-    is told by how much they do. `SearchResult.stopped` says which of these ended the search:
+    CPU). Each setting is measured rung by rung (`task.rungs`), and dropped where another is better in every objective
+    by more than `caution` paired standard errors. Settings that break a limit are kept but never enter the front, and
+    the sampler is told by how much they do. `SearchResult.stopped` says which of these ended the search:
 
     - `trials` settings were tried, dropped and failed ones included;
     - `answers` were generated, or `seconds` have passed;

@@ -2,8 +2,8 @@
 
 The rungs of a search are shares of all prompts x draws, such as (0.25, 1). They fill draw by draw: one draw of every
 prompt (in a seeded random order, so that any part of it is a fair sample) before a second draw of any. Every setting
-is measured on the same rungs with the same prompts and random numbers, so two settings are paired at each of them, and what a
-rung has measured is never measured again.
+is measured on the same rungs with the same prompts and random numbers, so two settings are paired at each of them.
+What a rung has measured is never measured again.
 """
 
 import itertools
