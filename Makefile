@@ -51,6 +51,7 @@ test: env ## Lint, types and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m pytest -q --durations=25 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-quick: env ## Tests without a cluster or a browser
@@ -62,10 +63,11 @@ fuzz: env ## Mutated bundles, records, vectors, data files, configs and requests
 	$(BIN)/python -W ignore -m tests.fuzz.readers --inputs 10000 --seconds 600
 	$(BIN)/python -m tests.fuzz.api --inputs 3000 --seconds 300
 
-lint: env ## ruff and mypy only
+lint: env ## ruff, mypy and import-linter only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 clean: ## Remove run folders and caches, keep .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
