@@ -3,6 +3,7 @@
 import re
 import shlex
 import tomllib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,10 @@ def test_ray_up_launches_every_machine_of_the_aws_file(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "none")
     config = prepare_config(yaml.safe_load((CLUSTER / "aws.yaml").read_text()))
     region = config["provider"]["region"]
-    with moto.mock_aws():
+    with ExitStack() as ends:
+        mocked = moto.mock_aws()
+        mocked.start(reset=False)  # the buckets of the suite's S3 server are in this process, too
+        ends.callback(mocked.stop, remove_data=False)
         image = boto3.client("ec2", region).describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
         for node_type in config["available_node_types"].values():
             node_type["node_config"]["ImageId"] = image
