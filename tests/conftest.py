@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items
             if groups[item.path] not in DEAREST_FIRST
             and item.path not in far
-            and not {"new_cluster", "browser"} & set(item.fixturenames)  # type: ignore[attr-defined]
+            and not {"new_cluster", "browser", "demo_run"} & set(item.fixturenames)  # type: ignore[attr-defined]
             and not item.get_closest_marker("slow")
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
