@@ -27,7 +27,7 @@ def main() -> None:
     # Bars of our own tell what goes on; those of libraries would only break the lines.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # TRL sets a field of transformers that transformers calls deprecated: nothing that a user could mend.
+    # TRL sets a field of transformers that transformers calls deprecated: nothing that a user could fix.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 

@@ -1,6 +1,6 @@
 """What preference data looks like in the field, and how one row of it becomes one pair: prompt, chosen, rejected.
 
-A format is the fields that it is known by and a function from a row to a pair. What a user can mend is refused with
+A format is the fields that it is known by and a function from a row to a pair. What a user can fix is refused with
 file and row; what is known to occur in published files and says nothing (an empty answer) is dropped and counted.
 """
 
@@ -72,7 +72,7 @@ def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); mend the row") from None
+            raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); correct the row") from None
     if not value.strip():
         raise UnusableError("the prompt is empty" if field in ("prompt", "instruction") else empty)
     return value

@@ -259,7 +259,7 @@ def _strays(store: Store, blobs: Iterable[str], findings: list[StoreFinding]) ->
     for name in store.children("blobs"):
         if name not in known:
             findings.append(
-                StoreFinding(kind="stray file", path=f"blobs/{name}", detail="not a blob; look and remove it")
+                StoreFinding(kind="stray file", path=f"blobs/{name}", detail="not a blob; inspect and remove it")
             )
     for path in store.stale_staging():
         detail = "its writer died; `gc` deletes it"

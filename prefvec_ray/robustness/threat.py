@@ -61,7 +61,7 @@ def check_data(x: Tensor, y: Tensor, ball: Ball, classes: int) -> None:
         raise InputError(f"labels of shape {tuple(y.shape)}, {y.dtype}: expected {len(x)} integers, one an input")
     if not x.isfinite().all():
         bad = int((~x.flatten(1).isfinite().all(1)).nonzero()[0])
-        raise InputError(f"input {bad} holds NaN or infinity; leave it out or mend it")
+        raise InputError(f"input {bad} holds NaN or infinity; leave it out or correct it")
     if ball.low is not None and ball.high is not None:
         smallest, largest = float(x.min()), float(x.max())
         if smallest < ball.low or largest > ball.high:

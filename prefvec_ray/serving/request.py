@@ -30,7 +30,7 @@ class GenerationRequest:
     release: ReleaseId = ("", 0)
     """whose vectors the coefficients are of"""
     resume_tokens: tuple[tuple[int, ...], ...] = ()
-    """the tokens of each answer that its caller has heard already; empty: none of any"""
+    """the tokens of each answer that its caller has received already; empty: none of any"""
     caller: str = ""
     """whose request it is: each caller's prompts are tokenized in turn"""
     id: str = ""

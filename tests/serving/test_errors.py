@@ -1,4 +1,4 @@
-"""What callers are told of errors: what they can mend in full, everything else without its insides."""
+"""What callers are told of errors: what they can fix in full, everything else without its insides."""
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError

@@ -59,7 +59,7 @@ def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job
     assert not (job.folder / "vectors").exists()
     assert not list((job.folder / "dpo").glob(".*"))  # neither checkpoints nor anything half-written
 
-    # The mistake mended. What a killed run left behind is in nobody's way, and what is finished is not done again.
+    # The mistake corrected. What a killed run left behind is in nobody's way, and what is finished is not done again.
     out = Path(specs[0].out)
     out.with_name(f".{out.name}.partial").mkdir()
     before = written(job.folder, "run.json") | written(job.folder / "reference", "*.arrow")

@@ -58,7 +58,7 @@ def answer_in_openai_form(api: FastAPI) -> None:
 
 
 def explained(error: Exception) -> ApiError:
-    """What a caller may know of an error: all of what they can mend, nothing of what they cannot."""
+    """What a caller may know of an error: all of what they can fix, nothing of what they cannot."""
     match error:
         case ApiError():
             return error

@@ -68,7 +68,7 @@ class KeyFile(Config):
 
 
 class KeysUnreadableError(RuntimeError):
-    """The key file changed to something that cannot be read: no key can be checked until it is mended."""
+    """The key file changed to something that cannot be read: no key can be checked until it is corrected."""
 
 
 class Keys:
@@ -104,7 +104,7 @@ class Keys:
                 log.info("%s: %d keys", self._path, len(self._keys))
             except InputError as error:
                 self._keys = None
-                log.error("no key is accepted until this is mended: %s", error)
+                log.error("no key is accepted until this is corrected: %s", error)
         if self._keys is None:
             raise KeysUnreadableError(f"{self._path} cannot be read")
         return self._keys

@@ -37,7 +37,7 @@ class Request:
     logprobs: int | None = None
     """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
     resume_tokens: tuple[int, ...] = ()
-    """the answer's first tokens, where its caller has heard them already from a replica that died: within rounding
+    """the answer's first tokens, where its caller has them already from a replica that died: within rounding
     distance they need not be what this engine would choose. One that does not heed them may say something else"""
     caller: str = ""
     """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""

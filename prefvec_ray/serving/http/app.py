@@ -363,7 +363,7 @@ class Front:
             await pieces.aclose()
 
     def _charge_later(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
-        """Count what was generated for a request that was broken off, also what its caller has not heard. Only the
+        """Count what was generated for a request that was broken off, also what its caller has not received. Only the
         replica knows that, once it has stopped."""
         if not entry.reservation.bins:  # its caller has no limit of tokens
             entry.end(None)

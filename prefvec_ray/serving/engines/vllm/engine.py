@@ -184,19 +184,19 @@ class VllmEngine:
                 emit(piece)
             return piece if piece and piece.finish_reason else None
 
-        # Tokens that were heard already are part of vLLM's prompt, and told from there.
-        heard = request.resume_tokens
-        told_by_vllm = request.logprobs is not None and len(heard) < request.max_new_tokens
-        for token in () if told_by_vllm else heard:
+        # Tokens that the caller has already are part of vLLM's prompt, and emitted from there.
+        resumed = request.resume_tokens
+        told_by_vllm = request.logprobs is not None and len(resumed) < request.max_new_tokens
+        for token in () if told_by_vllm else resumed:
             if last := tell(token):
                 return last
-        prompt = tokens_input([*request.prompt, *heard], cache_salt=salt(request.coefficients))
+        prompt = tokens_input([*request.prompt, *resumed], cache_salt=salt(request.coefficients))
         outputs = self._llm.generate(prompt, sampling(request, self._ends), str(next(self._numbers)))
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                if answer.produced < len(heard):
+                if answer.produced < len(resumed):
                     at = output.prompt_logprobs[len(request.prompt) :]
-                    for token, logprobs in zip(heard, at, strict=True):
+                    for token, logprobs in zip(resumed, at, strict=True):
                         if last := tell(token, self._likely(request, token, logprobs)):
                             return last
                 new = output.outputs[0]
