@@ -72,7 +72,7 @@ def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); correct the row") from None
+            raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); fix the row") from None
     if not value.strip():
         raise UnusableError("the prompt is empty" if field in ("prompt", "instruction") else empty)
     return value

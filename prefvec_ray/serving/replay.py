@@ -1,6 +1,9 @@
-"""A stream whose replica died goes on: another replica answers the same job from its start, and what the caller has
-heard already is left out. It is told those tokens, so that it begins with them also where a choice within rounding
-distance would fall otherwise; after them answers depend on their request alone. Not always in equal pieces."""
+"""A stream whose replica died goes on at another replica.
+
+That one answers the same request from its start. What the caller has received already is left out, and given to the
+engine as the answer's first tokens: a choice within rounding distance might fall otherwise. After them answers depend
+on their request alone. They need not come in equal pieces.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
