@@ -29,6 +29,10 @@ os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # a machine that ot
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every worker would compile the project again
 os.environ["RAY_ADDRESS"] = "local"  # a process that a test starts never joins another cluster of this machine
 
+# A suite in the background ignores Ctrl-C, and so would every process that it starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import psutil
 import pytest
 import torch

@@ -180,7 +180,6 @@ def outcome(words: list[str], case: Case, interrupt: bool) -> Outcome:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores Ctrl-C
     )
     assert process.stdout is not None
     for text in process.stdout:

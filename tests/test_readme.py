@@ -85,7 +85,6 @@ def test_the_endpoint_answers_the_readmes_client(project):
         cwd=project,
         stdout=log,
         stderr=log,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores Ctrl-C
     )
     try:
         until = time.monotonic() + 240
