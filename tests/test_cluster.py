@@ -43,6 +43,7 @@ def test_ray_up_takes_the_file(path):
         validate_config(prepare_config({**config, "max_worker": 3}))
 
 
+@pytest.mark.slow
 def test_ray_up_launches_every_machine_of_the_aws_file(tmp_path, monkeypatch):
     """Through Ray's own AWS provider and botocore's checks of every field, against a local stand-in for EC2 and IAM."""
     boto3 = pytest.importorskip("boto3")

@@ -135,6 +135,7 @@ def header(shape: tuple[int, ...], dtype: type = np.uint8) -> bytes:
     return content.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -60,6 +60,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_all_files_of_the_package(installed):
     tracked = subprocess.run(["git", "ls-files", "prefvec_ray"], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode:
@@ -68,6 +69,7 @@ def test_the_wheel_holds_all_files_of_the_package(installed):
     assert not missing
 
 
+@pytest.mark.slow
 def test_the_installed_package_runs(installed, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(installed)}
     code = (

@@ -139,6 +139,7 @@ def test_a_failing_claim_is_shown_as_failing(data, measured, tmp_path):
     assert 'class="no">NO<' in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_one_preference_three_preferences_and_no_search(data, tmp_path):
     for preferences in (["helpful"], ["helpful", "harmless", "polite"]):
         folder = tmp_path / str(len(preferences))

@@ -88,6 +88,7 @@ for i in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_in_the_middle_leaves_whole_transactions(tmp_path):
     path = tmp_path / "scores.db"
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)

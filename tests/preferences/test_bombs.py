@@ -65,6 +65,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BOMBS))
 def test_a_bomb_is_refused_within_the_bound(tmp_path, name):
     path = tmp_path / name
@@ -77,6 +78,7 @@ def test_a_bomb_is_refused_within_the_bound(tmp_path, name):
     assert child < MEMORY + 512 * MIB, f"{child / MIB:.0f} MiB, of which an interpreter with Arrow takes some"
 
 
+@pytest.mark.slow
 def test_a_large_row_within_the_limits_is_read(tmp_path):
     """What the bounds are not for: rows of some megabytes, and text that repeats a little."""
     chance = random.Random(0)

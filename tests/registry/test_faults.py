@@ -19,6 +19,7 @@ Open = Callable[..., Registry]
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
+@pytest.mark.slow
 def test_a_publisher_killed_at_every_step(tmp_path: Path, make_vector: Make) -> None:
     """Before the manifest is linked nothing is visible, after it everything; the same publication again finishes it."""
     done = subprocess.run(

@@ -37,6 +37,7 @@ def test_one_at_a_time(root: str) -> None:
     second.release()
 
 
+@pytest.mark.slow
 def test_many_candidates_take_turns(root: str) -> None:
     """Never two inside at once; every epoch is used once.
 
@@ -137,6 +138,7 @@ def test_clocks_may_jump(root: str, open_registry: Open, make_vector: Make) -> N
     assert future.verify().sound  # ... but never what is published
 
 
+@pytest.mark.slow
 def test_an_actor_whose_cluster_has_ended_is_waited_for(tmp_path: Path) -> None:
     """Its driver was killed, and with it the raylet; the actor's process ends a few seconds later."""
     code = (

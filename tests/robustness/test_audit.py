@@ -48,6 +48,7 @@ def test_masked_gradients_are_caught(masked, plain, digits):
     assert honest.rung(ENSEMBLE).mean == pytest.approx(masked.rung(ENSEMBLE).mean, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_healthy_model_passes(healthy):
     assert healthy.verdict == "pass", healthy.reason
     assert healthy.rung(PGD).mean > 0.5

@@ -38,6 +38,7 @@ def card(folder):
     return audit_scorer(folder, held, ladder=LADDER, words=WordAttack(edits=2, tried=4))
 
 
+@pytest.mark.slow
 def test_it_beats_the_largest_class_and_says_so(folder):
     about = json.loads((folder / "scorer.json").read_text())
     assert about["held_out_accuracy"]["low"] > about["largest_class"]

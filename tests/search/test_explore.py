@@ -58,6 +58,7 @@ def climb(explorer: Explorer, world, in_flight: int = 3) -> None:
         explorer.finish(proposal.number, tried)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "auto"])
 def test_every_sampler_begins_with_the_base_stays_in_bounds_and_ends(sampler, world):
     bounds = {"a": (-0.5, 1.0), "b": (0.0, 1.0)}
@@ -78,6 +79,7 @@ def test_every_sampler_begins_with_the_base_stays_in_bounds_and_ends(sampler, wo
     )
 
 
+@pytest.mark.slow
 def test_a_model_of_the_world_beats_chance_and_dropping_saves_answers(world):
     """At equal cost, over two seeds; the full comparison on trained vectors is benchmarks/bench_search.py."""
     volume = {}

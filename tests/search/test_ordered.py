@@ -29,6 +29,7 @@ def carry_out(world, plan: Plan, *, processes: int, seed: int, fail: int | None 
         ordered.finish(proposal.number, Tried(rungs=seen, complete=len(seen) == 2, answers=answers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [

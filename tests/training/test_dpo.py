@@ -36,6 +36,7 @@ def pairs_of(world_folder, rows=64):
     return load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(rows))
 
 
+@pytest.mark.slow
 def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tmp_path, trained_on):
     pairs, base = pairs_of(world_folder), str(world_folder / "base")
     stock = DPOTrainer(
@@ -55,6 +56,7 @@ def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tm
     torch.testing.assert_close(torch.tensor([log["loss"] for log in result["history"]]), torch.tensor(expected))
 
 
+@pytest.mark.slow
 def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(world_folder, tmp_path, trained_on):
     pairs, base = pairs_of(world_folder), str(world_folder / "base")
     scored = reference_logps(base, pairs, RECIPE, tmp_path / "one")
@@ -92,6 +94,7 @@ def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_fo
     assert result["pairs"] == 64
 
 
+@pytest.mark.slow
 def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path, trained_on):
     base = str(world_folder / "base")
     scored = reference_logps(base, pairs_of(world_folder, 256), RECIPE, tmp_path / "reference")

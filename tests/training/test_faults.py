@@ -43,6 +43,7 @@ def interrupted(spec, step: int, work_dir: Path) -> None:
         run_dpo(spec, report, work_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", [None, "zero3"])
 def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path, deepspeed):
     method = Method(deepspeed=deepspeed_config(deepspeed))
@@ -92,6 +93,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_nothing_half_written_is_kept(scored, small_disk, tmp_path):
     spec = scored["spec"].model_copy(update={"out": str(small_disk / "run"), "checkpoint_every": 1})
     with pytest.raises(DiskFullError, match=rf"no space left in {small_disk}: .* free; a run takes up to \d+\.\d MB: "):
@@ -134,6 +136,7 @@ def wait_for(condition, driver: subprocess.Popen, log: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new_cluster, tmp_path):
     """`prefvec train` on two nodes, one run on each. Its driver is killed; started again, it goes on from the
     checkpoints; then a node is lost, and the run that was on it goes on where there is room."""

@@ -24,6 +24,7 @@ from prefvec_ray.training.watch import RunStoppedError, wrong_way
 from prefvec_ray.vectors import load_vector
 
 
+@pytest.mark.slow
 def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_path):
     spec = scored["spec"].model_copy(update={"out": str(tmp_path / "run"), "tensorboard": str(tmp_path / "events")})
     models, said = set(), []
@@ -72,6 +73,7 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
     assert result["kl"] > result["watched"]["kl"][0]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_the_wrong_way_is_stopped_and_leaves_nothing(scored, tmp_path):
     flip(scored["pairs"]).save_to_disk(tmp_path / "flipped")
     wrong = scored["spec"].model_copy(

@@ -261,6 +261,7 @@ print(max(seen) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts pages as Linux does")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """128 MB of weights pass through a few megabytes a thread."""

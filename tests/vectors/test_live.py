@@ -293,6 +293,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_same_result(
         merge_library.cache_clear()
 
 
+@pytest.mark.slow
 def test_processes_that_compile_at_once_all_get_the_library(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler here")
