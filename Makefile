@@ -44,7 +44,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 test-vllm: env-vllm ## The serving engine on vLLM, in an environment of its own
 	$(VLLM)/bin/python -m pytest -q tests/serving/on_vllm
 
-demo: env ## The whole mission on the embedded tiny world, about 8 minutes on 4 cores
+demo: env ## The whole mission on the embedded tiny world, about 9 minutes on 2 cores
 	$(BIN)/prefvec demo
 
 test: env ## Lint, types and the whole test suite
