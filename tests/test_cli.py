@@ -48,6 +48,29 @@ def test_help_imports_nothing_heavy():
         assert f"  {command} " in done.stdout
 
 
+CROWD = """
+from prefvec_ray.cli import quiet_libraries
+quiet_libraries()
+from prefvec_ray.common.cluster import connect
+connect()
+import time, ray
+@ray.remote(num_cpus=0)
+class Helper:
+    def here(self): pass
+helpers = [Helper.remote() for _ in range(8 * int(ray.cluster_resources()["CPU"]))]
+ray.get([helper.here.remote() for helper in helpers])
+time.sleep(2)  # for what Ray says of it
+print("all are here")
+"""
+
+
+@pytest.mark.slow
+def test_ray_does_not_warn_of_the_helpers_of_training_runs():
+    done = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "all are here\n"
+
+
 @pytest.fixture
 def job(tmp_path):
     """Writes a training config and returns its path."""

@@ -24,9 +24,16 @@ __all__ = ["main"]
 @click.version_option(package_name="prefvec-ray")
 def main() -> None:
     """Preference vectors on Ray: train each preference once, choose the balance per deployment or per request."""
-    # Bars of our own tell what goes on; those of libraries would only break the lines.
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Before they are imported, here and in every worker."""
+    # Bars of our own show what goes on; those of libraries would only break the lines.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Each run of Ray Train has some processes that take no CPU, and Ray warns of their number.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
     # TRL sets a field of transformers that transformers calls deprecated: nothing that a user could fix.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 

@@ -82,7 +82,7 @@ def run_train(config: "TrainingConfig", console: "Console") -> None:
         "seconds",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "run" else "right")
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
     for run in summary["runs"]:
         losses = [log["loss"] for log in run["history"]]
         fifth = max(1, len(losses) // 5)
