@@ -311,11 +311,11 @@ def build_engine(config: ServingConfig, release: Release, vectors: Mapping[str, 
     model = from_pretrained(
         AutoModelForCausalLM, config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
-    holder: WeightBackend
+    weights: WeightBackend
     if config.engine.mode == "steered":
-        holder = SteeredWeights(Steering(model, vectors, base_fingerprint=base))
+        weights = SteeredWeights(Steering(model, vectors, base_fingerprint=base))
     else:
-        holder = MergedWeights(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
-    engine = SlotEngine(holder, tokenizer, max_batch=config.engine.max_batch, switch_share=config.engine.switch_share)
+        weights = MergedWeights(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
+    engine = SlotEngine(weights, tokenizer, max_batch=config.engine.max_batch, switch_share=config.engine.switch_share)
     engine.warm_up(coefficients)
     return engine.start()

@@ -1,4 +1,4 @@
-"""What a caller has heard is not said twice, and nothing else is said in its place."""
+"""What a caller has received is not sent twice, and nothing else is sent in its place."""
 
 import pytest
 

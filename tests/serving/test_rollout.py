@@ -319,15 +319,15 @@ def kill(dashboard: str, *deployments: str) -> Callable[[], None]:
 def test_a_stream_goes_on_when_its_replica_dies(served, ray_cluster):
     ask = {"model": "tiny", "prompt": list(PROMPT), "n": 8, "max_tokens": 300, "seed": 3, "temperature": 1}
     texts = [""] * 8
-    strike, heard = kill(ray_cluster, "replica"), 0
+    strike, received = kill(ray_cluster, "replica"), 0
     with OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=100) as client:
         for chunk in client.completions.create(**ask, stream=True):
             texts[chunk.choices[0].index] += chunk.choices[0].text
-            heard += 1
-            if heard == 40:
+            received += 1
+            if received == 40:
                 strike()
         assert texts == [choice.text for choice in client.completions.create(**ask).choices]
-    assert heard > 100
+    assert received > 100
     assert sum(replica["finished"] for replica in served.replicas()) >= 16, "both were answered by new replicas"
 
 

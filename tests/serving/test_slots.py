@@ -115,12 +115,12 @@ def test_running_answers_go_on_between_the_chunks_of_a_long_prompt(make_engine):
     engine.submit(ask(random_prompt(1, 8), max_new_tokens=200, temperature=2.0), running.append)
     engine.step()
     engine.submit(ask(random_prompt(2, 160)), late.append)
-    heard = []
+    received = []
     while not late:
         assert engine.step()
-        heard.append(len(tokens(running)))
-    assert heard[-1] > 4, "one chunk, one token, not the whole prompt at once"
-    assert all(after - before <= 2 for before, after in pairwise(heard))
+        received.append(len(tokens(running)))
+    assert received[-1] > 4, "one chunk, one token, not the whole prompt at once"
+    assert all(after - before <= 2 for before, after in pairwise(received))
 
 
 def test_a_long_prompt_can_be_cancelled_halfway(make_engine, merged_alone):
@@ -163,10 +163,10 @@ def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):
 
 
 def test_an_answer_goes_on_from_what_was_heard_of_it(make_engine, merged_alone):
-    prompt, heard = random_prompt(5, 20), random_prompt(6, 5)
+    prompt, received = random_prompt(5, 20), random_prompt(6, 5)
     engine = make_engine(max_batch=4)
-    greedy, other = run(engine, [ask(prompt, 0.5, resume_tokens=heard, logprobs=0), ask(prompt, 0.5)])
-    assert tokens(greedy) == [*heard, *merged_alone([*prompt, *heard], {"helpful": 0.5}, 19)]
+    greedy, other = run(engine, [ask(prompt, 0.5, resume_tokens=received, logprobs=0), ask(prompt, 0.5)])
+    assert tokens(greedy) == [*received, *merged_alone([*prompt, *received], {"helpful": 0.5}, 19)]
     assert tokens(other) == merged_alone(prompt, {"helpful": 0.5}, 24)
     assert next(said.chosen.logprob for piece in greedy for said in piece.logprobs) < -1, "not what the model would say"
     (whole,) = run(engine, [ask(prompt, temperature=1.0, seed="7")])
@@ -318,14 +318,14 @@ def test_a_caller_that_is_named_leaves_rows_to_others(make_engine, caller, most)
 
 
 def test_four_settings_of_one_caller_have_one_callers_share_of_the_turns(merged, clock):
-    engine, heard = merged(switch_share=1e9), []  # a turn is one step
+    engine, received = merged(switch_share=1e9), []  # a turn is one step
     for i in range(4):
         engine.submit(ask(random_prompt(i, 9), 0.1 * i, max_new_tokens=60, caller="crowd"), [].append)
     for _ in range(10):
         engine.step()
-    engine.submit(ask(random_prompt(99, 9), 1.0, max_new_tokens=8, caller="late"), heard.append)
+    engine.submit(ask(random_prompt(99, 9), 1.0, max_new_tokens=8, caller="late"), received.append)
     steps = 0
-    while not heard or heard[-1].finish_reason is None:
+    while not received or received[-1].finish_reason is None:
         assert engine.step()
         steps += 1
     assert steps <= 20, "every second turn, not every fifth"

@@ -1,6 +1,6 @@
 """What an engine is: tokens and coefficients in, pieces of text out. It knows nothing of HTTP, Ray or policies.
 
-`SlotEngine` (slots.py) is the embedded one, on plain transformers models.
+`SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models.
 """
 
 from collections.abc import AsyncIterator, Mapping

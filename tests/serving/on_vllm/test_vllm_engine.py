@@ -120,13 +120,13 @@ def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):
 def test_an_answer_that_was_heard_in_part_goes_on_from_there(logprobs, engine, run):
     whole = ask(some_prompt(7, 18), 0.6, -0.2, max_new_tokens=30, logprobs=logprobs)
     ((*_, last),) = (expected,) = run(engine, [whole])
-    for heard in (1, 11, len(tokens(expected))):
-        begun = replace(whole, resume_tokens=tuple(tokens(expected)[:heard]))
+    for received in (1, 11, len(tokens(expected))):
+        begun = replace(whole, resume_tokens=tuple(tokens(expected)[:received]))
         (got,) = run(engine, [begun])
         assert tokens(got) == tokens(expected)
         assert "".join(p.text for p in got) == "".join(p.text for p in expected)
         assert got[-1].finish_reason == last.finish_reason
-        if heard < len(tokens(expected)):
+        if received < len(tokens(expected)):
             entries = [[e for p in pieces for e in p.logprobs] for pieces in (got, expected)]
             assert [e.chosen.text for e in entries[0]] == [e.chosen.text for e in entries[1]]
             chosen = [[e.chosen.logprob for e in side] for side in entries]

@@ -101,17 +101,17 @@ class SlotEngine:
 
     def __init__(
         self,
-        holder: WeightBackend,
+        weights: WeightBackend,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_batch: int = 32,
         switch_share: float = 0.1,
         prefill_tokens: int = 2048,
     ):
-        self.model = holder.model.eval()
+        self.model = weights.model.eval()
         self.context = context_length(self.model.config)
         self.max_batch, self.switch_share, self.prefill_tokens = max_batch, switch_share, prefill_tokens
-        self._holder, self._tokenizer = holder, tokenizer
+        self._weights, self._tokenizer = weights, tokenizer
         self._device = self.model.device
         self._additive = _wants_additive_mask(self.model)
         self._ends = end_tokens(self.model.generation_config, tokenizer)
@@ -172,7 +172,7 @@ class SlotEngine:
                 cancelled=self._cancelled,
                 failed=self._failed,
                 tokens=self._tokens,
-                merges=self._holder.merges,
+                merges=self._weights.merges,
             )
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class SlotEngine:
     @torch.inference_mode(False)  # what is built here lives on
     def _change(self, vectors: Mapping[str, PreferenceVector], changed: "Future[None]") -> None:
         try:
-            self._holder.change(vectors)
+            self._weights.change(vectors)
         except Exception as error:
             changed.set_exception(error)
         else:
@@ -243,7 +243,7 @@ class SlotEngine:
             if ticket is None:
                 return
             self._waiting.remove(ticket)
-            batch = self._batches.setdefault(self._holder.group(ticket.request.coefficients), _Batch())
+            batch = self._batches.setdefault(self._weights.group(ticket.request.coefficients), _Batch())
             long = len(ticket.request.prompt) > self.prefill_tokens
             (batch.long if long else batch.joining).append(ticket)
             running[ticket.request.caller] += 1
@@ -268,7 +268,7 @@ class SlotEngine:
         return self._shares.had(ticket.request.caller)
 
     def _runs(self, ticket: ScheduledRequest) -> bool:
-        return self._holder.group(ticket.request.coefficients) in self._batches
+        return self._weights.group(ticket.request.coefficients) in self._batches
 
     def _prefill(self, batch: _Batch) -> None:
         """Compute the prompts of the next joining requests, and their first token."""
@@ -332,7 +332,7 @@ class SlotEngine:
         keep: Tensor,
     ) -> Tensor:
         """Logits (rows, kept positions, vocabulary) in fp32."""
-        self._holder.apply([t.request.coefficients for t in tickets])
+        self._weights.apply([t.request.coefficients for t in tickets])
         if self._additive:
             mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
         out = self.model(
@@ -402,7 +402,7 @@ class SlotEngine:
         batch.cache.free(row)
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
-        self._holder.forget()
+        self._weights.forget()
         tickets = batch.all()
         batch.clear()
         with self._news:
@@ -418,7 +418,7 @@ class SlotEngine:
             now = time.monotonic()
             if not batch.size:
                 del self._batches[key]
-            elif (now - self._turn_began) * self.switch_share >= self._holder.switch_seconds:
+            elif (now - self._turn_began) * self.switch_share >= self._weights.switch_seconds:
                 self._batches.move_to_end(key)
             else:
                 return

@@ -1,6 +1,6 @@
 """vLLM as the engine: its scheduler, paged KV cache and kernels, with coefficients per request.
 
-Steered, all settings share one batch (`vllm_worker.py`). Merged, requests of one setting run together and the weights
+Steered, all settings share one batch (`worker.py`). Merged, requests of one setting run together and the weights
 are rewritten between such turns. The prefix cache is on either way: blocks are salted with the coefficients and the
 vectors' digests, so nothing computed under one setting is read under another.
 

@@ -1,8 +1,8 @@
 """Preference vectors inside vLLM's workers, where the weights are.
 
 vLLM mixes `PreferenceWorker` into its worker class (`worker_extension_cls`); `VllmEngine` calls it by `collective_rpc`.
-Two ways, as in `holders.py`: steered, every token of a packed batch under its request's coefficients; merged, weights
-rewritten by vLLM's own reload.
+Two ways, as in `slots/weights.py`: steered, every token of a packed batch under its request's coefficients; merged,
+weights rewritten by vLLM's own reload.
 
 This rests on names that vLLM does not promise: the runner's `execute_model`, `_model_forward`, `input_batch.req_ids`
 and `requests`, and the sizes that parallel linear layers keep. `pyproject.toml` pins the version they were tested with.
