@@ -201,7 +201,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     import transformers
 
     from prefvec_ray.training.dpo import RunSpec, run_dpo
-    from prefvec_ray.training.plan import worker_setup
+    from prefvec_ray.training.workers import worker_setup
 
     worker_setup()
     imported = time.time()

@@ -85,6 +85,10 @@ class RunSpec(Config):
     def label(self) -> str:
         return f"{self.name} seed {self.seed}"
 
+    @property
+    def is_finished(self) -> bool:
+        return (Path(self.out) / "run.json").is_file()
+
 
 class TokenizedDPOTrainer(DPOTrainer):
     """DPOTrainer that takes pairs already tokenized and scored by the reference model as they are.

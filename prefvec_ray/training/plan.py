@@ -5,9 +5,7 @@ the cluster, so that queued runs cost nothing and none waits for what another ho
 alone.
 """
 
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -22,12 +20,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.common.errors import JobError
 from prefvec_ray.common.files import read_json
-from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
 from prefvec_ray.training.config import Resources
 from prefvec_ray.training.dpo import RunSpec
 from prefvec_ray.training.progress import ProgressTable, job_board
+from prefvec_ray.training.workers import dpo_worker
 
 LOST = (
     ray.exceptions.RayActorError,
@@ -50,10 +48,6 @@ OWN = "prefvec_ray."
 
 class RunsFailedError(JobError):
     """Some runs of a plan failed; the finished ones are kept and will be skipped next time."""
-
-
-def is_finished(spec: RunSpec) -> bool:
-    return (Path(spec.out) / "run.json").is_file()
 
 
 def read_run(spec: RunSpec) -> dict[str, Any]:
@@ -83,10 +77,10 @@ def run_plan(
         with job_board(storage) as board:
             return run_plan(specs, resources, storage, retries=retries, board=board)
     labels = [spec.label for spec in specs]
-    waiting = [spec for spec in specs if not is_finished(spec)]
+    waiting = [spec for spec in specs if not spec.is_finished]
     with ProgressTable(labels, title="DPO runs") as table:
         for spec in specs:
-            if is_finished(spec):
+            if spec.is_finished:
                 remove_checkpoints(spec.out)  # of a run whose driver was killed as it finished
                 table.finish(spec.label, "finished")
         try:
@@ -116,7 +110,7 @@ def _run_waiting(
             spec = waiting.pop()
             config = {"spec": spec.model_dump(), "board": board}
             lost = _reporter(spec, resources.workers, board, table)
-            running[start_run(_dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost)] = spec
+            running[start_run(dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost)] = spec
         for run in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
             spec, error = running.pop(run), run.exception()
             if error is not None:
@@ -274,38 +268,6 @@ def _line(failure: Exception) -> str:
     if lines[0].startswith("Traceback"):
         return lines[-1]
     return lines[0] if _is_own(cause) else f"{type(cause).__name__}: {lines[0]}"
-
-
-def _dpo_worker(config: dict[str, Any]) -> None:
-    """Body of a Ray Train worker; what it imports is heavy, and only workers need it."""
-    from prefvec_ray.training.dpo import run_dpo
-
-    spec = RunSpec.model_validate(config["spec"])
-    check_visible(spec.base, *spec.train, *spec.test.values(), *spec.answers)
-    worker_setup()
-    if is_finished(spec):  # its process was lost after its result was whole
-        return
-    board = config["board"]
-    board.place.remote(spec.label, ray.train.get_context().get_world_rank(), ray.util.get_node_ip_address())
-    with tempfile.TemporaryDirectory() as work_dir:
-        run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)
-
-
-def worker_setup() -> None:
-    """Quiet libraries, and as many torch threads as the worker has CPUs: more only wait for each other.
-
-    A run with one worker has nobody to average gradients with. Accelerate would wrap its model in DDP all the same,
-    because Ray Train names ranks, and copy all gradients at every step; without those names it does not.
-    """
-    import datasets
-    import torch
-    import torch.distributed as dist
-
-    datasets.disable_progress_bars()
-    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    if dist.is_initialized() and dist.get_world_size() == 1:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)
 
 
 def slots(resources: Resources, *, free: bool = False) -> int:

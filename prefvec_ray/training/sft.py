@@ -21,9 +21,10 @@ from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.preferences.sources import read_rows
 from prefvec_ray.training.config import Method, SftStage, TrainingConfig
-from prefvec_ray.training.plan import RunsFailedError, start_run, worker_setup
+from prefvec_ray.training.plan import RunsFailedError, start_run
 from prefvec_ray.training.progress import follow
 from prefvec_ray.training.references import key_of, working_base
+from prefvec_ray.training.workers import worker_setup
 from prefvec_ray.vectors import fingerprint
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from prefvec_ray.training.checkpoints import check_space, told_when_full
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
-from prefvec_ray.training.plan import is_finished, run_plan, slots
+from prefvec_ray.training.plan import run_plan, slots
 from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
@@ -63,7 +63,7 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
 
 
 def _check_space(config: TrainingConfig, specs: list[RunSpec]) -> None:
-    unfinished = [spec for spec in specs if not is_finished(spec)]
+    unfinished = [spec for spec in specs if not spec.is_finished]
     if config.method == "full" and unfinished:  # what LoRA writes is small beside its base
         check_space(
             config.folder,

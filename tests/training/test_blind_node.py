@@ -13,14 +13,15 @@ import json, sys
 from pathlib import Path
 import ray
 from prefvec_ray.training import Resources, plan
-from prefvec_ray.training.plan import RunsFailedError, _dpo_worker, start_run
+from prefvec_ray.training.plan import RunsFailedError, start_run
 from prefvec_ray.training.references import _reference_worker
 from prefvec_ray.training.sft import _sft_worker
+from prefvec_ray.training.workers import dpo_worker
 
 storage, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 retried = []
 plan._worker_died = lambda error, judge=plan._worker_died: judge(error) and not retried.append(str(error))
-workers = {"dpo": _dpo_worker, "sft": _sft_worker, "reference": _reference_worker}
+workers = {"dpo": dpo_worker, "sft": _sft_worker, "reference": _reference_worker}
 ray.init(namespace="prefvec", log_to_driver=False)
 runs = [start_run(workers[name], job, name, Resources(), storage) for name, job in given.items()]
 errors = [run.exception() for run in runs]

@@ -86,7 +86,7 @@ def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
     def worker(config: dict[str, Any]) -> None:
 
         from prefvec_ray.training.dpo import RunSpec, reference_logps, run_dpo
-        from prefvec_ray.training.plan import worker_setup
+        from prefvec_ray.training.workers import worker_setup
 
         worker_setup()
         specs = {spec["key"]: RunSpec.model_validate(spec) for spec in config["specs"]}

@@ -1,5 +1,8 @@
 """What identifies a run, and which failures are worth another start."""
 
+import subprocess
+import sys
+
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
@@ -63,3 +66,12 @@ def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config)
     assert not set(keys(dpo={**config.dpo, "beta": 0.2})) & set(plan)
     assert set(keys(seeds=[0, 1])) > set(plan)
     assert set(keys(mixed=True)) > set(plan)
+
+
+def test_the_controller_of_a_run_imports_no_training_library():
+    """It is one process a run, and imports the module of the function that its workers run."""
+    code = "import sys; import prefvec_ray.training.workers; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "prefvec_ray.training.workers" in imported
+    assert not {"torch", "transformers", "trl"} & set(imported)

@@ -22,7 +22,7 @@ from prefvec_ray.training import (
     train_vectors,
 )
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint
-from prefvec_ray.training.plan import is_finished, run_plan
+from prefvec_ray.training.plan import run_plan
 from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.train import compute_references, plan_runs, prepare_data
 from prefvec_ray.vectors import load_vector
@@ -55,7 +55,7 @@ def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job
         RunsFailedError, match=r"1 of 4 runs failed.*: helpful\+ seed 0: .* is (nan|inf).* learning_rate"
     ):
         run_plan(broken, job.resources, job.folder / "ray")
-    assert [is_finished(spec) for spec in specs] == [False, True, True, True]
+    assert [spec.is_finished for spec in specs] == [False, True, True, True]
     assert not (job.folder / "vectors").exists()
     assert not list((job.folder / "dpo").glob(".*"))  # neither checkpoints nor anything half-written
 

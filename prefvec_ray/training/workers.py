@@ -1,0 +1,45 @@
+"""The body of a run's workers.
+
+The process that controls a run imports this module as well: what training needs is imported inside the functions,
+by the workers alone.
+"""
+
+import os
+import tempfile
+from typing import Any
+
+from prefvec_ray.common.paths import check_visible
+
+
+def dpo_worker(config: dict[str, Any]) -> None:
+    """One DPO run. `config`: a RunSpec as a dict, and the board that shows its progress."""
+    import ray.train
+
+    from prefvec_ray.training.dpo import RunSpec, run_dpo
+
+    spec = RunSpec.model_validate(config["spec"])
+    check_visible(spec.base, *spec.train, *spec.test.values(), *spec.answers)
+    worker_setup()
+    if spec.is_finished:  # its process was lost after its result was whole
+        return
+    board = config["board"]
+    board.place.remote(spec.label, ray.train.get_context().get_world_rank(), ray.util.get_node_ip_address())
+    with tempfile.TemporaryDirectory() as work_dir:
+        run_dpo(spec, lambda values: board.update.remote(spec.label, values), work_dir)
+
+
+def worker_setup() -> None:
+    """Quiet libraries, and as many torch threads as the worker has CPUs: more only wait for each other.
+
+    A run with one worker has nobody to average gradients with. Accelerate would wrap its model in DDP all the same,
+    because Ray Train names ranks, and copy all gradients at every step; without those names it does not.
+    """
+    import datasets
+    import torch
+    import torch.distributed as dist
+
+    datasets.disable_progress_bars()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    if dist.is_initialized() and dist.get_world_size() == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
