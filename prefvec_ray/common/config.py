@@ -1,9 +1,10 @@
 """Reading a YAML config into a pydantic model, with one clear line when something in it is wrong.
 
-Each room keeps its own config model (`training/config.py`, `serving/config.py`); this file knows none of them.
+Each package keeps its own config model (`training/config.py`, `serving/config.py`); this file knows none of them.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,8 @@ C = TypeVar("C", bound=BaseModel)
 def load_config(path: str | Path, model: type[C]) -> C:
     """Read the YAML file `path` as a `model`.
 
-    `$VAR` and `${VAR}` in strings are replaced from the environment.
+    `$VAR` and `${VAR}` in strings are replaced from the environment, `$$` by a dollar sign. Before anything else a
+    dollar sign stays: a regular expression may end in one.
 
     Raises:
         InputError: the file is missing, is not YAML, repeats a key, is larger than `YAML_BYTES` or stands for more than
@@ -98,6 +100,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 takes a float without a point, or without a sign in its exponent, for text: 5e-7, 1.0e3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
 def parse_config(content: dict[str, Any], model: type[C], *, source: str) -> C:
     """Validate `content` as a `model`; `source` names it in the error."""
     try:
@@ -114,11 +124,22 @@ def _expand(value: Any, path: str | Path) -> Any:
     if isinstance(value, list):
         return [_expand(item, path) for item in value]
     if isinstance(value, str) and "$" in value:
-        expanded = os.path.expandvars(value)
-        if "$" in expanded:
-            raise InputError(f"config {path}: {value!r} names an environment variable that is not set")
-        return expanded
+        return _VARIABLE.sub(lambda found: _variable(found, value, path), value)
     return value
+
+
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+
+
+def _variable(found: re.Match[str], value: str, path: str | Path) -> str:
+    dollar, bare, braced = found.groups()
+    if dollar:
+        return dollar
+    name = bare or braced
+    if name not in os.environ:
+        problem = f"{value!r} names the environment variable {name}, which is not set"
+        raise InputError(f"config {path}: {problem}; for a dollar sign write $$")
+    return os.environ[name]
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from prefvec_ray.common.errors import InputError
 
@@ -47,6 +49,11 @@ LOSS_TYPES = (
 """Every loss of TRL's DPOTrainer; none of them asks for more columns than a pair and its reference log-probs."""
 F_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """Those that depend on the reference through the difference of the two rewards only, as f-divergences need it."""
+ABOVE_ZERO = (
+    *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "max_length"),
+)
+"""With 0 or less, these train nothing, or fail on the workers after the data and the reference pass."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
@@ -72,11 +79,23 @@ def check_loss(dpo: dict[str, Any]) -> None:
 
 
 def check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
-    """InputError for a field that this TRL config does not have, or a value that it refuses."""
+    """InputError for a field that this TRL config does not have, a value of another type, or one that it refuses."""
     known = {field.name for field in dataclasses.fields(kind)}
-    for field in recipe:
+    types = get_type_hints(kind)
+    for field, value in recipe.items():
         if field not in known:
             raise InputError(f"{section}.{field} is not a field of TRL's {kind.__name__}{closest(field, known)}")
+        wanted = types[field]
+        try:
+            # TRL takes a list of one name without its brackets.
+            TypeAdapter(wanted | str if wanted == list[str] else wanted).validate_python(value, strict=True)
+        except ValidationError:
+            name = wanted.__name__ if type(wanted) is type else str(wanted)
+            raise InputError(f"{section}.{field}: expected {name}, got {value!r}") from None
+        if field in ABOVE_ZERO and value is not None and value <= 0:
+            raise InputError(f"{section}.{field} must be above 0, got {value!r}")
+    if recipe.get("max_steps") == 0:
+        raise InputError(f"{section}.max_steps is 0, so nothing would be trained; leave it out to train whole epochs")
     # What depends on the device is decided where the workers are: this machine may have none.
     here = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True, "ddp_backend": None}
     try:

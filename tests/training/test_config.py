@@ -1,6 +1,6 @@
 import pytest
 
-from prefvec_ray.common.config import load_config, parse_config
+from prefvec_ray.common.config import load_config, parse_config, parse_yaml
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import Resources, TrainingConfig
 from prefvec_ray.training.zero import PRESETS, deepspeed_config
@@ -60,6 +60,48 @@ def test_variables_are_replaced(tmp_path, monkeypatch):
     assert load_config(path, TrainingConfig).preferences["helpful"].data == "/somewhere/pairs.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r".*\.(q|v)_proj$", r".*\.(q|v)_proj$"),
+        (r"^(a|b)$|c$", r"^(a|b)$|c$"),
+        ("costs $$HOME", "costs $HOME"),
+        ("$5", "$5"),
+        ("$$$PREFVEC_TEST_DATA", "$/somewhere"),
+    ],
+)
+def test_a_dollar_sign_can_be_written(tmp_path, monkeypatch, written, read):
+    monkeypatch.setenv("PREFVEC_TEST_DATA", "/somewhere")
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        f"name: job\nbase: b\npreferences: {{helpful: {{data: d}}}}\nlora: {{target_modules: '{written}'}}\n"
+    )
+    assert load_config(path, TrainingConfig).lora["target_modules"] == read
+
+
+@pytest.mark.parametrize("written", ["$PREFVEC_NO_SUCH", "${PREFVEC_NO_SUCH}", "${HOME:-here}"])
+def test_a_variable_that_is_not_set_is_named_beside_the_way_to_write_a_dollar(tmp_path, written):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"name: job\nbase: '{written}'\npreferences: {{helpful: {{data: d}}}}\n")
+    with pytest.raises(InputError, match=r"(PREFVEC_NO_SUCH|HOME:-here), which is not set; .* write \$\$"):
+        load_config(path, TrainingConfig)
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("5e-7", 5e-7), ("1E5", 1e5), ("-2e+3", -2e3), ("1.0e3", 1e3), (".5e2", 50.0), ("3.e1", 30.0), ("5.0e-07", 5e-7)],
+)
+def test_a_number_with_an_exponent_is_a_number(tmp_path, written, number):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"name: job\nbase: b\npreferences: {{helpful: {{data: d}}}}\ndpo: {{learning_rate: {written}}}\n")
+    assert load_config(path, TrainingConfig).dpo == {"learning_rate": number}
+
+
+@pytest.mark.parametrize("text", ["e5", "5e", "1e5x", "0x1e5", "v1e5", "1e5-2"])
+def test_text_with_an_e_stays_text(text):
+    assert parse_yaml(f"value: {text}", "here")["value"] in (text, 0x1E5)
+
+
 def test_an_unknown_field_of_the_recipe_is_refused_with_the_closest_one(config):
     with pytest.raises(InputError, match=r"learning_rat .*did you mean 'learning_rate'"):
         config.model_copy(update={"dpo": {"learning_rat": 1e-4}}).check()
@@ -98,6 +140,14 @@ def test_a_base_that_is_no_model_folder_is_refused(config, tmp_path):
             {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"bf16_master_weights_and_grads": True}}},
             "no fp32 master weights",
         ),
+        ({"dpo": {"learning_rate": "5e-7"}}, r"dpo\.learning_rate: expected float, got '5e-7'"),
+        ({"dpo": {"num_train_epochs": True}}, r"dpo\.num_train_epochs: expected float, got True"),
+        ({"dpo": {"max_length": 12.5}}, r"dpo\.max_length: expected int \| None, got 12\.5"),
+        ({"dpo": {"gradient_checkpointing": "yes"}}, r"dpo\.gradient_checkpointing: expected bool, got 'yes'"),
+        ({"dpo": {"learning_rate": 0.0}}, r"dpo\.learning_rate must be above 0"),
+        ({"dpo": {"num_train_epochs": -1}}, r"dpo\.num_train_epochs must be above 0"),
+        ({"dpo": {"per_device_train_batch_size": 0}}, r"dpo\.per_device_train_batch_size must be above 0"),
+        ({"dpo": {"max_steps": 0}}, r"dpo\.max_steps is 0, so nothing would be trained"),
         ({"global_batch_size": 24, "resources": Resources(workers=2)}, "no multiple of the 32 pairs"),
         ({"global_batch_size": 32, "dpo": {"gradient_accumulation_steps": 2}}, "remove one of them"),
     ],
