@@ -9,6 +9,7 @@ from typing import Any
 from blake3 import blake3
 from rich.console import Console
 
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.files import read_json, taking_apart
 
 ADVICE = "delete the file, and the stage runs again"
@@ -47,9 +48,7 @@ class Stages:
         result = function()
         self.seconds[name] = round(time.perf_counter() - start, 1)
         record.parent.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": self.chain, "seconds": self.seconds[name], "result": result}))
-        partial.replace(record)
+        write_whole(record, json.dumps({"key": self.chain, "seconds": self.seconds[name], "result": result}))
         self.console.print(f"   {self.seconds[name]:.1f} s")
         self.results[name] = result
         return result

@@ -12,7 +12,6 @@ again and reads the records back. Calls that were under way are repeated by Ray,
 """
 
 import functools
-import inspect
 import time
 import uuid
 from collections.abc import Callable
@@ -35,11 +34,10 @@ from prefvec_ray.registry.running import actor_name, end, listing, running_regis
 from prefvec_ray.registry.store import Store
 from prefvec_ray.registry.transport import RayBlobs, run_on
 
-METHODS = {
-    name: function
-    for name, function in inspect.getmembers(Catalog, inspect.isfunction)
-    if not name.startswith("_") and name != "all_vectors"
-}
+REQUESTED = ("set_alias", "set_tags")
+"""operations that carry the id of their request, so that one that is repeated changes nothing"""
+SIGNED = ("commit_vector", "publish_preset", *REQUESTED)
+"""operations that record who asked for them"""
 
 
 class RegistryActor:
@@ -67,12 +65,10 @@ class RegistryActor:
         self._latency.set_default_tags(tags)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of `Catalog`, by name."""
-        if method not in METHODS:
-            raise InputError(f"registry: no method '{method}'")
+        """An operation of the catalog, by name."""
         began = time.perf_counter()
         try:
-            result = getattr(self._ready(), method)(*args, **kwargs)
+            result = self._ready().perform(method, args, kwargs)
             if method in ("commit_vector", "gc"):
                 self._count(method)
             return result
@@ -131,20 +127,49 @@ class RegistryActor:
             self._bytes.set(sum(size for size, _ in self.store.blobs().values()))
 
 
+class RemoteCatalog:
+    """The catalog of a registry actor: its operations by name, from any process of the cluster."""
+
+    def __init__(self, actor: Any, name: str, timeout_s: float):
+        self.actor, self.name, self.timeout_s = actor, name, timeout_s
+
+    def perform(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `Catalog.perform`, in the actor."""
+        if operation in REQUESTED:
+            kwargs.setdefault("request", uuid.uuid4().hex)
+        if operation in SIGNED:
+            kwargs.setdefault("creator", user())
+        return self.ask(self.actor.call.remote(operation, args, kwargs))
+
+    def ask(self, answer: Any) -> Any:
+        """The value of an answer of the actor. StoreError where it does not come; its own errors as it raised them."""
+        try:
+            return ray.get(answer, timeout=self.timeout_s)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError | StoreError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.GetTimeoutError:
+            raise StoreError(f"the registry actor did not answer within {self.timeout_s} s; is its node up?") from None
+        except ray.exceptions.ActorDiedError as error:
+            raise StoreError(f"the registry actor {self.name} is gone; start_registry(root) again ({error})") from None
+
+
 class RegistryClient(Registry):
-    """`Registry` through its actor: the same methods, from any driver, task or replica. Can be sent to
-    them.
-    """
+    """`Registry` through its actor: the same methods, from any driver, task or replica, to which it can be sent."""
+
+    catalog: RemoteCatalog
 
     def __init__(self, actor: Any, name: str, *, cache: NodeCache | None, transport: str, timeout_s: float):
-        self.actor, self.name, self.transport, self.timeout_s = actor, name, transport, timeout_s
-        where = self._ask(actor.where.remote())
+        self.actor, self.name, self.transport = actor, name, transport
+        catalog = RemoteCatalog(actor, name, timeout_s)
+        where = catalog.ask(actor.where.remote())
         store = Store(where["uri"])
         if transport not in ("auto", "storage", "ray"):
             raise InputError(f"transport '{transport}': expected 'auto', 'storage' or 'ray'")
         self.reachable = transport == "storage" or (transport == "auto" and _reaches(store, where["uid"]))
-        blobs: Blobs = store if self.reachable else RayBlobs(lambda: self._ask(actor.where.remote()))
-        super().__init__(store, Lease(store, "client"), blobs, cache or NodeCache())
+        blobs: Blobs = store if self.reachable else RayBlobs(lambda: catalog.ask(actor.where.remote()))
+        super().__init__(catalog, store, Lease(store, "client"), blobs, cache or NodeCache())
 
     @classmethod
     def connect(
@@ -180,56 +205,25 @@ class RegistryClient(Registry):
 
     def health(self) -> dict[str, Any]:
         """What `RegistryActor.health` says."""
-        return self._ask(self.actor.health.remote())
+        return self.catalog.ask(self.actor.health.remote())
 
     def stop(self) -> None:
         """End the actor for good. The store keeps everything."""
         end(self.actor, self.name)
 
-    def _ask(self, answer: Any) -> Any:
-        try:
-            return ray.get(answer, timeout=self.timeout_s)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, InputError | StoreError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.GetTimeoutError:
-            raise StoreError(f"the registry actor did not answer within {self.timeout_s} s; is its node up?") from None
-        except ray.exceptions.ActorDiedError as error:
-            raise StoreError(f"the registry actor {self.name} is gone; start_registry(root) again ({error})") from None
-
     def _on_store_node(self, function: Callable[[Store], Any]) -> Any:
         """`function(store)` where the store is reached: here, or in a task beside the actor."""
         if self.reachable:
             return function(self.store)
-        where = self._ask(self.actor.where.remote())
-        return self._ask(run_on(where["node_id"], function, where["uri"]))
+        where = self.catalog.ask(self.actor.where.remote())
+        return self.catalog.ask(run_on(where["node_id"], function, where["uri"]))
 
     def __reduce__(self) -> Any:
-        return _rejoin, (self.actor, self.name, self.transport, self.timeout_s)
+        return _rejoin, (self.actor, self.name, self.transport, self.catalog.timeout_s)
 
 
 def _rejoin(actor: Any, name: str, transport: str, timeout_s: float) -> RegistryClient:
     return RegistryClient(actor, name, cache=None, transport=transport, timeout_s=timeout_s)
-
-
-def _forward(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`Catalog`'s method as a call of the actor."""
-    parameters = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def method(self: RegistryClient, *args: Any, **kwargs: Any) -> Any:
-        if "request" in parameters:
-            kwargs.setdefault("request", uuid.uuid4().hex)
-        if "creator" in parameters:
-            kwargs.setdefault("creator", user())
-        return self._ask(self.actor.call.remote(name, args, kwargs))
-
-    return method
-
-
-for _name, _function in METHODS.items():
-    setattr(RegistryClient, _name, _forward(_name, _function))
 
 
 def start_registry(

@@ -16,7 +16,6 @@ import os
 import tarfile
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Self
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Self
 from blake3 import blake3
 from pydantic import Field, model_validator
 
+from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, check_case, shown
@@ -94,18 +94,14 @@ def export_bundle(registry: "Registry", out: str | Path, vectors: Iterable[str],
     if len(index) > LARGEST_RECORD:
         raise InputError(f"{out}: {len(chosen)} versions are too many for one bundle; export fewer at a time")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    try:
-        with tarfile.open(temporary, "w:", format=tarfile.GNU_FORMAT) as tar:  # no extended headers, whatever the size
-            _add(tar, INDEX, len(index), io.BytesIO(index))
-            for digest, (version, file) in files.items():
-                with registry.fetched(version) as folder, (folder / file.name).open("rb") as source:
-                    _add(tar, blob_key(digest), file.size, source)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.rename(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        new_file(out) as temporary,
+        tarfile.open(temporary, "w:", format=tarfile.GNU_FORMAT) as tar,  # no extended headers, whatever the size
+    ):
+        _add(tar, INDEX, len(index), io.BytesIO(index))
+        for digest, (version, file) in files.items():
+            with registry.fetched(version) as folder, (folder / file.name).open("rb") as source:
+                _add(tar, blob_key(digest), file.size, source)
     return out
 
 

@@ -17,6 +17,7 @@ from typing import IO
 
 from blake3 import blake3
 
+from prefvec_ray.common.atomic import new_folder, write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import FileEntry, VectorVersion, digest_of
@@ -112,25 +113,21 @@ class NodeCache:
         """Called with the entry's `fill` lock held."""
         _remove(entry)
         self._make_room(version.size)
-        temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
-        temporary.mkdir()
         try:
-            for file in version.files:
-                target, bytes_ = temporary / file.name, source(file)
-                digest = _place(bytes_, target) if isinstance(bytes_, Path) else _write(bytes_, target, file.size)
-                if digest != file.digest:
-                    raise StoreError(
-                        f"{version.ref}: {file.name} does not have the bytes that were"
-                        f" published (blob {file.digest}); run `prefvec registry verify`, publish the original again"
-                    )
-            _sign(temporary, version.files)
-            temporary.rename(entry)
+            with new_folder(entry) as temporary:
+                for file in version.files:
+                    target, bytes_ = temporary / file.name, source(file)
+                    digest = _place(bytes_, target) if isinstance(bytes_, Path) else _write(bytes_, target, file.size)
+                    if digest != file.digest:
+                        raise StoreError(
+                            f"{version.ref}: {file.name} does not have the bytes that were published (blob"
+                            f" {file.digest}); run `prefvec registry verify`, publish the original again"
+                        )
+                _sign(temporary, version.files)
         except FileNotFoundError as error:
             raise StoreError(f"{version.ref}: {error.filename or error} is missing in the store") from None
         except OSError as error:
             raise StoreError(f"{version.ref}: cannot be cached in {self.folder} ({error.strerror or error})") from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _make_room(self, needed: int) -> None:
         """Evict what nobody holds, least recently fetched first, until `needed` bytes fit under the limit."""
@@ -152,7 +149,7 @@ class NodeCache:
     def _entries(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
-        return [path for path in self.folder.iterdir() if (path / CHECKED).is_file() and path.name[:4] != "tmp-"]
+        return [path for path in self.folder.iterdir() if path.name[:1] != "." and (path / CHECKED).is_file()]
 
 
 def entry_key(version: VectorVersion) -> str:
@@ -190,9 +187,7 @@ def _recheck(entry: Path, files: Iterable[FileEntry] | None) -> bool:
 
 def _sign(entry: Path, files: Iterable[FileEntry]) -> None:
     text = json.dumps({file.name: [file.digest, *_stat(entry / file.name)] for file in files})
-    temporary = entry / f"{CHECKED}.{uuid.uuid4().hex}"
-    temporary.write_text(text)
-    temporary.replace(entry / CHECKED)
+    write_whole(entry / CHECKED, text)
 
 
 def _stat(path: Path) -> list[int]:
@@ -229,7 +224,7 @@ def _write(chunks: Iterable[bytes], target: Path, size: int) -> str:
 
 def _remove(entry: Path) -> None:
     """Out of sight in one step, then gone. Files that somebody has mapped live on until they are unmapped."""
-    doomed = entry.with_name(f"tmp-{uuid.uuid4().hex}")
+    doomed = entry.with_name(f".{entry.name}.partial-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         entry.rename(doomed)
         shutil.rmtree(doomed)

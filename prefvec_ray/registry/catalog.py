@@ -49,6 +49,15 @@ if TYPE_CHECKING:
     from prefvec_ray.registry.lineage import Lineage
     from prefvec_ray.registry.maintenance import Collection
 
+OPERATIONS = (
+    *("resolve", "versions", "names", "list_vectors", "commit_vector"),
+    *("publish_preset", "resolve_preset", "list_presets"),
+    *("set_alias", "alias_history", "aliases", "set_tags", "tags"),
+    *("record_served", "served", "hold", "release", "holds", "retire", "users"),
+    *("lineage", "gc", "repair", "damaged"),
+)
+"""the methods of `Catalog` that can be asked for by name"""
+
 
 class Catalog:
     """See the module. Thread-safe; `lease` is the right under which it writes."""
@@ -56,6 +65,12 @@ class Catalog:
     def __init__(self, store: Store, lease: Lease):
         self.store, self.lease = store, lease
         self.ledger = Ledger(store, lease)
+
+    def perform(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One of OPERATIONS, by name. InputError for any other."""
+        if operation not in OPERATIONS:
+            raise InputError(f"registry: no method '{operation}'")
+        return getattr(self, operation)(*args, **kwargs)
 
     # -- vectors
 

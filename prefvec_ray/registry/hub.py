@@ -6,10 +6,10 @@ code blocks.
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.text import fenced, markdown_cell, markdown_code
 from prefvec_ray.registry.errors import StoreError
@@ -32,13 +32,7 @@ def export_huggingface(registry: "Registry", ref: str, out: str | Path, *, base_
     version, out = registry.resolve(ref), Path(out)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: is not empty; choose a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        registry.fetched(version) as folder,
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
-    ):
-        inside = Path(scratch) / "folder"
-        inside.mkdir()
+    with registry.fetched(version) as folder, new_folder(out, replaces=lambda out: not any(out.iterdir())) as inside:
         taken = {CARD, MANIFEST, *(file.name for file in version.files)}
         renamed = {}
         for file in version.files:
@@ -50,7 +44,6 @@ def export_huggingface(registry: "Registry", ref: str, out: str | Path, *, base_
         manifest = version.model_dump(mode="json")
         (inside / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), "utf-8")
         (inside / CARD).write_text(_card(registry, version, base_model, renamed.get(CARD)), "utf-8")
-        inside.replace(out)
     return out
 
 

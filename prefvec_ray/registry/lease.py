@@ -28,10 +28,11 @@ from typing import IO
 
 import psutil
 
+from prefvec_ray.common.atomic import make_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import LeaseLost, NoSpace, StoreError
 from prefvec_ray.registry.records import LeaseClaim, decode, encode
-from prefvec_ray.registry.store import Store, make_folder
+from prefvec_ray.registry.store import Store
 
 CLAIM = "lease/claim.json"
 

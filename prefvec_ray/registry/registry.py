@@ -1,4 +1,4 @@
-"""The registry as its users see it: a `Catalog` plus the bytes.
+"""The registry as its users see it: the operations of a `Catalog`, and the bytes.
 
     registry = Registry.open("runs/registry")
     helpful = registry.publish_vector("vectors/helpful", metrics={"gain": 0.21})
@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.bundle import export_bundle, import_bundle
@@ -43,6 +43,7 @@ from prefvec_ray.registry.names import (
 from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, build, canonical
 from prefvec_ray.registry.store import Store
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -54,12 +55,52 @@ class Blobs(Protocol):
     def source(self, file: FileEntry) -> Path | Iterable[bytes]: ...
 
 
-class Registry(Catalog):
-    """See the module; `Catalog` has the methods for names, aliases, presets and tags."""
+class Performer(Protocol):
+    """Who performs the operations of a `Catalog`: the catalog itself, or the client of its actor."""
 
-    def __init__(self, store: Store, lease: Lease, blobs: Blobs, cache: NodeCache):
-        super().__init__(store, lease)
-        self.blobs, self.cache = blobs, cache
+    def perform(self, operation: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+
+
+def _operation(method: Callable[Concatenate[Catalog, P], T]) -> Callable[Concatenate["Registry", P], T]:
+    """`method` of the registry's catalog, wherever that is."""
+
+    @functools.wraps(method)
+    def perform(self: "Registry", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.catalog.perform(method.__name__, args, kwargs)
+
+    return perform
+
+
+class Registry:
+    """See the module. `catalog` knows the names; `blobs` and `cache` move the bytes."""
+
+    resolve = _operation(Catalog.resolve)
+    versions = _operation(Catalog.versions)
+    names = _operation(Catalog.names)
+    list_vectors = _operation(Catalog.list_vectors)
+    commit_vector = _operation(Catalog.commit_vector)
+    publish_preset = _operation(Catalog.publish_preset)
+    resolve_preset = _operation(Catalog.resolve_preset)
+    list_presets = _operation(Catalog.list_presets)
+    set_alias = _operation(Catalog.set_alias)
+    alias_history = _operation(Catalog.alias_history)
+    aliases = _operation(Catalog.aliases)
+    set_tags = _operation(Catalog.set_tags)
+    tags = _operation(Catalog.tags)
+    record_served = _operation(Catalog.record_served)
+    served = _operation(Catalog.served)
+    hold = _operation(Catalog.hold)
+    release = _operation(Catalog.release)
+    holds = _operation(Catalog.holds)
+    retire = _operation(Catalog.retire)
+    users = _operation(Catalog.users)
+    lineage = _operation(Catalog.lineage)
+    gc = _operation(Catalog.gc)
+    repair = _operation(Catalog.repair)
+    damaged = _operation(Catalog.damaged)
+
+    def __init__(self, catalog: Performer, store: Store, lease: Lease, blobs: Blobs, cache: NodeCache):
+        self.catalog, self.store, self.lease, self.blobs, self.cache = catalog, store, lease, blobs, cache
 
     @classmethod
     def open(
@@ -82,7 +123,8 @@ class Registry(Catalog):
         """
         store = Store.open(root, clock=clock, create=create)
         owner = f"process {socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        return cls(store, Lease(store, owner, ttl_s=ttl_s, settle_s=settle_s), store, cache or NodeCache())
+        lease = Lease(store, owner, ttl_s=ttl_s, settle_s=settle_s)
+        return cls(Catalog(store, lease), store, lease, store, cache or NodeCache())
 
     def publish_vector(
         self,

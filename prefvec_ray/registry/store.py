@@ -27,6 +27,7 @@ from pathlib import Path
 from blake3 import blake3
 from pyarrow import ArrowException, fs
 
+from prefvec_ray.common.atomic import make_folder, sync
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.registry.conditional import ConditionalWriter, connect
@@ -251,14 +252,14 @@ class Store:
             temporary.write_bytes(data)
             temporary.chmod(0o644)
             self.step("record-written")
-            _sync(temporary)
+            sync(temporary)
             make_folder(target.parent)
             try:
                 os.link(temporary, target)
             except FileExistsError:
                 return target.read_bytes()
             self.step("record-linked")
-            _sync(target.parent)
+            sync(target.parent)
         self.step("record")
         return None
 
@@ -362,7 +363,7 @@ class Store:
             self.step("copied")
             temporary.chmod(0o444)
             with ThreadPoolExecutor(1) as pool:  # the disk writes while the processor reads back
-                synced = pool.submit(_sync, temporary)
+                synced = pool.submit(sync, temporary)
                 whole = temporary.stat().st_size == size and hash_file(temporary) == digest
                 synced.result()
             if not whole:
@@ -372,7 +373,7 @@ class Store:
             target = self.folder / blob_key(digest)
             make_folder(target.parent)
             temporary.rename(target)  # over a damaged blob, if there is one: the name says what the bytes must be
-            _sync(target.parent)
+            sync(target.parent)
         self.step("blob")
 
     def _upload(self, digest: str, size: int, source: str | Path | Iterable[bytes | memoryview]) -> None:
@@ -526,21 +527,3 @@ def _read_file(path: Path) -> bytes | None:
         raise OSError(errno.EINVAL, "is no plain file of a record's size")
     with open(handle, "rb") as file:  # noqa: PTH123 - of a handle
         return file.read()
-
-
-def make_folder(folder: Path) -> None:
-    """mkdir -p, durable: every folder that was made is synced into its parent."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import read_json
@@ -262,9 +263,7 @@ def audit_scorer(
     card = card.model_copy(
         update={"words": found, "model_digest": model_digest(folder), "curve": tuple(stated.get("curve", ()))}
     )
-    partial = folder / f"{AUDIT_FILE}.partial"
-    partial.write_text(card.model_dump_json(indent=2) + "\n")
-    partial.replace(folder / AUDIT_FILE)
+    write_whole(folder / AUDIT_FILE, card.model_dump_json(indent=2) + "\n")
     return card
 
 

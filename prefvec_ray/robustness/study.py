@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.cluster import reason
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
@@ -219,9 +220,7 @@ class Study:
                 raise InputError(
                     f"{folder} holds a study with other {', '.join(changed)}; give another folder or delete it"
                 )
-        partial = described.with_suffix(".partial")
-        partial.write_text(config.model_dump_json(indent=2))
-        partial.replace(described)
+        write_whole(described, config.model_dump_json(indent=2))
         self.path = self.folder / "runs.jsonl"
         asked = set(config.runs())
         found = parse_models(whole_lines(self.path), Run, str(self.path), ADVICE)

@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import read_json
@@ -103,36 +104,33 @@ def train_scorer(config: ScorerTrainingConfig, progress: Progress | None = None)
         notes.append(f"{len(train)} of {len(fitting['training'])} training pairs kept, balanced by length")
 
     began = time.perf_counter()
-    partial = config.output.with_name(f".{config.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _fit(config, train, tokenizer, max_length, partial, progress)
-    stated = ScorerFile(
-        kind="reward-model",
-        metric=config.metric,
-        direction="maximize",
-        encoding="chat",
-        safety=config.safety,
-        max_length=max_length,
-    )
-    (partial / SCORER_FILE).write_text(stated.model_dump_json())
-    held_out = _measure(ClassifierScorer(partial), config.metric, test, longer_wins)
-    record = {
-        **stated.model_dump(),
-        "low": None,
-        "high": None,
-        "model_digest": model_digest(partial),
-        "base": str(config.base),
-        "trained_on": data_digest(train),
-        "training_pairs": len(train),
-        "held_out_on": data_digest(test),
-        "held_out": held_out.model_dump(),
-        "recipe": {"seed": config.seed, "balance_length": config.balance_length, **config.trainer},
-        "notes": notes,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    (partial / SCORER_FILE).write_text(json.dumps(record, indent=2))
-    partial.rename(config.output)
+    with new_folder(config.output) as folder:
+        _fit(config, train, tokenizer, max_length, folder, progress)
+        stated = ScorerFile(
+            kind="reward-model",
+            metric=config.metric,
+            direction="maximize",
+            encoding="chat",
+            safety=config.safety,
+            max_length=max_length,
+        )
+        (folder / SCORER_FILE).write_text(stated.model_dump_json())
+        held_out = _measure(ClassifierScorer(folder), config.metric, test, longer_wins)
+        record = {
+            **stated.model_dump(),
+            "low": None,
+            "high": None,
+            "model_digest": model_digest(folder),
+            "base": str(config.base),
+            "trained_on": data_digest(train),
+            "training_pairs": len(train),
+            "held_out_on": data_digest(test),
+            "held_out": held_out.model_dump(),
+            "recipe": {"seed": config.seed, "balance_length": config.balance_length, **config.trainer},
+            "notes": notes,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        (folder / SCORER_FILE).write_text(json.dumps(record, indent=2))
     return held_out
 
 

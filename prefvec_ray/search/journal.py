@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import parse_json, parse_model, read_json, taking_apart
 from prefvec_ray.common.lines import LineWriter
@@ -42,9 +43,7 @@ class Journal:
         busy = f"another search is running in {folder}: wait for it, or give another folder"
         self._writer = LineWriter(self.folder / "trials.jsonl", busy)
         if not described.exists():
-            partial = described.with_suffix(".partial")
-            partial.write_text(json.dumps(definition, indent=2))
-            partial.replace(described)
+            write_whole(described, json.dumps(definition, indent=2))
         self.done: list[Tried] = []
         self.end: Ended | None = None
         try:

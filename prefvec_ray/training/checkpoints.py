@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import TrainerCallback
 
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError, JobError
 
 COMPLETE = "complete.json"
@@ -43,9 +44,7 @@ class CompleteCheckpoints(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
             marker = {"step": state.global_step, "workers": args.world_size, "files": files}
-            partial = folder / f".{COMPLETE}"
-            partial.write_text(json.dumps(marker))
-            partial.rename(folder / COMPLETE)
+            write_whole(folder / COMPLETE, json.dumps(marker))
             _remove(folder.parent, keep=folder)
         _barrier()
 
@@ -53,11 +52,6 @@ class CompleteCheckpoints(TrainerCallback):
 def checkpoint_folder(out: str | Path) -> Path:
     """Where the run that will appear at `out` keeps its checkpoints."""
     return Path(out).with_name(f".{Path(out).name}.checkpoints")
-
-
-def partial_folder(out: str | Path) -> Path:
-    """Where the run's result is written before it is renamed to `out`."""
-    return Path(out).with_name(f".{Path(out).name}.partial")
 
 
 def newest_checkpoint(folder: Path, workers: int) -> tuple[Path, int] | None:
@@ -104,7 +98,7 @@ def told_when_full(folder: Path, advice: str = "free some") -> Iterator[None]:
 
 @contextmanager
 def run_on_disk(out: str | Path, needed: int) -> Iterator[None]:
-    """A run that will appear at `out`: when the disk is full, what it half-wrote is removed, so that others can go on.
+    """A run that will appear at `out`: when the disk is full, its torn checkpoint is removed, so that others can go on.
 
     Args:
         needed: bytes that the run writes, at most.
@@ -114,7 +108,6 @@ def run_on_disk(out: str | Path, needed: int) -> Iterator[None]:
         with told_when_full(Path(out).parent, advice):
             yield
     except DiskFullError:
-        shutil.rmtree(partial_folder(out), ignore_errors=True)
         for checkpoint in checkpoint_folder(out).glob("checkpoint-*"):
             if not (checkpoint / COMPLETE).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)

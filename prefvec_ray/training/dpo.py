@@ -15,12 +15,12 @@ from pydantic import Field
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.config import Config
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.checkpoints import (
     CompleteCheckpoints,
     checkpoint_folder,
-    partial_folder,
     remove_checkpoints,
     resume_point,
     run_on_disk,
@@ -234,7 +234,8 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
             for name in full:
                 trainer.evaluate(name, metric_key_prefix=f"eval_{name}")
             held_out = watcher.history(trainer.state.log_history[-len(full) :])
-            vector = _collect(spec, trainer, layout)
+            adapter = Path(work_dir) / "adapter"
+            vector = _collect(spec, trainer, layout, adapter)
         except RunStoppedError:
             remove_checkpoints(spec.out)
             raise
@@ -255,7 +256,11 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
             "kl": kl[-1]["kl"] if kl else None,
             "precision": vector.info.precision,
         }
-        _write_run(spec, vector, result)
+        with new_folder(Path(spec.out)) as folder:
+            save_vector(vector, folder / "delta")
+            if spec.method.kind == "lora":
+                shutil.copytree(adapter, folder / "adapter")
+            (folder / "run.json").write_text(json.dumps(result, indent=2))
     remove_checkpoints(spec.out)
     return result
 
@@ -280,13 +285,9 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
     return full, watched
 
 
-def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout) -> PreferenceVector | None:
-    """The run's delta with its recipe, on rank 0. A LoRA run's adapter is left where the run's folder is written."""
+def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout, adapter: Path) -> PreferenceVector | None:
+    """The run's delta with its recipe, on rank 0. A LoRA run's adapter is left in the folder `adapter`."""
     args, method = trainer.args, spec.method
-    partial = partial_folder(spec.out)
-    if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     recipe: dict[str, Any] = {
         "method": "dpo",
         "parameters": method.kind,
@@ -306,17 +307,9 @@ def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout) -> PreferenceVe
         method,
         layout,
         spec.base,
-        partial / "adapter",
+        adapter,
         preference=spec.name,
         base_fingerprint=spec.base_fingerprint,
         data_digest=spec.data_digest,
         recipe=recipe,
     )
-
-
-def _write_run(spec: RunSpec, vector: PreferenceVector, result: dict[str, Any]) -> None:
-    """Finish the folder beside `spec.out` and rename it, so that a run folder is complete or absent."""
-    partial = partial_folder(spec.out)
-    save_vector(vector, partial / "delta")
-    (partial / "run.json").write_text(json.dumps(result, indent=2))
-    partial.rename(spec.out)

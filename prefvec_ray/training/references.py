@@ -16,6 +16,7 @@ from blake3 import blake3
 from datasets import load_from_disk
 from rich.console import Console
 
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, TrainingConfig
@@ -127,7 +128,6 @@ def write_references(
         if target.is_dir():  # an earlier attempt got as far as this
             continue
         source = task["source"]
-        partial = target.with_name(f".{target.name}.partial")
         with tempfile.TemporaryDirectory() as work_dir:
             if "samples" in task:
                 source = str(target.with_name(f".{target.name}.unscored"))
@@ -142,12 +142,10 @@ def write_references(
             pairs = load_from_disk(source)
             scored = reference_logps(base, pairs, dpo, work_dir, checked) if len(pairs) else pairs
             if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                scored.save_to_disk(partial, num_shards=None if len(scored) else 1)
                 done = {"set": target.name, "pairs": len(scored), "workers": workers}
-                with (target.parent / "passes.jsonl").open("a") as file:
+                with new_folder(target) as folder, (target.parent / "passes.jsonl").open("a") as file:
+                    scored.save_to_disk(folder, num_shards=None if len(scored) else 1)
                     file.write(json.dumps({**done, "seconds": round(time.perf_counter() - started, 2)}) + "\n")
-                partial.rename(target)
                 report(number, len(tasks))
             if dist.is_initialized():
                 dist.barrier()

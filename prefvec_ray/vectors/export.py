@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.vectors.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.fused import CODES, FusedMerge, Segment, part_of
 from prefvec_ray.vectors.live import check_base, check_coefficients
-from prefvec_ray.vectors.writer import Index, Progress, ShardWriter, new_folder, write_text
+from prefvec_ray.vectors.writer import Index, Progress, ShardWriter, write_text
 
 # What belongs to a model besides its weights. Code (*.py) is not taken along, nor the base's own README.
 BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")

@@ -9,9 +9,7 @@ changed, named as in the base checkpoint's files. A training run's own delta `th
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import parse_json
 from prefvec_ray.common.names import DeltaName
@@ -143,12 +142,15 @@ def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size:
     metadata = to_metadata(vector.info)
     for file_name, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        write_atomically(folder / file_name, lambda tmp, shard=shard: _save_shard(shard, tmp, metadata))  # type: ignore[misc]
+        with new_file(folder / file_name) as temporary:
+            _save_shard(shard, temporary, metadata)
     if split.is_sharded:
         text = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=1, sort_keys=True
         )
-        write_atomically(index, lambda tmp: tmp.write_text(text, "utf-8"))
+        with new_file(index) as temporary:
+            temporary.write_text(text, "utf-8")
+            temporary.chmod(0o644)
     return folder
 
 
@@ -165,6 +167,7 @@ def _save_shard(shard: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
             raise AssertionError(f"the header of {path} grew from {size} to {len(text)} bytes as it was put in order")
         file.seek(8)
         file.write(text.ljust(size))
+    path.chmod(0o644)
 
 
 def load_vector(path: str | Path, *, links: bool = False) -> PreferenceVector:
@@ -269,26 +272,6 @@ def _from_metadata(metadata: dict[str, str], where: str) -> VectorInfo:
     except (KeyError, ValueError, ValidationError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{where}: the vector's metadata cannot be read ({reason}); extract it again") from None
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)` beside `path`, then sync, mode 0644 and rename: readers see all of it or nothing."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 __all__ = [

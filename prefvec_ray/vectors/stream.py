@@ -9,6 +9,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from prefvec_ray.vectors.file import STEM, PreferenceVector, VectorInfo, load_ve
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.fused import FusedMerge, Segment
 from prefvec_ray.vectors.precision import RoundingStats, StorageLoss
-from prefvec_ray.vectors.writer import Index, Progress, ShardWriter, new_folder
+from prefvec_ray.vectors.writer import Index, Progress, ShardWriter
 
 SAMPLE = 1 << 20  # numbers that precision is measured on, spread over all parameters
 BLOCK = 4096

@@ -1,19 +1,16 @@
-"""Sharded safetensors folders that never lie in memory as a whole, and that appear at once or not at all.
+"""Sharded safetensors files that never lie in memory as a whole.
 
 Tensors are produced a few megabytes at a time by a small pool of threads and written in place, laid out as
 `safetensors` itself does it. Headers go in last, so that a file whose writing was cut short is not a safetensors file.
 """
 
-import fcntl
 import json
 import math
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,65 +187,3 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def new_folder(out: Path, *, replaces: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` by one rename when the block ends, and vanishes when it fails.
-
-    What a killed process left behind is removed on the next try; a folder that another process is still writing is not
-    touched. An existing `out` raises InputError, unless `replaces(out)` says that it may go.
-    """
-    if out.exists() and (replaces is None or not replaces(out)):
-        hint = "choose another folder" if replaces is None else "it is not what this writes, so it is not replaced"
-        raise InputError(f"{out}: already exists; {hint}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.partial-"
-    with ExitStack() as held:
-        with _locked(out.parent, wait=True):  # so that nobody takes a new folder for one left behind
-            for left in [path for path in out.parent.iterdir() if path.name.startswith(prefix)]:
-                with _locked(left) as mine:
-                    if mine:
-                        shutil.rmtree(left)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-            held.enter_context(_locked(folder))
-        try:
-            folder.chmod(0o755)
-            yield folder
-            _sync(folder)
-            if out.exists():
-                if replaces is None:
-                    raise InputError(f"{out}: appeared meanwhile; choose another folder")
-                out.rename(old := out.with_name(f"{prefix}replaced"))
-                folder.rename(out)
-                shutil.rmtree(old)
-            else:
-                folder.rename(out)
-            _sync(out.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the folder's lock (False if another process does). The kernel frees it when a process ends, however it
-    ends.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        mine = True
-    except BlockingIOError:
-        mine = False
-    try:
-        yield mine
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -32,7 +32,7 @@ def test_one_download_for_many(root: str, tmp_path: Path, open_registry: Open, m
     assert sorted(downloads) == sorted(file.name for file in published.files)
     assert sum(cache.misses for cache in caches) == 1
     assert sum(cache.hits for cache in caches) == 15
-    assert not list((tmp_path / "shared").glob("tmp-*"))
+    assert not list((tmp_path / "shared").glob(".*.partial-*"))
 
 
 READER = """

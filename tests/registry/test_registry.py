@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, serving_fingerprint
+from prefvec_ray.registry.catalog import OPERATIONS, Catalog
 from prefvec_ray.vectors import load_vector
 
 Make = Callable[..., Path]
@@ -281,3 +282,14 @@ def test_only_publishing_creates_a_registry(root: str, open_registry: Callable[.
     assert registry.list_vectors() == []
     registry.publish_vector(make_vector())
     assert open_registry(root, create=False).resolve("helpful").version == 1
+
+
+def test_a_registry_offers_every_operation_of_its_catalog_and_no_other_can_be_asked_for(registry: Registry) -> None:
+    offered = {
+        name for name in vars(Registry) if getattr(vars(Registry)[name], "__wrapped__", 0) is getattr(Catalog, name, 1)
+    }
+    assert offered == set(OPERATIONS)
+    methods = {name for name in vars(Catalog) if not name.startswith("_")}
+    assert methods - offered == {"perform", "all_vectors"}
+    with pytest.raises(InputError, match="no method '__init__'"):
+        registry.catalog.perform("__init__", (), {})

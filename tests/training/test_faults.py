@@ -20,7 +20,6 @@ from prefvec_ray.training.checkpoints import (
     check_space,
     checkpoint_folder,
     newest_checkpoint,
-    partial_folder,
 )
 from prefvec_ray.training.config import Method
 from prefvec_ray.training.dpo import run_dpo
@@ -99,7 +98,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_is_kept(scored, small_dis
     with pytest.raises(DiskFullError, match=rf"no space left in {small_disk}: .* free; a run takes up to \d+\.\d MB: "):
         run_dpo(spec, lambda values: None, tmp_path / "work")
     assert not Path(spec.out).exists()
-    assert not partial_folder(spec.out).exists()
+    assert not list(small_disk.glob(".run.partial*"))
     checkpoint, step = newest_checkpoint(checkpoint_folder(spec.out), workers=1)
     assert list(checkpoint_folder(spec.out).glob("checkpoint-*")) == [checkpoint]  # the torn one is gone
 

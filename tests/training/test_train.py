@@ -61,7 +61,7 @@ def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job
 
     # The mistake corrected. What a killed run left behind is in nobody's way, and what is finished is not done again.
     out = Path(specs[0].out)
-    out.with_name(f".{out.name}.partial").mkdir()
+    out.with_name(f".{out.name}.partial-0").mkdir()
     before = written(job.folder, "run.json") | written(job.folder / "reference", "*.arrow")
     assert len(before) > 3
     summary = train_vectors(job)

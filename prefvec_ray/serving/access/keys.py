@@ -9,10 +9,8 @@ nowhere. The file is read again whenever it changes: a revoked key is refused fr
 import hashlib
 import hmac
 import logging
-import os
 import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +20,7 @@ import yaml
 from filelock import FileLock
 from pydantic import Field, model_validator
 
+from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.config import Config, load_config, parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
@@ -167,18 +166,10 @@ def parse_range(text: str) -> tuple[str, Range]:
 
 
 def _write(path: Path, keys: Iterable[Key]) -> None:
-    """All of it or nothing, for the owner's eyes only (mkstemp makes files of mode 600)."""
-    target = path.resolve()
+    """All of it or nothing, for the owner's eyes only."""
     content = KeyFile(keys=tuple(keys)).model_dump(mode="json", exclude_none=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            yaml.safe_dump(content, file, sort_keys=False)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with new_file(path.resolve(), mode=0o600) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def _digest(secret: str) -> str:
