@@ -39,6 +39,7 @@ from transformers import LlamaForCausalLM
 
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights
 from prefvec_ray.serving.release.routing import preferred
@@ -87,11 +88,11 @@ def peft_tokens_per_s(size: str) -> float:
         peft.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max(request.max_new_tokens for request in asked),
+            max_new_tokens=max(request.max_tokens for request in asked),
             do_sample=False,
             adapter_names=[f"a{number}" for number in range(len(asked))],
         )
-    return sum(request.max_new_tokens for request in asked) / (time.process_time() - start)
+    return sum(request.max_tokens for request in asked) / (time.process_time() - start)
 
 
 def on_vllm(size: str, rounds: int) -> dict[str, Any]:
@@ -136,7 +137,8 @@ def merges_per_request(settings: int, replicas: int, choose: Choose) -> float:
             setting = (("harmless", eta), ("helpful", 0.5))
             name = choose(setting, loads)
             loads[name] += 1
-            request = Request((1, 2, 3, 4), setting, max_new_tokens=draw.randrange(8, 24), temperature=0.0)
+            sampling = SamplingParams(max_tokens=draw.randrange(8, 24), temperature=0.0)
+            request = Request((1, 2, 3, 4), setting, sampling)
             engines[name].submit(request, done(name))
             asked += 1
         for engine in engines.values():

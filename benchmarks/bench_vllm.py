@@ -90,6 +90,7 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
 
     from prefvec_ray.serving.config import EngineConfig
     from prefvec_ray.serving.engines.base import Request
+    from prefvec_ray.serving.engines.sampling_params import SamplingParams
     from prefvec_ray.serving.engines.vllm.engine import VllmEngine
     from prefvec_ray.vectors import fingerprint, load_vector
 
@@ -102,7 +103,11 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
     )
     engine = VllmEngine(base, fingerprint(base), AutoTokenizer.from_pretrained(base), vectors, config)
     made = [
-        Request(tuple(r["prompt"]), tuple(sorted(r["etas"].items())), max_new_tokens=r["tokens"], temperature=0.0)
+        Request(
+            tuple(r["prompt"]),
+            tuple(sorted(r["etas"].items())),
+            SamplingParams(max_tokens=r["tokens"], temperature=0.0),
+        )
         for r in requests
     ]
 

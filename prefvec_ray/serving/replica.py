@@ -1,7 +1,6 @@
 """A replica: one engine in one process, which turns prompts into answers. No HTTP and no policy here."""
 
 import asyncio
-import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -20,6 +19,7 @@ from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization
 from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
 from prefvec_ray.serving.metrics import ReplicaMetrics
@@ -84,7 +84,7 @@ class Replica:
 
     async def _answers(self, job: GenerationRequest, spent: Spending) -> AsyncIterator[Started | list[Event]]:
         requests = await self._encoder.run(job.caller, job.prompts, self._requests, job)
-        yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
+        yield Started(sum(len(r.prompt) for r in requests[:: job.sampling.n]))
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         tasks = [asyncio.create_task(self._feed(i, request, events, spent)) for i, request in enumerate(requests)]
         try:
@@ -181,7 +181,7 @@ class Replica:
             raise
         self._vectors = vectors
         coefficients = release.columns(release.policy.coefficients({}))
-        async for _ in self.engine.stream(Request((0,), coefficients, max_new_tokens=1)):
+        async for _ in self.engine.stream(Request((0,), coefficients, SamplingParams(max_tokens=1))):
             pass
         self._releases[release.id] = release
 
@@ -229,21 +229,15 @@ class Replica:
                     f"prompt of {len(ids)} tokens; at most {job.max_prompt_tokens} are allowed here; shorten it"
                 )
             room = min(self._config.engine.max_new_tokens, max(1, self.engine.context - len(ids)))
-            first = Request(
-                ids,
-                job.coefficients,
-                max_new_tokens=room if job.max_new_tokens is None else job.max_new_tokens,
-                temperature=job.temperature,
-                top_p=job.top_p,
-                stop=job.stop,
-                logprobs=job.logprobs,
-                caller=job.caller if self._config.keys else "",  # without keys all are one, and may have all rows
-            )
+            sampling = job.sampling
+            if sampling.max_tokens is None:
+                sampling = sampling.model_copy(update={"max_tokens": room})
+            caller = job.caller if self._config.keys else ""  # without keys all are one, and may have all rows
+            first = Request(ids, job.coefficients, sampling, caller=caller)
             self.engine.check(first)
-            for choice in range(job.n):
-                seed = secrets.token_hex(8) if job.seed is None else str(job.seed)
+            for choice in range(sampling.n):
                 resume_tokens = job.resume_tokens[len(requests)] if job.resume_tokens else ()
-                requests.append(replace(first, seed=f"{seed}/{choice}", resume_tokens=resume_tokens))
+                requests.append(replace(first, choice=choice, resume_tokens=resume_tokens))
         return requests
 
     def _tokens(self, encoder: Tokenization, prompt: Prompt, most: int) -> tuple[int, ...]:

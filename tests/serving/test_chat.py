@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
@@ -18,6 +19,7 @@ REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System ro
 BRIEF = {"role": "system", "content": "Be brief."}
 KIND = {"role": "developer", "content": "Be kind."}
 ASKED = {"role": "user", "content": "the quick fox"}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 SAID = {"role": "assistant", "content": "jumps"}
 
 
@@ -52,7 +54,7 @@ def test_the_operator_decides(without_system_role, registry_root, tokenizer, sys
     replica = Replica(config, resolve_release(config))
 
     def told(*prompts: Any) -> list[Any]:
-        job = GenerationRequest(prompts, (("harmless", 0.0), ("helpful", 0.5)), temperature=0.0, max_new_tokens=8)
+        job = GenerationRequest(prompts, (("harmless", 0.0), ("helpful", 0.5)), GREEDY)
         return asyncio.run(replica.answer(job))[1]
 
     try:

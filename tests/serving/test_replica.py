@@ -13,6 +13,7 @@ from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest, Started
@@ -33,9 +34,11 @@ def replica(request, base_folder, registry_root) -> Iterator[Replica]:
     replica.engine.close()
 
 
-def answer(replica: Replica, **job: Any) -> tuple[int, list[Any]]:
-    job = {"coefficients": SETTING, "temperature": 0.0, "max_new_tokens": 16} | job
-    return asyncio.run(replica.answer(GenerationRequest(**job)))
+def answer(
+    replica: Replica, prompts: Any, coefficients: Any = SETTING, *, release: Any = ("", 0), **sampling: Any
+) -> tuple[int, list[Any]]:
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16} | sampling)
+    return asyncio.run(replica.answer(GenerationRequest(prompts, coefficients, params, release=release)))
 
 
 def test_a_replica_has_answered_before_it_is_ready(replica):
@@ -79,9 +82,9 @@ def test_choices_differ_and_a_seed_brings_them_back(replica):
 
 
 def test_without_a_number_the_answer_is_as_long_as_allowed(replica):
-    _, (piece,) = answer(replica, prompts=((5, 6, 7),), temperature=1.0, max_new_tokens=None, seed=3)
+    _, (piece,) = answer(replica, prompts=((5, 6, 7),), temperature=1.0, max_tokens=None, seed=3)
     assert piece.finish_reason == "stop" or len(piece.tokens) == 64
-    _, (piece,) = answer(replica, prompts=((5,) * 500,), temperature=1.0, max_new_tokens=None, seed=3)
+    _, (piece,) = answer(replica, prompts=((5,) * 500,), temperature=1.0, max_tokens=None, seed=3)
     assert piece.finish_reason == "stop" or len(piece.tokens) == 12
 
 
@@ -103,7 +106,7 @@ def test_a_bad_prompt_is_refused_before_any_answer_starts(replica, prompt, error
 
 def test_leaving_a_stream_stops_all_its_answers(replica):
     async def leave() -> None:
-        job = GenerationRequest(prompts=("the dog",), coefficients=SETTING, n=8, temperature=1.5, max_new_tokens=64)
+        job = GenerationRequest(("the dog",), SETTING, SamplingParams(n=8, temperature=1.5, max_tokens=64))
         items = replica.stream(job)
         assert isinstance(await anext(items), Started)
         await anext(items)

@@ -3,12 +3,14 @@
 `SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models.
 """
 
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # torch, which the front does without
     from prefvec_ray.vectors import PreferenceVector
@@ -26,21 +28,27 @@ class Request:
     prompt: tuple[int, ...]
     """token ids, at least one"""
     coefficients: Coefficients
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0 is greedy"""
-    top_p: float = 1.0
-    """sample from the smallest set of tokens that holds this much probability (Holtzman et al., arXiv 1904.09751)"""
-    seed: str = "0"
-    stop: tuple[str, ...] = ()
-    """texts that end the answer; they are not part of it"""
-    logprobs: int | None = None
-    """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
+    sampling: SamplingParams
+    """`max_tokens` must be set here; `n` is of no concern to an engine"""
+    choice: int = 0
+    """number of this answer among the `n` of its prompt: with the seed, it decides the random numbers"""
     resume_tokens: tuple[int, ...] = ()
     """the answer's first tokens, where its caller has them already from a replica that died: within rounding
     distance they need not be what this engine would choose. One that does not heed them may say something else"""
     caller: str = ""
     """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of the answer. Raises InputError where nobody has decided."""
+        if self.sampling.max_tokens is None:
+            raise InputError("max_tokens is not set; an engine needs a number")
+        return self.sampling.max_tokens
+
+    def random_key(self) -> str:
+        """What seeds the answer's random numbers: the same for the same seed, new each time where there is none."""
+        seed = secrets.token_hex(8) if self.sampling.seed is None else self.sampling.seed
+        return f"{seed}/{self.choice}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class OutputDelta:
     tokens: tuple[int, ...]
     """token ids since the last piece; the end-of-text token counts, though it has no text"""
     finish_reason: FinishReason | None = None
-    """set on the last piece: "stop" after an end-of-text token or stop string, "length" at max_new_tokens"""
+    """set on the last piece: "stop" after an end-of-text token or stop string, "length" at max_tokens"""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """of the tokens that begin within the texts so far, where the request asks for them; a token that ends the answer
     or belongs to a stop string has none"""

@@ -4,7 +4,6 @@ strings, half characters and log-probabilities come out the same whichever compu
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection
-from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -23,20 +22,19 @@ from prefvec_ray.serving.engines.text import TextStream
 OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
 
 
-@dataclass(eq=False)
 class OutputState:
     """`ends` are the tokens that end an answer."""
 
-    request: Request
-    text: TextStream
-    ends: Collection[int]
-    last_token: int = -1
-    produced: int = 0
-    """tokens so far"""
-    _unsent: list[int] = field(default_factory=list)
-    _untold: list[TokenLogprobs] = field(default_factory=list)
-    _sent: int = 0
-    """characters of the answer's text"""
+    def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]):
+        self.request, self._ends = request, ends
+        self._text = TextStream(tokenizer, request.prompt, request.sampling.stop_texts)
+        self.last_token = -1
+        self.produced = 0
+        """tokens so far"""
+        self._unsent: list[int] = []
+        self._untold: list[TokenLogprobs] = []
+        self._sent = 0
+        """characters of the answer's text"""
 
     def push(self, token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
         """What the token adds to the answer, if there is anything to tell yet. `likely`: the token itself, then the
@@ -44,20 +42,20 @@ class OutputState:
         self.last_token = token
         self.produced += 1
         self._unsent.append(token)
-        ended = token in self.ends
-        known = self.text.decoded
-        text = "" if ended else self.text.push(token)
+        ended = token in self._ends
+        known = self._text.decoded
+        text = "" if ended else self._text.push(token)
         if likely:
             # What came out with it may begin with characters of tokens before it, whose other bytes never came.
-            offset = max(known, self.text.decoded - len(likely[0].text))
+            offset = max(known, self._text.decoded - len(likely[0].text))
             self._untold.append(TokenLogprobs(likely[0], likely[1:], offset))
         reason: FinishReason | None = None
-        if ended or self.text.stopped:
+        if ended or self._text.stopped:
             reason = "stop"
-        elif self.produced == self.request.max_new_tokens:
+        elif self.produced == self.request.max_tokens:
             reason = "length"
         if reason:
-            text += self.text.finish()
+            text += self._text.finish()
         if not text and not reason:
             return None
         self._sent += len(text)
@@ -80,9 +78,9 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
     """See `Engine.check`."""
     if not request.prompt:
         raise InputError("the prompt has no tokens; give at least one")
-    if len(request.prompt) + request.max_new_tokens > context:
+    if len(request.prompt) + request.max_tokens > context:
         raise PromptTooLongError(
-            f"prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones exceed the"
+            f"prompt of {len(request.prompt)} tokens and {request.max_tokens} new ones exceed the"
             f" model's context of {context}; shorten the prompt or ask for fewer tokens"
         )
     if not all(0 <= token < vocabulary for token in request.prompt):

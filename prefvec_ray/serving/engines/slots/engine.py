@@ -37,10 +37,11 @@ from prefvec_ray.serving.engines.base import (
 )
 from prefvec_ray.serving.engines.output import OVERFLOW, Emit, OutputState, check_request, end_tokens, stream_of
 from prefvec_ray.serving.engines.sampling import choose, logprobs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.cache import SlotCache, context_length
 from prefvec_ray.serving.engines.slots.shares import Shares
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
-from prefvec_ray.serving.engines.text import TextStream, TokenTexts
+from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import PreferenceVector
 
 log = logging.getLogger(__name__)
@@ -136,8 +137,8 @@ class SlotEngine:
         Raises InputError as `check` does, and EngineError where the engine is closed.
         """
         self.check(request)
-        answer = OutputState(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
-        ticket = ScheduledRequest(request, emit, answer, random.Random(request.seed))
+        answer = OutputState(request, self._tokenizer, self._ends)
+        ticket = ScheduledRequest(request, emit, answer, random.Random(request.random_key()))
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
@@ -351,7 +352,7 @@ class SlotEngine:
         sound = torch.isfinite(logits_RV.amax(-1)).tolist()  # the largest is NaN where any is
         if not all(sound):
             logits_RV = torch.nan_to_num(logits_RV)
-        chosen = choose(logits_RV, [t.request for t in tickets], [t.draw for t in tickets])
+        chosen = choose(logits_RV, [t.request.sampling for t in tickets], [t.draw for t in tickets])
         chosen = [
             t.request.resume_tokens[t.answer.produced] if t.answer.produced < len(t.request.resume_tokens) else token
             for t, token in zip(tickets, chosen, strict=True)
@@ -382,9 +383,9 @@ class SlotEngine:
     ) -> list[tuple[TokenLogprob, ...] | None]:
         """For each row that asks for log-probabilities: the chosen token, then the likeliest."""
         likely: list[tuple[TokenLogprob, ...] | None] = [None] * len(tickets)
-        rows = [row for row, ticket in enumerate(tickets) if ticket.request.logprobs is not None]
+        rows = [row for row, ticket in enumerate(tickets) if ticket.request.sampling.logprobs is not None]
         if rows:
-            tops = [tickets[row].request.logprobs or 0 for row in rows]
+            tops = [tickets[row].request.sampling.logprobs or 0 for row in rows]
             told = logprobs(logits_RV[rows], [chosen[row] for row in rows], tops)
             for row, pairs in zip(rows, told, strict=True):
                 likely[row] = tuple(TokenLogprob(*self._token_texts[token], value) for token, value in pairs)
@@ -447,7 +448,7 @@ class SlotEngine:
     def warm_up(self, coefficients: Coefficients) -> None:
         """Generate one token before `start`, so that an engine which reports ready has answered."""
         seen: list[OutputDelta | Exception] = []
-        self.submit(Request((0,), coefficients, max_new_tokens=1), seen.append)
+        self.submit(Request((0,), coefficients, SamplingParams(max_tokens=1)), seen.append)
         while self.step():
             pass
         if isinstance(seen[0], Exception):

@@ -32,7 +32,8 @@ from prefvec_ray.serving.config import EngineConfig
 from prefvec_ray.serving.engines.base import Coefficients, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
 from prefvec_ray.serving.engines.output import OVERFLOW, Emit, OutputState, check_request, end_tokens, stream_of
 from prefvec_ray.serving.engines.sampling import LOWEST
-from prefvec_ray.serving.engines.text import TextStream, TokenTexts
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
 WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
@@ -114,7 +115,7 @@ class VllmEngine:
     def warm_up(self, coefficients: Coefficients) -> None:
         """Generate one token, so that an engine which reports ready has answered."""
         done: Future[OutputDelta | Exception] = Future()
-        self._submit(Request((0,), coefficients, max_new_tokens=1), done.set_result)
+        self._submit(Request((0,), coefficients, SamplingParams(max_tokens=1)), done.set_result)
         piece = done.result()
         if isinstance(piece, Exception):
             raise piece
@@ -148,7 +149,7 @@ class VllmEngine:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        answer = OutputState(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
+        answer = OutputState(request, self._tokenizer, self._ends)
         try:
             if unknown := [name for name, _ in request.coefficients if name not in self._known]:
                 raise EngineError(f"no vector {unknown[0]!r} is known here")
@@ -186,12 +187,12 @@ class VllmEngine:
 
         # Tokens that the caller has already are part of vLLM's prompt, and emitted from there.
         resumed = request.resume_tokens
-        told_by_vllm = request.logprobs is not None and len(resumed) < request.max_new_tokens
+        told_by_vllm = request.sampling.logprobs is not None and len(resumed) < request.max_tokens
         for token in () if told_by_vllm else resumed:
             if last := tell(token):
                 return last
         prompt = tokens_input([*request.prompt, *resumed], cache_salt=salt(request.coefficients))
-        outputs = self._llm.generate(prompt, sampling(request, self._ends), str(next(self._numbers)))
+        outputs = self._llm.generate(prompt, vllm_params(request, self._ends), str(next(self._numbers)))
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if answer.produced < len(resumed):
@@ -210,9 +211,9 @@ class VllmEngine:
         raise EngineError("vLLM ended an answer early")
 
     def _likely(self, request: Request, token: int, logprobs: Mapping[int, Any]) -> tuple[TokenLogprob, ...] | None:
-        if request.logprobs is None:
+        if request.sampling.logprobs is None:
             return None
-        best = sorted(logprobs, key=lambda other: -logprobs[other].logprob)[: request.logprobs]
+        best = sorted(logprobs, key=lambda other: -logprobs[other].logprob)[: request.sampling.logprobs]
         return tuple(TokenLogprob(*self._token_texts[t], max(logprobs[t].logprob, LOWEST)) for t in (token, *best))
 
     async def _change(self, vectors: Mapping[str, PreferenceVector]) -> None:
@@ -326,21 +327,22 @@ def salt(coefficients: Coefficients) -> str:
     return hashlib.blake2b(json.dumps(coefficients).encode(), digest_size=16).hexdigest()
 
 
-def sampling(request: Request, ends: frozenset[int]) -> Any:
+def vllm_params(request: Request, ends: frozenset[int]) -> Any:
     """vLLM's `SamplingParams`. Text and stop strings are `OutputState`'s. The chosen token's log-probability is always
     asked for, because it is NaN where the model overflows."""
-    from vllm import SamplingParams
+    import vllm
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=int.from_bytes(hashlib.blake2b(request.seed.encode(), digest_size=8).digest()) >> 1,
-        max_tokens=request.max_new_tokens - len(request.resume_tokens),
+    asked = request.sampling
+    return vllm.SamplingParams(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        seed=int.from_bytes(hashlib.blake2b(request.random_key().encode(), digest_size=8).digest()) >> 1,
+        max_tokens=request.max_tokens - len(request.resume_tokens),
         stop_token_ids=sorted(ends),
         ignore_eos=True,
-        logprobs=request.logprobs or 0,
-        prompt_logprobs=request.logprobs if request.resume_tokens else None,
+        logprobs=asked.logprobs or 0,
+        prompt_logprobs=asked.logprobs if request.resume_tokens else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args={ETAS: {name: eta for name, eta in request.coefficients if eta}},
