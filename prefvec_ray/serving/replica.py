@@ -1,14 +1,15 @@
 """A replica: one engine in one process, which turns prompts into answers. No HTTP and no policy here."""
 
 import asyncio
+import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 import jinja2
 import torch
 from ray import serve
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
@@ -18,47 +19,57 @@ from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization
-from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.base import EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.load import load_engine
+from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
-from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.release.release import Release, ServedVector
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import Event, GenerationRequest, Prompt, ReleaseId, Started
 from prefvec_ray.serving.spending import Spending, SpentTokens
-from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
+from prefvec_ray.vectors import PreferenceVector, load_vector
 
 
 class Replica:
-    """Loads base and vectors, and answers jobs. Construction returns only once a token has been generated.
+    """Loads base and vectors, and answers requests. Serve awaits the constructor, which returns only once a token has
+    been generated; meanwhile the event loop goes on.
 
-    It begins with the release that its book says is committed, and learns others by `prepare`, or when a job is of one
-    that it does not have yet. Vectors that no running job needs are dropped at the next change.
+    A replica begins with the release that its book says is committed. It learns others by `prepare`, or when a request
+    is of one that it does not have yet. Vectors that no running request needs are dropped at the next change.
 
     Raises JobError, before anything is loaded, where this node does not see the base or the registry's folder.
     """
 
-    def __init__(self, config: ServingConfig, release: Release, book: ReleaseBook | None = None):
-        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
-        torch.set_num_threads(config.engine.threads)
-        self._config, self._book = config, book
-        self._first = release
-        release = (book and book.newest()) or release
-        self._releases = {release.id: release}
+    async def __init__(  # type: ignore[misc]  # Ray knows asynchronous constructors, mypy does not
+        self, config: ServingConfig, release: Release, book: ReleaseBook | None = None
+    ) -> None:
+        self._config, self._book, self._first = config, book, release
         self._jobs: Counter[ReleaseId] = Counter()
-        """running, by release"""
+        """running requests, by release"""
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
-        self._tokenizer = load_tokenizer(config)
-        self._encoder = PromptEncoder(self._tokenizer, lambda: load_tokenizer(config))
         self._spent = SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
-        self._registry = open_registry(config.registry)
         self._fetched: dict[str, VectorVersion] = {}
         """what is pinned in the node's cache, by column"""
+        self._vectors: dict[str, PreferenceVector] = {}
+        release = await asyncio.to_thread(self._load_release)
+        self._releases = {release.id: release}
+        self.engine = await load_engine(config, release.base_fingerprint, self._tokenizer, self._vectors)
+        await self._generate_once(release)
+
+    def _load_release(self) -> Release:
+        """The tokenizer, and the vectors of the release that is served now, which it returns."""
+        config = self._config
+        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
+        torch.set_num_threads(config.engine.threads)
+        self._tokenizer = load_tokenizer(config)
+        self._encoder = PromptEncoder(self._tokenizer, lambda: load_tokenizer(config))
+        self._registry = open_registry(config.registry)
+        release = (self._book and self._book.newest()) or self._first
         self._vectors = self._loaded([release])
-        self.engine = build_engine(config, release, self._vectors)
+        return release
 
     async def stream(self, job: GenerationRequest) -> AsyncIterator[Started | list[Event]]:
         """`Started`, then lists of events until every answer has its finish_reason.
@@ -70,9 +81,11 @@ class Replica:
         try:
             release = await self._release_of(job.release)
             self._jobs[release.id] += 1
+            job = replace(job, coefficients=release.columns(job.coefficients))
             try:
-                async for item in self._answers(replace(job, coefficients=release.columns(job.coefficients)), spent):
-                    yield item
+                async with contextlib.aclosing(self._answers(job, spent)) as items:
+                    async for item in items:
+                        yield item
             finally:
                 self._jobs[release.id] -= 1
         finally:
@@ -82,24 +95,16 @@ class Replica:
         """Tokens of answers that were generated here for the job of this id, once it has ended; None: none of ours."""
         return await self._spent.of(job)
 
-    async def _answers(self, job: GenerationRequest, spent: Spending) -> AsyncIterator[Started | list[Event]]:
+    async def _answers(self, job: GenerationRequest, spent: Spending) -> AsyncGenerator[Started | list[Event]]:
         requests = await self._encoder.run(job.caller, job.prompts, self._requests, job)
         yield Started(sum(len(r.prompt) for r in requests[:: job.sampling.n]))
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._feed(i, request, events, spent)) for i, request in enumerate(requests)]
-        try:
-            left = len(tasks)
-            while left:
-                items = [await events.get()]
-                while not events.empty():
-                    items.append(events.get_nowait())
-                batch = [_event(item) for item in items]
-                left -= sum(piece.finish_reason is not None for _, piece in batch)
-                yield batch
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+
+        def count(delta: OutputDelta) -> None:
+            spent.tokens += len(delta.tokens)
+
+        async with contextlib.aclosing(stream_outputs(self.engine, requests, count)) as outputs:
+            async for deltas in outputs:
+                yield deltas
 
     async def answer(self, job: GenerationRequest) -> tuple[int, list[OutputDelta]]:
         """Number of prompt tokens, and every answer as one piece."""
@@ -175,23 +180,26 @@ class Replica:
         before, self._releases = self._releases, {name: known for name, known in self._releases.items() if name in used}
         vectors = self._loaded(list(self._releases.values())) | new
         try:
-            await asyncio.wrap_future(self.engine.change(vectors))
+            await self.engine.change(vectors)
         except BaseException:
             self._releases = before
             raise
         self._vectors = vectors
-        coefficients = release.columns(release.policy.coefficients({}))
-        async for _ in self.engine.stream(Request((0,), coefficients, SamplingParams(max_tokens=1))):
-            pass
+        await self._generate_once(release)
         self._releases[release.id] = release
+
+    async def _generate_once(self, release: Release) -> None:
+        """One token, so that who reports ready has answered."""
+        coefficients = release.columns(release.policy.coefficients({}))
+        async for _ in stream_outputs(self.engine, [Request((0,), coefficients, SamplingParams(max_tokens=1))]):
+            pass
 
     def _loaded(self, releases: list[Release]) -> dict[str, PreferenceVector]:
         """The vectors of these releases under their engine's names; those that are loaded are not read again.
 
         Raises InputError where a reference no longer is the vector that it was when the release was resolved.
         """
-        known: dict[str, PreferenceVector] = getattr(self, "_vectors", {})
-        vectors = {}
+        known, vectors = self._vectors, {}
         for release in releases:
             for name, vector in release.vectors.items():
                 column = release.column(name)
@@ -257,59 +265,8 @@ class Replica:
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
         return encoder.encode(text, most, add_special_tokens=False)
 
-    async def _feed(
-        self, index: int, request: Request, events: "asyncio.Queue[Event | Exception]", spent: Spending
-    ) -> None:
-        try:
-            async for piece in self.engine.stream(request):
-                spent.tokens += len(piece.tokens)
-                events.put_nowait((index, piece))
-        except (EngineError, InputError) as error:
-            events.put_nowait(error)
-
-
-def _event(item: Event | Exception) -> Event:
-    if isinstance(item, Exception):
-        raise item
-    return item
-
 
 def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:
     """The base folder's tokenizer."""
     tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, config.base, local_files_only=True)
     return tokenizer
-
-
-def build_engine(config: ServingConfig, release: Release, vectors: Mapping[str, PreferenceVector]) -> Engine:
-    """Load the base with the release's vectors as the config says, generate one token, and start.
-
-    Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
-    """
-    found = fingerprint(config.base)
-    if found != release.base_fingerprint:
-        raise InputError(
-            f"base {config.base}: {found[:23]}… here, {release.base_fingerprint[:23]}… at deployment;"
-            " put the same base on every node, or deploy again"
-        )
-    tokenizer, base = load_tokenizer(config), release.base_fingerprint
-    coefficients = release.columns(release.policy.coefficients({}))
-    if config.engine.kind == "vllm":
-        from prefvec_ray.serving.engines.vllm.engine import VllmEngine
-
-        served = VllmEngine(config.base, base, tokenizer, vectors, config.engine)
-        served.warm_up(coefficients)
-        return served
-    device = config.engine.device
-    if device == "auto":
-        device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
-    model = from_pretrained(
-        AutoModelForCausalLM, config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
-    ).to(device)
-    weights: WeightBackend
-    if config.engine.mode == "steered":
-        weights = SteeredWeights(Steering(model, vectors, base_fingerprint=base))
-    else:
-        weights = MergedWeights(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
-    engine = SlotEngine(weights, tokenizer, max_batch=config.engine.max_batch, switch_share=config.engine.switch_share)
-    engine.warm_up(coefficients)
-    return engine.start()

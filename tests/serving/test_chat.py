@@ -12,7 +12,6 @@ from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
-from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -48,10 +47,10 @@ def without_system_role(base_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("system", ["template", "fold"])
-def test_the_operator_decides(without_system_role, registry_root, tokenizer, system):
+def test_the_operator_decides(make_replica, without_system_role, registry_root, tokenizer, system):
     settings = {"model": "tiny", "base": without_system_role, "registry": registry_root}
     config = ServingConfig.model_validate(settings | ({"system": system} if system != "template" else {}))
-    replica = Replica(config, resolve_release(config))
+    replica = make_replica(config, resolve_release(config))
 
     def told(*prompts: Any) -> list[Any]:
         job = GenerationRequest(prompts, (("harmless", 0.0), ("helpful", 0.5)), GREEDY)

@@ -12,7 +12,6 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.cache import FIRST_TOKENS
 from prefvec_ray.serving.release.release import resolve_release
-from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
 
 CLIENTS, NEW = 64, 12
@@ -37,13 +36,13 @@ def job(client: int, preferences: Mapping[str, float], max_tokens: int) -> Gener
 
 
 @pytest.mark.parametrize("mode", ["merged", "steered"])
-def test_64_clients_at_64_settings(mode, base_folder, registry_root, alone):
+def test_64_clients_at_64_settings(mode, make_replica, base_folder, registry_root, alone):
     """With fewer rows than clients, and with callers who hang up in the middle of their answers."""
     engine = {"mode": mode, "max_batch": 24, "max_new_tokens": 200}
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
     )
-    replica = Replica(config, resolve_release(config))
+    replica = make_replica(config, resolve_release(config))
 
     async def ask(client: int) -> list[int]:
         _, (answer,) = await replica.answer(job(client, SETTINGS[client], max_tokens=NEW))

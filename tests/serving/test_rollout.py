@@ -73,8 +73,8 @@ def config(request, base_folder, registry) -> ServingConfig:
 
 
 @pytest.fixture
-def replica(config) -> Iterator[Replica]:
-    replica = Replica(config, resolve_release(config))
+def replica(config, make_replica) -> Iterator[Replica]:
+    replica = make_replica(config, resolve_release(config))
     yield replica
     replica.engine.close()
 

@@ -13,7 +13,6 @@ from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody, parse_body
 from prefvec_ray.serving.release.release import resolve_release
-from prefvec_ray.serving.replica import Replica
 
 GIVEN: dict[str, Any] = {
     "n": 2,
@@ -43,10 +42,10 @@ def test_a_value_is_given_here_for_every_parameter():
 
 @pytest.mark.parametrize("kind", BODIES)
 def test_every_parameter_of_a_body_reaches_the_engine_as_it_was_given(
-    kind, base_folder, registry_root, vectors, monkeypatch
+    kind, make_replica, base_folder, registry_root, monkeypatch
 ):
     config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
-    replica = Replica(config, resolve_release(config))
+    replica = make_replica(config, resolve_release(config))
     received: list[Request] = []
     submit = replica.engine.submit
     monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """The slot engine alone: no Ray, no HTTP. `merged_alone` is the truth that every batch must reproduce."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
-from prefvec_ray.serving.engines.slots import engine as slot_engine
+from prefvec_ray.serving.engines.slots import scheduler
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
@@ -136,12 +138,12 @@ def test_running_answers_go_on_between_the_chunks_of_a_long_prompt(make_engine):
 def test_a_long_prompt_can_be_cancelled_halfway(make_engine, merged_alone):
     engine = make_engine(prefill_tokens=16)
     gone, kept = [], []
-    ticket = engine.submit(ask(random_prompt(1, 300)), gone.append)
+    scheduled = engine.submit(ask(random_prompt(1, 300)), gone.append)
     request = ask(random_prompt(2, 200), 0.5)
     engine.submit(request, kept.append)
     for _ in range(3):
         engine.step()
-    engine.cancel(ticket)
+    scheduled.cancel()
     while engine.step():
         pass
     assert gone == []
@@ -208,11 +210,11 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(make_engine, merg
     engine = make_engine(max_batch=2)
     requests = [ask(random_prompt(i, 20), 1.0, max_tokens=30) for i in range(3)]
     outputs: list[list[Any]] = [[] for _ in requests]
-    tickets = [engine.submit(r, o.append) for r, o in zip(requests, outputs, strict=True)]
+    scheduled = [engine.submit(r, o.append) for r, o in zip(requests, outputs, strict=True)]
     for _ in range(4):
         engine.step()
     assert (engine.status().running, engine.status().waiting) == (2, 1)
-    engine.cancel(tickets[0])
+    scheduled[0].cancel()
     seen = len(outputs[0])
     engine.step()
     assert (engine.status().running, engine.status().waiting) == (2, 0), "the waiting one has taken the row"
@@ -228,7 +230,7 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(make_engine, merg
 def test_a_waiting_request_can_be_cancelled(make_engine):
     engine, output = make_engine(max_batch=1), []
     engine.submit(ask(random_prompt(1, 5)), output.append)
-    engine.cancel(engine.submit(ask(random_prompt(2, 5)), pytest.fail))
+    engine.submit(ask(random_prompt(2, 5)), pytest.fail).cancel()
     while engine.step():
         pass
     assert output[-1].finish_reason
@@ -285,7 +287,7 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
 def clock(monkeypatch) -> None:
     """Every look at the clock is a second after the one before, so that shares do not depend on the machine."""
     ticks = itertools.count()
-    monkeypatch.setattr(slot_engine.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: float(next(ticks)))
 
 
 def test_a_crowd_of_one_callers_requests_delays_another_by_one_free_row(make_engine, merged_alone, clock):
@@ -395,11 +397,12 @@ def test_streams_run_side_by_side_and_closing_one_stops_it(merged, merged_alone)
     engine = merged().start()
 
     async def read(seed: int) -> list[int]:
-        return tokens([piece async for piece in engine.stream(ask(random_prompt(seed, 9), 0.5))])
+        outputs = stream_outputs(engine, [ask(random_prompt(seed, 9), 0.5)])
+        return tokens([piece async for deltas in outputs for _, piece in deltas])
 
     async def leave_early() -> None:
-        async for _ in engine.stream(ask(random_prompt(0, 9), -1.0, max_tokens=400)):
-            break
+        async with contextlib.aclosing(stream_outputs(engine, [ask(random_prompt(0, 9), -1.0, max_tokens=400)])) as out:
+            await anext(out)
 
     async def all_of_them() -> list[Any]:
         answers = await asyncio.gather(leave_early(), *(read(seed) for seed in range(1, 5)))

@@ -1,11 +1,10 @@
-"""What an engine is: tokens and coefficients in, pieces of text out. It knows nothing of HTTP, Ray or policies.
+"""What an engine is: tokens and coefficients in, parts of a text out. It knows nothing of HTTP, Ray or policies.
 
-`SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models.
+`SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models; `VllmEngine` (vllm/engine.py) is vLLM.
 """
 
 import secrets
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -33,8 +32,8 @@ class Request:
     choice: int = 0
     """number of this answer among the `n` of its prompt: with the seed, it decides the random numbers"""
     resume_tokens: tuple[int, ...] = ()
-    """the answer's first tokens, where its caller has them already from a replica that died: within rounding
-    distance they need not be what this engine would choose. One that does not heed them may say something else"""
+    """the answer's first tokens, where its caller has received them already from a replica that died. The engine takes
+    them as they are: within rounding distance it might have chosen others"""
     caller: str = ""
     """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""
 
@@ -53,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, and how likely the model found it at its place."""
+    """A token, and how likely the model found it at its position."""
 
     text: str
     bytes: bytes
@@ -68,20 +67,20 @@ class TokenLogprobs:
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
-    """the likeliest at this place, best first"""
+    """the likeliest at this position, best first"""
     offset: int
     """where in the answer's text it begins, in characters"""
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """The next part of an answer. The texts of all pieces, joined, are the whole answer."""
+    """The next part of an answer. The texts of all deltas, joined, are the whole answer."""
 
     text: str
     tokens: tuple[int, ...]
-    """token ids since the last piece; the end-of-text token counts, though it has no text"""
+    """token ids since the last delta; the end-of-text token counts, though it has no text"""
     finish_reason: FinishReason | None = None
-    """set on the last piece: "stop" after an end-of-text token or stop string, "length" at max_tokens"""
+    """set on the last delta: "stop" after an end-of-text token or stop string, "length" at max_tokens"""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """of the tokens that begin within the texts so far, where the request asks for them; a token that ends the answer
     or belongs to a stop string has none"""
@@ -102,6 +101,18 @@ class EngineStatus:
     """times that the weights were rewritten to other coefficients"""
 
 
+Emit: TypeAlias = Callable[[OutputDelta | Exception], object]
+"""called with every delta of an answer, or once with what went wrong"""
+
+
+class Submitted(Protocol):
+    """A request that an engine works on."""
+
+    def cancel(self) -> object:
+        """Stop the generation, and free its place. Nothing is emitted any more. An ended request is left alone."""
+        ...
+
+
 class EngineError(RuntimeError):
     """The engine failed while it worked on this request; nothing is wrong with the request itself."""
 
@@ -120,15 +131,19 @@ class Engine(Protocol):
         """Raises InputError where the request cannot be served: no prompt, unknown tokens, longer than the context."""
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[OutputDelta]:
-        """The answer, piece by piece. Closing the iterator, or cancelling the task that reads it, stops the
-        generation and frees its place. Raises InputError (before the first piece) or EngineError."""
+    def submit(self, request: Request, emit: Emit) -> Submitted:
+        """Queue a request. `emit` is called in a thread of the engine's choice; see `stream_outputs` for event loops.
+
+        Raises InputError as `check` does, and EngineError where the engine is closed.
+        """
         ...
 
-    def change(self, vectors: "Mapping[str, PreferenceVector]") -> "Future[None]":
+    async def change(self, vectors: "Mapping[str, PreferenceVector]") -> None:
         """Know these vectors, by the names that coefficients use, from the next step on; running requests go on.
-        The future raises InputError where one does not fit, and nothing has changed then. Names that running requests
-        use must stay, and stand for the same vectors."""
+        Names that running requests use must stay, and stand for the same vectors.
+
+        Raises InputError where one does not fit; nothing has changed then.
+        """
         ...
 
     def status(self) -> EngineStatus: ...

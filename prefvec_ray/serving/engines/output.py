@@ -1,19 +1,21 @@
-"""One answer as it grows: tokens in, pieces of text out. Every engine tells its answers through this, so that stop
-strings, half characters and log-probabilities come out the same whichever computed the tokens."""
+"""One answer as it grows: tokens in, parts of its text out. Every engine reports its answers through this, so that stop
+strings, half characters and log-probabilities come out the same whichever engine computed the tokens."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection
-from typing import TypeAlias, TypeVar
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from functools import partial
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import (
+    Engine,
     FinishReason,
     OutputDelta,
     PromptTooLongError,
     Request,
+    Submitted,
     TokenLogprob,
     TokenLogprobs,
 )
@@ -32,13 +34,18 @@ class OutputState:
         self.produced = 0
         """tokens so far"""
         self._unsent: list[int] = []
-        self._untold: list[TokenLogprobs] = []
+        self._unsent_logprobs: list[TokenLogprobs] = []
         self._sent = 0
         """characters of the answer's text"""
 
+    def resumed(self, token: int) -> int:
+        """The next token: the one that the caller has received already, where there is one, else `token`."""
+        known = self.request.resume_tokens
+        return known[self.produced] if self.produced < len(known) else token
+
     def push(self, token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
-        """What the token adds to the answer, if there is anything to tell yet. `likely`: the token itself, then the
-        likeliest at its place, where the request asks for them."""
+        """What the token adds to the answer, if there is anything to send yet. `likely`: the token itself, then the
+        likeliest at its position, where the request asks for them."""
         self.last_token = token
         self.produced += 1
         self._unsent.append(token)
@@ -48,7 +55,7 @@ class OutputState:
         if likely:
             # What came out with it may begin with characters of tokens before it, whose other bytes never came.
             offset = max(known, self._text.decoded - len(likely[0].text))
-            self._untold.append(TokenLogprobs(likely[0], likely[1:], offset))
+            self._unsent_logprobs.append(TokenLogprobs(likely[0], likely[1:], offset))
         reason: FinishReason | None = None
         if ended or self._text.stopped:
             reason = "stop"
@@ -60,11 +67,11 @@ class OutputState:
             return None
         self._sent += len(text)
         # A token that begins in text held back may still turn out to belong to a stop string.
-        told = tuple(t for t in self._untold if t.offset < self._sent)
-        piece = OutputDelta(text, tuple(self._unsent), reason, told)
+        logprobs = tuple(each for each in self._unsent_logprobs if each.offset < self._sent)
+        delta = OutputDelta(text, tuple(self._unsent), reason, logprobs)
         self._unsent.clear()
-        self._untold = self._untold[len(told) :]
-        return piece
+        self._unsent_logprobs = self._unsent_logprobs[len(logprobs) :]
+        return delta
 
 
 def end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -87,27 +94,46 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
         raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
 
 
-Emit: TypeAlias = Callable[[OutputDelta | Exception], None]
-T = TypeVar("T")
+async def stream_outputs(
+    engine: Engine, requests: Sequence[Request], count: Callable[[OutputDelta], object] | None = None
+) -> AsyncGenerator[list[tuple[int, OutputDelta]]]:
+    """All answers side by side: lists of (place in `requests`, delta), until each answer has its finish_reason.
 
+    One queue takes everything from the engine's thread to the event loop of the caller. `count` is called in the loop
+    with every delta, also with those that are not read any more. Closing the iterator stops the generation.
 
-async def stream_of(submit: Callable[[Emit], T], cancel: Callable[[T], object]) -> AsyncIterator[OutputDelta]:
-    """The pieces that an engine's own thread emits, for the event loop that asks. `cancel` is called in the end."""
+    Raises InputError or EngineError, as soon as one request fails.
+    """
     loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[OutputDelta | Exception] = asyncio.Queue()
+    outputs: asyncio.Queue[tuple[int, OutputDelta | Exception]] = asyncio.Queue()
 
-    def emit(piece: OutputDelta | Exception) -> None:
+    def receive(index: int, output: OutputDelta | Exception) -> None:
+        if count and not isinstance(output, Exception):
+            count(output)
+        outputs.put_nowait((index, output))
+
+    def emit(index: int, output: OutputDelta | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            loop.call_soon_threadsafe(receive, index, output)
 
-    submitted = submit(emit)
+    submitted: list[Submitted] = []
     try:
-        while True:
-            piece = await pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-            if piece.finish_reason:
-                return
+        for index, request in enumerate(requests):
+            submitted.append(engine.submit(request, partial(emit, index)))
+        left = len(requests)
+        while left:
+            received = [await outputs.get()]
+            while not outputs.empty():
+                received.append(outputs.get_nowait())
+            deltas = [(index, _sound(output)) for index, output in received]
+            left -= sum(delta.finish_reason is not None for _, delta in deltas)
+            yield deltas
     finally:
-        cancel(submitted)
+        for each in submitted:
+            each.cancel()
+
+
+def _sound(output: OutputDelta | Exception) -> OutputDelta:
+    if isinstance(output, Exception):
+        raise output
+    return output
