@@ -46,13 +46,14 @@ from prefvec_ray.serving.release.routing import preferred
 from prefvec_ray.vectors import LiveModel, fingerprint
 
 READY = """
-import sys, time
+import asyncio, sys, time
 began = time.perf_counter()
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 config = ServingConfig(model="bench", base=sys.argv[1], registry=sys.argv[2], engine={"mode": sys.argv[3]})
-Replica(config, resolve_release(config))
+replica = Replica.__new__(Replica)
+asyncio.run(replica.__init__(config, resolve_release(config)))
 print(time.perf_counter() - began, flush=True)
 import os
 os._exit(0)

@@ -1,11 +1,12 @@
 """The engine on vLLM, against models merged for one request alone, and against the slot engine."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import subprocess
-import time
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError, Request
+from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import SteeredWeights
@@ -145,38 +147,44 @@ def test_bad_requests_are_refused(engine, run):
         run(engine, [Request((5,), (("kind", 0.5),), SamplingParams(max_tokens=1))])
 
 
-def test_coefficients_that_overflow_are_told_and_the_others_go_on(engine, run, merged_alone):
+async def stream(engine: Any, request: Request) -> AsyncGenerator[Any]:
+    async with contextlib.aclosing(stream_outputs(engine, [request])) as outputs:
+        async for deltas in outputs:
+            for _, delta in deltas:
+                yield delta
+
+
+def test_coefficients_that_overflow_are_told_and_the_others_go_on(engine, runner, merged_alone):
     async def both() -> list[Any]:
         async def one(request: Request) -> list[Any]:
-            return [piece async for piece in engine.stream(request)]
+            return [delta async for delta in stream(engine, request)]
 
         fine = ask(some_prompt(8, 12), 0.3)
         return await asyncio.gather(one(ask((5, 6), 1e38, 1e38)), one(fine), return_exceptions=True)
 
-    wrong, right = asyncio.run(both())
+    wrong, right = runner.run(both())
     assert isinstance(wrong, InputError)
     assert "NaN or infinity" in str(wrong)
     check([ask(some_prompt(8, 12), 0.3)], [right], merged_alone)
 
 
-def test_who_leaves_frees_the_place(engine):
+def test_who_leaves_frees_the_place(engine, runner):
     before = engine.status()
 
     async def leave() -> None:
-        stream = engine.stream(ask(some_prompt(9, 20), 0.9, max_tokens=400))
-        await anext(stream)
-        await stream.aclose()
+        answer = stream(engine, ask(some_prompt(9, 20), 0.9, max_tokens=400))
+        await anext(answer)
+        await answer.aclose()
+        async with asyncio.timeout(20):
+            while engine.status().running:
+                await asyncio.sleep(0.05)
 
-    asyncio.run(leave())
-    deadline = time.monotonic() + 20
-    while engine.status().running and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert engine.status().running == 0
+    runner.run(leave())
     assert engine.status().cancelled + engine.status().finished > before.cancelled + before.finished
 
 
 @pytest.mark.parametrize("mode", ["steered", "merged"])
-def test_vectors_change_under_running_requests(mode, make_engine, run, base_folder, vectors, merged_alone):
+def test_vectors_change_under_running_requests(mode, make_engine, run, runner, base_folder, vectors, merged_alone):
     """A request keeps the vectors it began with; those of the new generation come from the next one."""
     named = {f"{name} 1": vector for name, vector in vectors.items()}
     turned = {f"{name} 2": _times(vector, -1.0) for name, vector in vectors.items()}
@@ -187,18 +195,18 @@ def test_vectors_change_under_running_requests(mode, make_engine, run, base_fold
         return Request(prompt, etas, SamplingParams(max_tokens=length, temperature=0.0))
 
     async def everything() -> tuple[list[Any], list[Any]]:
-        long = engine.stream(of(1, some_prompt(2, 30), 300))
+        long = stream(engine, of(1, some_prompt(2, 30), 300))
         began = [await anext(long)]
-        await asyncio.wrap_future(engine.change(named | turned))
-        new = [piece async for piece in engine.stream(of(2, some_prompt(2, 30), 30))]
-        return began + [piece async for piece in long], new
+        await engine.change(named | turned)
+        new = [delta async for delta in stream(engine, of(2, some_prompt(2, 30), 30))]
+        return began + [delta async for delta in long], new
 
-    old, new = asyncio.run(everything())
+    old, new = runner.run(everything())
     assert tokens(old) == merged_alone(some_prompt(2, 30), {"harmless": 0.5, "helpful": 0.8}, 300)
     assert tokens(new) == merged_alone(some_prompt(2, 30), {"harmless": -0.5, "helpful": -0.8}, 30)
     other = vectors["helpful"].replace(base_fingerprint="blake3:" + "0" * 64)
     with pytest.raises(InputError, match="base"):
-        engine.change({"helpful 3": other}).result()
+        runner.run(engine.change({"helpful 3": other}))
     check_again = run(engine, [of(2, some_prompt(2, 30), 30)])  # nothing has changed
     assert tokens(check_again[0]) == tokens(new)
     engine.close()
@@ -206,7 +214,7 @@ def test_vectors_change_under_running_requests(mode, make_engine, run, base_fold
         engine.check_alive()
 
 
-def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, base_folder, vectors):
+def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, runner, base_folder, vectors):
     model = LlamaForCausalLM.from_pretrained(base_folder)
     info = vectors["helpful"].info
     draw = torch.Generator().manual_seed(3)
@@ -230,7 +238,7 @@ def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, bas
     tokens_table = LowRank(torch.randn(2, 64), torch.randn(model.config.vocab_size, 2))
     embedding = PreferenceVector(info, {"model.embed_tokens.weight": tokens_table})
     with pytest.raises(InputError, match=r"embed_tokens.weight', which cannot be steered in vLLM.*mode: merged"):
-        engine.change({"embedding": embedding}).result()
+        runner.run(engine.change({"embedding": embedding}))
     engine.close()
 
 
@@ -248,7 +256,7 @@ def test_options_that_vllm_does_not_have_are_named(make_engine):
         make_engine("steered", vllm={"enforce_eager": False})
 
 
-def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine):
+def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine, runner):
     engine = make_engine("steered")
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
@@ -256,21 +264,40 @@ def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine):
     newest = max(int(pid) for pid in children.stdout.split() if _is_core(int(pid)))
 
     async def killed() -> None:
-        stream = engine.stream(ask(some_prompt(9, 20), 0.9, max_tokens=400))
-        await anext(stream)
+        answer = stream(engine, ask(some_prompt(9, 20), 0.9, max_tokens=400))
+        await anext(answer)
         os.kill(newest, signal.SIGKILL)
-        async for _ in stream:
+        async for _ in answer:
             pass
+
+    async def is_noticed() -> None:
+        async with asyncio.timeout(20):
+            while True:
+                engine.check_alive()
+                await asyncio.sleep(0.1)
 
     engine.check_alive()
     with pytest.raises(EngineError, match="vLLM failed"):
-        asyncio.run(killed())
-    deadline = time.monotonic() + 20
-    with pytest.raises(EngineError):  # noqa: PT012 - it takes a moment until vLLM has seen it
-        while time.monotonic() < deadline:
-            engine.check_alive()
-            time.sleep(0.1)
+        runner.run(killed())
+    with pytest.raises(EngineError):
+        runner.run(is_noticed())
     engine.close()
+
+
+def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(make_engine, runner):
+    engine = make_engine("steered")
+
+    async def close_in_the_middle() -> list[Any]:
+        begun, not_begun = stream(engine, ask(some_prompt(9, 20), max_tokens=400)), stream(engine, ask((5, 6)))
+        await anext(begun)
+        waiting = asyncio.create_task(anext(not_begun))
+        await asyncio.sleep(0)
+        engine.close()
+        return await asyncio.gather(anext(begun), waiting, anext(stream(engine, ask((7,)))), return_exceptions=True)
+
+    for error in runner.run(close_in_the_middle()):
+        assert isinstance(error, EngineError)
+        assert "closed" in str(error)
 
 
 def _is_core(pid: int) -> bool:
