@@ -11,12 +11,12 @@ import torch
 from ray import serve
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import fold_system
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
-from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization
 from prefvec_ray.serving.engines.base import EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request

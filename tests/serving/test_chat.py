@@ -8,7 +8,6 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
@@ -16,24 +15,8 @@ from prefvec_ray.serving.request import GenerationRequest
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 BRIEF = {"role": "system", "content": "Be brief."}
-KIND = {"role": "developer", "content": "Be kind."}
 ASKED = {"role": "user", "content": "the quick fox"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-SAID = {"role": "assistant", "content": "jumps"}
-
-
-def test_system_messages_go_in_front_of_the_first_user_message():
-    folded = {"role": "user", "content": "Be brief.\n\nthe quick fox"}
-    assert fold_system([BRIEF, ASKED]) == [folded]
-    assert fold_system([BRIEF, ASKED, SAID, ASKED]) == [folded, SAID, ASKED]
-    assert fold_system([BRIEF, KIND, ASKED])[0]["content"] == "Be brief.\n\nBe kind.\n\nthe quick fox"
-    assert fold_system([ASKED, SAID]) == [ASKED, SAID]
-
-
-@pytest.mark.parametrize("chat", [[BRIEF], [BRIEF, SAID, ASKED], [ASKED, BRIEF], [BRIEF, ASKED, SAID, KIND, ASKED]])
-def test_where_there_is_no_place_for_one_it_is_refused(chat):
-    with pytest.raises(InputError, match="system message"):
-        fold_system(chat)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from functools import partial
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import (
@@ -72,13 +72,6 @@ class OutputState:
         self._unsent.clear()
         self._unsent_logprobs = self._unsent_logprobs[len(logprobs) :]
         return delta
-
-
-def end_tokens(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's, and the tokenizer's, which ends a turn of a chat."""
-    named = config.eos_token_id if config else None
-    both = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return frozenset(token for token in both if token is not None)
 
 
 def check_request(request: Request, vocabulary: int, context: int) -> None:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, Request, TokenLogprob
-from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request, end_tokens
+from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import choose, logprobs
 from prefvec_ray.serving.engines.slots.cache import SlotCache, context_length
 from prefvec_ray.serving.engines.slots.scheduler import Batch, ScheduledRequest, Scheduler

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import EngineConfig
 from prefvec_ray.serving.engines.base import (
@@ -37,7 +38,7 @@ from prefvec_ray.serving.engines.base import (
     Request,
     TokenLogprob,
 )
-from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request, end_tokens
+from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import LOWEST
 from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
