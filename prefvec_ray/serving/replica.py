@@ -45,8 +45,8 @@ class Replica:
         self, config: ServingConfig, release: Release, book: ReleaseBook | None = None
     ) -> None:
         self._config, self._book, self._first = config, book, release
-        self._jobs: Counter[ReleaseId] = Counter()
-        """running requests, by release"""
+        self._running: Counter[ReleaseId] = Counter()
+        """requests, by release"""
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
         self._spent = SpentTokens()
@@ -71,33 +71,33 @@ class Replica:
         self._vectors = self._loaded([release])
         return release
 
-    async def stream(self, job: GenerationRequest) -> AsyncIterator[Started | list[Event]]:
+    async def stream(self, asked: GenerationRequest) -> AsyncIterator[Started | list[Event]]:
         """`Started`, then lists of events until every answer has its finish_reason.
 
-        Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
-        prompts that do not fit and chats that the template refuses, EngineError where generation failed.
+        Closing the iterator stops all of the request's generation. Raises InputError, before `Started`, for prompts
+        that do not fit and chats that the template refuses, and EngineError where generation failed.
         """
-        spent = self._spent.begin(job.id)
+        spent = self._spent.begin(asked.id)
         try:
-            release = await self._release_of(job.release)
-            self._jobs[release.id] += 1
-            job = replace(job, coefficients=release.columns(job.coefficients))
+            release = await self._release_of(asked.release)
+            self._running[release.id] += 1
+            asked = replace(asked, coefficients=release.columns(asked.coefficients))
             try:
-                async with contextlib.aclosing(self._answers(job, spent)) as items:
+                async with contextlib.aclosing(self._answers(asked, spent)) as items:
                     async for item in items:
                         yield item
             finally:
-                self._jobs[release.id] -= 1
+                self._running[release.id] -= 1
         finally:
             spent.end()
 
-    async def spent(self, job: str) -> int | None:
-        """Tokens of answers that were generated here for the job of this id, once it has ended; None: none of ours."""
-        return await self._spent.of(job)
+    async def spent(self, request_id: str) -> int | None:
+        """Tokens that were generated here for the request of this id, once it has ended; None: it was not here."""
+        return await self._spent.of(request_id)
 
-    async def _answers(self, job: GenerationRequest, spent: Spending) -> AsyncGenerator[Started | list[Event]]:
-        requests = await self._encoder.run(job.caller, job.prompts, self._requests, job)
-        yield Started(sum(len(r.prompt) for r in requests[:: job.sampling.n]))
+    async def _answers(self, asked: GenerationRequest, spent: Spending) -> AsyncGenerator[Started | list[Event]]:
+        requests = await self._encoder.run(asked.caller, asked.prompts, self._requests, asked)
+        yield Started(sum(len(r.prompt) for r in requests[:: asked.sampling.n]))
 
         def count(delta: OutputDelta) -> None:
             spent.tokens += len(delta.tokens)
@@ -106,29 +106,23 @@ class Replica:
             async for deltas in outputs:
                 yield deltas
 
-    async def answer(self, job: GenerationRequest) -> tuple[int, list[OutputDelta]]:
-        """Number of prompt tokens, and every answer as one piece."""
+    async def answer(self, asked: GenerationRequest) -> tuple[int, list[OutputDelta]]:
+        """Number of prompt tokens, and every answer whole."""
         prompt_tokens = 0
-        answers: dict[int, OutputDelta] = {}
-        async for item in self.stream(job):
+        answers = [OutputDelta("", ())] * asked.answers
+        async for item in self.stream(asked):
             if isinstance(item, Started):
                 prompt_tokens = item.prompt_tokens
-                continue
-            for index, piece in item:
-                before = answers.get(index, OutputDelta("", ()))
-                answers[index] = OutputDelta(
-                    before.text + piece.text,
-                    before.tokens + piece.tokens,
-                    piece.finish_reason,
-                    before.logprobs + piece.logprobs,
-                )
-        return prompt_tokens, [answers[index] for index in sorted(answers)]
+            else:
+                for index, delta in item:
+                    answers[index] = answers[index].followed_by(delta)
+        return prompt_tokens, answers
 
     def status(self) -> EngineStatus:
         return self.engine.status()
 
     def check_health(self) -> None:
-        """Serve asks this every few seconds and replaces a replica that raises; so the metrics are told here."""
+        """Serve calls this every few seconds, so metrics are reported here. It replaces a replica that raises."""
         if self._metrics:
             self._metrics.tell(self.engine.status())
         self.engine.check_alive()
@@ -138,9 +132,9 @@ class Replica:
     # --- releases -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, release: Release, beside: ReleaseId) -> None:
-        """Load this release beside the release `beside` and those of running jobs, and generate a token with it.
+        """Load this release beside the release `beside` and those of running requests, and generate a token with it.
 
-        Running jobs go on. Raises InputError or StoreError where it cannot be had; all goes on as before then.
+        Running requests go on. Raises InputError or StoreError where it cannot be loaded; nothing has changed then.
         """
         async with self._changing:
             await self._learn(release, beside)
@@ -153,7 +147,7 @@ class Replica:
         return self._releases[wanted]
 
     async def _catch_up(self, wanted: ReleaseId) -> None:
-        """A job of a release that was committed while this replica started or before it did; or of the deployment
+        """Load a release that was committed while this replica started or before it did, or one of the deployment
         before this one or after it."""
         found = self._first if wanted == self._first.id else None
         if found is None and self._book:
@@ -175,8 +169,8 @@ class Replica:
 
     async def _change(self, release: Release, beside: ReleaseId) -> None:
         new = await asyncio.to_thread(self._loaded, [release])
-        used = {beside, *(name for name, jobs in self._jobs.items() if jobs)}
-        # Jobs of what is dropped may come meanwhile: they wait, and load it again.
+        used = {beside, *(name for name, running in self._running.items() if running)}
+        # Requests of what is dropped may come meanwhile: they wait, and load it again.
         before, self._releases = self._releases, {name: known for name, known in self._releases.items() if name in used}
         vectors = self._loaded(list(self._releases.values())) | new
         try:
@@ -189,7 +183,7 @@ class Replica:
         self._releases[release.id] = release
 
     async def _generate_once(self, release: Release) -> None:
-        """One token, so that who reports ready has answered."""
+        """One token, so that a replica which reports ready has answered."""
         coefficients = release.columns(release.policy.coefficients({}))
         async for _ in stream_outputs(self.engine, [Request((0,), coefficients, SamplingParams(max_tokens=1))]):
             pass
@@ -225,26 +219,25 @@ class Replica:
             if entry_key(version) not in kept:
                 self._registry.cache.unpin(version)
 
-    # --- jobs --------------------------------------------------------------------------------------------------------
+    # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def _requests(self, encoder: Tokenization, job: GenerationRequest) -> list[Request]:
-        """The job's requests, prompt by prompt; all are checked before any of them starts."""
+    def _requests(self, encoder: Tokenization, asked: GenerationRequest) -> list[Request]:
+        """One for each answer, prompt by prompt; all are checked before any of them starts."""
         requests: list[Request] = []
-        for prompt in job.prompts:
-            ids = self._tokens(encoder, prompt, min(job.max_prompt_tokens or self.engine.context, self.engine.context))
-            if job.max_prompt_tokens is not None and len(ids) > job.max_prompt_tokens:
-                raise PromptTooLongError(
-                    f"prompt of {len(ids)} tokens; at most {job.max_prompt_tokens} are allowed here; shorten it"
-                )
-            room = min(self._config.engine.max_new_tokens, max(1, self.engine.context - len(ids)))
-            sampling = job.sampling
+        context, allowed = self.engine.context, asked.max_prompt_tokens
+        for prompt in asked.prompts:
+            ids = self._tokens(encoder, prompt, min(allowed or context, context))
+            if allowed is not None and len(ids) > allowed:
+                raise PromptTooLongError(f"prompt of {len(ids)} tokens; at most {allowed} are allowed here; shorten it")
+            sampling = asked.sampling
             if sampling.max_tokens is None:
+                room = min(self._config.engine.max_new_tokens, max(1, context - len(ids)))
                 sampling = sampling.model_copy(update={"max_tokens": room})
-            caller = job.caller if self._config.keys else ""  # without keys all are one, and may have all rows
-            first = Request(ids, job.coefficients, sampling, caller=caller)
+            caller = asked.caller if self._config.keys else ""  # without keys all are one, and may have all rows
+            first = Request(ids, asked.coefficients, sampling, caller=caller)
             self.engine.check(first)
             for choice in range(sampling.n):
-                resume_tokens = job.resume_tokens[len(requests)] if job.resume_tokens else ()
+                resume_tokens = asked.resume_tokens[len(requests)] if asked.resume_tokens else ()
                 requests.append(replace(first, choice=choice, resume_tokens=resume_tokens))
         return requests
 

@@ -1,4 +1,4 @@
-"""What the front asks of a replica, and what comes back. Plain data: it travels between processes."""
+"""What the front asks of a replica, and what comes back: plain data that travels between processes."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -7,7 +7,7 @@ from prefvec_ray.serving.engines.base import Coefficients, OutputDelta
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 ReleaseId: TypeAlias = tuple[str, int]
-"""deployment and generation: while one deployment takes another's place, replicas of both get jobs of both"""
+"""deployment and generation: while one deployment takes another's place, replicas of both get requests of both"""
 
 Prompt: TypeAlias = str | tuple[int, ...] | tuple[dict[str, str], ...]
 """text, token ids, or the messages of a chat"""
@@ -44,4 +44,4 @@ class Started:
 
 
 Event: TypeAlias = tuple[int, OutputDelta]
-"""which answer (prompt index x n + number of the choice), and its next piece"""
+"""which answer (index of the prompt x n + number of the choice), and what comes next of it"""

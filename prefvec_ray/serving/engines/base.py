@@ -35,11 +35,11 @@ class Request:
     """the answer's first tokens, where its caller has received them already from a replica that died. The engine takes
     them as they are: within rounding distance it might have chosen others"""
     caller: str = ""
-    """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""
+    """whose request it is. Only when it is computed depends on this; "" is all that have no name"""
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of the answer. Raises InputError where nobody has decided."""
+        """Most tokens of the answer. Raises InputError where the sampling parameters leave it open."""
         if self.sampling.max_tokens is None:
             raise InputError("max_tokens is not set; an engine needs a number")
         return self.sampling.max_tokens
@@ -84,6 +84,11 @@ class OutputDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     """of the tokens that begin within the texts so far, where the request asks for them; a token that ends the answer
     or belongs to a stop string has none"""
+
+    def followed_by(self, other: "OutputDelta") -> "OutputDelta":
+        return OutputDelta(
+            self.text + other.text, self.tokens + other.tokens, other.finish_reason, self.logprobs + other.logprobs
+        )
 
 
 @dataclass(frozen=True)

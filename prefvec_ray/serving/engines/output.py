@@ -106,7 +106,7 @@ async def stream_outputs(
         outputs.put_nowait((index, output))
 
     def emit(index: int, output: OutputDelta | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits for this any more
             loop.call_soon_threadsafe(receive, index, output)
 
     submitted: list[Submitted] = []

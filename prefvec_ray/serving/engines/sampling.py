@@ -32,8 +32,7 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], draws: Sequence[
 def logprobs(logits_RV: Tensor, chosen: Sequence[int], tops: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row: (token, log-probability) of the chosen token, then of the row's `tops` likeliest, best first.
 
-    Natural logarithms, of the model's own distribution: before temperature and top_p. None is below
-    LOWEST.
+    Natural logarithms, of the model's own distribution: before temperature and top_p. All are at least LOWEST.
     """
     logp_RV = torch.log_softmax(logits_RV.float(), -1).clamp_min(LOWEST)
     tokens_R1 = torch.tensor(chosen, device=logp_RV.device).unsqueeze(-1)

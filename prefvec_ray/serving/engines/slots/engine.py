@@ -232,8 +232,8 @@ class SlotEngine:
         chosen = [each.output.resumed(token) for each, token in zip(rows, chosen, strict=True)]
         likely = self._likely(rows, logits_RV, chosen)
         deltas = [
-            each.output.push(token, told) if fine else InputError(OVERFLOW)
-            for each, token, told, fine in zip(rows, chosen, likely, sound, strict=True)
+            each.output.push(token, best) if finite else InputError(OVERFLOW)
+            for each, token, best, finite in zip(rows, chosen, likely, sound, strict=True)
         ]
         with self._news:
             self._scheduler.charge(rows)
@@ -247,7 +247,7 @@ class SlotEngine:
                 else:
                     continue
                 self._scheduler.free(batch, first + row)
-        # Emitted last: who has its answer finds its row free and itself counted.
+        # Emitted last: when a caller has its answer, its row is free and its request is counted.
         for each, delta in zip(rows, deltas, strict=True):
             if delta:
                 each.emit(delta)
@@ -260,8 +260,8 @@ class SlotEngine:
         tops = {row: top for row, each in enumerate(rows) if (top := each.request.sampling.logprobs) is not None}
         if tops:
             asked = list(tops)
-            told = logprobs(logits_RV[asked], [chosen[row] for row in asked], list(tops.values()))
-            for row, pairs in zip(asked, told, strict=True):
+            found = logprobs(logits_RV[asked], [chosen[row] for row in asked], list(tops.values()))
+            for row, pairs in zip(asked, found, strict=True):
                 likely[row] = tuple(TokenLogprob(*self._token_texts[token], value) for token, value in pairs)
         return likely
 
@@ -287,7 +287,7 @@ class SlotEngine:
                 if not self.step():
                     with self._news:
                         self._news.wait_for(lambda: self._closed or self._scheduler.waiting or self._changes)
-        finally:  # also where the loop itself broke: nobody may wait for an answer that will not come
+        finally:  # also where the loop itself broke: no caller may wait for an answer that will not come
             self._end()
 
     def check_alive(self) -> None:

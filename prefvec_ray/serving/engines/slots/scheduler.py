@@ -123,7 +123,7 @@ class Scheduler:
         return taken
 
     def end_pass(self) -> None:
-        """An empty batch goes, one that has had its time goes to the end; the next is that of whoever had least."""
+        """Drop the batch if it is empty, or end its turn if it has had its time: the caller that had least is next."""
         key, batch = next(iter(self._batches.items()))
         now = time.monotonic()
         if not batch.size:

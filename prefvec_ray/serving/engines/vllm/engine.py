@@ -228,19 +228,18 @@ class VllmEngine:
         await self._ask("prefvec_merge", self._base, dict(coefficients))
 
     async def _ask(self, method: str, *arguments: Any) -> None:
-        """Call all workers; InputError with what they complain of."""
-        complaints = [said for said in await self._llm.collective_rpc(method, args=arguments) if said]
-        if complaints:
-            raise InputError(complaints[0])
+        """Call all workers. Raises InputError with what the first one returns as wrong."""
+        for wrong in await self._llm.collective_rpc(method, args=arguments):
+            if wrong:
+                raise InputError(wrong)
 
 
 class WeightTurns:
     """Who may generate while the weights hold one set of coefficients.
 
-    Requests of the setting in force run together. Once its turn has lasted so long that rewriting the weights costs no
-    more than `share` of the time, and another waits, nobody joins any more; when the last is done the oldest waiting
-    setting comes.
-    Unlike the slot engine's batches, answers that run are never paused.
+    Requests of the setting in force run together. A turn lasts until rewriting the weights costs no more than `share`
+    of the time; then, if another setting waits, no request joins any more, and when the last one has ended the oldest
+    waiting setting is next. Unlike the slot engine's batches, running answers are never paused.
     """
 
     def __init__(self, switch: Callable[[Coefficients], Awaitable[None]], share: float):
