@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefvec_ray.serving.engines.base import Coefficients, OutputDelta, Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint
@@ -52,7 +53,8 @@ def requests(settings: int) -> list[Request]:
         prompt = tuple(draw.randrange(8000) for _ in range(draw.randrange(8, 200)))
         eta = 1.0 if settings == 1 else 2 * (i % settings) / (settings - 1) - 1
         coefficients = (("harmless", eta), ("helpful", 0.5))
-        made.append(Request(prompt, coefficients, max_new_tokens=draw.randrange(16, 128), temperature=0.0))
+        sampling = SamplingParams(max_tokens=draw.randrange(16, 128), temperature=0.0)
+        made.append(Request(prompt, coefficients, sampling))
     return made
 
 
@@ -74,7 +76,7 @@ def serial(live: LiveModel, asked: list[Request]) -> list[list[int]]:
         ids = torch.tensor([request.prompt], device=live.model.device)
         with torch.inference_mode():
             whole = live.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_new_tokens, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=request.max_tokens, do_sample=False
             )
         told.append(whole[0, len(request.prompt) :].tolist())
     return told

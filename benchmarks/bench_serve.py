@@ -39,19 +39,21 @@ from transformers import LlamaForCausalLM
 
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights
 from prefvec_ray.serving.release.routing import preferred
 from prefvec_ray.vectors import LiveModel, fingerprint
 
 READY = """
-import sys, time
+import asyncio, sys, time
 began = time.perf_counter()
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 config = ServingConfig(model="bench", base=sys.argv[1], registry=sys.argv[2], engine={"mode": sys.argv[3]})
-Replica(config, resolve_release(config))
+replica = Replica.__new__(Replica)
+asyncio.run(replica.__init__(config, resolve_release(config)))
 print(time.perf_counter() - began, flush=True)
 import os
 os._exit(0)
@@ -87,11 +89,11 @@ def peft_tokens_per_s(size: str) -> float:
         peft.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=max(request.max_new_tokens for request in asked),
+            max_new_tokens=max(request.max_tokens for request in asked),
             do_sample=False,
             adapter_names=[f"a{number}" for number in range(len(asked))],
         )
-    return sum(request.max_new_tokens for request in asked) / (time.process_time() - start)
+    return sum(request.max_tokens for request in asked) / (time.process_time() - start)
 
 
 def on_vllm(size: str, rounds: int) -> dict[str, Any]:
@@ -136,7 +138,8 @@ def merges_per_request(settings: int, replicas: int, choose: Choose) -> float:
             setting = (("harmless", eta), ("helpful", 0.5))
             name = choose(setting, loads)
             loads[name] += 1
-            request = Request((1, 2, 3, 4), setting, max_new_tokens=draw.randrange(8, 24), temperature=0.0)
+            sampling = SamplingParams(max_tokens=draw.randrange(8, 24), temperature=0.0)
+            request = Request((1, 2, 3, 4), setting, sampling)
             engines[name].submit(request, done(name))
             asked += 1
         for engine in engines.values():

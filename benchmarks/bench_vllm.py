@@ -90,6 +90,8 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
 
     from prefvec_ray.serving.config import EngineConfig
     from prefvec_ray.serving.engines.base import Request
+    from prefvec_ray.serving.engines.output import stream_outputs
+    from prefvec_ray.serving.engines.sampling_params import SamplingParams
     from prefvec_ray.serving.engines.vllm.engine import VllmEngine
     from prefvec_ray.vectors import fingerprint, load_vector
 
@@ -100,20 +102,26 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
         max_batch=REQUESTS,
         vllm=OURS | {"enable_prefix_caching": False},  # type: ignore[arg-type]
     )
-    engine = VllmEngine(base, fingerprint(base), AutoTokenizer.from_pretrained(base), vectors, config)
+    runner = asyncio.Runner()
+    engine = runner.run(VllmEngine.start(base, fingerprint(base), AutoTokenizer.from_pretrained(base), vectors, config))
     made = [
-        Request(tuple(r["prompt"]), tuple(sorted(r["etas"].items())), max_new_tokens=r["tokens"], temperature=0.0)
+        Request(
+            tuple(r["prompt"]),
+            tuple(sorted(r["etas"].items())),
+            SamplingParams(max_tokens=r["tokens"], temperature=0.0),
+        )
         for r in requests
     ]
 
-    async def everything() -> list[list[int]]:
-        async def one(request: Request) -> list[int]:
-            return [token async for piece in engine.stream(request) for token in piece.tokens]
-
-        return await asyncio.gather(*(one(request) for request in made))
+    async def everything() -> dict[int, list[int]]:
+        answers: dict[int, list[int]] = {index: [] for index in range(len(made))}
+        async for deltas in stream_outputs(engine, made):
+            for index, delta in deltas:
+                answers[index] += delta.tokens
+        return answers
 
     def run() -> dict[int, list[int]]:
-        told = dict(enumerate(asyncio.run(everything())))
+        told = runner.run(everything())
         seconds.append(engine._turns.switch_seconds)
         return told
 

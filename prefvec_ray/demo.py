@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 from rich.console import Console
 
-from prefvec_ray.common.cluster import connect, progress_bar
+from prefvec_ray.common.cluster import connect, progress_bar, raise_cause
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import JobError
 from prefvec_ray.common.files import read_model
@@ -143,12 +143,8 @@ def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, 
     with job_board(folder / "base") as board:
         job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
         wait = Waiting(console, "fine-tuning", [{"CPU": 1}])
-        try:
+        with raise_cause(JobError):
             return follow(job.future(), board, "base", "steps of fine-tuning", console, wait)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, JobError):
-                raise error.cause from None
-            raise
 
 
 def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:

@@ -39,13 +39,14 @@ def serve(path: Path, name: str | None, host: str, port: int, replace: bool) -> 
     Ctrl-C and SIGTERM delete this endpoint and nothing else on the cluster; exit code 0. While it still starts, the
     exit code is 130 (Ctrl-C) or 143 (SIGTERM).
     """
-    from prefvec_ray.serving import APP, serve_forever
+    from prefvec_ray.serving import APP, serve_forever, start
     from prefvec_ray.serving.config import load_application
 
     named, config = load_application(path)
     name = name or named or APP
     try:
-        serve_forever(config, host=host, port=port, name=name, replace=replace, console=console())
+        start(config, host=host, port=port, name=name, replace=replace, console=console())
+        serve_forever(name)
     except KeyboardInterrupt:
         click.echo(f"interrupted before {name!r} was ready; it is deleted", err=True)
         sys.exit(130)

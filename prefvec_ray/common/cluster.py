@@ -94,6 +94,20 @@ def _is_connected() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
+@contextmanager
+def raise_cause(*kinds: type[Exception]) -> Iterator[None]:
+    """Where a task, an actor or a replica raised one of `kinds`, raise that one instead of Ray's error around it, which
+    quotes the remote traceback."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, kinds):
+            raise error.cause from None
+        raise
+
+
 def end_by_sigterm() -> None:
     """Let SIGTERM (what `ray job stop` sends) raise SystemExit(143) in the main thread, as Ctrl-C raises
     KeyboardInterrupt: what was begun is ended. Ray's own handler prints a C++ trace and ends the process at once."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError, JobError
 
 Conversation = str | Sequence[dict[str, str]]
@@ -94,7 +95,8 @@ def sample_ids(
     _check_lengths(model, prompts, max_new_tokens)
     noise_NDT = _uniforms(len(prompts), draws, max_new_tokens, seed)
     distinct, prompts = len(prompts), [*prompts] * copies
-    stop = _end_tokens(model, tokenizer)
+    ends = end_tokens(getattr(model, "generation_config", None), tokenizer)
+    stop = torch.tensor(sorted(ends), dtype=torch.long)
     answers: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     step = max(1, batch_size // draws)
@@ -203,15 +205,6 @@ def _pick(logits_BV: torch.Tensor, noise_B: torch.Tensor, temperature: float) ->
 def _uniforms(prompts: int, draws: int, steps: int, seed: int) -> torch.Tensor:
     """Numbers in [0, 1), shape (prompts, draws, steps), from a generator of their own."""
     return torch.rand(prompts, draws, steps, generator=torch.Generator().manual_seed(seed))
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
-    return torch.tensor(sorted(set(ends)), dtype=torch.long)
 
 
 def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:

@@ -19,6 +19,7 @@ from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.table import InMemoryTable
 
+from prefvec_ray.common.chat import fold_system
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.redact import source_name
 from prefvec_ray.preferences.formats import (
@@ -194,11 +195,11 @@ class _Pairs:
 
 
 def _fold(prompt: list[dict[str, str]], where: str) -> list[dict[str, str]]:
-    system, *turns = prompt
-    if not turns or turns[0]["role"] != "user":
-        raise InputError(f"{where}: a system message can be folded only into a user message right after it")
-    first = {"role": "user", "content": f"{system['content']}\n\n{turns[0]['content']}"}
-    return [first, *turns[1:]]
+    try:
+        return [*fold_system(prompt[:2]), *prompt[2:]]
+    except InputError:
+        message = "a system message can be folded only into a user message right after it"
+        raise InputError(f"{where}: {message}") from None
 
 
 def _to_dataset(pairs: Iterator[Pair]) -> tuple[Dataset | None, str]:

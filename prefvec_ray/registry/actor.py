@@ -22,7 +22,7 @@ import ray
 from ray.util import metrics
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from prefvec_ray.common.cluster import NAMESPACE
+from prefvec_ray.common.cluster import NAMESPACE, raise_cause
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
@@ -144,11 +144,8 @@ class RemoteCatalog:
     def ask(self, answer: Any) -> Any:
         """The value of an answer of the actor. StoreError where it does not come; its own errors as it raised them."""
         try:
-            return ray.get(answer, timeout=self.timeout_s)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, InputError | StoreError):
-                raise error.cause from None
-            raise
+            with raise_cause(InputError, StoreError):
+                return ray.get(answer, timeout=self.timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise StoreError(f"the registry actor did not answer within {self.timeout_s} s; is its node up?") from None
         except ray.exceptions.ActorDiedError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from prefvec_ray.common.cluster import reason
+from prefvec_ray.common.cluster import raise_cause, reason
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.scheduling import Waiting, actor_options, bundle_of, check_room
 from prefvec_ray.evaluation import Evaluation
@@ -62,18 +62,15 @@ def measure(
     results: list[Evaluation | None] = [None] * len(settings)
     done = 0
     try:
-        while pool.unfinished:
-            for part, texts in pool.step():
-                for i, text in enumerate(texts, part.first):
-                    results[i] = Evaluation.model_validate_json(text)
-                done += len(texts)
-                if progress:
-                    progress(done, len(settings))
-            wait.poll(started=pool.working)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError | JobError):
-            raise error.cause from error
-        raise JobError(f"measuring failed: {reason(error)}") from error
+        with raise_cause(InputError, JobError):
+            while pool.unfinished:
+                for part, texts in pool.step():
+                    for i, text in enumerate(texts, part.first):
+                        results[i] = Evaluation.model_validate_json(text)
+                    done += len(texts)
+                    if progress:
+                        progress(done, len(settings))
+                wait.poll(started=pool.working)
     except ray.exceptions.RayError as error:
         raise JobError(f"measuring failed: {reason(error)}") from error
     finally:

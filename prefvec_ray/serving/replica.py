@@ -1,129 +1,128 @@
 """A replica: one engine in one process, which turns prompts into answers. No HTTP and no policy here."""
 
 import asyncio
-import secrets
+import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
 import jinja2
 import torch
 from ray import serve
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import fold_system
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
-from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization
-from prefvec_ray.serving.engines.base import Engine, EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
-from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
+from prefvec_ray.serving.engines.base import EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.load import load_engine
+from prefvec_ray.serving.engines.output import stream_outputs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.release.release import Release, ServedVector
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import Event, GenerationRequest, Prompt, ReleaseId, Started
 from prefvec_ray.serving.spending import Spending, SpentTokens
-from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, load_vector
+from prefvec_ray.vectors import PreferenceVector, load_vector
 
 
 class Replica:
-    """Loads base and vectors, and answers jobs. Construction returns only once a token has been generated.
+    """Loads base and vectors, and answers requests. Serve awaits the constructor, which returns only once a token has
+    been generated; meanwhile the event loop goes on.
 
-    It begins with the release that its book says is committed, and learns others by `prepare`, or when a job is of one
-    that it does not have yet. Vectors that no running job needs are dropped at the next change.
+    A replica begins with the release that its book says is committed. It learns others by `prepare`, or when a request
+    is of one that it does not have yet. Vectors that no running request needs are dropped at the next change.
 
     Raises JobError, before anything is loaded, where this node does not see the base or the registry's folder.
     """
 
-    def __init__(self, config: ServingConfig, release: Release, book: ReleaseBook | None = None):
-        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
-        torch.set_num_threads(config.engine.threads)
-        self._config, self._book = config, book
-        self._first = release
-        release = (book and book.newest()) or release
-        self._releases = {release.id: release}
-        self._jobs: Counter[ReleaseId] = Counter()
-        """running, by release"""
+    async def __init__(  # type: ignore[misc]  # Ray knows asynchronous constructors, mypy does not
+        self, config: ServingConfig, release: Release, book: ReleaseBook | None = None
+    ) -> None:
+        self._config, self._book, self._first = config, book, release
+        self._running: Counter[ReleaseId] = Counter()
+        """requests, by release"""
         self._changing = asyncio.Lock()
         self._unfit: Exception | None = None
-        self._tokenizer = load_tokenizer(config)
-        self._encoder = PromptEncoder(self._tokenizer, lambda: load_tokenizer(config))
         self._spent = SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
-        self._registry = open_registry(config.registry)
         self._fetched: dict[str, VectorVersion] = {}
         """what is pinned in the node's cache, by column"""
-        self._vectors = self._loaded([release])
-        self.engine = build_engine(config, release, self._vectors)
+        self._vectors: dict[str, PreferenceVector] = {}
+        release = await asyncio.to_thread(self._load_release)
+        self._releases = {release.id: release}
+        self.engine = await load_engine(config, release.base_fingerprint, self._tokenizer, self._vectors)
+        await self._generate_once(release)
 
-    async def stream(self, job: GenerationRequest) -> AsyncIterator[Started | list[Event]]:
+    def _load_release(self) -> Release:
+        """The tokenizer, and the vectors of the release that is served now, which it returns."""
+        config = self._config
+        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
+        torch.set_num_threads(config.engine.threads)
+        self._tokenizer = load_tokenizer(config)
+        self._encoder = PromptEncoder(self._tokenizer, lambda: load_tokenizer(config))
+        self._registry = open_registry(config.registry)
+        release = (self._book and self._book.newest()) or self._first
+        self._vectors = self._loaded([release])
+        return release
+
+    async def stream(self, asked: GenerationRequest) -> AsyncIterator[Started | list[Event]]:
         """`Started`, then lists of events until every answer has its finish_reason.
 
-        Closing the iterator stops all of the job's generation. Raises InputError (as the first thing) for
-        prompts that do not fit and chats that the template refuses, EngineError where generation failed.
+        Closing the iterator stops all of the request's generation. Raises InputError, before `Started`, for prompts
+        that do not fit and chats that the template refuses, and EngineError where generation failed.
         """
-        spent = self._spent.begin(job.id)
+        spent = self._spent.begin(asked.id)
         try:
-            release = await self._release_of(job.release)
-            self._jobs[release.id] += 1
+            release = await self._release_of(asked.release)
+            self._running[release.id] += 1
+            asked = replace(asked, coefficients=release.columns(asked.coefficients))
             try:
-                async for item in self._answers(replace(job, coefficients=release.columns(job.coefficients)), spent):
-                    yield item
+                async with contextlib.aclosing(self._answers(asked, spent)) as items:
+                    async for item in items:
+                        yield item
             finally:
-                self._jobs[release.id] -= 1
+                self._running[release.id] -= 1
         finally:
             spent.end()
 
-    async def spent(self, job: str) -> int | None:
-        """Tokens of answers that were generated here for the job of this id, once it has ended; None: none of ours."""
-        return await self._spent.of(job)
+    async def spent(self, request_id: str) -> int | None:
+        """Tokens that were generated here for the request of this id, once it has ended; None: it was not here."""
+        return await self._spent.of(request_id)
 
-    async def _answers(self, job: GenerationRequest, spent: Spending) -> AsyncIterator[Started | list[Event]]:
-        requests = await self._encoder.run(job.caller, job.prompts, self._requests, job)
-        yield Started(sum(len(r.prompt) for r in requests[:: job.n]))
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._feed(i, request, events, spent)) for i, request in enumerate(requests)]
-        try:
-            left = len(tasks)
-            while left:
-                items = [await events.get()]
-                while not events.empty():
-                    items.append(events.get_nowait())
-                batch = [_event(item) for item in items]
-                left -= sum(piece.finish_reason is not None for _, piece in batch)
-                yield batch
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def _answers(self, asked: GenerationRequest, spent: Spending) -> AsyncGenerator[Started | list[Event]]:
+        requests = await self._encoder.run(asked.caller, asked.prompts, self._requests, asked)
+        yield Started(sum(len(r.prompt) for r in requests[:: asked.sampling.n]))
 
-    async def answer(self, job: GenerationRequest) -> tuple[int, list[OutputDelta]]:
-        """Number of prompt tokens, and every answer as one piece."""
+        def count(delta: OutputDelta) -> None:
+            spent.tokens += len(delta.tokens)
+
+        async with contextlib.aclosing(stream_outputs(self.engine, requests, count)) as outputs:
+            async for deltas in outputs:
+                yield deltas
+
+    async def answer(self, asked: GenerationRequest) -> tuple[int, list[OutputDelta]]:
+        """Number of prompt tokens, and every answer whole."""
         prompt_tokens = 0
-        answers: dict[int, OutputDelta] = {}
-        async for item in self.stream(job):
+        answers = [OutputDelta("", ())] * asked.answers
+        async for item in self.stream(asked):
             if isinstance(item, Started):
                 prompt_tokens = item.prompt_tokens
-                continue
-            for index, piece in item:
-                before = answers.get(index, OutputDelta("", ()))
-                answers[index] = OutputDelta(
-                    before.text + piece.text,
-                    before.tokens + piece.tokens,
-                    piece.finish_reason,
-                    before.logprobs + piece.logprobs,
-                )
-        return prompt_tokens, [answers[index] for index in sorted(answers)]
+            else:
+                for index, delta in item:
+                    answers[index] = answers[index].followed_by(delta)
+        return prompt_tokens, answers
 
     def status(self) -> EngineStatus:
         return self.engine.status()
 
     def check_health(self) -> None:
-        """Serve asks this every few seconds and replaces a replica that raises; so the metrics are told here."""
+        """Serve calls this every few seconds, so metrics are reported here. It replaces a replica that raises."""
         if self._metrics:
             self._metrics.tell(self.engine.status())
         self.engine.check_alive()
@@ -133,9 +132,9 @@ class Replica:
     # --- releases -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, release: Release, beside: ReleaseId) -> None:
-        """Load this release beside the release `beside` and those of running jobs, and generate a token with it.
+        """Load this release beside the release `beside` and those of running requests, and generate a token with it.
 
-        Running jobs go on. Raises InputError or StoreError where it cannot be had; all goes on as before then.
+        Running requests go on. Raises InputError or StoreError where it cannot be loaded; nothing has changed then.
         """
         async with self._changing:
             await self._learn(release, beside)
@@ -148,7 +147,7 @@ class Replica:
         return self._releases[wanted]
 
     async def _catch_up(self, wanted: ReleaseId) -> None:
-        """A job of a release that was committed while this replica started or before it did; or of the deployment
+        """Load a release that was committed while this replica started or before it did, or one of the deployment
         before this one or after it."""
         found = self._first if wanted == self._first.id else None
         if found is None and self._book:
@@ -170,28 +169,31 @@ class Replica:
 
     async def _change(self, release: Release, beside: ReleaseId) -> None:
         new = await asyncio.to_thread(self._loaded, [release])
-        used = {beside, *(name for name, jobs in self._jobs.items() if jobs)}
-        # Jobs of what is dropped may come meanwhile: they wait, and load it again.
+        used = {beside, *(name for name, running in self._running.items() if running)}
+        # Requests of what is dropped may come meanwhile: they wait, and load it again.
         before, self._releases = self._releases, {name: known for name, known in self._releases.items() if name in used}
         vectors = self._loaded(list(self._releases.values())) | new
         try:
-            await asyncio.wrap_future(self.engine.change(vectors))
+            await self.engine.change(vectors)
         except BaseException:
             self._releases = before
             raise
         self._vectors = vectors
-        coefficients = release.columns(release.policy.coefficients({}))
-        async for _ in self.engine.stream(Request((0,), coefficients, max_new_tokens=1)):
-            pass
+        await self._generate_once(release)
         self._releases[release.id] = release
+
+    async def _generate_once(self, release: Release) -> None:
+        """One token, so that a replica which reports ready has answered."""
+        coefficients = release.columns(release.policy.coefficients({}))
+        async for _ in stream_outputs(self.engine, [Request((0,), coefficients, SamplingParams(max_tokens=1))]):
+            pass
 
     def _loaded(self, releases: list[Release]) -> dict[str, PreferenceVector]:
         """The vectors of these releases under their engine's names; those that are loaded are not read again.
 
         Raises InputError where a reference no longer is the vector that it was when the release was resolved.
         """
-        known: dict[str, PreferenceVector] = getattr(self, "_vectors", {})
-        vectors = {}
+        known, vectors = self._vectors, {}
         for release in releases:
             for name, vector in release.vectors.items():
                 column = release.column(name)
@@ -217,33 +219,26 @@ class Replica:
             if entry_key(version) not in kept:
                 self._registry.cache.unpin(version)
 
-    # --- jobs --------------------------------------------------------------------------------------------------------
+    # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def _requests(self, encoder: Tokenization, job: GenerationRequest) -> list[Request]:
-        """The job's requests, prompt by prompt; all are checked before any of them starts."""
+    def _requests(self, encoder: Tokenization, asked: GenerationRequest) -> list[Request]:
+        """One for each answer, prompt by prompt; all are checked before any of them starts."""
         requests: list[Request] = []
-        for prompt in job.prompts:
-            ids = self._tokens(encoder, prompt, min(job.max_prompt_tokens or self.engine.context, self.engine.context))
-            if job.max_prompt_tokens is not None and len(ids) > job.max_prompt_tokens:
-                raise PromptTooLongError(
-                    f"prompt of {len(ids)} tokens; at most {job.max_prompt_tokens} are allowed here; shorten it"
-                )
-            room = min(self._config.engine.max_new_tokens, max(1, self.engine.context - len(ids)))
-            first = Request(
-                ids,
-                job.coefficients,
-                max_new_tokens=room if job.max_new_tokens is None else job.max_new_tokens,
-                temperature=job.temperature,
-                top_p=job.top_p,
-                stop=job.stop,
-                logprobs=job.logprobs,
-                caller=job.caller if self._config.keys else "",  # without keys all are one, and may have all rows
-            )
+        context, allowed = self.engine.context, asked.max_prompt_tokens
+        for prompt in asked.prompts:
+            ids = self._tokens(encoder, prompt, min(allowed or context, context))
+            if allowed is not None and len(ids) > allowed:
+                raise PromptTooLongError(f"prompt of {len(ids)} tokens; at most {allowed} are allowed here; shorten it")
+            sampling = asked.sampling
+            if sampling.max_tokens is None:
+                room = min(self._config.engine.max_new_tokens, max(1, context - len(ids)))
+                sampling = sampling.model_copy(update={"max_tokens": room})
+            caller = asked.caller if self._config.keys else ""  # without keys all are one, and may have all rows
+            first = Request(ids, asked.coefficients, sampling, caller=caller)
             self.engine.check(first)
-            for choice in range(job.n):
-                seed = secrets.token_hex(8) if job.seed is None else str(job.seed)
-                resume_tokens = job.resume_tokens[len(requests)] if job.resume_tokens else ()
-                requests.append(replace(first, seed=f"{seed}/{choice}", resume_tokens=resume_tokens))
+            for choice in range(sampling.n):
+                resume_tokens = asked.resume_tokens[len(requests)] if asked.resume_tokens else ()
+                requests.append(replace(first, choice=choice, resume_tokens=resume_tokens))
         return requests
 
     def _tokens(self, encoder: Tokenization, prompt: Prompt, most: int) -> tuple[int, ...]:
@@ -263,59 +258,8 @@ class Replica:
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
         return encoder.encode(text, most, add_special_tokens=False)
 
-    async def _feed(
-        self, index: int, request: Request, events: "asyncio.Queue[Event | Exception]", spent: Spending
-    ) -> None:
-        try:
-            async for piece in self.engine.stream(request):
-                spent.tokens += len(piece.tokens)
-                events.put_nowait((index, piece))
-        except (EngineError, InputError) as error:
-            events.put_nowait(error)
-
-
-def _event(item: Event | Exception) -> Event:
-    if isinstance(item, Exception):
-        raise item
-    return item
-
 
 def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:
     """The base folder's tokenizer."""
     tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, config.base, local_files_only=True)
     return tokenizer
-
-
-def build_engine(config: ServingConfig, release: Release, vectors: Mapping[str, PreferenceVector]) -> Engine:
-    """Load the base with the release's vectors as the config says, generate one token, and start.
-
-    Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
-    """
-    found = fingerprint(config.base)
-    if found != release.base_fingerprint:
-        raise InputError(
-            f"base {config.base}: {found[:23]}… here, {release.base_fingerprint[:23]}… at deployment;"
-            " put the same base on every node, or deploy again"
-        )
-    tokenizer, base = load_tokenizer(config), release.base_fingerprint
-    coefficients = release.columns(release.policy.coefficients({}))
-    if config.engine.kind == "vllm":
-        from prefvec_ray.serving.engines.vllm.engine import VllmEngine
-
-        served = VllmEngine(config.base, base, tokenizer, vectors, config.engine)
-        served.warm_up(coefficients)
-        return served
-    device = config.engine.device
-    if device == "auto":
-        device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
-    model = from_pretrained(
-        AutoModelForCausalLM, config.base, dtype=config.engine.dtype, local_files_only=True, use_safetensors=True
-    ).to(device)
-    weights: WeightBackend
-    if config.engine.mode == "steered":
-        weights = SteeredWeights(Steering(model, vectors, base_fingerprint=base))
-    else:
-        weights = MergedWeights(LiveModel(model, vectors, base_fingerprint=base, threads=config.engine.threads))
-    engine = SlotEngine(weights, tokenizer, max_batch=config.engine.max_batch, switch_share=config.engine.switch_share)
-    engine.warm_up(coefficients)
-    return engine.start()

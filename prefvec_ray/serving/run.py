@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from prefvec_ray.common.cluster import connect, end_by_sigterm, join
+from prefvec_ray.common.cluster import connect, end_by_sigterm, join, raise_cause
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.registry.names import THROUGH_RAY
@@ -32,8 +32,8 @@ LOOK_SECONDS = 5.0
 """`serve_forever` looks this often whether its application still runs"""
 POLL_SECONDS = 0.2
 
-_deployed: dict[str, str] = {}
-"""name -> identity of the deployment that this process made"""
+_deployed: dict[str, "_Endpoint"] = {}
+"""what this process deployed, by name"""
 _started: set[str] = set()
 """the Serve instances that this process started"""
 
@@ -55,8 +55,8 @@ def start(
 
     Raises InputError before anything is touched where the config, the base or the vectors are wrong, the port is taken,
     or an application of this name runs that is not of this very config and address, unless `replace`. Raises JobError
-    where the replicas do not come up. Whatever is raised, the application `name` is deleted if its deployment had
-    begun, and no other.
+    where the replicas do not come up. Whatever is raised, KeyboardInterrupt and SystemExit included, the application
+    `name` is deleted if its deployment had begun, and no other.
     """
     new = _Endpoint(config, name, host, port)
     new.check()
@@ -72,7 +72,6 @@ def roll_out(config: ServingConfig, *, name: str = APP) -> "Release":
     from the running one in more than its vectors, and where a vector, a key or a replica does not take the new release:
     then the old one goes on.
     """
-    import ray
     from ray import serve
 
     from prefvec_ray.serving.instance import inspect_serve
@@ -83,12 +82,8 @@ def roll_out(config: ServingConfig, *, name: str = APP) -> "Release":
     app = found.apps.get(name) if found else None
     if app is None or app.config is None:
         raise InputError(f"no endpoint {name!r} runs: {endpoints(found)}; `prefvec serve --name {name}` starts one")
-    try:
+    with raise_cause(InputError):
         release: Release = serve.get_deployment_handle("front", name).roll_out.remote(config.absolute()).result()
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise InputError(str(error.cause)) from None
-        raise
     return release
 
 
@@ -106,7 +101,7 @@ def stop(name: str = APP) -> None:
     if found is None:
         return
     app, others = found.apps.get(name), set(found.apps) - {name}
-    if app is None or ours in (None, app.deployment):
+    if app is None or ours is None or ours.deployment == app.deployment:
         close_ingress(name)
         if app is not None:
             _delete(name)
@@ -117,29 +112,16 @@ def stop(name: str = APP) -> None:
         _started.discard(found.controller)
 
 
-def serve_forever(
-    config: ServingConfig,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    name: str = APP,
-    replace: bool = False,
-    console: Console | None = None,
-) -> None:
-    """`start`, wait for Ctrl-C or SIGTERM (`ray job stop`), and `stop`; returns then.
+def serve_forever(name: str = APP) -> None:
+    """Keep the endpoint that this process started until Ctrl-C or SIGTERM (`ray job stop`), then `stop` it and return.
 
-    Interrupted while it starts, it removes what it deployed and raises KeyboardInterrupt, or SystemExit(143) after
-    SIGTERM. Raises JobError where the application was deleted or replaced by somebody else.
+    Raises JobError where the application was deleted or replaced by somebody else.
     """
-    new = _Endpoint(config, name, host, port)
-    new.check()
-    console = console or Console(quiet=True)
-    connect(console)
-    end_by_sigterm()  # also where the caller has joined the cluster itself
-    url = _deploy(new, replace, console)
+    ours = _deployed[name]
     try:
-        print(f"serving {config.model} as {name!r} at {url} (Ctrl-C stops it)", flush=True)
-        _wait_while_ours(name)
+        end_by_sigterm()  # also where the caller has joined the cluster itself
+        print(f"serving {ours.config.model} as {name!r} at {ours.url} (Ctrl-C stops it)", flush=True)
+        _wait_while_ours(ours)
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
@@ -201,7 +183,7 @@ def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
     found = inspect_serve()
     route = choose_route(found, new.config, new.name, Address(new.host, new.port), replace)
     check_room(f"endpoint {new.name!r}", new.bundles)
-    _deployed[new.name] = new.deployment
+    _deployed[new.name] = new
     try:
         if found is None:
             logs = LoggingConfig(log_level=new.config.logs.level, enable_access_log=new.config.logs.access)
@@ -212,7 +194,7 @@ def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
         # The wait for replicas is `_await_running`, which can say what it waits for.
         serve.run_many([serve.RunTarget(new.app, new.name, route)], wait_for_applications_running=False)
         _await_running(new, console)
-        _deployed[new.name] = new.deployment
+        _deployed[new.name] = new
         if route == "/":
             close_ingress(new.name)
         elif found is not None:
@@ -284,15 +266,15 @@ def _delete(name: str) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _wait_while_ours(name: str) -> None:
+def _wait_while_ours(ours: _Endpoint) -> None:
     """For as long as the application is the one that this process deployed."""
     from prefvec_ray.serving.instance import inspect_serve
 
     while True:
         time.sleep(LOOK_SECONDS)
         found = inspect_serve()
-        app = found.apps.get(name) if found else None
+        app = found.apps.get(ours.name) if found else None
         if app is None or app.status == "DELETING":
-            raise JobError(f"the endpoint {name!r} was deleted by somebody else")
-        if app.deployment != _deployed.get(name):
-            raise JobError(f"the endpoint {name!r} was deployed anew by somebody else, who stops it now")
+            raise JobError(f"the endpoint {ours.name!r} was deleted by somebody else")
+        if app.deployment != ours.deployment:
+            raise JobError(f"the endpoint {ours.name!r} was deployed anew by somebody else, who stops it now")

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig
 
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.training.model import load_base, load_tokenizer
 
 
@@ -30,8 +31,7 @@ def base_answers(
     if not prompts:
         return Dataset.from_dict(empty)
     tokenizer = load_tokenizer(base)
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = end_tokens(model.generation_config, tokenizer)
     # Set on the model, since generate fills what it is not given from the base's own sampling settings.
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -39,7 +39,7 @@ def base_answers(
         top_k=0,
         top_p=1.0,
         max_new_tokens=tokens,
-        eos_token_id=ends,
+        eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -49,11 +49,11 @@ def base_answers(
     mask_BL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
     with torch.inference_mode():
         out = model.generate(ids_BL.to(model.device), attention_mask=mask_BL.to(model.device), num_return_sequences=2)
-    answers = [_until_end(row, set(ends)) for row in out[:, width:].tolist()]
+    answers = [_until_end(row, ends) for row in out[:, width:].tolist()]
     return Dataset.from_dict({"prompt_ids": prompts, "chosen_ids": answers[0::2], "rejected_ids": answers[1::2]})
 
 
-def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+def _until_end(ids: list[int], ends: frozenset[int]) -> list[int]:
     for position, token in enumerate(ids):
         if token in ends:
             return ids[: position + 1]

@@ -3,6 +3,7 @@
 And one running endpoint of them, for all tests that talk HTTP.
 """
 
+import asyncio
 import json
 import os
 import socket
@@ -22,6 +23,8 @@ from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.access.keys import add_key
+from prefvec_ray.serving.release.release import Release
+from prefvec_ray.serving.replica import Replica
 from prefvec_ray.vectors import (
     LiveModel,
     LowRank,
@@ -131,6 +134,18 @@ def merged_alone(base_folder: Path, vectors: dict[str, PreferenceVector]) -> Alo
         return whole[0, len(prompt) :].tolist()
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def make_replica() -> Callable[[ServingConfig, Release], Replica]:
+    """Replicas without Serve, which awaits their constructor."""
+
+    def make(config: ServingConfig, release: Release) -> Replica:
+        replica = Replica.__new__(Replica)
+        asyncio.run(replica.__init__(config, release))  # type: ignore[misc]
+        return replica
+
+    return make
 
 
 @pytest.fixture(scope="session")

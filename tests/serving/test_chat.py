@@ -8,31 +8,15 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.chat import fold_system
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
-from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
 
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 BRIEF = {"role": "system", "content": "Be brief."}
-KIND = {"role": "developer", "content": "Be kind."}
 ASKED = {"role": "user", "content": "the quick fox"}
-SAID = {"role": "assistant", "content": "jumps"}
-
-
-def test_system_messages_go_in_front_of_the_first_user_message():
-    folded = {"role": "user", "content": "Be brief.\n\nthe quick fox"}
-    assert fold_system([BRIEF, ASKED]) == [folded]
-    assert fold_system([BRIEF, ASKED, SAID, ASKED]) == [folded, SAID, ASKED]
-    assert fold_system([BRIEF, KIND, ASKED])[0]["content"] == "Be brief.\n\nBe kind.\n\nthe quick fox"
-    assert fold_system([ASKED, SAID]) == [ASKED, SAID]
-
-
-@pytest.mark.parametrize("chat", [[BRIEF], [BRIEF, SAID, ASKED], [ASKED, BRIEF], [BRIEF, ASKED, SAID, KIND, ASKED]])
-def test_where_there_is_no_place_for_one_it_is_refused(chat):
-    with pytest.raises(InputError, match="system message"):
-        fold_system(chat)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +30,13 @@ def without_system_role(base_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("system", ["template", "fold"])
-def test_the_operator_decides(without_system_role, registry_root, tokenizer, system):
+def test_the_operator_decides(make_replica, without_system_role, registry_root, tokenizer, system):
     settings = {"model": "tiny", "base": without_system_role, "registry": registry_root}
     config = ServingConfig.model_validate(settings | ({"system": system} if system != "template" else {}))
-    replica = Replica(config, resolve_release(config))
+    replica = make_replica(config, resolve_release(config))
 
     def told(*prompts: Any) -> list[Any]:
-        job = GenerationRequest(prompts, (("harmless", 0.0), ("helpful", 0.5)), temperature=0.0, max_new_tokens=8)
+        job = GenerationRequest(prompts, (("harmless", 0.0), ("helpful", 0.5)), GREEDY)
         return asyncio.run(replica.answer(job))[1]
 
     try:

@@ -4,15 +4,14 @@ import asyncio
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prefvec_ray.serving import stop
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.cache import FIRST_TOKENS
 from prefvec_ray.serving.release.release import resolve_release
-from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
 
 CLIENTS, NEW = 64, 12
@@ -31,25 +30,26 @@ def alone(merged_alone) -> list[list[int]]:
     return [merged_alone(prompt(client), SETTINGS[client], NEW) for client in range(CLIENTS)]
 
 
-def job(client: int, preferences: Mapping[str, float], **settings: Any) -> GenerationRequest:
-    return GenerationRequest((prompt(client),), tuple(sorted(preferences.items())), temperature=0.0, **settings)
+def job(client: int, preferences: Mapping[str, float], max_tokens: int) -> GenerationRequest:
+    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    return GenerationRequest((prompt(client),), tuple(sorted(preferences.items())), greedy)
 
 
 @pytest.mark.parametrize("mode", ["merged", "steered"])
-def test_64_clients_at_64_settings(mode, base_folder, registry_root, alone):
+def test_64_clients_at_64_settings(mode, make_replica, base_folder, registry_root, alone):
     """With fewer rows than clients, and with callers who hang up in the middle of their answers."""
     engine = {"mode": mode, "max_batch": 24, "max_new_tokens": 200}
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
     )
-    replica = Replica(config, resolve_release(config))
+    replica = make_replica(config, resolve_release(config))
 
     async def ask(client: int) -> list[int]:
-        _, (answer,) = await replica.answer(job(client, SETTINGS[client], max_new_tokens=NEW))
+        _, (answer,) = await replica.answer(job(client, SETTINGS[client], max_tokens=NEW))
         return list(answer.tokens)
 
     async def hang_up(client: int) -> None:
-        items = replica.stream(job(client, SETTINGS[client], max_new_tokens=200))
+        items = replica.stream(job(client, SETTINGS[client], max_tokens=200))
         for _ in range(2 + client // 8 % 3):
             await anext(items)
         await items.aclose()

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.serving.engines.base import OutputDelta, Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.serving.engines.text import TokenTexts
@@ -42,15 +43,16 @@ def generate(engine: SlotEngine, *requests: Request) -> list[list[OutputDelta]]:
     return said
 
 
-def ask(prompt: list[int], **settings: Any) -> Request:
-    return Request(tuple(prompt), SETTING, **{"max_new_tokens": 24, "temperature": 0.0, "logprobs": 3} | settings)
+def ask(prompt: list[int], **sampling: Any) -> Request:
+    params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, "logprobs": 3} | sampling)
+    return Request(tuple(prompt), SETTING, params)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_they_are_those_of_a_lone_merged_model(engine, alone, tokenizer, sampled):
     prompt = tokenizer("the quick brown fox").input_ids
     other = ask(tokenizer("why not").input_ids, logprobs=None)
-    settings = {"temperature": 1.5, "top_p": 0.9, "seed": "3"} if sampled else {}
+    settings = {"temperature": 1.5, "top_p": 0.9, "seed": 3} if sampled else {}
     pieces, silent = generate(engine, ask(prompt, **settings), other)
     assert not any(piece.logprobs for piece in silent)
     tokens = [token for piece in pieces for token in piece.tokens]
@@ -79,7 +81,7 @@ def test_tokens_of_a_stop_string_are_not_told(engine, tokenizer):
     (whole,) = generate(engine, ask(prompt))
     text = "".join(piece.text for piece in whole)
     stop = text[9:12]
-    (stopped,) = generate(engine, ask(prompt, stop=(stop,)))
+    (stopped,) = generate(engine, ask(prompt, stop=stop))
     said = "".join(piece.text for piece in stopped)
     assert said == text[: text.index(stop)]
     told = [entry for piece in stopped for entry in piece.logprobs]

@@ -3,39 +3,45 @@
 import asyncio
 import itertools
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.registry import Registry
+from prefvec_ray.serving import replica as serving_replica
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest, Started
-from prefvec_ray.vectors import load_vector, save_vector
+from prefvec_ray.vectors import PreferenceVector, load_vector, save_vector
 from prefvec_ray.vectors.entries import scaled
 
 SETTING = (("harmless", 0.5), ("helpful", -0.5))
 
 
 @pytest.fixture(scope="module", params=["merged", "steered"])
-def replica(request, base_folder, registry_root) -> Iterator[Replica]:
+def replica(request, make_replica, base_folder, registry_root) -> Iterator[Replica]:
     engine = {"mode": request.param, "max_new_tokens": 64}
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}
     )
-    replica = Replica(config, resolve_release(config))
+    replica = make_replica(config, resolve_release(config))
     yield replica
     replica.engine.close()
 
 
-def answer(replica: Replica, **job: Any) -> tuple[int, list[Any]]:
-    job = {"coefficients": SETTING, "temperature": 0.0, "max_new_tokens": 16} | job
-    return asyncio.run(replica.answer(GenerationRequest(**job)))
+def answer(
+    replica: Replica, prompts: Any, coefficients: Any = SETTING, *, release: Any = ("", 0), **sampling: Any
+) -> tuple[int, list[Any]]:
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16} | sampling)
+    return asyncio.run(replica.answer(GenerationRequest(prompts, coefficients, params, release=release)))
 
 
 def test_a_replica_has_answered_before_it_is_ready(replica):
@@ -44,7 +50,9 @@ def test_a_replica_has_answered_before_it_is_ready(replica):
 
 
 @pytest.mark.parametrize("folder", ["base", "registry"])
-def test_a_replica_on_a_node_that_does_not_see_a_folder_names_both(folder, base_folder, registry_root, tmp_path):
+def test_a_replica_on_a_node_that_does_not_see_a_folder_names_both(
+    folder, make_replica, base_folder, registry_root, tmp_path
+):
     given = {"model": "tiny", "base": base_folder, "registry": registry_root}
     release = resolve_release(ServingConfig.model_validate(given))
     shutil.copytree(given[folder], tmp_path / "storage")
@@ -54,7 +62,7 @@ def test_a_replica_on_a_node_that_does_not_see_a_folder_names_both(folder, base_
     with pytest.raises(
         JobError, match=rf"^node .* does not see {tmp_path / 'storage'}: is the storage mounted there\?$"
     ):
-        Replica(config, release)
+        make_replica(config, release)
 
 
 def test_text_ids_and_chats_become_prompts(replica, tokenizer, merged_alone):
@@ -79,9 +87,9 @@ def test_choices_differ_and_a_seed_brings_them_back(replica):
 
 
 def test_without_a_number_the_answer_is_as_long_as_allowed(replica):
-    _, (piece,) = answer(replica, prompts=((5, 6, 7),), temperature=1.0, max_new_tokens=None, seed=3)
+    _, (piece,) = answer(replica, prompts=((5, 6, 7),), temperature=1.0, max_tokens=None, seed=3)
     assert piece.finish_reason == "stop" or len(piece.tokens) == 64
-    _, (piece,) = answer(replica, prompts=((5,) * 500,), temperature=1.0, max_new_tokens=None, seed=3)
+    _, (piece,) = answer(replica, prompts=((5,) * 500,), temperature=1.0, max_tokens=None, seed=3)
     assert piece.finish_reason == "stop" or len(piece.tokens) == 12
 
 
@@ -103,7 +111,7 @@ def test_a_bad_prompt_is_refused_before_any_answer_starts(replica, prompt, error
 
 def test_leaving_a_stream_stops_all_its_answers(replica):
     async def leave() -> None:
-        job = GenerationRequest(prompts=("the dog",), coefficients=SETTING, n=8, temperature=1.5, max_new_tokens=64)
+        job = GenerationRequest(("the dog",), SETTING, SamplingParams(n=8, temperature=1.5, max_tokens=64))
         items = replica.stream(job)
         assert isinstance(await anext(items), Started)
         await anext(items)
@@ -116,23 +124,44 @@ def test_leaving_a_stream_stops_all_its_answers(replica):
     assert replica.status().cancelled > before
 
 
-def test_another_base_on_the_node_is_refused(base_folder, registry_root):
+def test_another_base_on_the_node_is_refused(make_replica, base_folder, registry_root):
     config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
     release = resolve_release(config)
     other = type(release)("blake3:" + "0" * 64, release.vectors, release.policy, release.created)
     with pytest.raises(InputError, match="put the same base on every node"):
-        Replica(config, other)
+        make_replica(config, other)
 
 
-def test_a_dead_engine_is_unhealthy(base_folder, registry_root):
+def test_the_event_loop_goes_on_while_a_replica_is_constructed(base_folder, registry_root, monkeypatch):
+    loop_went_on = threading.Event()
+
+    def load_vector_once_the_loop_went_on(folder: Path) -> PreferenceVector:
+        assert loop_went_on.wait(60), "the event loop stands still"
+        return load_vector(folder)
+
+    monkeypatch.setattr(serving_replica, "load_vector", load_vector_once_the_loop_went_on)
     config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
-    replica = Replica(config, resolve_release(config))
+    replica = Replica.__new__(Replica)
+
+    async def construct() -> None:
+        asyncio.get_running_loop().call_later(0.01, loop_went_on.set)
+        await replica.__init__(config, resolve_release(config))
+        replica.check_health()
+
+    asyncio.run(construct())
+    assert replica.status().finished == 1
+    replica.engine.close()
+
+
+def test_a_dead_engine_is_unhealthy(make_replica, base_folder, registry_root):
+    config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
+    replica = make_replica(config, resolve_release(config))
     replica.engine.close()
     with pytest.raises(EngineError):
         replica.check_health()
 
 
-def test_earlier_releases_leave_the_cache(base_folder, vector_folders, tmp_path, monkeypatch):
+def test_earlier_releases_leave_the_cache(make_replica, base_folder, vector_folders, tmp_path, monkeypatch):
     """The cache has room for three versions, and each release brings another one: the earliest must make room."""
     registry = Registry.open(tmp_path / "registry")
     vector = load_vector(vector_folders["helpful"])
@@ -152,7 +181,7 @@ def test_earlier_releases_leave_the_cache(base_folder, vector_folders, tmp_path,
         for number in range(1, 7)
     ]
     releases = [replace(resolve_release(config), generation=number) for number, config in enumerate(configs)]
-    replica = Replica(configs[0], releases[0])
+    replica = make_replica(configs[0], releases[0])
     try:
         for before, release in itertools.pairwise(releases):
             asyncio.run(replica.prepare(release, before.id))

@@ -24,6 +24,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, metrics, roll_out, start, stop
 from prefvec_ray.serving.engines.base import EngineError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import Release, ServedVector, resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
@@ -72,8 +73,8 @@ def config(request, base_folder, registry) -> ServingConfig:
 
 
 @pytest.fixture
-def replica(config) -> Iterator[Replica]:
-    replica = Replica(config, resolve_release(config))
+def replica(config, make_replica) -> Iterator[Replica]:
+    replica = make_replica(config, resolve_release(config))
     yield replica
     replica.engine.close()
 
@@ -83,7 +84,8 @@ def later(release: Release, generation: int) -> Release:
 
 
 async def ask(replica: Replica, generation: int, new: int = 24) -> list[int]:
-    job = GenerationRequest((PROMPT,), SETTING, max_new_tokens=new, temperature=0.0, release=("", generation))
+    greedy = SamplingParams(max_tokens=new, temperature=0.0)
+    job = GenerationRequest((PROMPT,), SETTING, greedy, release=("", generation))
     _, (answer,) = await replica.answer(job)
     return list(answer.tokens)
 
@@ -97,7 +99,7 @@ def test_a_request_keeps_the_release_that_it_started_with(
     assert second.vectors["helpful"].ref == "helpful@2"
 
     async def change_in_the_middle() -> list[list[int]]:
-        job = GenerationRequest((PROMPT,), SETTING, max_new_tokens=200, temperature=0.0)
+        job = GenerationRequest((PROMPT,), SETTING, SamplingParams(max_tokens=200, temperature=0.0))
         items = replica.stream(job)
         first: list[int] = []
         for _ in range(4):

@@ -6,19 +6,19 @@ from collections import Counter
 import pytest
 import torch
 
-from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.sampling import choose
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 LOGITS_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -1e30])
 
 
-def ask(temperature: float, top_p: float = 1.0) -> Request:
-    return Request((1,), (), 1, temperature=temperature, top_p=top_p)
+def ask(temperature: float, top_p: float = 1.0) -> SamplingParams:
+    return SamplingParams(temperature=temperature, top_p=top_p)
 
 
-def draw(request: Request, times: int, seed: int = 0) -> list[int]:
+def draw(params: SamplingParams, times: int, seed: int = 0) -> list[int]:
     generator = random.Random(seed)
-    return [choose(LOGITS_V[None], [request], [generator])[0] for _ in range(times)]
+    return [choose(LOGITS_V[None], [params], [generator])[0] for _ in range(times)]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -1,6 +1,7 @@
 """The slot engine alone: no Ray, no HTTP. `merged_alone` is the truth that every batch must reproduce."""
 
 import asyncio
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
-from prefvec_ray.serving.engines.slots import engine as slot_engine
+from prefvec_ray.serving.engines.output import stream_outputs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots import scheduler
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
@@ -37,9 +40,18 @@ def make_engine(request, base_folder, tokenizer, vectors) -> Iterator[MakeEngine
             yield lambda **settings: SlotEngine(SteeredWeights(steering), tokenizer, **settings)
 
 
-def ask(prompt: tuple[int, ...], helpful: float = 0.0, harmless: float = 0.0, **settings: Any) -> Request:
-    settings = {"max_new_tokens": 24, "temperature": 0.0} | settings
-    return Request(prompt, (("harmless", harmless), ("helpful", helpful)), **settings)
+def ask(
+    prompt: tuple[int, ...],
+    helpful: float = 0.0,
+    harmless: float = 0.0,
+    *,
+    resume_tokens: tuple[int, ...] = (),
+    caller: str = "",
+    **sampling: Any,
+) -> Request:
+    params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, "seed": 0} | sampling)
+    coefficients = (("harmless", harmless), ("helpful", helpful))
+    return Request(prompt, coefficients, params, resume_tokens=resume_tokens, caller=caller)
 
 
 def random_prompt(seed: int, length: int) -> tuple[int, ...]:
@@ -66,14 +78,14 @@ def text(pieces: list[OutputDelta]) -> str:
 
 def test_a_mixed_batch_gives_every_request_what_its_own_merged_model_gives(make_engine, merged_alone):
     requests = [
-        ask(random_prompt(i, length), *SETTINGS[i % len(SETTINGS)], max_new_tokens=1 + 7 * i % 40)
+        ask(random_prompt(i, length), *SETTINGS[i % len(SETTINGS)], max_tokens=1 + 7 * i % 40)
         for i, length in enumerate([1, 2, 3, 9, 30, 64, 127, 128, 129, 200] * 2)
     ]
     outputs = run(make_engine(max_batch=8), requests)
     for request, pieces in zip(requests, outputs, strict=True):
-        alone = merged_alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+        alone = merged_alone(request.prompt, dict(request.coefficients), request.max_tokens)
         assert tokens(pieces) == alone
-        assert pieces[-1].finish_reason == ("length" if len(alone) == request.max_new_tokens else "stop")
+        assert pieces[-1].finish_reason == ("length" if len(alone) == request.max_tokens else "stop")
     assert len({tuple(tokens(pieces)) for pieces in outputs}) > 10, "the settings must make a difference"
 
 
@@ -105,20 +117,20 @@ def test_long_prompts_are_computed_in_chunks_and_change_nobodys_answer(make_engi
     ]
     outputs = run(make_engine(prefill_tokens=64, max_batch=6), requests)
     for request, output in zip(requests, outputs, strict=True):
-        assert tokens(output) == merged_alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+        assert tokens(output) == merged_alone(request.prompt, dict(request.coefficients), request.max_tokens)
 
 
 def test_running_answers_go_on_between_the_chunks_of_a_long_prompt(make_engine):
     engine = make_engine(prefill_tokens=16)
     running: list[Any] = []
     late: list[Any] = []
-    engine.submit(ask(random_prompt(1, 8), max_new_tokens=200, temperature=2.0), running.append)
+    engine.submit(ask(random_prompt(1, 8), max_tokens=200, temperature=2.0), running.append)
     engine.step()
     engine.submit(ask(random_prompt(2, 160)), late.append)
     received = []
     while not late:
         assert engine.step()
-        received.append(len(tokens(running)))
+        received.append(engine.status().tokens)  # not those of pieces: half a character is held back
     assert received[-1] > 4, "one chunk, one token, not the whole prompt at once"
     assert all(after - before <= 2 for before, after in pairwise(received))
 
@@ -126,16 +138,16 @@ def test_running_answers_go_on_between_the_chunks_of_a_long_prompt(make_engine):
 def test_a_long_prompt_can_be_cancelled_halfway(make_engine, merged_alone):
     engine = make_engine(prefill_tokens=16)
     gone, kept = [], []
-    ticket = engine.submit(ask(random_prompt(1, 300)), gone.append)
+    scheduled = engine.submit(ask(random_prompt(1, 300)), gone.append)
     request = ask(random_prompt(2, 200), 0.5)
     engine.submit(request, kept.append)
     for _ in range(3):
         engine.step()
-    engine.cancel(ticket)
+    scheduled.cancel()
     while engine.step():
         pass
     assert gone == []
-    assert tokens(kept) == merged_alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+    assert tokens(kept) == merged_alone(request.prompt, dict(request.coefficients), request.max_tokens)
     assert (engine.status().running, engine.status().cancelled) == (0, 1)
 
 
@@ -146,19 +158,19 @@ def test_the_mask_of_a_long_prompt_does_not_grow_with_its_square(make_engine, mo
     monkeypatch.setattr(engine, "_forward", lambda *args: masks.append(args[3].numel()) or forward(*args))
     for length in (60, 120, 240, 480):
         masks.clear()
-        run(engine, [ask(random_prompt(1, length), max_new_tokens=1)])
+        run(engine, [ask(random_prompt(1, length), max_tokens=1)])
         assert max(masks) <= max(4 * 16**2, length), length
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):
-    seeded = ask(random_prompt(1, 12), 0.5, temperature=1.0, seed="7")
-    nucleus = ask(random_prompt(1, 12), 0.5, temperature=0.9, top_p=0.6, seed="7")
-    crowd = [ask(random_prompt(i, 3 * i), *SETTINGS[i % 5], temperature=1.3, seed=str(i)) for i in range(1, 9)]
+    seeded = ask(random_prompt(1, 12), 0.5, temperature=1.0, seed=7)
+    nucleus = ask(random_prompt(1, 12), 0.5, temperature=0.9, top_p=0.6, seed=7)
+    crowd = [ask(random_prompt(i, 3 * i), *SETTINGS[i % 5], temperature=1.3, seed=i) for i in range(1, 9)]
     alone = [run(make_engine(), [request])[0] for request in (seeded, nucleus)]
     among = run(make_engine(), [*crowd[:4], seeded, *crowd[4:], nucleus])
     assert tokens(among[4]) == tokens(alone[0])
     assert tokens(among[-1]) == tokens(alone[1])
-    other = run(make_engine(), [ask(random_prompt(1, 12), 0.5, temperature=1.0, seed="8")])[0]
+    other = run(make_engine(), [ask(random_prompt(1, 12), 0.5, temperature=1.0, seed=8)])[0]
     assert tokens(other) != tokens(alone[0])
 
 
@@ -169,13 +181,13 @@ def test_an_answer_goes_on_from_what_was_heard_of_it(make_engine, merged_alone):
     assert tokens(greedy) == [*received, *merged_alone([*prompt, *received], {"helpful": 0.5}, 19)]
     assert tokens(other) == merged_alone(prompt, {"helpful": 0.5}, 24)
     assert next(said.chosen.logprob for piece in greedy for said in piece.logprobs) < -1, "not what the model would say"
-    (whole,) = run(engine, [ask(prompt, temperature=1.0, seed="7")])
-    (again,) = run(engine, [ask(prompt, temperature=1.0, seed="7", resume_tokens=tuple(tokens(whole)[:9]))])
+    (whole,) = run(engine, [ask(prompt, temperature=1.0, seed=7)])
+    (again,) = run(engine, [ask(prompt, temperature=1.0, seed=7, resume_tokens=tuple(tokens(whole)[:9]))])
     assert tokens(again) == tokens(whole), "what is drawn after it is what would have been"
 
 
 def test_pieces_join_to_the_decoded_answer(make_engine, tokenizer):
-    request = ask(tuple(tokenizer("the quick brown").input_ids), 1.0, temperature=1.0, max_new_tokens=80)
+    request = ask(tuple(tokenizer("the quick brown").input_ids), 1.0, temperature=1.0, max_tokens=80)
     (pieces,) = run(make_engine(), [request])
     words = [token for token in tokens(pieces) if token != tokenizer.eos_token_id]
     assert len(pieces) > 5
@@ -185,10 +197,10 @@ def test_pieces_join_to_the_decoded_answer(make_engine, tokenizer):
 
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_an_answer_ends_before_its_stop_string(make_engine, length):
-    request = ask(random_prompt(2, 10), 0.5, max_new_tokens=40)
+    request = ask(random_prompt(2, 10), 0.5, max_tokens=40)
     whole = text(run(make_engine(), [request])[0])
     stop = whole[len(whole) // 2 :][:length]
-    stopped = ask(random_prompt(2, 10), 0.5, max_new_tokens=40, stop=("never in there", stop))
+    stopped = ask(random_prompt(2, 10), 0.5, max_tokens=40, stop=["never in there", stop])
     (pieces,) = run(make_engine(), [stopped])
     assert text(pieces) == whole[: whole.index(stop)]
     assert pieces[-1].finish_reason == "stop"
@@ -196,13 +208,13 @@ def test_an_answer_ends_before_its_stop_string(make_engine, length):
 
 def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(make_engine, merged_alone):
     engine = make_engine(max_batch=2)
-    requests = [ask(random_prompt(i, 20), 1.0, max_new_tokens=30) for i in range(3)]
+    requests = [ask(random_prompt(i, 20), 1.0, max_tokens=30) for i in range(3)]
     outputs: list[list[Any]] = [[] for _ in requests]
-    tickets = [engine.submit(r, o.append) for r, o in zip(requests, outputs, strict=True)]
+    scheduled = [engine.submit(r, o.append) for r, o in zip(requests, outputs, strict=True)]
     for _ in range(4):
         engine.step()
     assert (engine.status().running, engine.status().waiting) == (2, 1)
-    engine.cancel(tickets[0])
+    scheduled[0].cancel()
     seen = len(outputs[0])
     engine.step()
     assert (engine.status().running, engine.status().waiting) == (2, 0), "the waiting one has taken the row"
@@ -218,7 +230,7 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(make_engine, merg
 def test_a_waiting_request_can_be_cancelled(make_engine):
     engine, output = make_engine(max_batch=1), []
     engine.submit(ask(random_prompt(1, 5)), output.append)
-    engine.cancel(engine.submit(ask(random_prompt(2, 5)), pytest.fail))
+    engine.submit(ask(random_prompt(2, 5)), pytest.fail).cancel()
     while engine.step():
         pass
     assert output[-1].finish_reason
@@ -230,7 +242,7 @@ def test_a_waiting_request_can_be_cancelled(make_engine):
     [
         (ask(()), InputError, "no tokens"),
         (ask((1, 99999)), InputError, "vocabulary"),
-        (ask(random_prompt(1, 500), max_new_tokens=13), PromptTooLongError, "context of 512"),
+        (ask(random_prompt(1, 500), max_tokens=13), PromptTooLongError, "context of 512"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_once(make_engine, request_, error, says):
@@ -240,7 +252,7 @@ def test_what_cannot_be_served_is_refused_at_once(make_engine, request_, error, 
 
 def test_prompt_and_answer_may_fill_the_context(make_engine, merged_alone):
     prompt = random_prompt(5, 490)
-    (pieces,) = run(make_engine(), [ask(prompt, 0.5, max_new_tokens=22)])
+    (pieces,) = run(make_engine(), [ask(prompt, 0.5, max_tokens=22)])
     assert tokens(pieces) == merged_alone(prompt, {"helpful": 0.5}, 22)
 
 
@@ -260,10 +272,10 @@ def test_weights_are_rewritten_only_when_the_setting_changes(merged):
 def test_a_hot_setting_does_not_starve_a_cold_one(merged):
     engine, order = merged(max_batch=4, switch_share=1.0), []
     for i in range(12):
-        hot = ask(random_prompt(i, 9), 1.0, max_new_tokens=40)
+        hot = ask(random_prompt(i, 9), 1.0, max_tokens=40)
         engine.submit(hot, lambda piece, i=i: piece.finish_reason and order.append(f"hot {i}"))
         if i == 1:
-            cold = ask(random_prompt(99, 9), -1.0, max_new_tokens=10)
+            cold = ask(random_prompt(99, 9), -1.0, max_tokens=10)
             engine.submit(cold, lambda piece: piece.finish_reason and order.append("cold"))
     while engine.step():
         pass
@@ -275,13 +287,13 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
 def clock(monkeypatch) -> None:
     """Every look at the clock is a second after the one before, so that shares do not depend on the machine."""
     ticks = itertools.count()
-    monkeypatch.setattr(slot_engine.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: float(next(ticks)))
 
 
 def test_a_crowd_of_one_callers_requests_delays_another_by_one_free_row(make_engine, merged_alone, clock):
     engine, ended = make_engine(max_batch=4), []
-    asked = [ask(random_prompt(i, 9), 0.5, max_new_tokens=16, caller="crowd") for i in range(12)]
-    asked.append(ask(random_prompt(99, 9), 1.0, -0.5, max_new_tokens=16, caller="late"))
+    asked = [ask(random_prompt(i, 9), 0.5, max_tokens=16, caller="crowd") for i in range(12)]
+    asked.append(ask(random_prompt(99, 9), 1.0, -0.5, max_tokens=16, caller="late"))
     outputs: list[list[Any]] = [[] for _ in asked]
 
     def submit(number: int) -> None:
@@ -320,10 +332,10 @@ def test_a_caller_that_is_named_leaves_rows_to_others(make_engine, caller, most)
 def test_four_settings_of_one_caller_have_one_callers_share_of_the_turns(merged, clock):
     engine, received = merged(switch_share=1e9), []  # a turn is one step
     for i in range(4):
-        engine.submit(ask(random_prompt(i, 9), 0.1 * i, max_new_tokens=60, caller="crowd"), [].append)
+        engine.submit(ask(random_prompt(i, 9), 0.1 * i, max_tokens=60, caller="crowd"), [].append)
     for _ in range(10):
         engine.step()
-    engine.submit(ask(random_prompt(99, 9), 1.0, max_new_tokens=8, caller="late"), received.append)
+    engine.submit(ask(random_prompt(99, 9), 1.0, max_tokens=8, caller="late"), received.append)
     steps = 0
     while not received or received[-1].finish_reason is None:
         assert engine.step()
@@ -335,7 +347,7 @@ def test_four_settings_of_one_caller_have_one_callers_share_of_the_turns(merged,
 def test_waiting_requests_of_one_setting_run_together(merged, merged_alone):
     """Two settings by turns, and room for four requests: they are grouped, and nobody waits for ever."""
     engine, settings = merged(max_batch=4, switch_share=1.0), [(0.5, 0.0), (-0.5, 0.5)]
-    asked = [ask(random_prompt(i, 9), *settings[i % 2], max_new_tokens=8) for i in range(16)]
+    asked = [ask(random_prompt(i, 9), *settings[i % 2], max_tokens=8) for i in range(16)]
     order: list[int] = []
     outputs: list[list[Any]] = [[] for _ in asked]
     for i, (request, output) in enumerate(zip(asked, outputs, strict=True)):
@@ -385,11 +397,12 @@ def test_streams_run_side_by_side_and_closing_one_stops_it(merged, merged_alone)
     engine = merged().start()
 
     async def read(seed: int) -> list[int]:
-        return tokens([piece async for piece in engine.stream(ask(random_prompt(seed, 9), 0.5))])
+        outputs = stream_outputs(engine, [ask(random_prompt(seed, 9), 0.5)])
+        return tokens([piece async for deltas in outputs for _, piece in deltas])
 
     async def leave_early() -> None:
-        async for _ in engine.stream(ask(random_prompt(0, 9), -1.0, max_new_tokens=400)):
-            break
+        async with contextlib.aclosing(stream_outputs(engine, [ask(random_prompt(0, 9), -1.0, max_tokens=400)])) as out:
+            await anext(out)
 
     async def all_of_them() -> list[Any]:
         answers = await asyncio.gather(leave_early(), *(read(seed) for seed in range(1, 5)))
@@ -437,7 +450,7 @@ def test_other_architectures_give_what_generate_gives(kind, tokenizer):
     model = AutoModelForCausalLM.from_config(config).eval()
     engine = SlotEngine(MergedWeights(LiveModel(model, {})), tokenizer)
     requests = [
-        Request(random_prompt(i, length), (), max_new_tokens=12, temperature=0.0)
+        Request(random_prompt(i, length), (), SamplingParams(max_tokens=12, temperature=0.0))
         for i, length in enumerate([1, 5, 20, 40])
     ]
     for request, pieces in zip(requests, run(engine, requests), strict=True):
@@ -456,7 +469,8 @@ def test_a_real_model_at_two_settings():
     vector = vector_from_state(delta, preference="odd", base_fingerprint=fingerprint(STORIES))
     live = LiveModel(model, {"odd": vector})
     prompt = tuple(words("Once upon a time").input_ids)
-    asked = [Request(prompt, (("odd", eta),), max_new_tokens=30, temperature=0.0) for eta in (0.0, 0.3)]
+    greedy = SamplingParams(max_tokens=30, temperature=0.0)
+    asked = [Request(prompt, (("odd", eta),), greedy) for eta in (0.0, 0.3)]
     told = run(SlotEngine(MergedWeights(live), words), asked)
     assert text(told[0]).startswith(", there was")
     assert text(told[0]) != text(told[1])

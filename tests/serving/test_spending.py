@@ -35,7 +35,7 @@ def test_old_jobs_are_forgotten_running_ones_are_not(monkeypatch):
         running = spent.begin("running")
         for name in "abcdef":
             spent.begin(name).end()
-        assert len(spent._jobs) == 3
+        assert len(spent._requests) == 3
         running.end()
         assert await spent.of("running") == 0
         assert await spent.of("a") is None

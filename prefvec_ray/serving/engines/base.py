@@ -1,14 +1,15 @@
-"""What an engine is: tokens and coefficients in, pieces of text out. It knows nothing of HTTP, Ray or policies.
+"""What an engine is: tokens and coefficients in, parts of a text out. It knows nothing of HTTP, Ray or policies.
 
-`SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models.
+`SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models; `VllmEngine` (vllm/engine.py) is vLLM.
 """
 
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import Future
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # torch, which the front does without
     from prefvec_ray.vectors import PreferenceVector
@@ -26,26 +27,32 @@ class Request:
     prompt: tuple[int, ...]
     """token ids, at least one"""
     coefficients: Coefficients
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0 is greedy"""
-    top_p: float = 1.0
-    """sample from the smallest set of tokens that holds this much probability (Holtzman et al., arXiv 1904.09751)"""
-    seed: str = "0"
-    stop: tuple[str, ...] = ()
-    """texts that end the answer; they are not part of it"""
-    logprobs: int | None = None
-    """how many of the likeliest tokens to tell with each token of the answer; None: no log-probabilities at all"""
+    sampling: SamplingParams
+    """`max_tokens` must be set here; `n` is of no concern to an engine"""
+    choice: int = 0
+    """number of this answer among the `n` of its prompt: with the seed, it decides the random numbers"""
     resume_tokens: tuple[int, ...] = ()
-    """the answer's first tokens, where its caller has them already from a replica that died: within rounding
-    distance they need not be what this engine would choose. One that does not heed them may say something else"""
+    """the answer's first tokens, where its caller has received them already from a replica that died. The engine takes
+    them as they are: within rounding distance it might have chosen others"""
     caller: str = ""
-    """whose request it is. Only when it is computed depends on this; "" is nobody in particular"""
+    """whose request it is. Only when it is computed depends on this; "" is all that have no name"""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of the answer. Raises InputError where the sampling parameters leave it open."""
+        if self.sampling.max_tokens is None:
+            raise InputError("max_tokens is not set; an engine needs a number")
+        return self.sampling.max_tokens
+
+    def random_key(self) -> str:
+        """What seeds the answer's random numbers: the same for the same seed, new each time where there is none."""
+        seed = secrets.token_hex(8) if self.sampling.seed is None else self.sampling.seed
+        return f"{seed}/{self.choice}"
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, and how likely the model found it at its place."""
+    """A token, and how likely the model found it at its position."""
 
     text: str
     bytes: bytes
@@ -60,23 +67,28 @@ class TokenLogprobs:
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
-    """the likeliest at this place, best first"""
+    """the likeliest at this position, best first"""
     offset: int
     """where in the answer's text it begins, in characters"""
 
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """The next part of an answer. The texts of all pieces, joined, are the whole answer."""
+    """The next part of an answer. The texts of all deltas, joined, are the whole answer."""
 
     text: str
     tokens: tuple[int, ...]
-    """token ids since the last piece; the end-of-text token counts, though it has no text"""
+    """token ids since the last delta; the end-of-text token counts, though it has no text"""
     finish_reason: FinishReason | None = None
-    """set on the last piece: "stop" after an end-of-text token or stop string, "length" at max_new_tokens"""
+    """set on the last delta: "stop" after an end-of-text token or stop string, "length" at max_tokens"""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """of the tokens that begin within the texts so far, where the request asks for them; a token that ends the answer
     or belongs to a stop string has none"""
+
+    def followed_by(self, other: "OutputDelta") -> "OutputDelta":
+        return OutputDelta(
+            self.text + other.text, self.tokens + other.tokens, other.finish_reason, self.logprobs + other.logprobs
+        )
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,18 @@ class EngineStatus:
     """generated, over all answers"""
     merges: int
     """times that the weights were rewritten to other coefficients"""
+
+
+Emit: TypeAlias = Callable[[OutputDelta | Exception], object]
+"""called with every delta of an answer, or once with what went wrong"""
+
+
+class Submitted(Protocol):
+    """A request that an engine works on."""
+
+    def cancel(self) -> object:
+        """Stop the generation, and free its place. Nothing is emitted any more. An ended request is left alone."""
+        ...
 
 
 class EngineError(RuntimeError):
@@ -112,15 +136,19 @@ class Engine(Protocol):
         """Raises InputError where the request cannot be served: no prompt, unknown tokens, longer than the context."""
         ...
 
-    def stream(self, request: Request) -> AsyncIterator[OutputDelta]:
-        """The answer, piece by piece. Closing the iterator, or cancelling the task that reads it, stops the
-        generation and frees its place. Raises InputError (before the first piece) or EngineError."""
+    def submit(self, request: Request, emit: Emit) -> Submitted:
+        """Queue a request. `emit` is called in a thread of the engine's choice; see `stream_outputs` for event loops.
+
+        Raises InputError as `check` does, and EngineError where the engine is closed.
+        """
         ...
 
-    def change(self, vectors: "Mapping[str, PreferenceVector]") -> "Future[None]":
+    async def change(self, vectors: "Mapping[str, PreferenceVector]") -> None:
         """Know these vectors, by the names that coefficients use, from the next step on; running requests go on.
-        The future raises InputError where one does not fit, and nothing has changed then. Names that running requests
-        use must stay, and stand for the same vectors."""
+        Names that running requests use must stay, and stand for the same vectors.
+
+        Raises InputError where one does not fit; nothing has changed then.
+        """
         ...
 
     def status(self) -> EngineStatus: ...

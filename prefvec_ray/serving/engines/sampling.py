@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 LOWEST = -9999.0
 """stands for a log-probability of -inf, which JSON cannot say; OpenAI's API means it by this number"""
 
 
-def choose(logits_RV: Tensor, requests: Sequence[Request], draws: Sequence[random.Random]) -> list[int]:
+def choose(logits_RV: Tensor, params: Sequence[SamplingParams], draws: Sequence[random.Random]) -> list[int]:
     """One token for each row of logits: argmax at temperature 0, else sampled.
 
     A sampled row takes one uniform number from its own generator and looks it up in its cumulative
@@ -22,18 +22,17 @@ def choose(logits_RV: Tensor, requests: Sequence[Request], draws: Sequence[rando
     """
     tokens_R = logits_RV.argmax(-1)
     for nucleus in (False, True):
-        rows = [r for r, q in enumerate(requests) if q.temperature > 0 and (q.top_p < 1) == nucleus]
+        rows = [r for r, q in enumerate(params) if q.temperature > 0 and (q.top_p < 1) == nucleus]
         if rows:
             u_R = [draws[r].random() for r in rows]
-            tokens_R[rows] = _sample(logits_RV[rows], [requests[r] for r in rows], u_R, nucleus)
+            tokens_R[rows] = _sample(logits_RV[rows], [params[r] for r in rows], u_R, nucleus)
     return tokens_R.tolist()
 
 
 def logprobs(logits_RV: Tensor, chosen: Sequence[int], tops: Sequence[int]) -> list[list[tuple[int, float]]]:
     """For each row: (token, log-probability) of the chosen token, then of the row's `tops` likeliest, best first.
 
-    Natural logarithms, of the model's own distribution: before temperature and top_p. None is below
-    LOWEST.
+    Natural logarithms, of the model's own distribution: before temperature and top_p. All are at least LOWEST.
     """
     logp_RV = torch.log_softmax(logits_RV.float(), -1).clamp_min(LOWEST)
     tokens_R1 = torch.tensor(chosen, device=logp_RV.device).unsqueeze(-1)
@@ -44,18 +43,18 @@ def logprobs(logits_RV: Tensor, chosen: Sequence[int], tops: Sequence[int]) -> l
     return [list(zip(tokens[: 1 + top], values[: 1 + top], strict=True)) for tokens, values, top in rows]
 
 
-def _sample(logits_RV: Tensor, requests: Sequence[Request], u_R: list[float], nucleus: bool) -> Tensor:
+def _sample(logits_RV: Tensor, params: Sequence[SamplingParams], u_R: list[float], nucleus: bool) -> Tensor:
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=logits_RV.device).unsqueeze(-1)
 
     # The largest logit goes to 0 before the division: the smallest temperature overflows nothing.
     below_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)).double()
-    p_RV = torch.softmax(below_RV / column([q.temperature for q in requests]), -1)
+    p_RV = torch.softmax(below_RV / column([q.temperature for q in params]), -1)
     if not nucleus:
         return _lookup(p_RV, column(u_R))
     p_RV, order_RV = p_RV.sort(dim=-1, descending=True, stable=True)
     before_RV = p_RV.cumsum(-1) - p_RV
-    p_RV = p_RV.masked_fill(before_RV >= column([q.top_p for q in requests]), 0)
+    p_RV = p_RV.masked_fill(before_RV >= column([q.top_p for q in params]), 0)
     return order_RV.gather(-1, _lookup(p_RV, column(u_R)).unsqueeze(-1)).squeeze(-1)
 
 

@@ -118,7 +118,8 @@ class AdmissionController:
             coefficients = await self._coefficients(caller, body.model, body.preferences)
             job = self._sized(caller, body, coefficients)
             prompt_tokens = sum(_about(prompt) for prompt in job.prompts)
-            most = prompt_tokens + len(job.prompts) * job.n * (job.max_new_tokens or self._config.engine.max_new_tokens)
+            longest = job.sampling.max_tokens or self._config.engine.max_new_tokens
+            most = prompt_tokens + job.answers * longest
             reservation = self._rates.reserve(caller.id, caller.allowance, most)
             self._admitted(known, coefficients, reservation)
         except BaseException as error:
@@ -265,12 +266,12 @@ class AdmissionController:
         prompt_tokens = _least(limits.prompt_tokens, caller.allowance.prompt_tokens)
         job = body.job(coefficients, prompt_tokens)
         most = _least(limits.answers, caller.allowance.answers)
-        if most is not None and len(job.prompts) * job.n > most:
-            raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.n}: at most {most} answers", param="n")
-        longest = self._config.engine.max_new_tokens
-        if (job.max_new_tokens or 0) > longest:
+        if most is not None and job.answers > most:
+            raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.sampling.n}: at most {most} answers", param="n")
+        longest, asked = self._config.engine.max_new_tokens, job.sampling.max_tokens or 0
+        if asked > longest:
             param = "max_tokens" if body.max_tokens else "max_completion_tokens"
-            raise ApiError(400, f"{param}: {job.max_new_tokens} is more than {longest}", param=param)
+            raise ApiError(400, f"{param}: {asked} is more than {longest}", param=param)
         return replace(job, release=caller.release.id, caller=caller.id, id=uuid.uuid4().hex)
 
     def _refused(self, known: Mapping[str, Any], error: ApiError) -> None:
@@ -309,5 +310,6 @@ def _asked(body: Body) -> dict[str, Any]:
     """What the audit keeps of a body: names and numbers, nothing of the prompt."""
     named = list((body.preferences or {}).items())
     preferences: dict[str, Any] = {name[:LONGEST_NAME]: eta for name, eta in named[:MOST_NAMED]}
-    asked = {"model": body.model, "preferences": preferences, "n": body.n, "max_tokens": body.new_tokens}
+    n = body.n if "n" in body.model_fields_set else None
+    asked = {"model": body.model, "preferences": preferences, "n": n, "max_tokens": body.new_tokens}
     return asked | ({"more_preferences": len(named) - MOST_NAMED} if len(named) > MOST_NAMED else {})

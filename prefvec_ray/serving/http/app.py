@@ -286,8 +286,9 @@ class Front:
     ) -> Response:
         """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
         # With a seed of its own, so that another replica could say the same (see _pieces).
-        seed = entry.job.seed if entry.job.seed is not None else secrets.randbits(63)
-        job = replace(entry.job, seed=seed)
+        job = entry.job
+        if job.sampling.seed is None:
+            job = replace(job, sampling=job.sampling.model_copy(update={"seed": secrets.randbits(63)}))
         items = self._replicas.options(stream=True).stream.remote(job)
         try:
             started = await _next(items, deadline)
@@ -320,7 +321,7 @@ class Front:
                 if deaths > MOST_DEATHS:
                     raise
                 replay.again()
-                job = replace(job, resume_tokens=replay.tokens(len(job.prompts) * job.n))
+                job = replace(job, resume_tokens=replay.tokens(job.answers))
                 calls.append(self._replicas.options(stream=True).stream.remote(job))
                 continue
             if item is None:
@@ -339,7 +340,7 @@ class Front:
     ) -> AsyncGenerator[bytes]:
         new_tokens, status = 0, HUNG_UP
         try:
-            yield b"".join(writer.opening(len(entry.job.prompts) * entry.job.n))
+            yield b"".join(writer.opening(entry.job.answers))
             async for events in pieces:
                 measure.piece()
                 if not new_tokens:

@@ -30,10 +30,10 @@ from pydantic_core import from_json
 
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.engines.base import Coefficients, FinishReason, OutputDelta, TokenLogprob
+from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.request import GenerationRequest, Prompt
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-Text = Annotated[str, Field(min_length=1, max_length=1000)]
 LONGEST_ECHO = 100
 T = TypeVar("T")
 L = TypeVar("L", chat_completion.ChoiceLogprobs, chat_completion_chunk.ChoiceLogprobs)
@@ -75,18 +75,17 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Body(_Strict):
-    """What chat and text completions have in common."""
+class _Addressed(_Strict):
+    """Who is asked for an answer."""
 
     model: str = Field(max_length=200)
     preferences: dict[str, float] | None = Field(default=None, max_length=100)
     """preference -> coefficient; those left out get the operator's default"""
-    n: int | None = Field(default=None, ge=1, le=128)
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Text | Annotated[list[Text], Field(max_length=4, fail_fast=True)] | None = None
+
+
+class _Body(SharedParams, _Addressed):
+    """What chat and text completions have in common."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -107,18 +106,10 @@ class _Body(_Strict):
 
     def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
         """The work that this body asks for. Left-out settings have OpenAI's defaults (temperature and top_p 1)."""
-        return GenerationRequest(
-            prompts=self.prompts(),
-            coefficients=coefficients,
-            n=self.n or 1,
-            max_new_tokens=self.new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            max_prompt_tokens=max_prompt_tokens,
-            logprobs=self.alternatives(),
-        )
+        shared = {name: getattr(self, name) for name in SharedParams.model_fields}
+        own = {"max_tokens": self.new_tokens, "logprobs": self.alternatives()}
+        sampling = SamplingParams(**shared | own)
+        return GenerationRequest(self.prompts(), coefficients, sampling, max_prompt_tokens)
 
 
 def _refuse_unserved(content: Any, known: set[str], fields: dict[str, Any]) -> Any:
@@ -127,6 +118,8 @@ def _refuse_unserved(content: Any, known: set[str], fields: dict[str, Any]) -> A
         return content
     kept = {}
     for name, value in content.items():
+        if value is None and name in SharedParams.model_fields:  # as good as left out
+            continue
         if name in fields or name not in known:
             kept[name] = value
         elif not (value is None or name in IGNORED or (name in NOTHING and value == NOTHING[name])):

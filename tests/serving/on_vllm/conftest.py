@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefvec_ray.serving.config import EngineConfig
 from prefvec_ray.serving.engines.base import OutputDelta, Request
+from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.vectors import PreferenceVector, fingerprint
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
@@ -34,7 +35,16 @@ def base_folder(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def make_engine(base_folder: Path, tokenizer: Any, vectors: dict[str, PreferenceVector]) -> Iterator[MakeEngine]:
+def runner() -> Iterator[asyncio.Runner]:
+    """One event loop for all of a module's engines: an engine belongs to the loop that it was started in."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def make_engine(
+    runner: asyncio.Runner, base_folder: Path, tokenizer: Any, vectors: dict[str, PreferenceVector]
+) -> Iterator[MakeEngine]:
     """Starts engines, and ends those that the module's tests left."""
     from prefvec_ray.serving.engines.vllm.engine import VllmEngine
 
@@ -43,7 +53,9 @@ def make_engine(base_folder: Path, tokenizer: Any, vectors: dict[str, Preference
     def make(mode: str, known: dict[str, PreferenceVector] | None = None, **settings: Any) -> VllmEngine:
         options = SMALL | settings.pop("vllm", {})
         config = EngineConfig(kind="vllm", mode=mode, vllm=options, **settings)  # type: ignore[arg-type]
-        engine = VllmEngine(base_folder, fingerprint(base_folder), tokenizer, known or vectors, config)
+        engine = runner.run(
+            VllmEngine.start(base_folder, fingerprint(base_folder), tokenizer, known or vectors, config)
+        )
         made.append(engine)
         return engine
 
@@ -58,14 +70,15 @@ def engine(request: pytest.FixtureRequest, make_engine: MakeEngine) -> Any:
     return make_engine(request.param)
 
 
-@pytest.fixture(scope="session")
-def run() -> Callable[[Any, list[Request]], list[list[OutputDelta]]]:
+@pytest.fixture(scope="module")
+def run(runner: asyncio.Runner) -> Callable[[Any, list[Request]], list[list[OutputDelta]]]:
     """All requests at once; what each got."""
 
     async def everything(engine: Any, requests: list[Request]) -> list[list[OutputDelta]]:
-        async def one(request: Request) -> list[OutputDelta]:
-            return [piece async for piece in engine.stream(request)]
+        answers: list[list[OutputDelta]] = [[] for _ in requests]
+        async for deltas in stream_outputs(engine, requests):
+            for index, delta in deltas:
+                answers[index].append(delta)
+        return answers
 
-        return await asyncio.gather(*(one(request) for request in requests))
-
-    return lambda engine, requests: asyncio.run(everything(engine, requests))
+    return lambda engine, requests: runner.run(everything(engine, requests))

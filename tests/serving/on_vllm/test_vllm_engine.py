@@ -1,11 +1,12 @@
 """The engine on vLLM, against models merged for one request alone, and against the slot engine."""
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import subprocess
-import time
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError, Request
+from prefvec_ray.serving.engines.output import stream_outputs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import SteeredWeights
 from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
@@ -25,9 +28,9 @@ BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 32 * 4
 """layers, keys and values, heads, numbers of a head, bytes of a number"""
 
 
-def ask(prompt: tuple[int, ...], helpful: float = 0.0, harmless: float = 0.0, **settings: Any) -> Request:
-    settings = {"max_new_tokens": 24, "temperature": 0.0} | settings
-    return Request(prompt, (("harmless", harmless), ("helpful", helpful)), **settings)
+def ask(prompt: tuple[int, ...], helpful: float = 0.0, harmless: float = 0.0, **sampling: Any) -> Request:
+    params = SamplingParams(**{"max_tokens": 24, "temperature": 0.0, "seed": 0} | sampling)
+    return Request(prompt, (("harmless", harmless), ("helpful", helpful)), params)
 
 
 def some_prompt(seed: int, length: int) -> tuple[int, ...]:
@@ -50,9 +53,9 @@ def shared_prompts(settings: int) -> list[Request]:
 
 def check(requests: list[Request], outputs: list[list[Any]], alone: Any) -> None:
     for request, pieces in zip(requests, outputs, strict=True):
-        truth = alone(request.prompt, dict(request.coefficients), request.max_new_tokens)
+        truth = alone(request.prompt, dict(request.coefficients), request.max_tokens)
         assert tokens(pieces) == truth, request.coefficients
-        assert pieces[-1].finish_reason == ("length" if len(truth) == request.max_new_tokens else "stop")
+        assert pieces[-1].finish_reason == ("length" if len(truth) == request.max_tokens else "stop")
 
 
 def test_64_settings_in_one_engine_each_get_what_their_own_merged_model_gives(engine, run, merged_alone):
@@ -66,14 +69,14 @@ def test_64_settings_in_one_engine_each_get_what_their_own_merged_model_gives(en
 def test_the_same_where_the_cache_holds_few_of_them(make_engine, run, merged_alone):
     """Blocks are evicted and requests preempted, computed again and read from the cache, under 64 settings."""
     engine = make_engine("steered", vllm={"kv_cache_memory_bytes": 10 * BLOCK_BYTES})
-    requests = [ask(r.prompt, **dict(r.coefficients), max_new_tokens=100) for r in shared_prompts(64)]
+    requests = [ask(r.prompt, **dict(r.coefficients), max_tokens=100) for r in shared_prompts(64)]
     check(requests, run(engine, requests), merged_alone)
     engine.close()
 
 
 def test_requests_of_few_settings_share_turns(make_engine, run, merged_alone):
     engine = make_engine("merged", switch_share=0.01)
-    requests = [ask(some_prompt(i, 9 + i), i % 3 - 1.0, max_new_tokens=12) for i in range(30)]
+    requests = [ask(some_prompt(i, 9 + i), i % 3 - 1.0, max_tokens=12) for i in range(30)]
     check(requests, run(engine, requests), merged_alone)
     assert engine.status().merges <= 4
     engine.close()
@@ -87,7 +90,7 @@ def test_the_base_comes_back(engine, run, merged_alone):
 
 def test_text_log_probabilities_and_stop_strings_are_the_slot_engines(engine, run, base_folder, tokenizer, vectors):
     model = LlamaForCausalLM.from_pretrained(base_folder)
-    asked = ask(some_prompt(5, 30), 0.4, -0.6, logprobs=3, max_new_tokens=40)
+    asked = ask(some_prompt(5, 30), 0.4, -0.6, logprobs=3, max_tokens=40)
     with Steering(model, vectors) as steering:
         slots = SlotEngine(SteeredWeights(steering), tokenizer).start()
         (expected,) = run(slots, [asked])
@@ -101,7 +104,7 @@ def test_text_log_probabilities_and_stop_strings_are_the_slot_engines(engine, ru
         for mine, other in zip(ours, theirs, strict=True):
             assert [e.logprob for e in mine.top] == pytest.approx([e.logprob for e in other.top], abs=1e-3)
         stop = text[len(text) // 2 :][:3]
-        stopped = ask(asked.prompt, 0.4, -0.6, stop=(stop,), max_new_tokens=40)
+        stopped = ask(asked.prompt, 0.4, -0.6, stop=stop, max_tokens=40)
         (expected,), (got,) = run(slots, [stopped]), run(engine, [stopped])
         assert "".join(p.text for p in got) == "".join(p.text for p in expected) == text[: text.find(stop)]
         assert got[-1].finish_reason == "stop"
@@ -109,8 +112,8 @@ def test_text_log_probabilities_and_stop_strings_are_the_slot_engines(engine, ru
 
 
 def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):
-    seeded = ask(some_prompt(6, 15), 0.5, temperature=1.0, seed="7", max_new_tokens=30)
-    others = [ask(some_prompt(i, 15), 0.5, temperature=1.0, seed=str(i), max_new_tokens=30) for i in range(8)]
+    seeded = ask(some_prompt(6, 15), 0.5, temperature=1.0, seed=7, max_tokens=30)
+    others = [ask(some_prompt(i, 15), 0.5, temperature=1.0, seed=i, max_tokens=30) for i in range(8)]
     (alone,), beside = run(engine, [seeded]), run(engine, [*others, seeded])
     assert tokens(beside[-1]) == tokens(alone)
     assert len({tuple(tokens(pieces)) for pieces in beside}) == 9
@@ -118,7 +121,7 @@ def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):
 
 @pytest.mark.parametrize("logprobs", [None, 2])
 def test_an_answer_that_was_heard_in_part_goes_on_from_there(logprobs, engine, run):
-    whole = ask(some_prompt(7, 18), 0.6, -0.2, max_new_tokens=30, logprobs=logprobs)
+    whole = ask(some_prompt(7, 18), 0.6, -0.2, max_tokens=30, logprobs=logprobs)
     ((*_, last),) = (expected,) = run(engine, [whole])
     for received in (1, 11, len(tokens(expected))):
         begun = replace(whole, resume_tokens=tuple(tokens(expected)[:received]))
@@ -141,41 +144,47 @@ def test_bad_requests_are_refused(engine, run):
     with pytest.raises(PromptTooLongError, match="model's context of 512"):
         engine.check(ask(some_prompt(1, 500)))
     with pytest.raises(EngineError, match="no vector 'kind' is known here"):
-        run(engine, [Request((5,), (("kind", 0.5),), max_new_tokens=1)])
+        run(engine, [Request((5,), (("kind", 0.5),), SamplingParams(max_tokens=1))])
 
 
-def test_coefficients_that_overflow_are_told_and_the_others_go_on(engine, run, merged_alone):
+async def stream(engine: Any, request: Request) -> AsyncGenerator[Any]:
+    async with contextlib.aclosing(stream_outputs(engine, [request])) as outputs:
+        async for deltas in outputs:
+            for _, delta in deltas:
+                yield delta
+
+
+def test_coefficients_that_overflow_are_told_and_the_others_go_on(engine, runner, merged_alone):
     async def both() -> list[Any]:
         async def one(request: Request) -> list[Any]:
-            return [piece async for piece in engine.stream(request)]
+            return [delta async for delta in stream(engine, request)]
 
         fine = ask(some_prompt(8, 12), 0.3)
         return await asyncio.gather(one(ask((5, 6), 1e38, 1e38)), one(fine), return_exceptions=True)
 
-    wrong, right = asyncio.run(both())
+    wrong, right = runner.run(both())
     assert isinstance(wrong, InputError)
     assert "NaN or infinity" in str(wrong)
     check([ask(some_prompt(8, 12), 0.3)], [right], merged_alone)
 
 
-def test_who_leaves_frees_the_place(engine):
+def test_who_leaves_frees_the_place(engine, runner):
     before = engine.status()
 
     async def leave() -> None:
-        stream = engine.stream(ask(some_prompt(9, 20), 0.9, max_new_tokens=400))
-        await anext(stream)
-        await stream.aclose()
+        answer = stream(engine, ask(some_prompt(9, 20), 0.9, max_tokens=400))
+        await anext(answer)
+        await answer.aclose()
+        async with asyncio.timeout(20):
+            while engine.status().running:
+                await asyncio.sleep(0.05)
 
-    asyncio.run(leave())
-    deadline = time.monotonic() + 20
-    while engine.status().running and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert engine.status().running == 0
+    runner.run(leave())
     assert engine.status().cancelled + engine.status().finished > before.cancelled + before.finished
 
 
 @pytest.mark.parametrize("mode", ["steered", "merged"])
-def test_vectors_change_under_running_requests(mode, make_engine, run, base_folder, vectors, merged_alone):
+def test_vectors_change_under_running_requests(mode, make_engine, run, runner, base_folder, vectors, merged_alone):
     """A request keeps the vectors it began with; those of the new generation come from the next one."""
     named = {f"{name} 1": vector for name, vector in vectors.items()}
     turned = {f"{name} 2": _times(vector, -1.0) for name, vector in vectors.items()}
@@ -183,21 +192,21 @@ def test_vectors_change_under_running_requests(mode, make_engine, run, base_fold
 
     def of(generation: int, prompt: tuple[int, ...], length: int) -> Request:
         etas = ((f"harmless {generation}", 0.5), (f"helpful {generation}", 0.8))
-        return Request(prompt, etas, max_new_tokens=length, temperature=0.0)
+        return Request(prompt, etas, SamplingParams(max_tokens=length, temperature=0.0))
 
     async def everything() -> tuple[list[Any], list[Any]]:
-        long = engine.stream(of(1, some_prompt(2, 30), 300))
+        long = stream(engine, of(1, some_prompt(2, 30), 300))
         began = [await anext(long)]
-        await asyncio.wrap_future(engine.change(named | turned))
-        new = [piece async for piece in engine.stream(of(2, some_prompt(2, 30), 30))]
-        return began + [piece async for piece in long], new
+        await engine.change(named | turned)
+        new = [delta async for delta in stream(engine, of(2, some_prompt(2, 30), 30))]
+        return began + [delta async for delta in long], new
 
-    old, new = asyncio.run(everything())
+    old, new = runner.run(everything())
     assert tokens(old) == merged_alone(some_prompt(2, 30), {"harmless": 0.5, "helpful": 0.8}, 300)
     assert tokens(new) == merged_alone(some_prompt(2, 30), {"harmless": -0.5, "helpful": -0.8}, 30)
     other = vectors["helpful"].replace(base_fingerprint="blake3:" + "0" * 64)
     with pytest.raises(InputError, match="base"):
-        engine.change({"helpful 3": other}).result()
+        runner.run(engine.change({"helpful 3": other}))
     check_again = run(engine, [of(2, some_prompt(2, 30), 30)])  # nothing has changed
     assert tokens(check_again[0]) == tokens(new)
     engine.close()
@@ -205,7 +214,7 @@ def test_vectors_change_under_running_requests(mode, make_engine, run, base_fold
         engine.check_alive()
 
 
-def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, base_folder, vectors):
+def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, runner, base_folder, vectors):
     model = LlamaForCausalLM.from_pretrained(base_folder)
     info = vectors["helpful"].info
     draw = torch.Generator().manual_seed(3)
@@ -219,7 +228,8 @@ def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, bas
     engine = make_engine("steered", both)
     live = LiveModel(model.eval(), both)
     for eta in (0.7, -1.0):
-        request = Request(some_prompt(4, 40), (("harmless", 0.5), ("norms", eta)), max_new_tokens=24, temperature=0.0)
+        greedy = SamplingParams(max_tokens=24, temperature=0.0)
+        request = Request(some_prompt(4, 40), (("harmless", 0.5), ("norms", eta)), greedy)
         live.set_coefficients(dict(request.coefficients))
         ids = torch.tensor([request.prompt])
         with torch.inference_mode():
@@ -228,7 +238,7 @@ def test_norms_are_steered_too_and_what_cannot_be_is_named(make_engine, run, bas
     tokens_table = LowRank(torch.randn(2, 64), torch.randn(model.config.vocab_size, 2))
     embedding = PreferenceVector(info, {"model.embed_tokens.weight": tokens_table})
     with pytest.raises(InputError, match=r"embed_tokens.weight', which cannot be steered in vLLM.*mode: merged"):
-        engine.change({"embedding": embedding}).result()
+        runner.run(engine.change({"embedding": embedding}))
     engine.close()
 
 
@@ -246,7 +256,7 @@ def test_options_that_vllm_does_not_have_are_named(make_engine):
         make_engine("steered", vllm={"enforce_eager": False})
 
 
-def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine):
+def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine, runner):
     engine = make_engine("steered")
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True
@@ -254,21 +264,40 @@ def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine):
     newest = max(int(pid) for pid in children.stdout.split() if _is_core(int(pid)))
 
     async def killed() -> None:
-        stream = engine.stream(ask(some_prompt(9, 20), 0.9, max_new_tokens=400))
-        await anext(stream)
+        answer = stream(engine, ask(some_prompt(9, 20), 0.9, max_tokens=400))
+        await anext(answer)
         os.kill(newest, signal.SIGKILL)
-        async for _ in stream:
+        async for _ in answer:
             pass
+
+    async def is_noticed() -> None:
+        async with asyncio.timeout(20):
+            while True:
+                engine.check_alive()
+                await asyncio.sleep(0.1)
 
     engine.check_alive()
     with pytest.raises(EngineError, match="vLLM failed"):
-        asyncio.run(killed())
-    deadline = time.monotonic() + 20
-    with pytest.raises(EngineError):  # noqa: PT012 - it takes a moment until vLLM has seen it
-        while time.monotonic() < deadline:
-            engine.check_alive()
-            time.sleep(0.1)
+        runner.run(killed())
+    with pytest.raises(EngineError):
+        runner.run(is_noticed())
     engine.close()
+
+
+def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(make_engine, runner):
+    engine = make_engine("steered")
+
+    async def close_in_the_middle() -> list[Any]:
+        begun, not_begun = stream(engine, ask(some_prompt(9, 20), max_tokens=400)), stream(engine, ask((5, 6)))
+        await anext(begun)
+        waiting = asyncio.create_task(anext(not_begun))
+        await asyncio.sleep(0)
+        engine.close()
+        return await asyncio.gather(anext(begun), waiting, anext(stream(engine, ask((7,)))), return_exceptions=True)
+
+    for error in runner.run(close_in_the_middle()):
+        assert isinstance(error, EngineError)
+        assert "closed" in str(error)
 
 
 def _is_core(pid: int) -> bool:

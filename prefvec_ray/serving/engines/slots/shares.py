@@ -1,4 +1,4 @@
-"""How much of an engine each caller has had, so that whoever had least comes next.
+"""How much of an engine each caller has had, so that the one that had least comes next.
 
 The virtual token counter of Sheng et al. (arXiv 2401.00588, algorithm 2), counted in seconds of the engine. A caller
 who returns after a pause begins at the least of those who are busy: nobody saves up a claim.

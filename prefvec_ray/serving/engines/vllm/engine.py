@@ -4,7 +4,7 @@ Steered, all settings share one batch (`worker.py`). Merged, requests of one set
 are rewritten between such turns. The prefix cache is on either way: blocks are salted with the coefficients and the
 vectors' digests, so nothing computed under one setting is read under another.
 
-vLLM runs in processes of its own; here is an event loop in a thread that talks to it.
+vLLM runs in processes of its own; its client works in the replica's event loop.
 """
 
 import asyncio
@@ -15,47 +15,56 @@ import json
 import math
 import os
 import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import EngineConfig
-from prefvec_ray.serving.engines.base import Coefficients, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
-from prefvec_ray.serving.engines.output import OVERFLOW, Emit, OutputState, check_request, end_tokens, stream_of
+from prefvec_ray.serving.engines.base import (
+    Coefficients,
+    Emit,
+    EngineError,
+    EngineStatus,
+    OutputDelta,
+    Request,
+    TokenLogprob,
+)
+from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import LOWEST
-from prefvec_ray.serving.engines.text import TextStream, TokenTexts
+from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
 WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
 ETAS = "prefvec"
-"""where a request's coefficients are in its `SamplingParams.extra_args`"""
+"""where a request's coefficients are in its `vllm.SamplingParams.extra_args`"""
 
 
 class VllmEngine:
-    """See `Engine`. Which device is vLLM's own choice: the GPUs that the process sees, else the CPU.
+    """See `Engine`. `await VllmEngine.start(...)` makes one; it belongs to the event loop that it is started in.
 
-    Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors that
-    cannot be steered, and where vLLM is not installed.
+    Which device is vLLM's own choice: the GPUs that the process sees, else the CPU.
     """
 
     def __init__(
         self,
+        llm: Any,
         base: str | Path,
         base_fingerprint: str,
         tokenizer: PreTrainedTokenizerBase,
-        vectors: Mapping[str, PreferenceVector],
         config: EngineConfig,
     ):
-        self._base, self._fingerprint, self._tokenizer = str(base), base_fingerprint, tokenizer
+        self._llm, self._base, self._fingerprint, self._tokenizer = llm, str(base), base_fingerprint, tokenizer
+        self.context: int = llm.model_config.max_model_len
+        self._vocabulary: int = llm.model_config.get_vocab_size()
         self._steered = config.mode == "steered"
         self._token_texts = TokenTexts(tokenizer)
         self._ends = end_tokens(_generation_config(base), tokenizer)
@@ -63,37 +72,57 @@ class VllmEngine:
         self._turns = WeightTurns(self._merge, config.switch_share)
         self._scratch = tempfile.TemporaryDirectory(prefix="prefvec-vllm-")
         self._finished = self._cancelled = self._failed = self._tokens = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[OutputDelta]] = set()
         """one for every request"""
-        self._generating: set[asyncio.Task[None]] = set()
+        self._generating: set[asyncio.Task[OutputDelta]] = set()
         """those that have got a token from vLLM"""
         self._known: frozenset[str] = frozenset()
         """names of the vectors that vLLM has"""
         self._closed = False
-        arguments = _arguments(base, config)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
-        self._thread.start()
+
+    @classmethod
+    async def start(
+        cls,
+        base: str | Path,
+        base_fingerprint: str,
+        tokenizer: PreTrainedTokenizerBase,
+        vectors: Mapping[str, PreferenceVector],
+        config: EngineConfig,
+    ) -> "VllmEngine":
+        """Start vLLM's processes and load the base and the vectors.
+
+        Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors
+        that cannot be steered, and where vLLM is not installed.
+        """
+        llm = await asyncio.to_thread(_start, base, config)
+        engine = cls(llm, base, base_fingerprint, tokenizer, config)
         try:
-            self._llm = self._call(_start(arguments)).result()
-            self.context: int = self._llm.model_config.max_model_len
-            self._vocabulary: int = self._llm.model_config.get_vocab_size()
-            self.change(vectors).result()
+            await engine.change(vectors)
         except BaseException:
-            self.close()
+            engine.close()
             raise
+        return engine
 
     def check(self, request: Request) -> None:
         """See `Engine.check`."""
         check_request(request, self._vocabulary, self.context)
 
-    def stream(self, request: Request) -> AsyncIterator[OutputDelta]:
-        """See `Engine.stream`."""
-        return stream_of(lambda emit: self._submit(request, emit), lambda answering: answering.cancel())
+    def submit(self, request: Request, emit: Emit) -> "asyncio.Task[OutputDelta]":
+        """See `Engine.submit`. To be called in the engine's event loop, in which `emit` is called too."""
+        self.check(request)
+        if self._closed:
+            raise EngineError("the engine is closed")
+        task = asyncio.get_running_loop().create_task(self._answer(request, emit))
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._ended, emit))
+        return task
 
-    def change(self, vectors: Mapping[str, PreferenceVector]) -> "Future[None]":
+    async def change(self, vectors: Mapping[str, PreferenceVector]) -> None:
         """See `Engine.change`."""
-        return self._call(self._change(vectors))
+        folders = {name: str(self._folder(vector)) for name, vector in vectors.items()}
+        method = "prefvec_steer" if self._steered else "prefvec_hold"
+        await self._ask(method, folders, self._fingerprint)
+        self._known = frozenset(vectors)
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -108,96 +137,70 @@ class VllmEngine:
 
     def check_alive(self) -> None:
         """See `Engine.check_alive`."""
-        if self._closed or not self._thread.is_alive() or self._llm.errored:
+        if self._closed or self._llm.errored:
             raise EngineError("vLLM's engine is not running")
 
-    def warm_up(self, coefficients: Coefficients) -> None:
-        """Generate one token, so that an engine which reports ready has answered."""
-        done: Future[OutputDelta | Exception] = Future()
-        self._submit(Request((0,), coefficients, max_new_tokens=1), done.set_result)
-        piece = done.result()
-        if isinstance(piece, Exception):
-            raise piece
-
     def close(self) -> None:
-        """See `Engine.close`."""
+        """See `Engine.close`. Running requests get their error once the event loop goes on."""
         if self._closed:
             return
         self._closed = True
-        self._call(self._end()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        for task in self._tasks:
+            task.cancel()
+        self._llm.shutdown()
         self._scratch.cleanup()
 
-    # --- in the loop ------------------------------------------------------------------------------------------------
+    async def _answer(self, request: Request, emit: Emit) -> OutputDelta:
+        """Emits all deltas but the last, which it returns."""
+        if unknown := [name for name, _ in request.coefficients if name not in self._known]:
+            raise EngineError(f"no vector {unknown[0]!r} is known here")
+        async with contextlib.nullcontext() if self._steered else self._turns.of(request.coefficients):
+            return await self._generate(OutputState(request, self._tokenizer, self._ends), emit)
 
-    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> "Future[Any]":
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def _submit(self, request: Request, emit: Emit) -> "Future[None]":
-        self.check(request)
-        if self._closed:
-            raise EngineError("the engine is closed")
-        return self._call(self._answer(request, emit))
-
-    async def _answer(self, request: Request, emit: Emit) -> None:
-        if self._closed:
-            emit(EngineError("the engine was closed"))
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        answer = OutputState(request, TextStream(self._tokenizer, request.prompt, request.stop), self._ends)
-        try:
-            if unknown := [name for name, _ in request.coefficients if name not in self._known]:
-                raise EngineError(f"no vector {unknown[0]!r} is known here")
-            async with contextlib.nullcontext() if self._steered else self._turns.of(request.coefficients):
-                said: OutputDelta | Exception = await self._generate(answer, emit)
-            self._finished += 1
-        except asyncio.CancelledError:
+    def _ended(self, emit: Emit, task: "asyncio.Task[OutputDelta]") -> None:
+        """Emits the end of the answer, once it is counted."""
+        self._tasks.discard(task)
+        self._generating.discard(task)
+        if task.cancelled():
             self._cancelled += 1
             if self._closed:
                 emit(EngineError("the engine was closed"))
-            raise
-        except (InputError, EngineError) as error:
+        elif error := task.exception():
             self._failed += 1
-            said = error
-        except Exception as error:
-            self._failed += 1
-            said = EngineError(f"vLLM failed: {type(error).__name__}")
-        finally:
-            self._tasks.discard(task)
-            self._generating.discard(task)
-        emit(said)  # told last: who has its answer finds itself counted
+            if not isinstance(error, InputError | EngineError):
+                error = EngineError(f"vLLM failed: {type(error).__name__}")
+            emit(error)
+        else:
+            self._finished += 1
+            emit(task.result())
 
     async def _generate(self, answer: OutputState, emit: Emit) -> OutputDelta:
-        """Emits all pieces but the last, which it returns."""
         from vllm.inputs.engine import tokens_input
 
         task, request = asyncio.current_task(), answer.request
         assert task is not None
 
-        def tell(token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
-            piece = answer.push(token, likely)
-            if piece and not piece.finish_reason:
-                emit(piece)
-            return piece if piece and piece.finish_reason else None
+        def push(token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
+            """Emits what the token adds, or returns it where it ends the answer."""
+            delta = answer.push(token, likely)
+            if delta and not delta.finish_reason:
+                emit(delta)
+            return delta if delta and delta.finish_reason else None
 
-        # Tokens that the caller has already are part of vLLM's prompt, and emitted from there.
+        # Tokens that the caller has received already are part of vLLM's prompt, and emitted from there.
         resumed = request.resume_tokens
-        told_by_vllm = request.logprobs is not None and len(resumed) < request.max_new_tokens
-        for token in () if told_by_vllm else resumed:
-            if last := tell(token):
+        scored = request.sampling.logprobs is not None and len(resumed) < request.max_tokens
+        for token in () if scored else resumed:
+            if last := push(token):
                 return last
         prompt = tokens_input([*request.prompt, *resumed], cache_salt=salt(request.coefficients))
-        outputs = self._llm.generate(prompt, sampling(request, self._ends), str(next(self._numbers)))
+        outputs = self._llm.generate(prompt, vllm_params(request, self._ends), str(next(self._numbers)))
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if answer.produced < len(resumed):
                     at = output.prompt_logprobs[len(request.prompt) :]
                     for token, logprobs in zip(resumed, at, strict=True):
-                        if last := tell(token, self._likely(request, token, logprobs)):
+                        if last := push(token, self._likely(request, token, logprobs)):
                             return last
                 new = output.outputs[0]
                 for token, logprobs in zip(new.token_ids, new.logprobs or [], strict=True):
@@ -205,21 +208,15 @@ class VllmEngine:
                         raise InputError(OVERFLOW)
                     self._generating.add(task)
                     self._tokens += 1
-                    if last := tell(token, self._likely(request, token, logprobs)):
+                    if last := push(token, self._likely(request, token, logprobs)):
                         return last
         raise EngineError("vLLM ended an answer early")
 
     def _likely(self, request: Request, token: int, logprobs: Mapping[int, Any]) -> tuple[TokenLogprob, ...] | None:
-        if request.logprobs is None:
+        if request.sampling.logprobs is None:
             return None
-        best = sorted(logprobs, key=lambda other: -logprobs[other].logprob)[: request.logprobs]
+        best = sorted(logprobs, key=lambda other: -logprobs[other].logprob)[: request.sampling.logprobs]
         return tuple(TokenLogprob(*self._token_texts[t], max(logprobs[t].logprob, LOWEST)) for t in (token, *best))
-
-    async def _change(self, vectors: Mapping[str, PreferenceVector]) -> None:
-        folders = {name: str(self._folder(vector)) for name, vector in vectors.items()}
-        method = "prefvec_steer" if self._steered else "prefvec_hold"
-        await self._ask(method, folders, self._fingerprint)
-        self._known = frozenset(vectors)
 
     def _folder(self, vector: PreferenceVector) -> Path:
         if vector.path is not None:
@@ -231,27 +228,18 @@ class VllmEngine:
         await self._ask("prefvec_merge", self._base, dict(coefficients))
 
     async def _ask(self, method: str, *arguments: Any) -> None:
-        """Call all workers; InputError with what they complain of."""
-        complaints = [said for said in await self._llm.collective_rpc(method, args=arguments) if said]
-        if complaints:
-            raise InputError(complaints[0])
-
-    async def _end(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if hasattr(self, "_llm"):
-            self._llm.shutdown()
+        """Call all workers. Raises InputError with what the first one returns as wrong."""
+        for wrong in await self._llm.collective_rpc(method, args=arguments):
+            if wrong:
+                raise InputError(wrong)
 
 
 class WeightTurns:
     """Who may generate while the weights hold one set of coefficients.
 
-    Requests of the setting in force run together. Once its turn has lasted so long that rewriting the weights costs no
-    more than `share` of the time, and another waits, nobody joins any more; when the last is done the oldest waiting
-    setting comes.
-    Unlike the slot engine's batches, answers that run are never paused.
+    Requests of the setting in force run together. A turn lasts until rewriting the weights costs no more than `share`
+    of the time; then, if another setting waits, no request joins any more, and when the last one has ended the oldest
+    waiting setting is next. Unlike the slot engine's batches, running answers are never paused.
     """
 
     def __init__(self, switch: Callable[[Coefficients], Awaitable[None]], share: float):
@@ -326,28 +314,31 @@ def salt(coefficients: Coefficients) -> str:
     return hashlib.blake2b(json.dumps(coefficients).encode(), digest_size=16).hexdigest()
 
 
-def sampling(request: Request, ends: frozenset[int]) -> Any:
+def vllm_params(request: Request, ends: frozenset[int]) -> Any:
     """vLLM's `SamplingParams`. Text and stop strings are `OutputState`'s. The chosen token's log-probability is always
     asked for, because it is NaN where the model overflows."""
-    from vllm import SamplingParams
+    import vllm
     from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=int.from_bytes(hashlib.blake2b(request.seed.encode(), digest_size=8).digest()) >> 1,
-        max_tokens=request.max_new_tokens - len(request.resume_tokens),
+    asked = request.sampling
+    return vllm.SamplingParams(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        seed=int.from_bytes(hashlib.blake2b(request.random_key().encode(), digest_size=8).digest()) >> 1,
+        max_tokens=request.max_tokens - len(request.resume_tokens),
         stop_token_ids=sorted(ends),
         ignore_eos=True,
-        logprobs=request.logprobs or 0,
-        prompt_logprobs=request.logprobs if request.resume_tokens else None,
+        logprobs=asked.logprobs or 0,
+        prompt_logprobs=asked.logprobs if request.resume_tokens else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args={ETAS: {name: eta for name, eta in request.coefficients if eta}},
     )
 
 
-async def _start(arguments: Any) -> Any:
+def _start(base: str | Path, config: EngineConfig) -> Any:
+    """vLLM's `AsyncLLM`. It joins the event loop of the first call of one of its coroutines."""
+    arguments = _arguments(base, config)
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return AsyncLLM.from_engine_args(arguments)

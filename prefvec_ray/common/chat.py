@@ -1,0 +1,37 @@
+"""Where an answer ends, and where a system message goes if the chat template knows none: what training, evaluation and
+serving must agree on."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prefvec_ray.common.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+SYSTEM_ROLES = {"system", "developer"}
+"""OpenAI's two names for the operator's word to the model"""
+
+
+def end_tokens(config: "GenerationConfig | None", tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Ids of the tokens that end an answer: those of the generation config, and the tokenizer's, which ends a turn."""
+    named = config.eos_token_id if config else None
+    both = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return frozenset(token for token in both if token is not None)
+
+
+def fold_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The chat with its system messages in front of the first user message's text, an empty line after each.
+
+    Raises InputError where a system message comes later, or no user message follows.
+    """
+    first = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), len(messages))
+    said, rest = messages[:first], list(messages[first:])
+    if any(message["role"] in SYSTEM_ROLES for message in rest):
+        raise InputError("a system message after others cannot be given to this model; put it first")
+    if not said:
+        return rest
+    if not rest or rest[0]["role"] != "user":
+        raise InputError("this model is given a system message with the first user message; let one follow it")
+    text = "\n\n".join(message["content"] for message in (*said, rest[0]))
+    return [{**rest[0], "content": text}, *rest[1:]]

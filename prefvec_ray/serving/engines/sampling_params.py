@@ -1,0 +1,42 @@
+"""Sampling parameters, each declared once: its name, type, bounds and default.
+
+To add one, declare it in `SharedParams` and use it where tokens are chosen: `sampling.py` for the slot engine,
+`vllm/engine.py: vllm_params` for vLLM. Request bodies accept it and it travels to the engine without further edits.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class SharedParams(BaseModel):
+    """The parameters that request bodies and engines know by one name, with OpenAI's defaults."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    n: int = Field(default=1, ge=1, le=128)
+    """answers to each prompt"""
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    """of an answer; None: as many as the operator allows and the context has room for"""
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    """0 is greedy"""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """sample from the smallest set of tokens that holds this much probability (Holtzman et al., arXiv 1904.09751)"""
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    """of the random numbers; None: other numbers every time"""
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] = Field(default_factory=list)
+    """texts that end the answer; they are not part of it"""
+
+
+class SamplingParams(SharedParams):
+    """How the tokens of an answer are chosen, and what is reported of them."""
+
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    """how many of each position's likeliest tokens to report, with log-probabilities; None: none, nor the chosen one's.
+    Not shared: chats and text completions ask for it in two different ways"""
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

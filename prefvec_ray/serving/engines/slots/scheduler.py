@@ -1,0 +1,201 @@
+"""Which requests run, and which batch comes next.
+
+Requests wait until there is a row for them, then belong to the batch of their coefficients' group; batches take turns.
+Nothing here is computed, and nothing is safe for threads by itself: `SlotEngine` holds a lock around these calls.
+"""
+
+import random
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prefvec_ray.serving.engines.base import Emit, Request
+from prefvec_ray.serving.engines.output import OutputState
+from prefvec_ray.serving.engines.slots.cache import SlotCache
+from prefvec_ray.serving.engines.slots.shares import Shares
+from prefvec_ray.serving.engines.slots.weights import WeightBackend
+
+
+@dataclass(eq=False)
+class ScheduledRequest:
+    """A submitted request, until its last delta has been emitted."""
+
+    request: Request
+    emit: Emit
+    output: OutputState
+    draws: random.Random
+    """its random numbers"""
+    cancelled: bool = False
+    passed: int = 0
+    """younger requests that were admitted before it"""
+
+    def cancel(self) -> None:
+        """Stop working on it. Its row is free before the next step; nothing more is emitted."""
+        self.cancelled = True
+
+
+@dataclass
+class Batch:
+    """Running requests of one group: `rows[r]` owns row r of the cache; `joining` wait for their first pass."""
+
+    cache: SlotCache = field(default_factory=SlotCache)
+    rows: list[ScheduledRequest] = field(default_factory=list)
+    joining: deque[ScheduledRequest] = field(default_factory=deque)
+    long: deque[ScheduledRequest] = field(default_factory=deque)
+    """with prompts that are computed in chunks, one prompt at a time"""
+    partial: SlotCache | None = None
+    """of the first of `long`: what is computed of its prompt"""
+    rested: bool = True
+    """the running rows have had a token since the last chunk"""
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.joining) + len(self.long)
+
+    def all(self) -> list[ScheduledRequest]:
+        return [*self.rows, *self.joining, *self.long]
+
+
+class Scheduler:
+    """See `SlotEngine` for the parameters."""
+
+    def __init__(self, weights: WeightBackend, max_batch: int, switch_share: float, prefill_tokens: int):
+        self._weights = weights
+        self._max_batch, self._switch_share, self._prefill_tokens = max_batch, switch_share, prefill_tokens
+        self.waiting: deque[ScheduledRequest] = deque()
+        self.cancelled = 0
+        """requests that were dropped so far"""
+        self._batches: OrderedDict[Hashable, Batch] = OrderedDict()
+        """the first one's turn it is"""
+        self._turn_began = self._pass_began = time.monotonic()
+        self._shares = Shares()
+
+    @property
+    def running(self) -> int:
+        """Requests in batches."""
+        return sum(batch.size for batch in self._batches.values())
+
+    def add(self, scheduled: ScheduledRequest) -> None:
+        self.waiting.append(scheduled)
+        self._shares.enter(scheduled.request.caller)
+
+    def next_batch(self) -> Batch | None:
+        """Drop what was cancelled, admit what fits, and begin a pass of the batch whose turn it is; None: no work."""
+        self._drop_cancelled()
+        self._admit()
+        if not self._batches:
+            return None
+        self._pass_began = time.monotonic()
+        return next(iter(self._batches.values()))
+
+    def next_prompts(self, batch: Batch) -> list[ScheduledRequest]:
+        """Take the joining requests whose prompts are computed together: those of the callers that have had least."""
+        taken: list[ScheduledRequest] = []
+        width = 0
+        for scheduled in sorted(batch.joining, key=self._had):
+            width = max(width, len(scheduled.request.prompt))
+            if taken and width * (len(taken) + 1) > self._prefill_tokens:
+                break
+            batch.joining.remove(scheduled)
+            taken.append(scheduled)
+        return taken
+
+    def charge(self, computed: Sequence[ScheduledRequest]) -> None:
+        """The pass is over; it was for these."""
+        self._shares.charge([each.request.caller for each in computed], time.monotonic() - self._pass_began)
+
+    def free(self, batch: Batch, row: int) -> None:
+        """Row `row` has ended; the last row takes its place."""
+        self._shares.leave(batch.rows[row].request.caller)
+        last = batch.rows.pop()
+        if row < len(batch.rows):
+            batch.rows[row] = last
+        batch.cache.free(row)
+
+    def clear(self, batch: Batch) -> list[ScheduledRequest]:
+        """Take all requests out of the batch, and whatever was computed for them."""
+        taken = batch.all()
+        for scheduled in taken:
+            self._shares.leave(scheduled.request.caller)
+        batch.rows, batch.joining, batch.long = [], deque(), deque()
+        batch.cache, batch.partial = SlotCache(), None
+        return taken
+
+    def end_pass(self) -> None:
+        """Drop the batch if it is empty, or end its turn if it has had its time: the caller that had least is next."""
+        key, batch = next(iter(self._batches.items()))
+        now = time.monotonic()
+        if not batch.size:
+            del self._batches[key]
+        elif (now - self._turn_began) * self._switch_share >= self._weights.switch_seconds:
+            self._batches.move_to_end(key)
+        else:
+            return
+        self._turn_began = now
+        if self._batches:
+            following = min(self._batches, key=lambda key: min(map(self._had, self._batches[key].all())))
+            self._batches.move_to_end(following, last=False)
+
+    def drain(self) -> list[ScheduledRequest]:
+        """Take everything, running and waiting."""
+        taken = [scheduled for batch in self._batches.values() for scheduled in batch.all()] + list(self.waiting)
+        self._batches.clear()
+        self.waiting.clear()
+        return taken
+
+    def _drop_cancelled(self) -> None:
+        for batch in self._batches.values():
+            for row in reversed(range(len(batch.rows))):
+                if batch.rows[row].cancelled:
+                    self.free(batch, row)
+                    self.cancelled += 1
+            if batch.long and batch.long[0].cancelled:
+                batch.partial = None
+            self._discard_cancelled(batch.joining)
+            self._discard_cancelled(batch.long)
+        self._discard_cancelled(self.waiting)
+        for key in [key for key, batch in self._batches.items() if not batch.size]:
+            del self._batches[key]
+
+    def _discard_cancelled(self, line: deque[ScheduledRequest]) -> None:
+        for scheduled in [each for each in line if each.cancelled]:
+            line.remove(scheduled)
+            self._shares.leave(scheduled.request.caller)
+            self.cancelled += 1
+
+    def _admit(self) -> None:
+        if not self.waiting:
+            return
+        running = Counter(each.request.caller for batch in self._batches.values() for each in batch.all())
+        while self.waiting and running.total() < self._max_batch:
+            scheduled = self._next_waiting(running)
+            if scheduled is None:
+                return
+            self.waiting.remove(scheduled)
+            batch = self._batches.setdefault(self._group(scheduled), Batch())
+            long = len(scheduled.request.prompt) > self._prefill_tokens
+            (batch.long if long else batch.joining).append(scheduled)
+            running[scheduled.request.caller] += 1
+
+    def _next_waiting(self, running: Mapping[str, int]) -> ScheduledRequest | None:
+        """The oldest of the caller that had least and may have another row. Or, where that would need a batch of its
+        own, the first of a caller that had no more and can join one which runs already: weights are rewritten less
+        often, and more rows share each pass. Nobody is passed by many."""
+        most = self._max_batch - self._max_batch // 8
+        fit = [each for each in self.waiting if not (caller := each.request.caller) or running[caller] < most]
+        if not fit:
+            return None
+        first = min(fit, key=self._had)
+        if first.passed < self._max_batch // 4 and self._group(first) not in self._batches:
+            for scheduled in fit:
+                if self._group(scheduled) in self._batches and self._had(scheduled) <= self._had(first):
+                    first.passed += 1
+                    return scheduled
+        return first
+
+    def _had(self, scheduled: ScheduledRequest) -> float:
+        return self._shares.had(scheduled.request.caller)
+
+    def _group(self, scheduled: ScheduledRequest) -> Hashable:
+        return self._weights.group(scheduled.request.coefficients)
