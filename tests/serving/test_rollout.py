@@ -282,6 +282,7 @@ def test_a_moved_alias_reaches_all_while_callers_notice_nothing(served):
         for caller in callers:
             caller.result()
     assert release.vectors["helpful"].ref == "helpful@2"
+    assert release.context == 512, "of the base, which a roll-out does not load"
     fingerprints["helpful@2"] = release.fingerprint(SETTING)
     truths = {fingerprints[ref]: text for ref, text in served.truths.items()}
     assert len(truths) == 2

@@ -24,7 +24,8 @@ from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
 from prefvec_ray.serving.access.rates import Place, Rates, Reservation
 from prefvec_ray.serving.config import Allowance, ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.http.openai_protocol import B, Body, parse_body
+from prefvec_ray.serving.http.openai_protocol import B, Body
+from prefvec_ray.serving.http.parsing import MostIds, parse_body
 from prefvec_ray.serving.release.release import Release
 from prefvec_ray.serving.request import GenerationRequest, Prompt
 from prefvec_ray.serving.turns import Turns
@@ -112,7 +113,7 @@ class AdmissionController:
             self._rates.request(caller.id, caller.allowance)
             place = self._rates.enter(caller.id, caller.allowance)
             content = await read()
-            body = await self._parsed(caller.id, content, kind)
+            body = await self._parsed(caller, content, kind)
             known["asked"] = _asked(body)
             caller = self._identify(headers, known)  # once more: the release may have changed meanwhile
             coefficients = await self._coefficients(caller, body.model, body.preferences)
@@ -133,10 +134,20 @@ class AdmissionController:
         left = self._rates.headers(caller.id, caller.allowance)
         return AdmittedRequest(caller, body, job, seconds, reservation, place, prompt_tokens, left)
 
-    async def _parsed(self, caller: str, content: bytes, kind: type[B]) -> B:
+    async def _parsed(self, caller: Caller, content: bytes, kind: type[B]) -> B:
+        most = self._most_ids(caller)
         if len(content) <= INLINE_BYTES:
-            return parse_body(content, kind)
-        return await self._parsing.run(caller, parse_body, content, kind)
+            return parse_body(content, kind, most)
+        return await self._parsing.run(caller.id, parse_body, content, kind, most)
+
+    def _most_ids(self, caller: Caller) -> MostIds:
+        """What prompts of token ids can have: more would be refused after it was parsed and sent to a replica."""
+        one = _least(caller.release.context, self._prompt_tokens(caller))
+        answers = _least(self._config.limits.answers, caller.allowance.answers)
+        return MostIds(one, one * answers if one and answers else None)
+
+    def _prompt_tokens(self, caller: Caller) -> int | None:
+        return _least(self._config.limits.prompt_tokens, caller.allowance.prompt_tokens)
 
     def _cost(self, content: bytes, error: ApiError) -> int:
         """Tokens that a refused request counts for: those of its body."""
@@ -261,10 +272,8 @@ class AdmissionController:
         return version
 
     def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> GenerationRequest:
-        limits = self._config.limits
-        prompt_tokens = _least(limits.prompt_tokens, caller.allowance.prompt_tokens)
-        job = body.job(coefficients, prompt_tokens)
-        most = _least(limits.answers, caller.allowance.answers)
+        job = body.job(coefficients, self._prompt_tokens(caller))
+        most = _least(self._config.limits.answers, caller.allowance.answers)
         if most is not None and len(job.prompts) * job.n > most:
             raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.n}: at most {most} answers", param="n")
         longest = self._config.engine.max_new_tokens

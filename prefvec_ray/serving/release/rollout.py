@@ -134,10 +134,11 @@ class RollOut:
         async with self._one_at_a_time:
             before = self._admission.release
             found = await asyncio.to_thread(resolve, wanted, before.base_fingerprint, self._registry)
+            found = replace(found, deployment=before.deployment, context=before.context)
             if found.vectors == before.vectors and found.named == before.named:
                 return before
             await asyncio.to_thread(self._admission.check, found)
-            after = replace(found, deployment=before.deployment, generation=self._book.next_generation())
+            after = replace(found, generation=self._book.next_generation())
             await asyncio.to_thread(self._records.hold, before, after)
             try:
                 await self._prepared(after, before)
