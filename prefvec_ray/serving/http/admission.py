@@ -76,6 +76,11 @@ class AdmittedRequest:
         """Its coefficients are of these vectors, to the end."""
         return self.caller.release
 
+    @property
+    def fingerprint(self) -> str:
+        """Of its release at its coefficients."""
+        return self.release.fingerprint(self.job.coefficients)
+
     def end(self, used: int | None) -> None:
         """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most it may have
         used stays counted. Call this once for every request that entered."""

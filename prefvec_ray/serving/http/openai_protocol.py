@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-from openai.types import Completion, CompletionChoice, CompletionUsage, Model
+from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types import completion_create_params as text_params
 from openai.types.chat import (
     ChatCompletion,
@@ -305,53 +305,6 @@ class ResponseBuilder:
 def error_event(error: ApiError) -> bytes:
     """An error after the stream has begun. OpenAI's clients raise APIError on it."""
     return b"data: %s\n\n" % json.dumps(error.body()).encode()
-
-
-class VectorCard(BaseModel):
-    """One preference of `GET /v1/preferences`: what it is and what a caller may ask for."""
-
-    preference: str
-    vector: str
-    """name and version in the registry"""
-    digest: str
-    min: float
-    max: float
-    default: float
-    metrics: dict[str, Any]
-
-
-class PresetCard(BaseModel):
-    """One preset, under the model name that asks for it."""
-
-    model: str
-    version: int
-    preferences: dict[str, float]
-    fingerprint: str
-    metrics: dict[str, Any]
-    """the trade-off that was measured for it"""
-    reason: str
-
-
-class PreferencesCard(BaseModel):
-    """`GET /v1/preferences`: what the caller that asks may have."""
-
-    model: str
-    base_fingerprint: str
-    coefficients: Literal["free", "presets"]
-    """whether this caller may ask for coefficients of its own, or for presets only"""
-    preferences: list[VectorCard]
-    presets: list[PresetCard]
-
-
-class ModelList(BaseModel):
-    """`GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-def model_card(name: str, created: int) -> Model:
-    return Model(id=name, created=created, object="model", owned_by="prefvec-ray")
 
 
 B = TypeVar("B", ChatBody, TextBody)
