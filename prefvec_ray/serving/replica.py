@@ -123,9 +123,9 @@ class Replica:
         return self.engine.status()
 
     def check_health(self) -> None:
-        """Serve asks this every few seconds and replaces a replica that raises; so the metrics are told here."""
+        """Serve asks this every few seconds and replaces a replica that raises; so the metrics are reported here."""
         if self._metrics:
-            self._metrics.tell(self.engine.status())
+            self._metrics.report(self.engine.status())
         self.engine.check_alive()
         if self._unfit:
             raise EngineError(f"this replica cannot load the release that is served: {self._unfit}")

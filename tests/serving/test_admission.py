@@ -1,4 +1,4 @@
-"""The door: whatever a config says and a caller tries, what reaches the engine is within the caller's policy."""
+"""Admission: whatever a config says and a caller tries, what reaches the engine is within the caller's policy."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ def release(given_config) -> Release:
 
 @pytest.fixture
 def make(given_config, release, registry_root):
-    """A door with these settings, over the real vectors and presets."""
+    """A controller with these settings, over the real vectors and presets."""
 
     def admission(**settings: Any) -> AdmissionController:
         config = parse_config(given_config | settings, ServingConfig, source="serve.yaml")

@@ -1,8 +1,8 @@
-"""Admission: who is calling, what they may ask for, and what becomes of their request. No Ray and no HTTP here.
+"""Admission control: authenticate the caller, check the policy, build the generation request. No Ray and no HTTP here.
 
-A request passes in this order: key, requests per minute, body, coefficients, size, tokens. Whatever stops it is an
-`ApiError` that tells its sender what to change, and a line of the audit; what passes is a `GenerationRequest` within
-their policy.
+The checks come in this order: key, requests per minute, body, coefficients, size, tokens. A request that fails one is
+refused with an `ApiError` that says what to change, and the audit gets a line. One that passes becomes a
+`GenerationRequest` within its caller's policy.
 """
 
 import asyncio
@@ -51,8 +51,8 @@ class Caller:
     allowance: Allowance
     policy: Policy
     release: Release
-    """what was served when it called. The policy is of this release's preferences, and all that is told or answered is
-    of this one, whatever is rolled out meanwhile"""
+    """the release that was served when it called. Policy, lists and answers are all of this one, whatever is rolled out
+    meanwhile"""
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,16 @@ class AdmittedRequest:
         return self.release.fingerprint(self.job.coefficients)
 
     def end(self, used: int | None) -> None:
-        """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most it may have
-        used stays counted. Call this once for every request that entered."""
+        """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most that it may
+        have used stays counted. Call this once for every admitted request."""
         if used is not None:
             self.reservation.settle(used)
         self.place.leave()
 
 
 class AdmissionController:
-    """`release` is the one that new requests get. Raises InputError where the key file or the audit cannot be used, or
-    a key could go below a floor unseen."""
+    """New requests get `release`. Raises InputError where the key file or the audit cannot be used, or a key could go
+    below a floor without an audit."""
 
     def __init__(self, config: ServingConfig, release: Release, registry: Registry):
         self._config, self._registry, self.release = config, registry, release
@@ -107,9 +107,9 @@ class AdmissionController:
     async def admit(
         self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]
     ) -> AdmittedRequest:
-        """Everything between a request's headers and its job; `read` gives its body. Raises ApiError.
+        """Check a request from its headers on; `read` returns its body. Raises ApiError.
 
-        A refusal counts as a request, and as the tokens that the body would have been.
+        A refused request counts as a request, and as the tokens that its body would have had.
         """
         known = _of_request(route, headers)
         place, content = None, b""
@@ -155,14 +155,14 @@ class AdmissionController:
         return _least(self._config.limits.prompt_tokens, caller.allowance.prompt_tokens)
 
     def _cost(self, content: bytes, error: ApiError) -> int:
-        """Tokens that a refused request counts for: those of its body."""
+        """Tokens that a refused request is charged: those of its body."""
         size = self._config.limits.body_bytes if error.status == 413 else len(content)
         return size // BYTES_PER_TOKEN + 1
 
     def _admitted(self, known: Mapping[str, Any], coefficients: Coefficients, reservation: Reservation) -> None:
         below = any(eta < self._config.floors.get(name, -math.inf) for name, eta in coefficients)
         if not self._audit.write(**known, decision="admitted", below_floor=below) and below:
-            # Whoever goes below a floor leaves a trace, or does not go.
+            # Without a record there is no answer below a floor.
             reservation.settle(0)
             raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
 
@@ -217,7 +217,7 @@ class AdmissionController:
             raise ApiError(503, "this key does not fit what is served now; tell the operator") from None
 
     def _secret(self, headers: Headers) -> str | None:
-        """What the caller presents as its key, None for nothing. What that is worth is another question."""
+        """The key that the caller sends, None for none. It is not checked here."""
         given = headers.getlist("authorization")
         if self._keys is None or not given:
             return None
@@ -236,7 +236,8 @@ class AdmissionController:
     # --- what --------------------------------------------------------------------------------------------------------
 
     async def _coefficients(self, caller: Caller, model: str, preferences: Mapping[str, float] | None) -> Coefficients:
-        """What the caller asks for, by preset or by name. Raises ApiError where that is not served or not allowed."""
+        """The coefficients that the caller asks for, by preset or by name. Raises ApiError where they are not served or
+        not allowed."""
         name, at, preset = model.partition("@")
         if name != self._config.model or (at and not preset):
             raise no_model(model, [self._config.model])

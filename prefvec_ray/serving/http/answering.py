@@ -50,10 +50,10 @@ class _Exchange:
     def failed(self, error: Exception) -> ApiError:
         """Ends a request that gets no answer. Its prompts were read, so what its sender could have known counts for
         them; what was worked on until the deadline counts in full; what the server could not do counts nothing."""
-        told = explained(error)
-        self.measure.ended(told.status, 0)
-        self.entry.end(None if told.status == 504 else self.entry.prompt_tokens if told.status < 500 else 0)
-        return told
+        answer = explained(error)
+        self.measure.ended(answer.status, 0)
+        self.entry.end(None if answer.status == 504 else self.entry.prompt_tokens if answer.status < 500 else 0)
+        return answer
 
 
 class Answering:
@@ -151,9 +151,9 @@ class Answering:
             status = 200
             yield b"".join(writer.closing(prompt_tokens, new_tokens))
         except Exception as error:
-            told = explained(error)
-            status = told.status
-            yield error_event(told)
+            answer = explained(error)
+            status = answer.status
+            yield error_event(answer)
         finally:  # also where the caller has gone: nothing more is generated for it
             for call in calls:
                 _stop(call)

@@ -213,7 +213,7 @@ def application(config: ServingConfig, deployment: str) -> serve.Application:
     if config.engine.kind == "vllm" and find_spec("vllm") is None:
         raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
     release = replace(resolve_release(config), deployment=deployment)
-    # Keys and audit are looked at here, not once it is deployed.
+    # Keys and audit are checked here, before anything is deployed.
     AdmissionController(config, release, open_registry(config.registry))
     replica = serve.deployment(Replica, name=_replica_name(config, release)).options(**_scale(config))
     replicas = replica.bind(config, release, ReleaseBook(release.deployment))

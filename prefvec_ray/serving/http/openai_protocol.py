@@ -1,4 +1,4 @@
-"""The wire format: OpenAI's requests checked, OpenAI's objects built. Types of answers come from `openai`.
+"""OpenAI's protocol: models of its request bodies, and a builder of its responses, whose types come from `openai`.
 
 Request bodies are models of our own, because the `openai` package has only type hints for them; their field
 names are its names. A field of OpenAI's API that is not served here is refused, unless its value asks for
@@ -90,7 +90,7 @@ class _Body(_Strict):
         raise NotImplementedError
 
     def alternatives(self) -> int | None:
-        """How many of each position's likeliest tokens to tell; None: nothing about log-probabilities."""
+        """How many of each position's likeliest tokens to return; None: no log-probabilities at all."""
         raise NotImplementedError
 
     def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
@@ -143,9 +143,9 @@ class ChatBody(_Body):
     messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
-    """tell the log-probability of every token of the answer"""
+    """return the log-probability of every token of the answer"""
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    """and of so many of the likeliest at its place"""
+    """and of this many of the likeliest tokens at its place"""
 
     @model_validator(mode="before")
     @classmethod
@@ -175,7 +175,7 @@ class TextBody(_Body):
 
     prompt: str | Some[str] | Some[Token] | Some[list[Token]]
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    """tell the log-probability of every token of the answer, and of so many of the likeliest at its place"""
+    """return the log-probability of every token of the answer, and of this many of the likeliest at its place"""
 
     def alternatives(self) -> int | None:
         return self.logprobs
