@@ -11,13 +11,12 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from starlette.datastructures import Headers
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry
-from prefvec_ray.serving.access.audit import AuditLog
+from prefvec_ray.serving.access.audit import Asked, AuditEntry, AuditLog
 from prefvec_ray.serving.access.errors import ApiError, explained, no_model
 from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
 from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
@@ -119,7 +118,7 @@ class AdmissionController:
             place = self._rates.enter(caller.id, caller.allowance)
             content = await read()
             body = await self._parsed(caller, content, kind)
-            known["asked"] = _asked(body)
+            known.asked = _asked(body)
             caller = self._identify(headers, known)  # once more: the release may have changed meanwhile
             coefficients = await self._coefficients(caller, body.model, body.preferences)
             job = self._sized(caller, body, coefficients)
@@ -159,9 +158,9 @@ class AdmissionController:
         size = self._config.limits.body_bytes if error.status == 413 else len(content)
         return size // BYTES_PER_TOKEN + 1
 
-    def _admitted(self, known: Mapping[str, Any], coefficients: Coefficients, reservation: Reservation) -> None:
+    def _admitted(self, known: AuditEntry, coefficients: Coefficients, reservation: Reservation) -> None:
         below = any(eta < self._config.floors.get(name, -math.inf) for name, eta in coefficients)
-        if not self._audit.write(**known, decision="admitted", below_floor=below) and below:
+        if not self._audit.admitted(known, below_floor=below) and below:
             # Without a record there is no answer below a floor.
             reservation.settle(0)
             raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
@@ -172,7 +171,7 @@ class AdmissionController:
         try:
             caller = self._identify(headers, known)
             if model is not None:
-                known["asked"] = {"model": model[:LONGEST_NAME]}
+                known.asked = Asked(model=model[:LONGEST_NAME])
                 await self._coefficients(caller, model, None)
         except ApiError as error:
             self._refused(known, error)
@@ -194,10 +193,10 @@ class AdmissionController:
 
     # --- who ---------------------------------------------------------------------------------------------------------
 
-    def _identify(self, headers: Headers, known: dict[str, Any]) -> Caller:
+    def _identify(self, headers: Headers, known: AuditEntry) -> Caller:
         secret, release = self._secret(headers), self.release
         if self._keys is None or secret is None:
-            known["caller"] = ANONYMOUS
+            known.caller = ANONYMOUS
             if not self._config.anonymous.allowed:
                 raise _no_entry("this server asks for a key: Authorization: Bearer <key>")
             return Caller(ANONYMOUS, self._config.anonymous, release.policy, release)
@@ -207,7 +206,7 @@ class AdmissionController:
             raise ApiError(503, "the server cannot check keys now; try again", code="unavailable") from None
         if key is None:
             raise _no_entry("this key is not known here; check it, or ask the operator for one")
-        known["caller"] = key.id
+        known.caller = key.id
         if key.revoked is not None:
             raise _no_entry("this key was revoked; ask the operator for another")
         try:
@@ -288,10 +287,10 @@ class AdmissionController:
             raise ApiError(400, f"{param}: {job.max_new_tokens} is more than {longest}", param=param)
         return replace(job, release=caller.release.id, caller=caller.id, id=uuid.uuid4().hex)
 
-    def _refused(self, known: Mapping[str, Any], error: ApiError) -> None:
+    def _refused(self, known: AuditEntry, error: ApiError) -> None:
         if error.status < 500:
             message = error.error.message if error.error.code else None  # others may quote the body
-            self._audit.write(**known, decision="refused", status=error.status, code=error.error.code, reason=message)
+            self._audit.refused(known, error.status, error.error.code, message)
 
 
 def _no_entry(message: str) -> ApiError:
@@ -315,14 +314,16 @@ def _about(prompt: Prompt) -> int:
     return sum(_about(part["content"]) for part in prompt if not isinstance(part, int))
 
 
-def _of_request(route: str, headers: Headers) -> dict[str, Any]:
+def _of_request(route: str, headers: Headers) -> AuditEntry:
     """What the audit keeps of a request's head."""
-    return {"request": headers.get("x-request-id", "")[:LONGEST_NAME], "route": route[:LONGEST_NAME]}
+    return AuditEntry(request=headers.get("x-request-id", "")[:LONGEST_NAME], route=route[:LONGEST_NAME])
 
 
-def _asked(body: Body) -> dict[str, Any]:
-    """What the audit keeps of a body: names and numbers, nothing of the prompt."""
+def _asked(body: Body) -> Asked:
+    """What the audit keeps of a body."""
     named = list((body.preferences or {}).items())
-    preferences: dict[str, Any] = {name[:LONGEST_NAME]: eta for name, eta in named[:MOST_NAMED]}
-    asked = {"model": body.model, "preferences": preferences, "n": body.n, "max_tokens": body.new_tokens}
-    return asked | ({"more_preferences": len(named) - MOST_NAMED} if len(named) > MOST_NAMED else {})
+    preferences = {name[:LONGEST_NAME]: eta for name, eta in named[:MOST_NAMED]}
+    asked = Asked(model=body.model, preferences=preferences, n=body.n, max_tokens=body.new_tokens)
+    if len(named) > MOST_NAMED:
+        asked.more_preferences = len(named) - MOST_NAMED
+    return asked
