@@ -1,20 +1,23 @@
 """What one hostile caller at full rate does to everybody else: others' time to the first token, quiet and under attack.
 
-    python benchmarks/bench_abuse.py                     # about five minutes
-    python benchmarks/bench_abuse.py --seconds 10
+    python benchmarks/bench_abuse.py                     # about eight minutes
+    python benchmarks/bench_abuse.py --rounds 1 --kind "long prompts that fit"
 
 One endpoint on a small model. Two well-behaved callers with keys stream short answers without a pause, first alone,
 then beside a hostile caller with a key of its own who keeps eight requests of one kind under way. The hostile key may
 have 4 requests at once, as any operator would set; nothing else singles it out. The last line of stdout is one JSON
-object: for each kind the others' p50 and p99 first-token time in milliseconds, and their ratios to the quiet ones of
-the same run (quiet is measured before and after, and the larger p99 of the two is taken, since machines are shared).
+object: for each kind and round the others' p50 and p99 first-token time in milliseconds, and the ratio of the p99 to
+the quiet one (quiet is measured before and after, and the larger p99 of the two is taken, since machines are shared).
+`p99_ratio` is each kind's median over the rounds. Exits with 1 where one is above 2.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -101,15 +104,15 @@ async def phase(url: str, keys: list[str], seconds: float, attack: tuple[str, by
     waits.sort()
     return {
         "answers": len(waits),
-        "p50_ms": round(waits[len(waits) // 2], 1) if waits else None,
-        "p99_ms": round(waits[min(len(waits) - 1, int(len(waits) * 0.99))], 1) if waits else None,
+        "p50_ms": round(waits[len(waits) // 2], 1) if waits else math.inf,
+        "p99_ms": round(waits[min(len(waits) - 1, int(len(waits) * 0.99))], 1) if waits else math.inf,
         "failed": dict(failed),
         "hostile": dict(seen),
     }
 
 
-def measure(seconds: float) -> dict[str, Any]:
-    """All kinds, one after the other, on one endpoint."""
+def measure(seconds: float, rounds: int, kinds: list[str]) -> dict[str, Any]:
+    """The kinds, one after the other, on one endpoint."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         base, registry = make_world(Path(folder))
         keys = Path(folder) / "keys.yaml"
@@ -131,28 +134,32 @@ def measure(seconds: float) -> dict[str, Any]:
         )
         url = start(config, port=port)
         asyncio.run(phase(url, secrets, min(3.0, seconds)))  # warm
-        before = asyncio.run(phase(url, secrets, seconds))
-        found = {name: asyncio.run(phase(url, secrets, seconds, attack)) for name, attack in ATTACKS.items()}
-        after = asyncio.run(phase(url, secrets, seconds))
+        quiet = [asyncio.run(phase(url, secrets, seconds))]
+        under: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for _ in range(rounds):
+            for kind in kinds:
+                found = asyncio.run(phase(url, secrets, seconds, ATTACKS[kind]))
+                quiet.append(asyncio.run(phase(url, secrets, seconds)))
+                found["p99_ratio"] = round(found["p99_ms"] / max(each["p99_ms"] for each in quiet[-2:]), 2)
+                under[kind].append(found)
         stop()
-    quiet = max(before["p99_ms"], after["p99_ms"])
-    for each in found.values():
-        each["p99_ratio"] = round(each["p99_ms"] / quiet, 2) if each["p99_ms"] else None
+    ratios = {kind: statistics.median(found["p99_ratio"] for found in under[kind]) for kind in kinds}
     load = os.getloadavg()[0]
-    return {"seconds": seconds, "load_average": round(load, 1), "quiet": [before, after], "under": found}
+    return {"seconds": seconds, "load_average": round(load, 1), "quiet": quiet, "under": under, "p99_ratio": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=25, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=10, help="of each phase")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kind", choices=ATTACKS, action="append", help="only this one; may be repeated")
     asked = parser.parse_args()
     os.environ[PROXY_SETTING] = PROXY_MIDDLEWARE
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
-    found = measure(asked.seconds)
+    found = measure(asked.seconds, asked.rounds, asked.kind or list(ATTACKS))
     ray.shutdown()
     print(json.dumps(found))
-    held = all(each["p99_ratio"] is not None and each["p99_ratio"] <= 2 for each in found["under"].values())
-    sys.exit(0 if held else 1)
+    sys.exit(0 if max(found["p99_ratio"].values()) <= 2 else 1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from prefvec_ray.common.names import Name
 from prefvec_ray.registry.names import THROUGH_RAY
 
 BODY_BYTES = 16_000_000
-"""the largest body that an endpoint can be told to take"""
+"""the largest `body_bytes` that an endpoint may be given"""
 
 
 class Range(Config):
@@ -178,7 +178,8 @@ class ServingConfig(Config):
     """preference -> reference such as `helpful@1` or `helpful@production`, fixed to a version at deployment.
     Default: the newest version of every vector of this base; with `floors` they must be named"""
     follow_seconds: PositiveFloat | None = None
-    """look this often whether `vectors` now stand for other versions, and roll those out. None: only when told to"""
+    """check this often whether `vectors` now stand for other versions, and roll those out. None: only when `prefvec
+    roll-out` is run"""
     ranges: dict[Name, Range] = {}
     """preference -> allowed coefficients, for anonymous callers and for keys without a range of their own"""
     default_range: Range = Range()

@@ -1,4 +1,4 @@
-"""What Prometheus is told of serving, through Ray (`ray_prefvec_serve_*`; cluster/grafana has a dashboard of it).
+"""The Prometheus metrics of serving, exported through Ray (`ray_prefvec_serve_*`; cluster/grafana has a dashboard).
 
 Labels are few whatever callers do: presets are those of the registry, all free coefficients are one.
 """
@@ -94,7 +94,7 @@ class ReplicaMetrics:
         self._tokens, self._merges = _counter("prefvec_serve_generated_tokens"), _counter("prefvec_serve_merges")
         self._told = {"tokens": 0, "merges": 0}
 
-    def tell(self, status: EngineStatus) -> None:
+    def report(self, status: EngineStatus) -> None:
         """Call this every few seconds: counters go on from what they were at the last call."""
         self._running.set(status.running, self._tags)
         self._waiting.set(status.waiting, self._tags)

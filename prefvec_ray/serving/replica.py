@@ -124,7 +124,7 @@ class Replica:
     def check_health(self) -> None:
         """Serve calls this every few seconds, so metrics are reported here. It replaces a replica that raises."""
         if self._metrics:
-            self._metrics.tell(self.engine.status())
+            self._metrics.report(self.engine.status())
         self.engine.check_alive()
         if self._unfit:
             raise EngineError(f"this replica cannot load the release that is served: {self._unfit}")

@@ -1,4 +1,4 @@
-"""The door: whatever a config says and a caller tries, what reaches the engine is within the caller's policy."""
+"""Admission: whatever a config says and a caller tries, what reaches the engine is within the caller's policy."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from prefvec_ray.serving.access.keys import add_key, revoke_key
 from prefvec_ray.serving.access.policy import policy_of
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.http.admission import AdmissionController, AdmittedRequest
-from prefvec_ray.serving.http.openai_protocol import ChatBody
+from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
 from prefvec_ray.serving.release.release import Release, resolve_release
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the secret plan"}]}
@@ -44,7 +44,7 @@ def release(given_config) -> Release:
 
 @pytest.fixture
 def make(given_config, release, registry_root):
-    """A door with these settings, over the real vectors and presets."""
+    """A controller with these settings, over the real vectors and presets."""
 
     def admission(**settings: Any) -> AdmissionController:
         config = parse_config(given_config | settings, ServingConfig, source="serve.yaml")
@@ -55,7 +55,7 @@ def make(given_config, release, registry_root):
 
 
 def enter(
-    admission: AdmissionController, body: Any = ASK, *, key: str | None = None, headers: Any = ()
+    admission: AdmissionController, body: Any = ASK, *, key: str | None = None, headers: Any = (), kind: Any = ChatBody
 ) -> AdmittedRequest:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
 
@@ -63,7 +63,7 @@ def enter(
         return content
 
     pairs = [(b"authorization", f"Bearer {key}".encode())] if key else []
-    return asyncio.run(admission.admit("/v1/chat/completions", Headers(raw=pairs + list(headers)), read, ChatBody))
+    return asyncio.run(admission.admit("/v1/chat/completions", Headers(raw=pairs + list(headers)), read, kind))
 
 
 def refusal(admission: AdmissionController, body: Any = ASK, **how: Any) -> tuple[int, str | None]:
@@ -364,6 +364,21 @@ def test_refused_work_counts_for_its_sender(make, tmp_path):
         asyncio.run(admission.admit("/v1/chat/completions", headers, unread, ChatBody))
     assert caught.value.status == 429
     assert enter(admission, wrong | {"messages": ASK["messages"]}).caller.id == "anonymous"
+
+
+def test_more_ids_than_the_context_has_room_for_reach_no_replica_and_count_for_their_sender(make, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    _, short = add_key(keys, "short", prompt_tokens=100, tokens_per_minute=5000)
+    admission = make(keys=keys)
+
+    def ids(count: int, **how: Any) -> Any:
+        return refusal(admission, {"model": "tiny", "prompt": [[1, 2], [1] * count]}, kind=TextBody, **how)
+
+    assert ids(513) == (400, "context_length_exceeded"), "the base's context is 512"
+    assert enter(admission, {"model": "tiny", "prompt": [1] * 512}, kind=TextBody).job.prompts == ((1,) * 512,)
+    assert ids(101, key=short) == (400, "context_length_exceeded"), "this key has less"
+    assert ids(10_000, key=short) == (400, "context_length_exceeded")
+    assert ids(101, key=short)[0] == 429, "30 kB of refused ids were charged"
 
 
 def test_what_a_caller_sees_is_of_one_release_whatever_is_rolled_out_meanwhile(make, release):

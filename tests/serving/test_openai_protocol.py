@@ -6,7 +6,8 @@ import tracemalloc
 import pytest
 
 from prefvec_ray.serving.access.errors import ApiError
-from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody, parse_body
+from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
+from prefvec_ray.serving.http.parsing import MostIds, parse_body
 
 MESSAGE = {"role": "user", "content": "x"}
 
@@ -47,6 +48,9 @@ STORMS = {
     "very deep": (ChatBody, b"[" * 500_000),
     "a list": (ChatBody, many("[", "0", "]")),
     "a number": (ChatBody, b"9" * 1_000_000),
+    "escapes": (ChatBody, b'{"model": "' + b"\\\\" * 499_000 + b'"}'),
+    "short texts out of place": (ChatBody, rb'\"\\\\"' * 160_000),
+    "closing brackets": (ChatBody, b"[" + b"]" * 999_000),
     "not JSON": (ChatBody, b'{"model": \x00' + b"\xff" * 100_000),
 }
 
@@ -64,11 +68,63 @@ def test_a_storm_of_errors_is_one_short_answer(name):
     assert most < 60 * len(content), "Python's own objects for the JSON, and no errors by the hundred thousand"
 
 
+def ids(one: int, lists: int = 1) -> bytes:
+    """A body with prompts of so many token ids each."""
+    each = [1] * one
+    return json.dumps({"model": "t", "prompt": [each] * lists if lists > 1 else each}).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (ids(300_000), "one list has 300000 token ids; at most 512 are taken here; shorten it"),
+        (ids(513, 3), "one list has 513 token ids; at most 512"),
+        (ids(500, 600), "the body has 300000 token ids; at most 2048 are taken here"),
+        (ids(1, 2049), "the body has 2049 token ids; at most 2048 are taken here"),
+        (
+            ids(300_000)[:-2],
+            "one list has 300000 token ids; at most 512",
+        ),  # never parsed: nobody saw that it is no JSON
+    ],
+)
+def test_more_ids_than_prompts_can_have_are_refused_by_their_number_alone(content, says):
+    tracemalloc.start()
+    with pytest.raises(ApiError, match=says) as caught:
+        parse_body(content, TextBody, MostIds(512, 2048))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (caught.value.status, caught.value.error.code) == (400, "context_length_exceeded")
+    assert most < 6 * max(len(content), 100_000), "copies of the bytes, and no object for each id"
+
+
+def test_as_many_ids_as_prompts_can_have_are_taken():
+    most = MostIds(512, 2048)
+    assert parse_body(ids(512), TextBody, most).prompts() == ((1,) * 512,)
+    assert parse_body(ids(512, 4), TextBody, most).prompts() == ((1,) * 512,) * 4
+    texts = {"model": "t", "prompt": ["1,2,3", '"1,\\", ', ""] * 300}
+    assert len(parse_body(json.dumps(texts).encode(), TextBody, most).prompts()) == 900, "a text is no list of ids"
+
+
+def test_a_body_is_read_by_one_parser_and_names_each_field_once():
+    twice = [
+        b'{"model":"t","prompt":"x","model":"u"}',
+        b'{"model":"t","prompt":"a:b","preferences":{"a":1,"a":2}}',
+        b'{"model":"t","prompt":"x","pr\\u006fmpt":"y"}',  # the same name, spelt in two ways
+        b'{"model":"t","prompt":"\\\\","n":1,"n":1}',
+    ]
+    for content in twice:
+        with pytest.raises(ApiError, match="names a field twice") as caught:
+            parse_body(content, TextBody)
+        assert caught.value.error.code == "duplicate_field"
+    odd = {"model": "t", "prompt": '\\":\\\\"{[,:" \\'}
+    assert parse_body(json.dumps(odd).encode(), TextBody).prompts() == (odd["prompt"],)
+
+
 def test_what_is_long_but_sound_is_taken():
-    ids = list(range(400)) * 300
-    assert parse_body(json.dumps({"model": "t", "prompt": ids}).encode(), TextBody).prompts() == (tuple(ids),)
-    several = parse_body(json.dumps({"model": "t", "prompt": [ids[:9], [1]]}).encode(), TextBody)
-    assert several.prompts() == (tuple(ids[:9]), (1,))
+    many_ids = list(range(400)) * 300
+    assert parse_body(json.dumps({"model": "t", "prompt": many_ids}).encode(), TextBody).prompts() == (tuple(many_ids),)
+    several = parse_body(json.dumps({"model": "t", "prompt": [many_ids[:9], [1]]}).encode(), TextBody)
+    assert several.prompts() == (tuple(many_ids[:9]), (1,))
     texts = ["{[" * 1000] * 900
     assert parse_body(json.dumps({"model": "t", "prompt": texts}).encode(), TextBody).prompts() == tuple(texts)
     chat = {"model": "t", "messages": [MESSAGE] * 1000}

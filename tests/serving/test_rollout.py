@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import socket
 import threading
@@ -199,6 +200,8 @@ def served(
         registry.publish_vector(folder)
     registry.publish_vector(next_helpful)
     registry.set_alias("helpful", "production", 1, "the first")
+    registry.publish_preset("balanced", {"harmless@1": 0.5}, reason="above the floor")
+    registry.publish_preset("below", {"harmless@1": -0.5}, reason="below the floor")
     texts = {
         ref: tokenizer.decode(alone(base_folder, vector_folders | change, PROMPT, 24), skip_special_tokens=True)
         for ref, change in (("helpful@1", {}), ("helpful@2", {"helpful": next_helpful}))
@@ -209,6 +212,8 @@ def served(
             "base": base_folder,
             "registry": str(registry.store.folder),
             "vectors": {"helpful": "helpful@production", "harmless": "harmless@1"},
+            "ranges": {"harmless": {"min": 0}},
+            "floors": {"harmless": 0},
             "engine": {"max_new_tokens": 400, "max_batch": 8},
             "replicas": {"min": 2, "max": 2, "cpus": 0.5},
         }
@@ -260,6 +265,58 @@ def test_a_vector_that_one_replica_cannot_load_is_served_by_none(served, next_he
     assert held == ["harmless@1", "helpful@1"]
 
 
+def test_names_come_and_go_while_callers_see_one_release_at_a_time(served):
+    """No server error, no floor crossed, and no list of preferences that is half of another release."""
+    more = served.config.model_copy(update={"vectors": {**served.config.vectors, "kind": "helpful@2"}})
+    asked: list[dict[str, Any]] = [
+        {"preferences": {"harmless": 0.25}},
+        {"preferences": {"harmless": -0.5}},
+        {"preferences": {"kind": -0.5}},
+        {"model": "tiny@balanced"},
+        {"model": "tiny@below"},
+    ]
+    cards: list[httpx.Response] = []
+    answers: list[tuple[dict[str, Any], httpx.Response]] = []
+    done = threading.Event()
+
+    def read(client: httpx.Client) -> None:
+        while not done.is_set():
+            cards.append(client.get("/preferences"))
+            cards.append(client.get("/models"))
+
+    def ask(client: httpx.Client) -> None:
+        for number in itertools.count():
+            if done.is_set():
+                return
+            wanted = asked[number % len(asked)]
+            content = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2} | wanted
+            answers.append((wanted, client.post("/completions", json=content)))
+
+    with httpx.Client(base_url=served.url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        callers = [pool.submit(each, client) for each in (read, read, ask, ask)]
+        try:
+            for config in (more, served.config) * 2:
+                roll_out(config)
+                seen = len(answers) + len(asked)
+                wait_for(lambda seen=seen: len(answers) > seen)
+        finally:
+            done.set()
+        for caller in callers:
+            caller.result()
+    assert {response.status_code for response in cards} == {200}
+    listed = [response.json() for response in cards if "presets" in response.json()]
+    names = {tuple(each["preference"] for each in card["preferences"]) for card in listed}
+    assert names == {("harmless", "helpful"), ("harmless", "helpful", "kind")}
+    for card in listed:
+        assert [preset["model"] for preset in card["presets"]] == ["tiny@balanced"]
+        assert set(card["presets"][0]["preferences"]) == {each["preference"] for each in card["preferences"]}
+    for wanted, response in answers:
+        allowed = (200, 400) if "kind" in wanted.get("preferences", {}) else (200,)
+        crossing = wanted in (asked[1], asked[4])
+        assert response.status_code in ((400,) if crossing else allowed), (wanted, response.text)
+    assert {response.status_code for wanted, response in answers if wanted is asked[2]} == {200, 400}
+
+
 def test_a_moved_alias_reaches_all_while_callers_notice_nothing(served):
     """Every answer is a lone merged model's for its fingerprint; none fails; after the roll-out all are new."""
     fingerprints = {}
@@ -284,6 +341,7 @@ def test_a_moved_alias_reaches_all_while_callers_notice_nothing(served):
         for caller in callers:
             caller.result()
     assert release.vectors["helpful"].ref == "helpful@2"
+    assert release.context == 512, "of the base, which a roll-out does not load"
     fingerprints["helpful@2"] = release.fingerprint(SETTING)
     truths = {fingerprints[ref]: text for ref, text in served.truths.items()}
     assert len(truths) == 2

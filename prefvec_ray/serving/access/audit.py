@@ -12,6 +12,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import AuditConfig
 
@@ -19,6 +21,28 @@ log = logging.getLogger("ray.serve")
 
 LINE_BYTES = 4096
 """A longer line is written without what was asked for."""
+
+
+class Asked(BaseModel):
+    """What a request asks for: names and numbers, nothing of its prompt."""
+
+    model: str
+    preferences: dict[str, float] = {}
+    more_preferences: int = 0
+    """named by the request and left out here"""
+    n: int | None = None
+    max_tokens: int | None = None
+
+
+class AuditEntry(BaseModel):
+    """What is known of a request, as far as admission came. What was not set is left out of the line."""
+
+    request: str
+    """its id"""
+    route: str
+    caller: str | None = None
+    """a key's id, or `anonymous`"""
+    asked: Asked | None = None
 
 
 class _Lines(RotatingFileHandler):
@@ -65,17 +89,23 @@ class AuditLog:
         self._lines = _opened(config.file, size, config.files)
         self._below_floor = _opened(config.below_floor_file, 0, 1)
 
-    def write(self, *, below_floor: bool = False, **entry: Any) -> bool:
-        """Append one line, with the time; for an answer below a floor to that file too. False where a line could not be
-        written, which goes to the log."""
+    def admitted(self, entry: AuditEntry, *, below_floor: bool) -> bool:
+        """Append a line for an admitted request; for one below a floor to that file too. False where a line could not
+        be written, which goes to the log."""
+        return self._write(entry, {"decision": "admitted", "below_floor": below_floor}, below_floor)
+
+    def refused(self, entry: AuditEntry, status: int, code: str | None, reason: str | None) -> bool:
+        """The same for a refused request."""
+        return self._write(entry, {"decision": "refused", "status": status, "code": code, "reason": reason}, False)
+
+    def _write(self, entry: AuditEntry, decision: dict[str, Any], below_floor: bool) -> bool:
         if self._lines is None:
             return True
-        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **entry}
-        if entry.get("decision") == "admitted":
-            entry["below_floor"] = below_floor
-        line = json.dumps(entry)
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        content = {"time": time, **entry.model_dump(exclude_unset=True), **decision}
+        line = json.dumps(content)
         if len(line) > LINE_BYTES:
-            line = json.dumps(entry | {"asked": f"too long for this line ({len(line)} bytes)"})[:LINE_BYTES]
+            line = json.dumps(content | {"asked": f"too long for this line ({len(line)} bytes)"})[:LINE_BYTES]
         try:
             if below_floor:
                 self._below_floor.write(line)

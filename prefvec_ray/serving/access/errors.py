@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: what a caller may know of them, and with which status."""
+"""Errors in OpenAI's form: their status, and what of them a caller may see."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ log = logging.getLogger("ray.serve")
 
 
 class ApiError(Exception):
-    """What a caller is told: an HTTP status and OpenAI's error object, perhaps with headers."""
+    """An error for a caller: an HTTP status and OpenAI's error object, perhaps with headers."""
 
     def __init__(
         self,
@@ -43,22 +43,22 @@ class ApiError(Exception):
         return {"error": self.error.model_dump(include={"message", "type", "code", "param"})}
 
 
-async def _told(request: HttpRequest, error: Exception) -> JSONResponse:
+async def _answer(request: HttpRequest, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, str(error.detail), headers=error.headers)
-    told = explained(error)
-    headers = {"retry-after": "1"} if told.status == 503 else {}
-    return JSONResponse(told.body(), told.status, headers | told.headers)
+    answer = explained(error)
+    headers = {"retry-after": "1"} if answer.status == 503 else {}
+    return JSONResponse(answer.body(), answer.status, headers | answer.headers)
 
 
 def answer_in_openai_form(api: FastAPI) -> None:
     """Every error that leaves `api` has OpenAI's form, unknown routes and methods included."""
     for kind in (ApiError, HTTPException, Exception):
-        api.add_exception_handler(kind, _told)
+        api.add_exception_handler(kind, _answer)
 
 
 def explained(error: Exception) -> ApiError:
-    """What a caller may know of an error: all of what they can fix, nothing of what they cannot."""
+    """The error as its caller may see it: all that they can correct, nothing of the server's inside."""
     match error:
         case ApiError():
             return error

@@ -15,7 +15,7 @@ from prefvec_ray.serving.config import Allowance
 MINUTE, DAY = 60.0, 86_400.0
 BINS = 60
 LONGEST_RETRY = 60.0
-"""seconds that OpenAI's client waits by itself; for a longer wait it is told not to try"""
+"""seconds that OpenAI's client waits by itself; after a longer wait it should not try again"""
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Rates:
                 raise self._exceeded(f"{most} tokens per {span}", "tokens", wait, caller, allowance)
 
     def enter(self, caller: str, allowance: Allowance) -> Place:
-        """A request resume_tokens. Raises ApiError(429) where as many are under way as the caller may have at once."""
+        """A request begins. Raises ApiError(429) where as many are under way as the caller may have at once."""
         used, limit = self._used(caller), allowance.requests_at_once
         if limit is not None and used.at_once >= limit:
             message = f"{limit} of your requests are under way, the most at once; wait for one of them to end"

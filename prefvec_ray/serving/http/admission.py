@@ -1,8 +1,8 @@
-"""Admission: who is calling, what they may ask for, and what becomes of their request. No Ray and no HTTP here.
+"""Admission control: authenticate the caller, check the policy, build the generation request. No Ray and no HTTP here.
 
-A request passes in this order: key, requests per minute, body, coefficients, size, tokens. Whatever stops it is an
-`ApiError` that tells its sender what to change, and a line of the audit; what passes is a `GenerationRequest` within
-their policy.
+The checks come in this order: key, requests per minute, body, coefficients, size, tokens. A request that fails one is
+refused with an `ApiError` that says what to change, and the audit gets a line. One that passes becomes a
+`GenerationRequest` within its caller's policy.
 """
 
 import asyncio
@@ -11,20 +11,20 @@ import math
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from starlette.datastructures import Headers
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import PresetVersion, Registry
-from prefvec_ray.serving.access.audit import AuditLog
+from prefvec_ray.serving.access.audit import Asked, AuditEntry, AuditLog
 from prefvec_ray.serving.access.errors import ApiError, explained, no_model
 from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
 from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
 from prefvec_ray.serving.access.rates import Place, Rates, Reservation
 from prefvec_ray.serving.config import Allowance, ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.http.openai_protocol import B, Body, parse_body
+from prefvec_ray.serving.http.openai_protocol import B, Body
+from prefvec_ray.serving.http.parsing import MostIds, parse_body
 from prefvec_ray.serving.release.release import Release
 from prefvec_ray.serving.request import GenerationRequest, Prompt
 from prefvec_ray.serving.turns import Turns
@@ -50,8 +50,8 @@ class Caller:
     allowance: Allowance
     policy: Policy
     release: Release
-    """what was served when it called. The policy is of this release's preferences, and all that is told or answered is
-    of this one, whatever is rolled out meanwhile"""
+    """the release that was served when it called. Policy, lists and answers are all of this one, whatever is rolled out
+    meanwhile"""
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,22 @@ class AdmittedRequest:
         """Its coefficients are of these vectors, to the end."""
         return self.caller.release
 
+    @property
+    def fingerprint(self) -> str:
+        """Of its release at its coefficients."""
+        return self.release.fingerprint(self.job.coefficients)
+
     def end(self, used: int | None) -> None:
-        """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most it may have
-        used stays counted. Call this once for every request that entered."""
+        """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most that it may
+        have used stays counted. Call this once for every admitted request."""
         if used is not None:
             self.reservation.settle(used)
         self.place.leave()
 
 
 class AdmissionController:
-    """`release` is the one that new requests get. Raises InputError where the key file or the audit cannot be used, or
-    a key could go below a floor unseen."""
+    """New requests get `release`. Raises InputError where the key file or the audit cannot be used, or a key could go
+    below a floor without an audit."""
 
     def __init__(self, config: ServingConfig, release: Release, registry: Registry):
         self._config, self._registry, self.release = config, registry, release
@@ -101,9 +106,9 @@ class AdmissionController:
     async def admit(
         self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]
     ) -> AdmittedRequest:
-        """Everything between a request's headers and its job; `read` gives its body. Raises ApiError.
+        """Check a request from its headers on; `read` returns its body. Raises ApiError.
 
-        A refusal counts as a request, and as the tokens that the body would have been.
+        A refused request counts as a request, and as the tokens that its body would have had.
         """
         known = _of_request(route, headers)
         place, content = None, b""
@@ -112,8 +117,8 @@ class AdmissionController:
             self._rates.request(caller.id, caller.allowance)
             place = self._rates.enter(caller.id, caller.allowance)
             content = await read()
-            body = await self._parsed(caller.id, content, kind)
-            known["asked"] = _asked(body)
+            body = await self._parsed(caller, content, kind)
+            known.asked = _asked(body)
             caller = self._identify(headers, known)  # once more: the release may have changed meanwhile
             coefficients = await self._coefficients(caller, body.model, body.preferences)
             job = self._sized(caller, body, coefficients)
@@ -134,20 +139,30 @@ class AdmissionController:
         left = self._rates.headers(caller.id, caller.allowance)
         return AdmittedRequest(caller, body, job, seconds, reservation, place, prompt_tokens, left)
 
-    async def _parsed(self, caller: str, content: bytes, kind: type[B]) -> B:
+    async def _parsed(self, caller: Caller, content: bytes, kind: type[B]) -> B:
+        most = self._most_ids(caller)
         if len(content) <= INLINE_BYTES:
-            return parse_body(content, kind)
-        return await self._parsing.run(caller, parse_body, content, kind)
+            return parse_body(content, kind, most)
+        return await self._parsing.run(caller.id, parse_body, content, kind, most)
+
+    def _most_ids(self, caller: Caller) -> MostIds:
+        """What prompts of token ids can have: more would be refused after it was parsed and sent to a replica."""
+        one = _least(caller.release.context, self._prompt_tokens(caller))
+        answers = _least(self._config.limits.answers, caller.allowance.answers)
+        return MostIds(one, one * answers if one and answers else None)
+
+    def _prompt_tokens(self, caller: Caller) -> int | None:
+        return _least(self._config.limits.prompt_tokens, caller.allowance.prompt_tokens)
 
     def _cost(self, content: bytes, error: ApiError) -> int:
-        """Tokens that a refused request counts for: those of its body."""
+        """Tokens that a refused request is charged: those of its body."""
         size = self._config.limits.body_bytes if error.status == 413 else len(content)
         return size // BYTES_PER_TOKEN + 1
 
-    def _admitted(self, known: Mapping[str, Any], coefficients: Coefficients, reservation: Reservation) -> None:
+    def _admitted(self, known: AuditEntry, coefficients: Coefficients, reservation: Reservation) -> None:
         below = any(eta < self._config.floors.get(name, -math.inf) for name, eta in coefficients)
-        if not self._audit.write(**known, decision="admitted", below_floor=below) and below:
-            # Whoever goes below a floor leaves a trace, or does not go.
+        if not self._audit.admitted(known, below_floor=below) and below:
+            # Without a record there is no answer below a floor.
             reservation.settle(0)
             raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
 
@@ -157,7 +172,7 @@ class AdmissionController:
         try:
             caller = self._identify(headers, known)
             if model is not None:
-                known["asked"] = {"model": model[:LONGEST_NAME]}
+                known.asked = Asked(model=model[:LONGEST_NAME])
                 await self._coefficients(caller, model, None)
         except ApiError as error:
             self._refused(known, error)
@@ -179,10 +194,10 @@ class AdmissionController:
 
     # --- who ---------------------------------------------------------------------------------------------------------
 
-    def _identify(self, headers: Headers, known: dict[str, Any]) -> Caller:
+    def _identify(self, headers: Headers, known: AuditEntry) -> Caller:
         secret, release = self._secret(headers), self.release
         if self._keys is None or secret is None:
-            known["caller"] = ANONYMOUS
+            known.caller = ANONYMOUS
             if not self._config.anonymous.allowed:
                 raise _no_entry("this server asks for a key: Authorization: Bearer <key>")
             return Caller(ANONYMOUS, self._config.anonymous, release.policy, release)
@@ -192,7 +207,7 @@ class AdmissionController:
             raise ApiError(503, "the server cannot check keys now; try again", code="unavailable") from None
         if key is None:
             raise _no_entry("this key is not known here; check it, or ask the operator for one")
-        known["caller"] = key.id
+        known.caller = key.id
         if key.revoked is not None:
             raise _no_entry("this key was revoked; ask the operator for another")
         try:
@@ -202,7 +217,7 @@ class AdmissionController:
             raise ApiError(503, "this key does not fit what is served now; tell the operator") from None
 
     def _secret(self, headers: Headers) -> str | None:
-        """What the caller presents as its key, None for nothing. What that is worth is another question."""
+        """The key that the caller sends, None for none. It is not checked here."""
         given = headers.getlist("authorization")
         if self._keys is None or not given:
             return None
@@ -221,7 +236,8 @@ class AdmissionController:
     # --- what --------------------------------------------------------------------------------------------------------
 
     async def _coefficients(self, caller: Caller, model: str, preferences: Mapping[str, float] | None) -> Coefficients:
-        """What the caller asks for, by preset or by name. Raises ApiError where that is not served or not allowed."""
+        """The coefficients that the caller asks for, by preset or by name. Raises ApiError where they are not served or
+        not allowed."""
         name, at, preset = model.partition("@")
         if name != self._config.model or (at and not preset):
             raise no_model(model, [self._config.model])
@@ -262,10 +278,8 @@ class AdmissionController:
         return version
 
     def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> GenerationRequest:
-        limits = self._config.limits
-        prompt_tokens = _least(limits.prompt_tokens, caller.allowance.prompt_tokens)
-        job = body.job(coefficients, prompt_tokens)
-        most = _least(limits.answers, caller.allowance.answers)
+        job = body.job(coefficients, self._prompt_tokens(caller))
+        most = _least(self._config.limits.answers, caller.allowance.answers)
         if most is not None and job.answers > most:
             raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.sampling.n}: at most {most} answers", param="n")
         longest, asked = self._config.engine.max_new_tokens, job.sampling.max_tokens or 0
@@ -274,10 +288,10 @@ class AdmissionController:
             raise ApiError(400, f"{param}: {asked} is more than {longest}", param=param)
         return replace(job, release=caller.release.id, caller=caller.id, id=uuid.uuid4().hex)
 
-    def _refused(self, known: Mapping[str, Any], error: ApiError) -> None:
+    def _refused(self, known: AuditEntry, error: ApiError) -> None:
         if error.status < 500:
             message = error.error.message if error.error.code else None  # others may quote the body
-            self._audit.write(**known, decision="refused", status=error.status, code=error.error.code, reason=message)
+            self._audit.refused(known, error.status, error.error.code, message)
 
 
 def _no_entry(message: str) -> ApiError:
@@ -301,15 +315,17 @@ def _about(prompt: Prompt) -> int:
     return sum(_about(part["content"]) for part in prompt if not isinstance(part, int))
 
 
-def _of_request(route: str, headers: Headers) -> dict[str, Any]:
+def _of_request(route: str, headers: Headers) -> AuditEntry:
     """What the audit keeps of a request's head."""
-    return {"request": headers.get("x-request-id", "")[:LONGEST_NAME], "route": route[:LONGEST_NAME]}
+    return AuditEntry(request=headers.get("x-request-id", "")[:LONGEST_NAME], route=route[:LONGEST_NAME])
 
 
-def _asked(body: Body) -> dict[str, Any]:
-    """What the audit keeps of a body: names and numbers, nothing of the prompt."""
+def _asked(body: Body) -> Asked:
+    """What the audit keeps of a body."""
     named = list((body.preferences or {}).items())
-    preferences: dict[str, Any] = {name[:LONGEST_NAME]: eta for name, eta in named[:MOST_NAMED]}
+    preferences = {name[:LONGEST_NAME]: eta for name, eta in named[:MOST_NAMED]}
     n = body.n if "n" in body.model_fields_set else None
-    asked = {"model": body.model, "preferences": preferences, "n": n, "max_tokens": body.new_tokens}
-    return asked | ({"more_preferences": len(named) - MOST_NAMED} if len(named) > MOST_NAMED else {})
+    asked = Asked(model=body.model, preferences=preferences, n=n, max_tokens=body.new_tokens)
+    if len(named) > MOST_NAMED:
+        asked.more_preferences = len(named) - MOST_NAMED
+    return asked

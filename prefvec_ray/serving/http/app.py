@@ -7,63 +7,43 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 """
 
 import asyncio
-import contextlib
 import hashlib
-import logging
-import secrets
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from openai.types import Model
 from pydantic.json_schema import models_json_schema
 from ray import serve
-from ray.exceptions import RayActorError, RayError
 from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry
-from prefvec_ray.serving.access.errors import ApiError, answer_in_openai_form, explained, one_line
+from prefvec_ray.serving.access.errors import ApiError, answer_in_openai_form
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.http.admission import AdmissionController, AdmittedRequest
-from prefvec_ray.serving.http.openai_protocol import (
-    B,
-    ChatBody,
-    ModelList,
-    PreferencesCard,
-    PresetCard,
-    ResponseBuilder,
-    TextBody,
-    VectorCard,
-    error_event,
-    model_card,
-)
+from prefvec_ray.serving.http.admission import AdmissionController
+from prefvec_ray.serving.http.answering import Answering
+from prefvec_ray.serving.http.cards import Health, ModelList, PreferencesCard, model_card, preferences_card
+from prefvec_ray.serving.http.openai_protocol import B, ChatBody, TextBody
 from prefvec_ray.serving.http.page import PAGE_HEADERS
 from prefvec_ray.serving.http.page import router as page
 from prefvec_ray.serving.http.reference import render
-from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics, RequestMetrics
+from prefvec_ray.serving.metrics import FrontMetrics
 from prefvec_ray.serving.release.records import ServingRecords
 from prefvec_ray.serving.release.release import Release, resolve_release
 from prefvec_ray.serving.release.rollout import ReleaseBook, RollOut
 from prefvec_ray.serving.release.routing import SettingRouter
-from prefvec_ray.serving.replay import Replay
-from prefvec_ray.serving.request import Event, GenerationRequest, Started
-
-log = logging.getLogger("ray.serve")
 
 HEALTH_SECONDS = 5.0
-MOST_DEATHS = 3
-"""replicas that may die under one stream before it is broken off"""
-SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class _Api(FastAPI):
@@ -102,40 +82,9 @@ def _takes(model: type[ChatBody | TextBody]) -> dict[str, Any]:
 # serve.ingress copies the class by value: what its methods use must be defined above it.
 
 
-async def _next(items: DeploymentResponseGenerator[Any], deadline: float) -> Any:
-    """The next item, None at the end; TimeoutError at the deadline, by the event loop's clock."""
-    async with asyncio.timeout_at(deadline):
-        return await anext(items, None)
-
-
 def _route(request: HttpRequest) -> str:
     """The path without the prefix under which Serve runs the application."""
     return request.url.path.removeprefix(request.scope.get("root_path", ""))
-
-
-def _stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> None:
-    """End a call's work on its replica. Where no replica took the call, `cancel` raises the reason once more."""
-    with contextlib.suppress(RayServeException, RayError):
-        call.cancel()
-
-
-def _unanswered(entry: AdmittedRequest, error: Exception, measure: RequestMetrics) -> ApiError:
-    """Why there is no answer. What its sender could have known counts for the prompts, which were read all the same;
-    what was worked on until the deadline counts in full; what the server could not do, for nothing."""
-    told = explained(error)
-    measure.ended(told.status, 0)
-    entry.end(None if told.status == 504 else entry.prompt_tokens if told.status < 500 else 0)
-    return told
-
-
-async def _begun(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """All of a stream whose first part was taken already."""
-    try:
-        yield first
-        async for part in rest:
-            yield part
-    finally:
-        await rest.aclose()
 
 
 @serve.ingress(api)
@@ -151,7 +100,7 @@ class Front:
         self._records = ServingRecords(registry, release.deployment)
         self._records.hold(self._release_of)
         self._metrics = FrontMetrics(config.model)
-        self._charging: set[asyncio.Task[None]] = set()
+        self._answering = Answering(replicas, self._records)
         self._metrics.serves(self._release_of.generation)
         self._rollout = RollOut(config, registry, book, self._admission, self._records, replicas)
         if config.follow_seconds:
@@ -199,37 +148,10 @@ class Front:
     async def preferences(self, request: HttpRequest) -> PreferencesCard:
         caller = await self._admission.identify("/v1/preferences", request.headers)
         presets = await asyncio.to_thread(self._admission.presets, caller)
-        # One release for all of it: a roll-out may bring the next one while the presets are read.
-        ranges, release = caller.policy.ranges, caller.release
-        return PreferencesCard(
-            model=self._config.model,
-            base_fingerprint=release.base_fingerprint,
-            coefficients=caller.allowance.coefficients,
-            preferences=[
-                VectorCard(
-                    preference=name,
-                    vector=vector.ref,
-                    digest=vector.digest,
-                    metrics=dict(vector.metrics),
-                    **ranges[name].model_dump(),
-                )
-                for name, vector in release.vectors.items()
-            ],
-            presets=[
-                PresetCard(
-                    model=f"{self._config.model}@{name}",
-                    version=preset.version,
-                    preferences=dict(coefficients),
-                    fingerprint=release.fingerprint(coefficients),
-                    metrics=preset.metrics,
-                    reason=preset.reason,
-                )
-                for name, (preset, coefficients) in presets.items()
-            ],
-        )
+        return preferences_card(self._config.model, caller, presets)
 
     @api.get("/healthz")
-    async def health(self) -> dict[str, Any]:
+    async def health(self) -> Health:
         """200 while every replica answers, with their engines' counters; asked past the queue, so also under load."""
         try:
             replicas = await self._replicas.broadcast("status").results_async(timeout_s=HEALTH_SECONDS)
@@ -239,7 +161,7 @@ class Front:
             raise ApiError(503, "a replica does not answer", code="unavailable") from error
         if not replicas and self._config.replicas.min:
             raise ApiError(503, "no replica is running", code="unavailable")
-        return {"status": "ok" if replicas else "idle", "replicas": replicas}
+        return Health(status="ok" if replicas else "idle", replicas=replicas)
 
     async def _complete(self, request: HttpRequest, kind: type[B]) -> Response:
         async def read() -> bytes:
@@ -252,137 +174,7 @@ class Front:
             self._metrics.refused(error.status)
             raise
         measure = self._metrics.admitted(entry.body.model, free=bool(entry.body.preferences))
-        deadline = began + entry.seconds
-        coefficients = entry.job.coefficients
-        fingerprint = entry.release.fingerprint(coefficients)
-        writer = ResponseBuilder(entry.body, coefficients, fingerprint)
-        if entry.body.stream:
-            return await self._stream(entry, writer, deadline, measure)
-        response = self._replicas.answer.remote(entry.job)
-        try:
-            async with asyncio.timeout_at(deadline):
-                prompt_tokens, answers = await response
-        except BaseException as error:  # also a cancelled request: its caller has gone
-            _stop(response)
-            if isinstance(error, Exception):
-                raise _unanswered(entry, error, measure) from error
-            measure.ended(HUNG_UP, 0)
-            self._charge_later(entry, entry.prompt_tokens)
-            raise
-        new_tokens = sum(len(answer.tokens) for answer in answers)
-        entry.end(prompt_tokens + new_tokens)
-        measure.ended(200, new_tokens)
-        self._note(entry)
-        whole = writer.whole(prompt_tokens, answers)
-        headers = {**entry.headers, **writer.headers()}
-        return Response(whole.model_dump_json(exclude_unset=True), 200, headers, "application/json")
-
-    def _note(self, entry: AdmittedRequest) -> None:
-        coefficients = entry.job.coefficients
-        self._records.note(entry.release.fingerprint(coefficients), entry.release, coefficients, entry.caller.id)
-
-    async def _stream(
-        self, entry: AdmittedRequest, writer: ResponseBuilder, deadline: float, measure: RequestMetrics
-    ) -> Response:
-        """Waits until the replica has accepted the job, so that what is wrong with it still gets its status code."""
-        # With a seed of its own, so that another replica could say the same (see _pieces).
-        job = entry.job
-        if job.sampling.seed is None:
-            job = replace(job, sampling=job.sampling.model_copy(update={"seed": secrets.randbits(63)}))
-        items = self._replicas.options(stream=True).stream.remote(job)
-        try:
-            started = await _next(items, deadline)
-        except BaseException as error:
-            _stop(items)
-            if isinstance(error, Exception):
-                raise _unanswered(entry, error, measure) from error
-            measure.ended(HUNG_UP, 0)
-            self._charge_later(entry, entry.prompt_tokens)
-            raise
-        calls = [items]
-        pieces = self._pieces(job, calls, deadline)
-        events = self._events(pieces, calls, entry, writer, started.prompt_tokens, measure)
-        # Begun here, so that it also ends, and its work with it, where the caller has gone before the first byte.
-        parts = _begun(await anext(events), events)
-        headers = {**entry.headers, **writer.headers(), **SSE_HEADERS}
-        return StreamingResponse(parts, 200, headers, "text/event-stream")
-
-    async def _pieces(
-        self, job: GenerationRequest, calls: list[DeploymentResponseGenerator[Any]], deadline: float
-    ) -> AsyncGenerator[list[Event]]:
-        """What the job's replica says; where that one dies, what another says from there on. `calls`: the first one,
-        and then those that were made."""
-        replay, deaths = Replay(), 0
-        while True:
-            try:
-                item = await _next(calls[-1], deadline)
-            except RayActorError:
-                deaths += 1
-                if deaths > MOST_DEATHS:
-                    raise
-                replay.again()
-                job = replace(job, resume_tokens=replay.tokens(job.answers))
-                calls.append(self._replicas.options(stream=True).stream.remote(job))
-                continue
-            if item is None:
-                return
-            if not isinstance(item, Started) and (new := replay.fresh(item)):
-                yield new
-
-    async def _events(
-        self,
-        pieces: AsyncGenerator[list[Event]],
-        calls: list[DeploymentResponseGenerator[Any]],
-        entry: AdmittedRequest,
-        writer: ResponseBuilder,
-        prompt_tokens: int,
-        measure: RequestMetrics,
-    ) -> AsyncGenerator[bytes]:
-        new_tokens, status = 0, HUNG_UP
-        try:
-            yield b"".join(writer.opening(entry.job.answers))
-            async for events in pieces:
-                measure.piece()
-                if not new_tokens:
-                    self._note(entry)
-                new_tokens += sum(len(piece.tokens) for _, piece in events)
-                yield b"".join(writer.piece(index, piece) for index, piece in events)
-            status = 200
-            yield b"".join(writer.closing(prompt_tokens, new_tokens))
-        except Exception as error:
-            told = explained(error)
-            status = told.status
-            yield error_event(told)
-        finally:  # also where the caller has gone: nothing more is generated for it
-            for call in calls:
-                _stop(call)
-            if status == 200:
-                entry.end(prompt_tokens + new_tokens)
-            else:
-                self._charge_later(entry, prompt_tokens)
-            measure.ended(status, new_tokens)
-            await pieces.aclose()
-
-    def _charge_later(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
-        """Count what was generated for a request that was broken off, also what its caller has not received. Only the
-        replica knows that, once it has stopped."""
-        if not entry.reservation.bins:  # its caller has no limit of tokens
-            entry.end(None)
-            return
-        task = asyncio.get_running_loop().create_task(self._charge(entry, prompt_tokens))
-        self._charging.add(task)
-        task.add_done_callback(self._charging.discard)
-
-    async def _charge(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
-        used = None
-        try:
-            asked = self._replicas.broadcast("spent", entry.job.id)
-            said = [each for each in await asked.results_async(timeout_s=HEALTH_SECONDS) if each is not None]
-            used = prompt_tokens + sum(said) if said else None
-        except Exception as error:
-            log.warning("what a broken-off request used is not known, it counts in full: %s", one_line(error))
-        finally:
-            entry.end(used)
+        return await self._answering.answer(entry, measure, began + entry.seconds)
 
     async def _body(self, request: HttpRequest) -> bytes:
         """The request's JSON text. Raises ApiError where it is too large or of another type."""
@@ -421,9 +213,8 @@ def application(config: ServingConfig, deployment: str) -> serve.Application:
     if config.engine.kind == "vllm" and find_spec("vllm") is None:
         raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
     release = replace(resolve_release(config), deployment=deployment)
-    AdmissionController(
-        config, release, open_registry(config.registry)
-    )  # keys and audit are looked at here, not once it is deployed
+    # Keys and audit are checked here, before anything is deployed.
+    AdmissionController(config, release, open_registry(config.registry))
     replica = serve.deployment(Replica, name=_replica_name(config, release)).options(**_scale(config))
     replicas = replica.bind(config, release, ReleaseBook(release.deployment))
     front = serve.deployment(Front, name="front").options(

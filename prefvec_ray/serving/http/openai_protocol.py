@@ -1,4 +1,4 @@
-"""The wire format: OpenAI's requests checked, OpenAI's objects built. Types of answers come from `openai`.
+"""OpenAI's protocol: models of its request bodies, and a builder of its responses, whose types come from `openai`.
 
 Request bodies are models of our own, because the `openai` package has only type hints for them; their field
 names are its names. A field of OpenAI's API that is not served here is refused, unless its value asks for
@@ -6,13 +6,12 @@ nothing, so that no caller believes in a setting that had no effect.
 """
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, TypeAlias, TypeVar
 
-from openai.types import Completion, CompletionChoice, CompletionUsage, Model
+from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types import completion_create_params as text_params
 from openai.types.chat import (
     ChatCompletion,
@@ -25,29 +24,18 @@ from openai.types.chat import (
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.engines.base import Coefficients, FinishReason, OutputDelta, TokenLogprob
 from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
+from prefvec_ray.serving.http.parsing import MOST_ITEMS
 from prefvec_ray.serving.request import GenerationRequest, Prompt
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
-LONGEST_ECHO = 100
 T = TypeVar("T")
 L = TypeVar("L", chat_completion.ChoiceLogprobs, chat_completion_chunk.ChoiceLogprobs)
 Some = Annotated[list[T], Field(min_length=1, fail_fast=True)]
-MOST_ITEMS = 1000
-"""in one list of a body, but for the ids of a prompt, which the model's context bounds"""
-MOST_FIELDS = 128
-"""in one object"""
-MOST_VALUES = 10_000
-"""lists, objects and what they hold, in all of a body, without the ids of prompts"""
-MOST_DEPTH = 32
-STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
-"""of JSON; one that does not end goes to the end of the body, so that a search takes one pass"""
-
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """fields for the provider's own book-keeping, which cannot change an answer here"""
 NOTHING: dict[str, Any] = {
@@ -101,7 +89,7 @@ class _Body(SharedParams, _Addressed):
         raise NotImplementedError
 
     def alternatives(self) -> int | None:
-        """How many of each position's likeliest tokens to tell; None: nothing about log-probabilities."""
+        """How many of each position's likeliest tokens to return; None: no log-probabilities at all."""
         raise NotImplementedError
 
     def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
@@ -148,9 +136,9 @@ class ChatBody(_Body):
     messages: list[Message] = Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     logprobs: bool | None = None
-    """tell the log-probability of every token of the answer"""
+    """return the log-probability of every token of the answer"""
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    """and of so many of the likeliest at its place"""
+    """and of this many of the likeliest tokens at its place"""
 
     @model_validator(mode="before")
     @classmethod
@@ -180,7 +168,7 @@ class TextBody(_Body):
 
     prompt: str | Some[str] | Some[Token] | Some[list[Token]]
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    """tell the log-probability of every token of the answer, and of so many of the likeliest at its place"""
+    """return the log-probability of every token of the answer, and of this many of the likeliest at its place"""
 
     def alternatives(self) -> int | None:
         return self.logprobs
@@ -312,122 +300,7 @@ def error_event(error: ApiError) -> bytes:
     return b"data: %s\n\n" % json.dumps(error.body()).encode()
 
 
-class VectorCard(BaseModel):
-    """One preference of `GET /v1/preferences`: what it is and what a caller may ask for."""
-
-    preference: str
-    vector: str
-    """name and version in the registry"""
-    digest: str
-    min: float
-    max: float
-    default: float
-    metrics: dict[str, Any]
-
-
-class PresetCard(BaseModel):
-    """One preset, under the model name that asks for it."""
-
-    model: str
-    version: int
-    preferences: dict[str, float]
-    fingerprint: str
-    metrics: dict[str, Any]
-    """the trade-off that was measured for it"""
-    reason: str
-
-
-class PreferencesCard(BaseModel):
-    """`GET /v1/preferences`: what the caller that asks may have."""
-
-    model: str
-    base_fingerprint: str
-    coefficients: Literal["free", "presets"]
-    """whether this caller may ask for coefficients of its own, or for presets only"""
-    preferences: list[VectorCard]
-    presets: list[PresetCard]
-
-
-class ModelList(BaseModel):
-    """`GET /v1/models`."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
-
-
-def model_card(name: str, created: int) -> Model:
-    return Model(id=name, created=created, object="model", owned_by="prefvec-ray")
-
-
 B = TypeVar("B", ChatBody, TextBody)
-
-
-def parse_body(content: bytes, model: type[B]) -> B:
-    """The checked request. Raises ApiError(400) that names the first thing wrong with it, never its whole content.
-
-    What it takes is bounded by the size of `content`: lengths are checked before fields, and a list's first wrong item
-    ends its check.
-    """
-    _bounded(content)
-    try:
-        body = model.model_validate_json(content)
-        # After the first parse, which bounds the depth.
-        json.loads(content, object_pairs_hook=_each_once, parse_int=str, parse_float=str)
-        return body
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])[:LONGEST_ECHO]
-    text = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        text = "unknown field; see the server's /docs for those that are served"
-    raise ApiError(
-        400, f"{where}: {text}" if where else text, param=str(problem["loc"][0])[:LONGEST_ECHO] if where else None
-    )
-
-
-def _bounded(content: bytes) -> None:
-    """Raises ApiError(400) where the body is no JSON, or has more items, fields, values or levels than any request."""
-    # Counted before anything is built of it: the parser holds the interpreter while it makes objects.
-    if content.count(b"{") + content.count(b"[") > MOST_VALUES:  # perhaps within texts
-        outline = STRING.sub(b"", content)
-        if outline.count(b"{") + outline.count(b"[") > MOST_VALUES:
-            raise _too_many(0, 0, "values")
-    try:
-        top = from_json(content)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {str(error)[:LONGEST_ECHO]}") from None
-    left, level = MOST_VALUES, [[top]]
-    for _ in range(MOST_DEPTH):
-        inner: list[Any] = []
-        for value in level:
-            items = list(value.values()) if isinstance(value, dict) else value
-            if isinstance(value, list) and set(map(type, value)) == {int}:
-                continue
-            most = MOST_FIELDS if isinstance(value, dict) else MOST_ITEMS
-            left -= len(items)
-            if len(items) > most or left < 0:
-                raise _too_many(len(items), most, "fields" if isinstance(value, dict) else "items")
-            inner += [item for item in items if isinstance(item, dict | list)]
-        if not inner:
-            return
-        level = inner
-    raise ApiError(400, f"the body is nested deeper than {MOST_DEPTH} levels; flatten it", code="too_large")
-
-
-def _too_many(found: int, most: int, what: str) -> ApiError:
-    if found > most:
-        message = f"the body has {found} {what} in one place; at most {most} are taken"
-    else:
-        message = f"the body has more than {MOST_VALUES} values; send fewer"
-    return ApiError(400, message, code="too_large")
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a name given twice, parsers take the first or the last: what one checked, another may not see."""
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        raise ApiError(400, "the body names a field twice in one object; name each once", code="duplicate_field")
-    return seen
 
 
 def _usage(prompt_tokens: int, new_tokens: int) -> CompletionUsage:

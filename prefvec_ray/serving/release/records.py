@@ -1,5 +1,5 @@
-"""What serving tells the registry: which versions it uses, so that none is collected, and what each fingerprint in an
-answer stands for, so that an answer can be traced back."""
+"""What serving records in the registry: which versions it uses, so that none is collected, and what each fingerprint
+stands for, so that an answer can be traced back."""
 
 import logging
 from collections import Counter

@@ -6,10 +6,11 @@ brings the next release to all of them, as another generation, and every request
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_registry, serving_fingerprint
 from prefvec_ray.serving.access.policy import Policy, no_way_around, policy_of
 from prefvec_ray.serving.config import ServingConfig
@@ -42,6 +43,8 @@ class Release:
     """the references that it was resolved from; None: the newest vectors of the base"""
     deployment: str = ""
     """that it is of"""
+    context: int | None = None
+    """the most tokens that a prompt can have with this base, where that is known without loading it"""
 
     @property
     def id(self) -> ReleaseId:
@@ -94,11 +97,24 @@ def resolve_release(config: ServingConfig) -> Release:
 
     if not config.base.is_dir():
         raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
-    return resolve(config, fingerprint(config.base), open_registry(config.registry))
+    release = resolve(config, fingerprint(config.base), open_registry(config.registry))
+    return replace(release, context=_context(config))
+
+
+def _context(config: ServingConfig) -> int | None:
+    """The engine's context: see `Release.context`."""
+    if config.engine.kind == "vllm":  # may extend a model's positions by settings of its own
+        longest = config.engine.vllm.get("max_model_len")
+        return longest if isinstance(longest, int) else None
+    from transformers import AutoConfig
+
+    from prefvec_ray.serving.engines.slots.cache import context_length
+
+    return context_length(from_pretrained(AutoConfig, config.base, local_files_only=True))
 
 
 def resolve(config: ServingConfig, base: str, registry: Registry) -> Release:
-    """`resolve_release` where the base's fingerprint is known."""
+    """`resolve_release` where the base's fingerprint is known; without its context."""
     if config.vectors is None:
         versions = newest_vectors(registry, base)
     else:

@@ -1,6 +1,6 @@
 """Rolling out a new release: to every replica, or to none before it can reach all.
 
-    prefvec serve-roll-out --config serve_configs/tiny.yaml        # a vector was published, or an alias was moved
+    prefvec roll-out --config serve_configs/tiny.yaml        # a vector was published, or an alias was moved
 
 Two phases. *Prepare*: every replica loads the new vectors beside the old ones and generates a token with them; if one
 cannot, the old release goes on. *Commit*: the release is written down under the next generation number, and requests
@@ -64,7 +64,7 @@ class ReleaseBook:
     def commit(self, release: Release) -> None:
         """From here on it is what restarted fronts and replicas begin with."""
         written = pickle.dumps(release)
-        self._write(str(release.generation), written)  # first, so that who hears of the number can read it
+        self._write(str(release.generation), written)  # first, so that whoever reads the number finds the release
         self._write("newest", written)
 
     def _read(self, key: str) -> Release | None:
@@ -134,10 +134,11 @@ class RollOut:
         async with self._one_at_a_time:
             before = self._admission.release
             found = await asyncio.to_thread(resolve, wanted, before.base_fingerprint, self._registry)
+            found = replace(found, deployment=before.deployment, context=before.context)
             if found.vectors == before.vectors and found.named == before.named:
                 return before
             await asyncio.to_thread(self._admission.check, found)
-            after = replace(found, deployment=before.deployment, generation=self._book.next_generation())
+            after = replace(found, generation=self._book.next_generation())
             await asyncio.to_thread(self._records.hold, before, after)
             try:
                 await self._prepared(after, before)
