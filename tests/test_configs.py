@@ -13,7 +13,7 @@ from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import ScorerRecipe
 from prefvec_ray.robustness.study import StudyConfig
 from prefvec_ray.scorers.train import ScorerTrainingConfig
-from prefvec_ray.search import EvalConfig, SearchConfig
+from prefvec_ray.search import EvalConfig, SearchJob
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import Checkpoint
@@ -26,7 +26,7 @@ PARAMETERS = {"Llama-3.2-3B": 3.21, "Llama-3.1-8B": 8.03, "Mistral-7B-v0.1": 7.2
 
 KINDS: dict[str, type[Any]] = {
     "eval": EvalConfig,
-    "search": SearchConfig,
+    "search": SearchJob,
     "pipeline": PipelineConfig,
     "classes": StudyConfig,
     "ladder": Ladder,
@@ -55,6 +55,25 @@ def test_a_config_is_read_by_its_model_and_by_no_other(path, environment):
     for other in {TrainingConfig, *KINDS.values()} - {kind(path)}:
         with pytest.raises(InputError):
             load_config(path, other)
+
+
+@pytest.mark.parametrize(
+    ("model", "old", "new"),
+    [
+        (EvalConfig, "draws", "samples_per_prompt"),
+        (SearchJob, "draws", "samples_per_prompt"),
+        (SearchJob, "report_draws", "report_samples_per_prompt"),
+        (PipelineConfig, "draws", "samples_per_prompt"),
+        (PipelineConfig, "search_draws", "search_samples_per_prompt"),
+    ],
+)
+def test_the_old_name_of_a_field_leads_to_the_new_one(model, old, new, tmp_path):
+    (tmp_path / "old.yaml").write_text(f"{old}: 2")
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "old.yaml", model)
+    assert f"unknown setting {old!r} is called {new!r} now" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert new in model.model_fields
 
 
 def test_an_unset_variable_is_named(monkeypatch):

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from prefvec_ray.artifacts.evaluation import Measured, ReportData, SeedResults, Setting
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.redact import redacted
-from prefvec_ray.evaluation import Setting, baselines, vector_settings
-from prefvec_ray.evaluation.results import Measured, ReportData, SeedResults
+from prefvec_ray.evaluation import baselines, vector_settings
 from prefvec_ray.scorers.base import safety_cards
 from prefvec_ray.search.config import EvalConfig
 from prefvec_ray.search.measure import measure
@@ -50,9 +50,7 @@ def evaluate_table(
 ) -> ReportData:
     """Measure a plan on the connected cluster; all of it is paired."""
     task, table, seed = plan
-    measured = measure(
-        task, [s.coefficients for s in table], actors=config.actors, resources=config.resources, progress=progress
-    )
+    measured = measure(task, [s.coefficients for s in table], config, progress=progress)
     metrics = task.metrics
     rows = [Measured(setting=setting, evaluation=e) for setting, e in zip(table, measured, strict=True)]
     goals = {name: name for name in config.vectors if name in metrics and metrics[name].direction is not None}

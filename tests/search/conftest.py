@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from prefvec_ray.evaluation import Evaluation
-from prefvec_ray.evaluation.evaluate import estimate
+from prefvec_ray.common.estimates import estimate
+from prefvec_ray.evaluation import Evaluation, Sampling
 from prefvec_ray.scorers import Metric, Scorer, scorer
 from prefvec_ray.search import Task
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
@@ -50,8 +50,7 @@ def task(tmp_path_factory, lengths) -> Task:
         vectors={"left": root / "left", "right": root / "right"},
         prompts=world.prompts("search")[:8],
         scorer=lengths,
-        draws=2,
-        max_new_tokens=12,
+        sampling=Sampling(samples_per_prompt=2, max_new_tokens=12),
     )
 
 
