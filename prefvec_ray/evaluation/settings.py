@@ -11,9 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from prefvec_ray.artifacts.training import MIXED
 from prefvec_ray.common.errors import InputError
 
-MIXED = "mixed"
 MAX_PREFERENCES = 6
 
 Kind = Literal["base", "single", "mixed", "control", "soup", "vectors"]
