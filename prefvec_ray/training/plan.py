@@ -6,7 +6,6 @@ alone.
 """
 
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from prefvec_ray.artifacts.training import RunResult, RunSpec
-from prefvec_ray.common.errors import JobError
+from prefvec_ray.common.errors import JobError, from_traceback
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
@@ -254,8 +253,7 @@ def failure_reason(error: Exception) -> str:
     """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     failures = failures or [error]
-    reason = _line(next(filter(_is_own, failures), failures[0]))
-    return re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+    return from_traceback(_line(next(filter(_is_own, failures), failures[0])))
 
 
 def _lines(error: Exception) -> list[str]:

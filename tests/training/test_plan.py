@@ -27,7 +27,7 @@ BUG = "Traceback:\n  ...\nKeyError: 'chosen'"
         ),
         ([RuntimeError(CLOSED), ActorDiedError()], True, ""),
         ([RuntimeError(CLOSED)], True, ""),
-        ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "RunStoppedError: loss is nan at step 3"),
+        ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "loss is nan at step 3"),
         ([RuntimeError(BUG)], False, "KeyError: 'chosen'"),
         ([KeyError("chosen")], False, "KeyError: 'chosen'"),
         ([OSError("no such file\nadvice")], False, "OSError: no such file"),
