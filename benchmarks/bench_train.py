@@ -134,7 +134,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     from datasets import load_from_disk
     from trl import DPOTrainer
 
-    from prefvec_ray.training.config import Method
+    from prefvec_ray.artifacts.training import Method
     from prefvec_ray.training.dpo import TokenizedDPOTrainer, dpo_config, reference_logps
     from prefvec_ray.training.model import load_model, load_tokenizer
 
@@ -200,7 +200,8 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
     entered = time.time()
     import transformers
 
-    from prefvec_ray.training.dpo import RunSpec, run_dpo
+    from prefvec_ray.artifacts.training import RunSpec
+    from prefvec_ray.training.dpo import run_dpo
     from prefvec_ray.training.workers import worker_setup
 
     worker_setup()
@@ -357,7 +358,7 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     job = {
         "base": str(folder / "base"),
         "scored": first.train[0],
-        "pairs": prepared[first.preference]["train"],
+        "pairs": prepared[first.preference].train,
         "dpo": recipe,
         "gpu": gpu,
         "tokens": tokens,

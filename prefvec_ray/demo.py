@@ -1,13 +1,15 @@
 """The mission from top to bottom: preference data in, a served answer with chosen coefficients out.
 
-`run_pipeline` is what `prefvec demo` runs on the embedded tiny world; read it first. Each stage is one call into the
-room that does the work. Stages that finished are kept (`stages.py`): an interrupted run goes on where it stopped, and a
-finished one only reports.
+`run_pipeline` is what `prefvec demo` runs on the embedded tiny world. Read it first: each stage is a method of `Demo`,
+in order, and a call into the package that does the work. Finished stages are cached (`common/stages.py`). Re-running
+resumes an interrupted demo, and only draws the report of a finished one.
 """
 
 import os
 import platform
 import socket
+from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -16,17 +18,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 from rich.console import Console
 
-from prefvec_ray.common.cluster import connect, progress_bar, raise_cause
+from prefvec_ray.artifacts.training import RunResult, TrainingSummary, vector_key
+from prefvec_ray.common.cluster import connect, progress_bar
 from prefvec_ray.common.config import Config
-from prefvec_ray.common.errors import JobError
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.paths import check_lasting, check_visible
 from prefvec_ray.common.redact import redacted
 from prefvec_ray.common.stages import ADVICE, Stages
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from openai import OpenAI
 
+    from prefvec_ray.artifacts.evaluation import Curve, ServedAnswer
     from prefvec_ray.search import Task
     from prefvec_ray.tiny_world import TinyWorld
     from prefvec_ray.training import TrainingConfig
@@ -82,73 +87,237 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     Returns:
         The report, `<folder>/report.md`; `report.html` and the plots lie beside it.
     """
-    from prefvec_ray.tiny_world import TinyWorld
-
     check_lasting(output=folder)
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    world = TinyWorld(config.world, config.seed)
-    training = training_config(config, folder)
+    demo = Demo(config, folder, console)
     stages = Stages(folder, console)
     run = stages.run
 
-    run("world", "Preference data of the tiny world", [config.world, config.seed], lambda: write_world(world, folder))
-    run("base", "Base model by supervised fine-tuning", None, lambda: train_base(world, folder, console))
-    recipe = training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
-    runs = run("training", "Reference log-probs, then DPO runs in parallel", recipe, lambda: train(training, console))
-    published = run("vectors", "Vectors into the registry", None, lambda: publish(training, runs, console))
+    run("world", "Preference data of the tiny world", [config.world, config.seed], demo.write_world)
+    run("base", "Base model by supervised fine-tuning", None, demo.train_base)
+    recipe = demo.training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
+    trained = run("training", "Reference log-probs, then DPO runs in parallel", recipe, demo.train)
+    runs = TrainingSummary.model_validate(trained)
+    published = run("vectors", "Vectors into the registry", None, lambda: demo.publish(runs))
     sampled = [config.samples_per_prompt, config.grid_steps]
-    run("evaluation", "Baselines and a grid over eta", sampled, lambda: evaluate(config, world, folder, console))
+    run("evaluation", "Baselines and a grid over eta", sampled, demo.evaluate)
     searched = [config.trials, config.search_samples_per_prompt, config.validity_floor]
-    found = run(
-        "search", "Coefficient search", searched, lambda: search(config, world, folder, runs, published, console)
-    )
-    run(
-        "serving",
-        "One endpoint, several settings",
-        SERVED,
-        lambda: serve(config, world, folder, published, found, console),
-    )
-    return report(config, folder, stages, console)
+    found = run("search", "Coefficient search", searched, lambda: demo.search(runs, published))
+    recommended = found["recommended"]
+    run("serving", "One endpoint, several settings", SERVED, lambda: demo.serve(published, recommended))
+    return demo.report(runs, stages)
 
 
-def training_config(config: PipelineConfig, folder: Path) -> "TrainingConfig":
-    """The demo's training job: both labels of one file of pairs, each its own preference."""
-    from prefvec_ray.training import PreferenceData, TrainingConfig
+@dataclass(frozen=True)
+class Demo:
+    """The stages of one run of the demo. What a stage returns is JSON, and what follows needs of it."""
 
-    pairs = PreferenceData(
-        data=str(folder / "world" / "preferences.jsonl"), test=str(folder / "world" / "preferences_test.jsonl")
-    )
-    return TrainingConfig(
-        name=folder.name,
-        output=folder.parent,
-        base=folder / "base",
-        preferences=dict.fromkeys(PREFERENCES, pairs),
-        dpo={**RECIPES[config.world], **config.dpo},
-        seeds=config.dpo_seeds,
-        mixed=True,
-    )
+    config: PipelineConfig
+    folder: Path
+    console: Console
 
+    @cached_property
+    def world(self) -> "TinyWorld":
+        from prefvec_ray.tiny_world import TinyWorld
 
-def write_world(world: "TinyWorld", folder: Path) -> dict[str, Any]:
-    world.write(folder / "world")
-    return {"preset": world.preset, "seed": world.seed}
+        return TinyWorld(self.config.world, self.config.seed)
 
+    @cached_property
+    def training(self) -> "TrainingConfig":
+        """The demo's training job: both labels of one file of pairs, each its own preference."""
+        from prefvec_ray.training import PreferenceData, TrainingConfig
 
-def train_base(world: "TinyWorld", folder: Path, console: Console) -> dict[str, Any]:
-    """The tiny world's base model, in Hugging Face format under `base/`."""
-    import ray
+        data = self.folder / "world"
+        pairs = PreferenceData(data=str(data / "preferences.jsonl"), test=str(data / "preferences_test.jsonl"))
+        return TrainingConfig(
+            name=self.folder.name,
+            output=self.folder.parent,
+            base=self.folder / "base",
+            preferences=dict.fromkeys(PREFERENCES, pairs),
+            dpo={**RECIPES[self.config.world], **self.config.dpo},
+            seeds=self.config.dpo_seeds,
+            mixed=True,
+        )
 
-    from prefvec_ray.common.scheduling import Waiting, check_room
-    from prefvec_ray.training.progress import follow, job_board
+    @property
+    def first_keys(self) -> dict[str, str]:
+        """The `vector_key` of each preference for the first DPO seed: what is searched and served."""
+        return {preference: vector_key(preference, self.config.dpo_seeds[0]) for preference in PREFERENCES}
 
-    connect(console)
-    check_room("fine-tuning", [{"CPU": 1}])
-    with job_board(folder / "base") as board:
-        job = ray.remote(num_cpus=1)(_fine_tune).remote(world.preset, world.seed, folder / "base", board)
-        wait = Waiting(console, "fine-tuning", [{"CPU": 1}])
-        with raise_cause(JobError):
-            return follow(job.future(), board, "base", "steps of fine-tuning", console, wait)
+    def write_world(self) -> dict[str, Any]:
+        self.world.write(self.folder / "world")
+        return {"preset": self.world.preset, "seed": self.world.seed}
+
+    def train_base(self) -> dict[str, Any]:
+        """The tiny world's base model, in Hugging Face format under `base/`."""
+        import ray
+
+        from prefvec_ray.common.scheduling import Waiting, check_room
+        from prefvec_ray.training.progress import follow, job_board
+
+        connect(self.console)
+        check_room("fine-tuning", [{"CPU": 1}])
+        out = self.folder / "base"
+        with job_board(out) as board:
+            job = ray.remote(num_cpus=1)(_fine_tune).remote(self.config.world, self.config.seed, out, board)
+            wait = Waiting(self.console, "fine-tuning", [{"CPU": 1}])
+            return follow(job.future(), board, "base", "steps of fine-tuning", self.console, wait)
+
+    def train(self) -> dict[str, Any]:
+        from prefvec_ray.registry import start_registry
+        from prefvec_ray.training import train_vectors
+
+        connect(self.console)
+        start_registry(self.training.store)  # a registry that another process writes to is found before training
+        return train_vectors(self.training).model_dump()
+
+    def publish(self, runs: TrainingSummary) -> dict[str, str]:
+        """Publish every vector; `helpful-s0` -> `helpful@1`. Those of the first seed become `production`."""
+        from prefvec_ray.registry import start_registry
+        from prefvec_ray.training import publish_vectors
+
+        connect(self.console)
+        registry = start_registry(self.training.store)
+        published = publish_vectors(runs, registry)
+        for key in self.first_keys.values():
+            name, number = published[key].split("@")
+            reason = f"the first DPO seed of {self.training.name}"
+            request = f"{self.training.name} {name}@{number}"
+            registry.set_alias(name, "production", int(number), reason, request=request)
+        return published
+
+    def evaluate(self) -> dict[str, Any]:
+        """Every baseline and the whole grid on the report prompts, for each DPO seed, into `evaluation/`."""
+        from prefvec_ray.artifacts.evaluation import Measured, SeedResults
+        from prefvec_ray.evaluation import baselines, grid, vector_settings
+        from prefvec_ray.evaluation.training_run import TrainingRun
+        from prefvec_ray.search import Processes, measure
+
+        connect(self.console)
+        config = self.config
+        table = [*baselines(PREFERENCES), *vector_settings(PREFERENCES)]
+        points = grid(PREFERENCES, steps=config.grid_steps)
+        out = self.folder / "evaluation"
+        out.mkdir(exist_ok=True)
+        for seed in config.dpo_seeds:
+            task = self._task("report", TrainingRun(self.folder).vectors(seed), config.samples_per_prompt)
+            settings = [*(setting.coefficients for setting in table), *points]
+            with progress_bar(self.console, f"settings of seed {seed}") as show:
+                measured = measure(task, settings, Processes(actors=config.actors), progress=show)
+            rows = [Measured(setting=s, evaluation=e) for s, e in zip(table, measured, strict=False)]
+            results = SeedResults(seed=seed, table=rows, grid=measured[len(table) :])
+            (out / f"seed-{seed}.json").write_text(results.model_dump_json())
+        prompts, samples = len(self.world.prompts("report")), config.samples_per_prompt
+        return {"settings": len(table) + len(points), "prompts": prompts, "samples_per_prompt": samples}
+
+    def search(self, runs: TrainingSummary, published: dict[str, str]) -> dict[str, Any]:
+        """Search on the search prompts, confirm on the report prompts, publish presets with what was measured there."""
+        from prefvec_ray.registry import start_registry
+        from prefvec_ray.search import SearchConfig, search
+        from prefvec_ray.search.confirmation import publish_presets, report_search, report_task
+        from prefvec_ray.search.presets import default_rules
+        from prefvec_ray.search.progress import show_progress
+
+        connect(self.console)
+        config, out = self.config, self.folder / "search"
+        vectors = {preference: Path(runs.vectors[key]) for preference, key in self.first_keys.items()}
+        task = self._task("search", vectors, config.search_samples_per_prompt)
+        unseen = report_task(task, self.world.prompts("report"), config.samples_per_prompt)
+        options = SearchConfig(
+            objectives=list(PREFERENCES),
+            limits={"valid": config.validity_floor},
+            trials=config.trials,
+            actors=config.actors,
+            seed=config.seed,
+            control_steps=0,  # the control curves are those of the evaluation's grid
+        )
+        with progress_bar(self.console, "settings measured") as show:
+            result = search(task, options, out, progress=show_progress(self.console, show))
+        summary = report_search(result, unseen, default_rules(result.goal), options)
+        refs = {preference: published[key] for preference, key in self.first_keys.items()}
+        summary = publish_presets(summary, result, unseen, start_registry(self.training.store), refs)
+        for preset in summary.presets:
+            line = f"   {preset.name} {preset.coefficients}: {preset.verdict} on the report prompts"
+            self.console.print(line, soft_wrap=True)
+        (out / "summary.json").write_text(summary.model_dump_json())
+        return {"recommended": summary.recommended, "preset": summary.preset}
+
+    def _task(self, split: Literal["search", "report"], vectors: dict[str, Path], samples: int) -> "Task":
+        """The tiny world's prompts and exact scores as a task for measuring and for searching."""
+        from prefvec_ray.evaluation import Sampling
+        from prefvec_ray.scorers import TinyWorldScorer
+        from prefvec_ray.search import Task
+
+        return Task(
+            base=self.folder / "base",
+            vectors=vectors,
+            prompts=self.world.prompts(split),
+            scorer=TinyWorldScorer(self.world),
+            sampling=Sampling(samples_per_prompt=samples, max_new_tokens=64),
+        )
+
+    def serve(self, published: dict[str, str], recommended: dict[str, float] | None) -> list[dict[str, Any]]:
+        """Ask one endpoint the same questions at several settings with the `openai` client; print the answers."""
+        from openai import OpenAI
+
+        from prefvec_ray.serving import ServingConfig, start, stop
+
+        connect(self.console)
+        serving = ServingConfig(
+            model="tiny",
+            base=self.folder / "base",
+            registry=self.training.store,
+            vectors={preference: published[key] for preference, key in self.first_keys.items()},
+        )
+        settings = SERVED | ({"recommended": recommended} if recommended else {})
+        prompts = {prompt.kind: prompt.text for prompt in self.world.prompts("report")}  # one of each kind
+        # An endpoint of its own: whatever else this cluster serves is left alone.
+        name = f"demo-{blake2b(str(self.folder).encode(), digest_size=4).hexdigest()}"
+        client = OpenAI(base_url=start(serving, port=_free_port(), name=name, replace=True), api_key="none")
+        try:
+            answers = [
+                _ask(client, prompt, setting, coefficients, self.config.seed)
+                for prompt in prompts.values()
+                for setting, coefficients in settings.items()
+            ]
+        finally:
+            stop(name)
+        _print_answers(answers, settings, self.console)
+        return [answer.model_dump() for answer in answers]
+
+    def report(self, runs: TrainingSummary, stages: Stages) -> Path:
+        """Draw the report from what the stages left; it can be drawn again at any time."""
+        from prefvec_ray.artifacts.evaluation import ReportData, SearchSummary, SeedResults
+        from prefvec_ray.evaluation.control import check_claims
+        from prefvec_ray.reports.report import write_report
+        from prefvec_ray.scorers import TinyWorldScorer
+        from prefvec_ray.scorers.base import safety_cards
+
+        config, out = self.config, self.folder / "evaluation"
+        data = ReportData(
+            title=f"Preference vectors on the {config.world} world",
+            objectives={p: p for p in PREFERENCES},
+            metrics=dict(TinyWorldScorer.metrics),
+            cards=safety_cards(TinyWorldScorer(self.world)),
+            seeds=[read_model(out / f"seed-{seed}.json", SeedResults, ADVICE) for seed in config.dpo_seeds],
+            curves=[_curve(run) for run in runs.runs],
+            search=read_model(self.folder / "search" / "summary.json", SearchSummary, ADVICE),
+            served=stages.results["serving"],
+            validity_floor=config.validity_floor,
+            stages=stages.seconds,
+            machine={"cores": os.cpu_count() or 0, "system": platform.platform(), "python": platform.python_version()},
+            versions={name: version(name) for name in LIBRARIES},
+            config=redacted(config.model_dump()),
+        )
+        write_report(self.folder, data)
+        claims = check_claims(data)
+        failing = [f"seed {seed}: {claim.text} ({claim.evidence})" for seed, claim in claims if not claim.holds]
+        seconds = sum(stages.seconds.values())
+        self.console.print(f"{len(claims) - len(failing)} of {len(claims)} claims hold; {seconds:.0f} s in all")
+        for line in failing:
+            self.console.print(f"   [red]does not hold[/red] {line}")
+        return self.folder / "report.md"
 
 
 def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
@@ -156,7 +325,7 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
     import torch
 
     from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
-    from prefvec_ray.training.base import sft
+    from prefvec_ray.tiny_world.base_model import fine_tune
     from prefvec_ray.vectors import fingerprint
 
     check_visible(out.parent / "world")
@@ -170,160 +339,29 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
         if step % 20 == 0:
             board.update.remote("base", {"step": step, "total": total, "loss": loss})
 
-    loss = sft(model, tokenizer, world.sft_examples(), seed=seed, progress=progress)
+    loss = fine_tune(model, tokenizer, world.sft_examples(), seed=seed, progress=progress)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {"loss": loss, "parameters": model.num_parameters(), "fingerprint": fingerprint(out)}
 
 
-def train(training: "TrainingConfig", console: Console) -> dict[str, Any]:
-    from prefvec_ray.registry import start_registry
-    from prefvec_ray.training import train_vectors
+def _ask(client: "OpenAI", prompt: str, setting: str, coefficients: dict[str, float], seed: int) -> "ServedAnswer":
+    from prefvec_ray.artifacts.evaluation import ServedAnswer
 
-    connect(console)
-    start_registry(training.store)  # a registry that another process writes to is found before anything is trained
-    return train_vectors(training)
-
-
-def publish(training: "TrainingConfig", runs: dict[str, Any], console: Console) -> dict[str, str]:
-    """Publish every vector; `helpful-s0` -> `helpful@1`. Those of the first seed become `production`."""
-    from prefvec_ray.registry import start_registry
-    from prefvec_ray.training import publish_vectors
-
-    connect(console)
-    registry = start_registry(training.store)
-    published = publish_vectors(runs, registry)
-    for preference in PREFERENCES:
-        name, number = published[f"{preference}-s{training.seeds[0]}"].split("@")
-        reason = f"the first DPO seed of {training.name}"
-        registry.set_alias(name, "production", int(number), reason, request=f"{training.name} {name}@{number}")
-    return published
-
-
-def evaluate(config: PipelineConfig, world: "TinyWorld", folder: Path, console: Console) -> dict[str, Any]:
-    """Every baseline and the whole grid on the report prompts, for each DPO seed, into `evaluation/`."""
-    from prefvec_ray.artifacts.evaluation import Measured, SeedResults
-    from prefvec_ray.evaluation import baselines, grid, vector_settings
-    from prefvec_ray.evaluation.training_run import TrainingRun
-    from prefvec_ray.search import Processes, measure
-
-    connect(console)
-    table = [*baselines(PREFERENCES), *vector_settings(PREFERENCES)]
-    points = grid(PREFERENCES, steps=config.grid_steps)
-    (folder / "evaluation").mkdir(exist_ok=True)
-    for seed in config.dpo_seeds:
-        with progress_bar(console, f"settings of seed {seed}") as tell:
-            measured = measure(
-                measuring(world, "report", folder, TrainingRun(folder).vectors(seed), config.samples_per_prompt),
-                [*(setting.coefficients for setting in table), *points],
-                Processes(actors=config.actors),
-                progress=tell,
-            )
-        rows = [Measured(setting=s, evaluation=e) for s, e in zip(table, measured, strict=False)]
-        results = SeedResults(seed=seed, table=rows, grid=measured[len(table) :])
-        (folder / "evaluation" / f"seed-{seed}.json").write_text(results.model_dump_json())
-    prompts = len(world.prompts("report"))
-    return {"settings": len(table) + len(points), "prompts": prompts, "samples_per_prompt": config.samples_per_prompt}
-
-
-def measuring(
-    world: "TinyWorld", split: Literal["search", "report"], folder: Path, vectors: dict[str, Path], samples: int
-) -> "Task":
-    """The tiny world's prompts and exact scores as a task for measuring and for searching."""
-    from prefvec_ray.evaluation import Sampling
-    from prefvec_ray.scorers import TinyWorldScorer
-    from prefvec_ray.search import Task
-
-    return Task(
-        base=folder / "base",
-        vectors=vectors,
-        prompts=world.prompts(split),
-        scorer=TinyWorldScorer(world),
-        sampling=Sampling(samples_per_prompt=samples, max_new_tokens=64),
-    )
-
-
-def search(
-    config: PipelineConfig,
-    world: "TinyWorld",
-    folder: Path,
-    runs: dict[str, Any],
-    published: dict[str, str],
-    console: Console,
-) -> dict[str, Any]:
-    """Search on the search prompts, confirm on the report prompts, publish presets with what was measured there."""
-    from prefvec_ray.registry import start_registry
-    from prefvec_ray.search import SearchConfig
-    from prefvec_ray.search import search as run_search
-    from prefvec_ray.search.confirmation import publish_presets, report_search, report_task
-    from prefvec_ray.search.presets import default_rules
-    from prefvec_ray.search.progress import show_progress
-
-    connect(console)
-    seed = config.dpo_seeds[0]
-    vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
-    task = measuring(world, "search", folder, vectors, config.search_samples_per_prompt)
-    unseen = report_task(task, world.prompts("report"), config.samples_per_prompt)
-    options = SearchConfig(
-        objectives=list(PREFERENCES),
-        limits={"valid": config.validity_floor},
-        trials=config.trials,
-        actors=config.actors,
-        seed=config.seed,
-        control_steps=0,  # the control curves are those of the evaluation's grid
-    )
-    with progress_bar(console, "settings measured") as tell:
-        result = run_search(task, options, folder / "search", progress=show_progress(console, tell))
-    summary = report_search(result, unseen, default_rules(result.goal), options)
-    refs = {p: published[f"{p}-s{seed}"] for p in PREFERENCES}
-    summary = publish_presets(summary, result, unseen, start_registry(folder / "registry"), refs)
-    for preset in summary.presets:
-        console.print(f"   {preset.name} {preset.coefficients}: {preset.verdict} on the report prompts", soft_wrap=True)
-    (folder / "search" / "summary.json").write_text(summary.model_dump_json())
-    return {"recommended": summary.recommended, "preset": summary.preset}
-
-
-def serve(
-    config: PipelineConfig,
-    world: "TinyWorld",
-    folder: Path,
-    published: dict[str, str],
-    found: dict[str, Any],
-    console: Console,
-) -> list[dict[str, Any]]:
-    """Ask one endpoint the same questions at several settings with the `openai` client; print the answers."""
-    from openai import OpenAI
-
-    from prefvec_ray.serving import ServingConfig, start, stop
-
-    connect(console)
-    seed = config.dpo_seeds[0]
-    serving = ServingConfig(
+    completion = client.chat.completions.create(
         model="tiny",
-        base=folder / "base",
-        registry=str(folder / "registry"),
-        vectors={p: published[f"{p}-s{seed}"] for p in PREFERENCES},
+        messages=[{"role": "user", "content": prompt}],
+        temperature=0.7,
+        seed=seed,
+        max_tokens=64,
+        extra_body={"preferences": coefficients},
     )
-    settings = dict(SERVED)
-    if found["recommended"]:
-        settings["recommended"] = found["recommended"]
-    # An endpoint of its own: whatever else this cluster serves is left alone.
-    name = f"demo-{blake2b(str(folder).encode(), digest_size=4).hexdigest()}"
-    client = OpenAI(base_url=start(serving, port=_free_port(), name=name, replace=True), api_key="none")
-    try:
-        return _ask(client, {prompt.kind: prompt.text for prompt in world.prompts("report")}, settings, config, console)
-    finally:
-        stop(name)
+    answer = completion.choices[0].message.content or ""
+    return ServedAnswer(prompt=prompt, setting=setting, coefficients=coefficients, answer=answer)
 
 
-def _ask(
-    client: "OpenAI",
-    prompts: dict[str, str],
-    settings: dict[str, dict[str, float]],
-    config: PipelineConfig,
-    console: Console,
-) -> list[dict[str, Any]]:
-    """One answer to every prompt at every setting, in a table and as rows."""
+def _print_answers(answers: "Sequence[ServedAnswer]", settings: dict[str, dict[str, float]], console: Console) -> None:
+    """A table: a row for each prompt, a column for each setting."""
     from rich.table import Table
 
     table = Table(title="One endpoint, coefficients per request", title_justify="left", show_lines=True)
@@ -331,73 +369,24 @@ def _ask(
     for name, coefficients in settings.items():
         values = ", ".join(f"{p} {eta:.2g}" for p, eta in coefficients.items())
         table.add_column(f"{name}\n{values}")
-    answers = []
-    for prompt in prompts.values():
-        row = [prompt]
-        for name, coefficients in settings.items():
-            completion = client.chat.completions.create(
-                model="tiny",
-                messages=[{"role": "user", "content": prompt}],
-                temperature=0.7,
-                seed=config.seed,
-                max_tokens=64,
-                extra_body={"preferences": coefficients},
-            )
-            text = completion.choices[0].message.content or ""
-            answers.append({"prompt": prompt, "setting": name, "coefficients": coefficients, "answer": text})
-            row.append(text)
-        table.add_row(*row)
+    for start in range(0, len(answers), len(settings)):
+        row = answers[start : start + len(settings)]
+        table.add_row(row[0].prompt, *(answer.answer for answer in row))
     console.print(table)
-    return answers
 
 
-def report(config: PipelineConfig, folder: Path, stages: Stages, console: Console) -> Path:
-    """Draw the report from what the stages left; it can be drawn again at any time."""
-    from prefvec_ray.artifacts.evaluation import Curve, ReportData, SearchSummary, SeedResults
-    from prefvec_ray.evaluation.control import check_claims
-    from prefvec_ray.reports.report import write_report
-    from prefvec_ray.scorers import TinyWorldScorer
-    from prefvec_ray.scorers.base import safety_cards
-    from prefvec_ray.tiny_world import TinyWorld
+def _curve(run: RunResult) -> "Curve":
+    from prefvec_ray.artifacts.evaluation import Curve
 
-    runs = stages.results["training"]["runs"]
-    data = ReportData(
-        title=f"Preference vectors on the {config.world} world",
-        objectives={p: p for p in PREFERENCES},
-        metrics=dict(TinyWorldScorer.metrics),
-        cards=safety_cards(TinyWorldScorer(TinyWorld(config.world, config.seed))),
-        seeds=[
-            read_model(folder / "evaluation" / f"seed-{seed}.json", SeedResults, ADVICE) for seed in config.dpo_seeds
-        ],
-        curves=[
-            Curve(
-                run=run["spec"]["key"],
-                preference=run["spec"]["preference"],
-                polarity=run["spec"]["polarity"],
-                seed=run["spec"]["seed"],
-                steps=[log["step"] for log in run["history"]],
-                loss=[log["loss"] for log in run["history"]],
-                accuracy=[log["accuracy"] for log in run["history"]],
-            )
-            for run in runs
-        ],
-        search=read_model(folder / "search" / "summary.json", SearchSummary, ADVICE),
-        served=stages.results["serving"],
-        validity_floor=config.validity_floor,
-        stages=stages.seconds,
-        machine={"cores": os.cpu_count() or 0, "system": platform.platform(), "python": platform.python_version()},
-        versions={name: version(name) for name in LIBRARIES},
-        config=redacted(config.model_dump()),
+    return Curve(
+        run=run.spec.key,
+        preference=run.spec.preference,
+        polarity=run.spec.polarity,
+        seed=run.spec.seed,
+        steps=[point.step for point in run.history],
+        loss=[point.loss for point in run.history],
+        accuracy=[point.accuracy for point in run.history],
     )
-    write_report(folder, data)
-    claims = check_claims(data)
-    failing = [f"seed {seed}: {claim.text} ({claim.evidence})" for seed, claim in claims if not claim.holds]
-    console.print(
-        f"{len(claims) - len(failing)} of {len(claims)} claims hold; {sum(stages.seconds.values()):.0f} s in all"
-    )
-    for line in failing:
-        console.print(f"   [red]does not hold[/red] {line}")
-    return folder / "report.md"
 
 
 def _free_port() -> int:

@@ -37,7 +37,8 @@ class Commands(click.Group):
 
 def _report(error: InputError | JobError) -> NoReturn:
     bad_input = isinstance(error, InputError)
-    click.echo(f"{'error' if bad_input else 'failed'}: {error}", err=True)
+    message = getattr(error, "cause", error)  # where it was raised in another process, Ray's error is its traceback
+    click.echo(f"{'error' if bad_input else 'failed'}: {message}", err=True)
     sys.exit(2 if bad_input else 1)
 
 

@@ -8,8 +8,12 @@ import click
 from prefvec_ray.cli.shared import console, load
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Iterator, Mapping
 
+    from rich.console import Console
+    from rich.table import Table
+
+    from prefvec_ray.artifacts.training import PreparedPairs, TrainingSummary
     from prefvec_ray.training import TrainingConfig
 
 
@@ -35,78 +39,75 @@ def train_scorer(path: Path) -> None:
 
 def run_train(config: "TrainingConfig", console: "Console") -> None:
     """Train, publish, and show how the held-out pairs separate."""
-    from statistics import fmean
-
-    from rich.markup import escape
-    from rich.table import Table
-
     from prefvec_ray.common.cluster import connect
     from prefvec_ray.common.redact import source_name
     from prefvec_ray.common.scheduling import check_room
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors, train_vectors
-    from prefvec_ray.training.dpo import RunSpec
     from prefvec_ray.training.train import prepare_data
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
 
     config.check()
     connect(console)
-    if not (config.folder / "training.json").is_file():  # of a finished job nothing may be left to run
+    if not (config.folder / "training.json").is_file():  # a finished job may have nothing left to run
         check_room("a run", config.resources.bundles)
     prepared = prepare_data(config)
-    for name, data in prepared.items():
-        notes = "".join(f"; {note}" for note in data["notes"])
-        console.print(
-            f"{name}: {data['pairs']} pairs ({data['format']}), {data['test_pairs']} held out; format: {data['why']}"
-            f"{notes}",
-            soft_wrap=True,
-        )
-        for warning in data["warnings"]:
-            console.print(f"[yellow]warning[/]: {escape(warning)}", soft_wrap=True)
+    for line in _data_lines(prepared):
+        say(line)
     start_registry(config.store)  # a registry that another process writes to is found here, before anything is trained
     summary = train_vectors(config, prepared)
-    for name, parts in summary["left_out"].items():
+    for name, parts in summary.left_out.items():
         for part, count in parts.items():
             if count:
-                words = f"{name}: {count} {part} pairs left out, their prompt alone fills max_length"
-                console.print(f"{words} {config.dpo.get('max_length', 'of TRL')}", soft_wrap=True)
-    table = Table(title="Held-out pairs, never flipped: above 0.5 for +, below for -", title_justify="left")
-    columns = (
-        "run",
-        "pairs",
-        "loss, first → last fifth",
-        "accuracy",
-        "margin",
-        "Δ chosen",
-        "KL",
-        "held out",
-        "seconds",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column == "run")
-    for run in summary["runs"]:
-        losses = [log["loss"] for log in run["history"]]
-        fifth = max(1, len(losses) // 5)
-        for name, held_out in run["held_out"].items():
-            spec = RunSpec.model_validate(run["spec"])
-            table.add_row(
-                spec.label + (f" on {name}" if len(run["held_out"]) > 1 else ""),
-                str(run["pairs"]),
-                f"{fmean(losses[:fifth]):.3f} → {fmean(losses[-fifth:]):.3f}",
-                f"{held_out['accuracy']:.3f}",
-                f"{held_out['margin']:+.3f}",
-                f"{held_out['chosen_shift']:+.1f}",
-                "–" if run["kl"] is None else f"{run['kl']:.2f}",
-                str(held_out["pairs"]),
-                f"{run['seconds']:.0f}",
-            )
-    console.print(table)
-    console.print("Δ chosen: log-prob of the answer the data prefers, KL(base || run): nats an answer", soft_wrap=True)
-    console.print(
-        f"curves: {config.folder / 'training.png'}, tensorboard --logdir {config.folder / 'tensorboard'}",
-        soft_wrap=True,
-    )
+                limit = config.dpo.get("max_length", "of TRL")
+                say(f"{name}: {count} {part} pairs left out, their prompt alone fills max_length {limit}")
+    console.print(_runs_table(summary))
+    say("Δ chosen: log-prob of the answer the data prefers, KL(base || run): nats an answer")
+    say(f"curves: {config.folder / 'training.png'}, tensorboard --logdir {config.folder / 'tensorboard'}")
     registry = start_registry(config.store)  # again: it may have been stopped while the runs trained
     published = publish_vectors(summary, registry)
-    console.print(f"registry {source_name(str(config.store))}: {', '.join(published.values())}", soft_wrap=True)
-    console.print(f"on this cluster: --registry ray:{registry.name}", soft_wrap=True)
-    console.print(f"base to evaluate, export and serve with: {summary['base']}", soft_wrap=True)
+    say(f"registry {source_name(str(config.store))}: {', '.join(published.values())}")
+    say(f"on this cluster: --registry ray:{registry.name}")
+    say(f"base to evaluate, export and serve with: {summary.base}")
+
+
+def _data_lines(prepared: "Mapping[str, PreparedPairs]") -> "Iterator[str]":
+    """What was read of each preference and the warnings of its check, as lines with rich's markup."""
+    from rich.markup import escape
+
+    for name, data in prepared.items():
+        parts = [f"{name}: {data.pairs} pairs ({data.format}), {data.test_pairs} held out; format: {data.why}"]
+        yield escape("; ".join([*parts, *data.notes]))
+        for warning in data.warnings:
+            yield f"[yellow]warning[/]: {escape(warning)}"
+
+
+def _runs_table(summary: "TrainingSummary") -> "Table":
+    """A row for each run and held-out set."""
+    from statistics import fmean
+
+    from rich.table import Table
+
+    table = Table(title="Held-out pairs, never flipped: above 0.5 for +, below for -", title_justify="left")
+    columns = ("pairs", "loss, first → last fifth", "accuracy", "margin", "Δ chosen", "KL", "held out", "seconds")
+    table.add_column("run", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for run in summary.runs:
+        losses = [point.loss for point in run.history]
+        fifth = max(1, len(losses) // 5)
+        for name, held_out in run.held_out.items():
+            table.add_row(
+                run.spec.label + (f" on {name}" if len(run.held_out) > 1 else ""),
+                str(run.pairs),
+                f"{fmean(losses[:fifth]):.3f} → {fmean(losses[-fifth:]):.3f}",
+                f"{held_out.accuracy:.3f}",
+                f"{held_out.margin:+.3f}",
+                f"{held_out.chosen_shift:+.1f}",
+                "–" if run.kl is None else f"{run.kl:.2f}",
+                str(held_out.pairs),
+                f"{run.seconds:.0f}",
+            )
+    return table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError, from_traceback
 
 if TYPE_CHECKING:
     from ray.exceptions import RayError
@@ -341,11 +341,14 @@ def _one_line(error: BaseException) -> str:
 def reason(error: "RayError") -> str:
     """In a line, why a task or an actor failed: what its own code raised, else what Ray says first."""
     cause = getattr(error, "cause", None)
+    if isinstance(cause, InputError | JobError):
+        return str(cause)
     if cause is not None:
         return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:1000]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-    # Of an actor that could not be made Ray shows the traceback: the reason is at its end.
-    return f"{type(error).__name__}: {lines[-1 if 'creation task' in lines[0] else 0]}"
+    if "creation task" in lines[0]:  # of an actor that could not be made Ray shows the traceback
+        return from_traceback(lines[-1])
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 @contextmanager

@@ -1,7 +1,12 @@
 """The errors that are reported in one line. They import nothing else of the package but `redact`, so any module may
 raise them."""
 
+import re
+
 from prefvec_ray.common.redact import one_line
+
+_OURS = re.compile(r"^prefvec_ray\.[\w.]+: ")
+_MODULE = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=\w+: )")
 
 
 class InputError(ValueError):
@@ -25,3 +30,9 @@ class JobError(RuntimeError):
 
     def __init__(self, message: object = "", *details: object) -> None:
         super().__init__(one_line(str(message)), *details)
+
+
+def from_traceback(line: str) -> str:
+    """The last line of a traceback as it is reported: of an error of this package the message alone, of any other the
+    class without its module, and the message."""
+    return (_OURS if _OURS.match(line) else _MODULE).sub("", line)

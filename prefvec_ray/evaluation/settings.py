@@ -9,9 +9,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from prefvec_ray.artifacts.evaluation import Setting
+from prefvec_ray.artifacts.training import MIXED
 from prefvec_ray.common.errors import InputError
 
-MIXED = "mixed"
 MAX_PREFERENCES = 6
 
 

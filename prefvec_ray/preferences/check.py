@@ -1,12 +1,12 @@
-"""What there is to know of preference data before a day of training is spent on it.
+"""Checks of preference data, before a day of training is spent on it.
 
-`check_splits` measures; the thresholds below say what is refused (error) and what is only told (warning). The same
+`check_splits` measures. The thresholds below say what is refused (error) and what is only reported (warning). The same
 function runs in `prefvec data check` and at the start of every training job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Literal
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.preferences.measures import (
     SAMPLE,
+    Lengths,
     Overlap,
     Plain,
     PreferenceCheck,
@@ -49,10 +50,14 @@ FEW_HELD_OUT = 50
 """Held-out pairs; below it the standard error of an accuracy is above 0.07."""
 
 
+Level = Literal["error", "warning"]
+LEVELS: tuple[Level, Level] = ("error", "warning")
+
+
 class Finding(Plain):
     """One line that names the preference, the fact and what to do."""
 
-    level: Literal["error", "warning"]
+    level: Level
     preference: str
     text: str
     """Begins with the preference."""
@@ -78,7 +83,7 @@ def check_splits(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
 ) -> DataCheck:
-    """Measure every preference's pairs, and say what is wrong with them.
+    """Measure every preference's pairs, and report what is wrong with them.
 
     Args:
         splits: by name of the preference.
@@ -98,87 +103,87 @@ def check_splits(
     return DataCheck(preferences=checks, overlaps=overlaps, findings=findings)
 
 
-def _judge(name: str, check: PreferenceCheck, split: Split) -> list[Finding]:
+def _judge(name: str, check: PreferenceCheck, split: Split) -> Iterator[Finding]:
     """Findings of one preference, by the thresholds at the top."""
-    found: list[Finding] = []
-
-    def share(part: int, whole: int, limits: tuple[float, float], text: str) -> None:
-        level = next(
-            (level for level, limit in zip(("error", "warning"), limits, strict=True) if part > limit * whole), None
-        )
-        if level is not None:
-            found.append(Finding(level=level, preference=name, text=f"{name}: {part} of {whole} {text}"))  # type: ignore[arg-type]
-
     if check.unreadable:
-        found.append(
-            _error(name, f"{check.unreadable} of {check.rows} rows cannot be used; the first: {split.flaws[0]}")
-        )
+        rows = f"{check.unreadable} of {check.rows} rows cannot be used; the first: {split.flaws[0]}"
+        yield _finding("error", name, rows)
     reasons = "; ".join(f"{reason}: {count}" for reason, count in check.dropped.items())
-    share(sum(check.dropped.values()), check.rows, DROPPED, f"rows say nothing and are left out ({reasons})")
+    left_out = f"rows say nothing and are left out ({reasons})"
+    yield from _share(name, sum(check.dropped.values()), check.rows, DROPPED, left_out)
     for what, count in (("to train on", check.pairs), ("held out", check.held_out)):
         if not count:
-            found.append(_error(name, f"no pairs {what}; give more rows, a test file, or another test_fraction"))
-    share(check.duplicates, check.pairs + check.held_out, DUPLICATES, "pairs repeat another pair; remove the copies")
-    share(check.contradictions, check.pairs + check.held_out, CONTRADICTIONS, "pairs occur in both orders; keep one")
-    share(
-        check.shared_prompts,
-        check.held_out_prompts,
-        SHARED_PROMPTS,
-        "held-out prompts are trained on; hold out other prompts, or give no test file and let it be split",
-    )
+            advice = "give more rows, a test file, or another test_fraction"
+            yield _finding("error", name, f"no pairs {what}; {advice}")
+    pairs = check.pairs + check.held_out
+    yield from _share(name, check.duplicates, pairs, DUPLICATES, "pairs repeat another pair; remove the copies")
+    yield from _share(name, check.contradictions, pairs, CONTRADICTIONS, "pairs occur in both orders; keep one")
+    shared = "held-out prompts are trained on; hold out other prompts, or give no test file and let it be split"
+    yield from _share(name, check.shared_prompts, check.held_out_prompts, SHARED_PROMPTS, shared)
     if 0 < check.held_out < FEW_HELD_OUT:
         error = 0.5 / check.held_out**0.5
-        found.append(_warning(name, f"{check.held_out} pairs held out: accuracy is known to ±{error:.2f} only"))
-    if max(check.chosen_longer, 1 - check.chosen_longer) > LONGER:
+        yield _finding("warning", name, f"{check.held_out} pairs held out: accuracy is known to ±{error:.2f} only")
+    yield from _judge_labels(name, check)
+    if check.lengths is not None:
+        yield from _judge_lengths(name, check, check.lengths)
+
+
+def _judge_labels(name: str, check: PreferenceCheck) -> Iterator[Finding]:
+    """What predicts the label beside the content of the answers: their length, their place."""
+    part = max(check.chosen_longer, 1 - check.chosen_longer)
+    if part > LONGER:
         side = "chosen" if check.chosen_longer > 0.5 else "rejected"
-        part = max(check.chosen_longer, 1 - check.chosen_longer)
-        found.append(
-            _warning(
-                name,
-                f"the {side} answer is the longer one in {part:.0%} of the pairs; the vector may "
-                "learn length: balance the pairs, or measure the length of answers in the evaluation",
-            )
+        advice = "balance the pairs, or measure the length of answers in the evaluation"
+        longer = (
+            f"the {side} answer is the longer one in {part:.0%} of the pairs; the vector may learn length: {advice}"
         )
+        yield _finding("warning", name, longer)
     total = sum(check.labels.values())
     for place, count in check.labels.items():
         if count > PLACE * total:
-            found.append(_warning(name, f"{place} is the chosen one in {count} of {total} rows; are the labels real?"))
-    if check.lengths is not None and check.lengths.refused:
-        lengths = check.lengths
+            text = f"{place} is the chosen one in {count} of {total} rows; are the labels real?"
+            yield _finding("warning", name, text)
+
+
+def _judge_lengths(name: str, check: PreferenceCheck, lengths: Lengths) -> Iterator[Finding]:
+    if lengths.refused:
         hint = "; or set system: fold to move them into the first user message" * (check.system_messages > 0)
         text = f"the base's chat template refuses {lengths.refused} of {min(check.pairs, SAMPLE)} pairs"
-        found.append(_error(name, f"{text} ({lengths.refusal:.200}){hint}"))
-    if check.lengths is not None and check.lengths.max_length is not None:
-        lengths, limit = check.lengths, check.lengths.max_length
-        share(lengths.left_out, lengths.sampled, LEFT_OUT, f"pairs are dropped: the prompt fills max_length {limit}")
-        share(lengths.cut_equal, lengths.sampled, CUT_EQUAL, f"pairs have equal answers up to max_length {limit}")
-        share(lengths.truncated, lengths.sampled, (1.0, TRUNCATED), f"pairs are cut at max_length {limit}; raise it")
-    if check.lengths is not None and check.lengths.prompt_changes:
-        found.append(
-            _warning(
-                name,
-                f"{check.lengths.prompt_changes} of {check.lengths.sampled} prompts are tokenized "
-                "otherwise when an answer follows; the last tokens of the prompt are left out of training",
-            )
+        yield _finding("error", name, f"{text} ({lengths.refusal:.200}){hint}")
+    if (limit := lengths.max_length) is not None:
+        filled = f"pairs are dropped: the prompt fills max_length {limit}"
+        equal = f"pairs have equal answers up to max_length {limit}"
+        cut = f"pairs are cut at max_length {limit}; raise it"
+        yield from _share(name, lengths.left_out, lengths.sampled, LEFT_OUT, filled)
+        yield from _share(name, lengths.cut_equal, lengths.sampled, CUT_EQUAL, equal)
+        yield from _share(name, lengths.truncated, lengths.sampled, (1.0, TRUNCATED), cut)
+    if lengths.prompt_changes:
+        changed = (
+            f"{lengths.prompt_changes} of {lengths.sampled} prompts are tokenized otherwise when an answer follows"
         )
-    return found
+        yield _finding("warning", name, f"{changed}; the last tokens of the prompt are left out of training")
 
 
-def _judge_overlap(overlap: Overlap) -> list[Finding]:
+def _judge_overlap(overlap: Overlap) -> Iterator[Finding]:
     if overlap.shared < FEW_HELD_OUT or 0 < overlap.opposite < overlap.shared:
-        return []
+        return
     how = (
-        "the same way: both vectors will be the same"
-        if not overlap.opposite
-        else "oppositely: one vector is minus the other"
+        "oppositely: one vector is minus the other"
+        if overlap.opposite
+        else "the same way: both vectors will be the same"
     )
     first, second = overlap.preferences
-    return [_warning(first, f"orders all {overlap.shared} pairs that it shares with {second} {how}; check the labels")]
+    text = f"orders all {overlap.shared} pairs that it shares with {second} {how}; check the labels"
+    yield _finding("warning", first, text)
 
 
-def _error(name: str, text: str) -> Finding:
-    return Finding(level="error", preference=name, text=f"{name}: {text}")
+def _share(name: str, part: int, whole: int, limits: tuple[float, float], text: str) -> Iterator[Finding]:
+    """An error above the first limit, a warning above the second."""
+    for level, limit in zip(LEVELS, limits, strict=True):
+        if part > limit * whole:
+            yield _finding(level, name, f"{part} of {whole} {text}")
+            return
 
 
-def _warning(name: str, text: str) -> Finding:
-    return Finding(level="warning", preference=name, text=f"{name}: {text}")
+def _finding(level: Level, name: str, text: str) -> Finding:
+    return Finding(level=level, preference=name, text=f"{name}: {text}")

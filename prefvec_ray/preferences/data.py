@@ -1,7 +1,7 @@
 """Preference pairs from wherever they lie, in the form that TRL trains on: prompt, chosen, rejected.
 
-Rows stream through the format's function into one memory-mapped Arrow file, so the size of the data is no matter of
-memory. What cannot be read is refused with file and row before anything is trained.
+Rows stream through the format's function into one memory-mapped Arrow file, so memory does not grow with the data. What
+cannot be read is refused with file and row before anything is trained.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from prefvec_ray.preferences.formats import (
     UnusableError,
     find_format,
 )
-from prefvec_ray.preferences.sources import Numbered, read_rows
+from prefvec_ray.preferences.readers import Numbered
+from prefvec_ray.preferences.sources import read_rows
 
 System = Literal["keep", "fold"]
 
@@ -43,19 +44,18 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 16 << 20
 
 @dataclass(frozen=True)
 class Preferences:
-    """Preference pairs, ready to train on.
-
-    `dataset` has columns prompt, chosen, rejected: text, or lists of chat messages (TRL's conversational
-    form). `digest` is `data_digest(dataset)`. `notes` says in plain lines what was left out and why.
-    """
+    """Preference pairs, ready to train on."""
 
     dataset: Dataset
+    """Columns prompt, chosen, rejected: text, or lists of chat messages (TRL's conversational form)."""
     format: str
     source: str
     digest: str
+    """`data_digest(dataset)`."""
     notes: tuple[str, ...] = ()
+    """What was left out or changed, and why."""
     why: str = ""
-    """What made it this format: the fields it was known by, or that it was given."""
+    """Why it is read as this format: by the fields of its first row, or because the format was given."""
     rows: int = 0
     """Rows read, those included that were dropped or cannot be read."""
     dropped: Mapping[str, int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ def load_preferences(
     Args:
         source: what `read_rows` reads (a file, a folder, a bucket, a hub dataset), or the rows themselves.
         preference: which label orders a pair that is labelled for several ("helpful" or "harmless" in PKU-SafeRLHF);
-            other formats carry one label and do not look at it.
+            formats with one label ignore it.
         format: a name of `FORMATS`; found by the fields of the first row when left out.
         rows: read only the first so many rows.
         split, subset, revision: see `read_rows`.
@@ -108,23 +108,19 @@ def load_preferences(
         numbered = (Numbered(name, number, row) for number, row in enumerate(source, start=1))
     reader = _Pairs(name, FORMATS[format] if format else None, preference, rows, system, flaws)
     dataset, digest = _to_dataset(reader.read(numbered))
-    notes = [f"{count} pairs dropped: {reason}" for reason, count in reader.dropped.items()]
-    if reader.folded:
-        notes.append(f"{reader.folded} system messages folded into the first user message")
     if dataset is None or reader.format is None:
-        why = "; ".join(notes + (flaws or [])[:1]) or "it holds no rows"
+        why = "; ".join(reader.notes + (flaws or [])[:1]) or "it holds no rows"
         raise InputError(f"{name}: nothing to train on ({why}); give a file with at least one preference pair")
-    why = "given" if format else f"its first row has the fields {', '.join(reader.fields)}"
     return Preferences(
-        dataset,
-        reader.format.name,
-        name,
-        digest,
-        tuple(notes),
-        why,
-        reader.rows,
-        dict(reader.dropped),
-        dict(reader.labels),
+        dataset=dataset,
+        format=reader.format.name,
+        source=name,
+        digest=digest,
+        notes=tuple(reader.notes),
+        why="given" if format else f"its first row has the fields {', '.join(reader.fields)}",
+        rows=reader.rows,
+        dropped=dict(reader.dropped),
+        labels=dict(reader.labels),
     )
 
 
@@ -157,6 +153,13 @@ class _Pairs:
         self.chats: bool | None = None
         self.dropped: Counter[str] = Counter()
         self.labels: Counter[str] = Counter()
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [f"{count} pairs dropped: {reason}" for reason, count in self.dropped.items()]
+        if self.folded:
+            notes.append(f"{self.folded} system messages folded into the first user message")
+        return notes
 
     def read(self, numbered: Iterable[Numbered]) -> Iterator[Pair]:
         for at in numbered:

@@ -1,7 +1,7 @@
 """Reads one Parquet file in a process of its own, whose memory is limited, and writes its rows as JSON lines.
 
 A few bytes of Parquet can stand for any amount of memory, and what a row takes is known only when it is decoded. So
-`sources.py` runs this file as a script: where the limit is reached, this process ends and the caller's does not.
+`readers.py` runs this file as a script: where the limit is reached, this process ends and the caller's does not.
 
 It reads one JSON object from standard input: `uri` and `path` of the file (`uri` is null for a local file) and
 `memory`, in bytes above what the interpreter and its libraries take. Exit status: 0 after the last row, `TOO_LARGE`,

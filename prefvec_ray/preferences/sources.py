@@ -1,78 +1,26 @@
-"""Rows one by one from wherever they lie: files, folders of shards, buckets, the Hugging Face hub.
-
-Memory does not grow with the file, whatever it holds: reading takes at most `MEMORY` bytes. Nothing is executed and
-nothing unpickled: JSON, CSV and Parquet only.
-"""
+"""Rows one by one from wherever they lie: files, folders of shards, buckets, the Hugging Face hub."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
-from pyarrow import ArrowException, CompressedInputStream, fs
+from pyarrow import ArrowException, fs
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.common.files import DEPTH, check_depth
-from prefvec_ray.common.redact import redact, source_name
-from prefvec_ray.preferences import parquet_process
-from prefvec_ray.preferences.formats import PKU_LABELS
+from prefvec_ray.common.redact import source_name
+from prefvec_ray.preferences.readers import KINDS, ROW_LIMIT, Numbered, SourceFile, kind_of, read_file, reported
 
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
-PACKED = {"": None, ".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-MEMORY = 1 << 30
-"""Bytes that reading takes at most, beside the interpreter and its libraries, whatever the file holds."""
-ROW_LIMIT = 16 << 20
-"""Characters. A longer row is a file without line ends or a quote that never closes. As JSON, no row of this length
-takes more than half of `MEMORY`."""
-RATIO, FREE = 200, 64 << 20
-"""A compressed file, or a Parquet file, may hold `FREE` bytes, or `RATIO` times its own size if that is more. Text
-compresses 3 to 10 times; a file that was made to fill a disk or to keep a processor busy, 1,000 times and more."""
-COLUMNS_LIMIT = 10_000
-BLANK_LINES = 10_000
-"""One after another; more are no text, and would only keep a processor busy."""
 KEPT_ROWS, KEPT_CHARACTERS = 500_000, 128 << 20
 """Of a file whose rows are all held in memory at once, such as prompts."""
-CHUNK = 1 << 20
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 _SPLIT = re.compile(r"(?:^|[^a-zA-Z])(train|test|validation|valid|dev|eval)(?=$|[^a-zA-Z])")
-_BLANKS = re.compile(r"[ \t\r\n]*")
 _DESCRIBES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-
-
-class Numbered(NamedTuple):
-    """A row and where it was found, for messages."""
-
-    file: str
-    number: int
-    row: Any
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}, row {self.number}"
-
-
-class _File(NamedTuple):
-    """One file of a source."""
-
-    system: Any
-    path: str
-    shown: str
-    """name for messages"""
-    size: int | None
-    """bytes"""
-    uri: str | None
-    """the source, where it is no local path"""
 
 
 def read_rows(
@@ -94,15 +42,14 @@ def read_rows(
     """
     text = str(source)
     hub = _HUB.fullmatch(text) if not Path(text).exists() and "://" not in text else None
-    if hub and not _kind(text):
+    if hub and not kind_of(text):
         yield from _hub_rows(hub[1], hub[2] or subset, split, revision)
         return
     for name, value in {"subset": subset, "revision": revision}.items():
         if value is not None:
             raise InputError(f"{source_name(text)}: {name} is for datasets of the hub; this is a file or a folder")
     for file in _files(text, split):
-        with _told(file.shown):
-            yield from _READERS[_kind(file.path)](file)
+        yield from read_file(file)
 
 
 def few(rows: Iterable[Numbered]) -> Iterator[Numbered]:
@@ -150,25 +97,7 @@ def _size(row: Any) -> int:
     return total
 
 
-def _kind(path: str) -> str:
-    """`.jsonl` of rows.jsonl.gz; empty for what cannot be read."""
-    name = PurePosixPath(path).name.lower()
-    return next((kind for kind in KINDS for packed in PACKED if name.endswith(kind + packed)), "")
-
-
-@contextmanager
-def _told(shown: str) -> Iterator[None]:
-    """What a broken file or a bucket out of reach raises, as an InputError."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shown}: cannot be read as UTF-8 text ({error}); write the file again as UTF-8") from error
-    except (ArrowException, OSError, EOFError) as error:
-        why = redact(" ".join(str(error).split()))
-        raise InputError(f"{shown}: cannot be read ({why:.300}); check that it is whole and in reach") from error
-
-
-def _files(text: str, split: str | None) -> list[_File]:
+def _files(text: str, split: str | None) -> list[SourceFile]:
     """Every file of the source, in order."""
     shown = source_name(text)
     system: Any = fs.LocalFileSystem()
@@ -179,24 +108,24 @@ def _files(text: str, split: str | None) -> list[_File]:
         except (ArrowException, OSError, ValueError, ImportError) as error:
             why = str(error).replace(uri, shown)
             raise InputError(f"{shown}: {why:.300}; give a file, a folder or s3://bucket/path") from error
-    with _told(shown):
+    with reported(shown):
         info = system.get_file_info(root)
     if info.type == fs.FileType.NotFound:
         raise InputError(f"{shown}: no such file; check the path, or give a hub dataset as org/name")
     if info.type == fs.FileType.File:
-        if not _kind(root):
+        if not kind_of(root):
             raise InputError(f"{shown}: cannot read this kind of file; give one of {', '.join(KINDS)}, or .jsonl.gz")
         if split is not None:
             raise InputError(f"{shown}: one file has no splits, leave out {split!r}; or give a folder or a hub dataset")
-        return [_File(system, root, shown, info.size, uri)]
+        return [SourceFile(system, root, shown, info.size, uri)]
     if info.type != fs.FileType.Directory:
         raise InputError(f"{shown}: neither a file nor a folder (a pipe or a device?); copy its content to a file")
-    with _told(shown):
+    with reported(shown):
         entries = system.get_file_info(fs.FileSelector(root, recursive=True))
     inside = {e.path: str(PurePosixPath(e.path).relative_to(PurePosixPath(root))) for e in entries if e.is_file}
     sizes = {entry.path: entry.size for entry in entries}
     inside = {path: name for path, name in inside.items() if not re.search(r"(^|/)[._]", name)}
-    found = sorted(path for path, name in inside.items() if _kind(name) and Path(name).name not in _DESCRIBES)
+    found = sorted(path for path, name in inside.items() if kind_of(name) and Path(name).name not in _DESCRIBES)
     splits = {path: {_known(word) for word in _SPLIT.findall(inside[path])} for path in found}
     if split is not None:
         found = [path for path in found if _known(split) in splits[path] or split in Path(inside[path]).name.split(".")]
@@ -204,13 +133,13 @@ def _files(text: str, split: str | None) -> list[_File]:
     if not found:
         what = f"no files of split {split!r}" if split is not None else f"no files of {', '.join(KINDS)}"
         raise InputError(f"{shown}: {what} in this folder{others}")
-    kinds = Counter(_kind(path) for path in found)
+    kinds = Counter(kind_of(path) for path in found)
     if len(kinds) > 1:
         raise InputError(f"{shown}: holds several kinds of files ({_counts(kinds)}); name the file, or a folder of one")
     named = {word for path in found for word in splits[path]}
     if split is None and len(named) > 1:
         raise InputError(f"{shown}: holds the splits {', '.join(sorted(named))}; say which with split")
-    return [_File(system, path, f"{shown.rstrip('/')}/{inside[path]}", sizes[path], uri) for path in found]
+    return [SourceFile(system, path, f"{shown.rstrip('/')}/{inside[path]}", sizes[path], uri) for path in found]
 
 
 def _known(split: str) -> str:
@@ -219,216 +148,6 @@ def _known(split: str) -> str:
 
 def _counts(counter: Counter[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counter.items())
-
-
-class _Bounded(io.RawIOBase):
-    """Bytes of `stream`, until there are more than a file of `size` bytes may hold: then InputError."""
-
-    def __init__(self, stream: Any, file: _File) -> None:
-        self.stream, self.shown, self.count = stream, file.shown, 0
-        self.limit = None if file.size is None else max(FREE, RATIO * file.size)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.stream.read(len(buffer))
-        self.count += len(data)
-        if self.limit is not None and self.count > self.limit:
-            raise InputError(
-                f"{self.shown}: holds more than {RATIO} times its own size (and more than {FREE >> 20} MiB); if it is "
-                "meant to, unpack it or write it as .jsonl first"
-            )
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self.stream.close()
-        super().close()
-
-
-def _open_text(file: _File) -> io.TextIOWrapper:
-    """UTF-8, with or without a byte order mark, unpacked by the ending of the name."""
-    stream = file.system.open_input_stream(file.path, compression=None)
-    codec = next((codec for end, codec in PACKED.items() if end and file.path.lower().endswith(end)), None)
-    if codec is not None:
-        stream = CompressedInputStream(stream, codec)
-    raw = io.BufferedReader(_Bounded(stream, file), CHUNK)
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-
-
-def _json_lines(file: _File) -> Iterator[Numbered]:
-    with _open_text(file) as lines:
-        yield from _decoded_lines(lines, file.shown, "line")
-
-
-def _decoded_lines(lines: io.TextIOWrapper, shown: str, unit: str) -> Iterator[Numbered]:
-    blank = 0
-    for number in range(1, sys.maxsize):
-        line = lines.readline(ROW_LIMIT)
-        if not line:
-            return
-        where = f"{shown}, {unit} {number}"
-        blank = blank + 1 if line.isspace() else 0
-        if blank > BLANK_LINES:
-            raise InputError(f"{where}: {blank} blank lines one after another; remove them")
-        if len(line) == ROW_LIMIT:
-            raise InputError(f"{where}: longer than {ROW_LIMIT} characters; shorten it, or write one object a line")
-        if not line.isspace():
-            yield Numbered(shown, number, _decoded(line, where, "write one object a line"))
-
-
-def _decoded(text: str, where: str, advice: str) -> Any:
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise InputError(f"{where}: not JSON (nested too deeply); {advice}") from error
-    except ValueError as error:
-        raise InputError(f"{where}: not JSON ({error}); {advice}") from error
-    if text.count("[") + text.count("{") > DEPTH:
-        check_depth(value, where, advice)
-    return value
-
-
-def _skip(text: str, place: int) -> int:
-    """Where the white space at `place` ends."""
-    found = _BLANKS.match(text, place)
-    return found.end() if found else place
-
-
-def _json_list(file: _File) -> Iterator[Numbered]:
-    """The elements of one JSON list, decoded as they are read: never the whole file at once."""
-    decode = json.JSONDecoder().raw_decode
-    shown, advice = file.shown, "if it has one object a line, name it .jsonl"
-    with _open_text(file) as source:
-        text = source.read(CHUNK)
-        place, number = _skip(text, 0), 0
-        if place == len(text):
-            return
-        if text[place] != "[":
-            raise InputError(f"{shown}: expected a JSON list of rows, found {text[place : place + 20]!r}; {advice}")
-        place += 1
-        while True:
-            where = f"{shown}, row {number + 1}"
-            try:
-                first = _skip(text, place)
-                if not number and text[first] == "]":
-                    after = first
-                else:
-                    row, end = decode(text, first)
-                    after = _skip(text, end)
-                    if text.count("[", first, end) + text.count("{", first, end) > DEPTH:
-                        check_depth(row, where, "flatten it")
-                    number += text[after] in ",]"
-                    yield Numbered(shown, number, row)
-                if text[after] not in ",]":
-                    raise InputError(f"{shown}: not JSON ({text[after]!r} after row {number + 1}); {advice}")
-                if text[after] == "]":
-                    break
-                place = after + 1
-            except RecursionError as error:
-                raise InputError(f"{where}: nested too deeply; flatten it") from error
-            except (json.JSONDecodeError, IndexError) as error:  # not all of the row is here yet, or it is broken
-                more = source.read(max(CHUNK, len(text) - place)) if len(text) - place <= ROW_LIMIT else ""
-                if not more:
-                    why = error.msg if isinstance(error, json.JSONDecodeError) else "the list does not end"
-                    raise InputError(f"{where}: not JSON, or too long ({why}); {advice}") from error
-                text, place = text[place:] + more, 0
-            except ValueError as error:  # an integer of more digits than Python converts
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f"{where}: not JSON ({error}); {advice}") from error
-        if (text[after + 1 :] + source.read(CHUNK)).strip():
-            raise InputError(f"{shown}: not JSON (more text after the list); {advice}")
-
-
-class _Lines:
-    """Lines for the csv module: no row, however many lines it has, is longer than `ROW_LIMIT`."""
-
-    def __init__(self, file: io.TextIOWrapper, shown: str) -> None:
-        self.file, self.shown, self.row = file, shown, 0
-        self.taken = self.blank = 0
-        """characters since the last row ended, and blank lines one after another"""
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self.file.readline(ROW_LIMIT + 1 - self.taken)
-        self.taken += len(line)
-        if self.taken > ROW_LIMIT:
-            why = "is a quote never closed?"
-            raise InputError(f"{self.shown}, row {self.row + 1}: longer than {ROW_LIMIT} characters; {why}")
-        if not line:
-            raise StopIteration
-        self.blank = self.blank + 1 if line.isspace() else 0
-        if self.blank > BLANK_LINES:
-            raise InputError(
-                f"{self.shown}, row {self.row + 1}: {self.blank} blank lines one after another; remove them"
-            )
-        return line
-
-
-def _csv(file: _File) -> Iterator[Numbered]:
-    """CSV with a header. It has no types: labels that are 0 or 1 elsewhere are read as such, the rest is text."""
-    csv.field_size_limit(ROW_LIMIT)
-    shown = file.shown
-    with _open_text(file) as text:
-        lines = _Lines(text, shown)
-        rows: csv.DictReader[Any] = csv.DictReader(lines, strict=True)
-        try:
-            header = rows.fieldnames or []
-            if len(header) > COLUMNS_LIMIT:
-                raise InputError(f"{shown}: more than {COLUMNS_LIMIT} columns; is the first line a header?")
-            if len(set(header)) < len(header):
-                raise InputError(f"{shown}: two columns have one name in the header {', '.join(header)}; rename one")
-            lines.taken = 0
-            for number, row in enumerate(rows, start=1):
-                lines.taken, lines.row = 0, number
-                yield Numbered(shown, number, _csv_row(row, header, f"{shown}, row {number} (line {rows.line_num})"))
-        except csv.Error as error:
-            raise InputError(f"{shown}, line {rows.line_num}: not CSV ({error}); write the file again") from error
-
-
-def _csv_row(row: dict[Any, Any], header: Any, where: str) -> dict[Any, Any]:
-    surplus = row.pop(None, [])
-    found = len(row) - sum(value is None for value in row.values()) + len(surplus)
-    if found != len(header):
-        raise InputError(
-            f"{where}: {found} columns where the header names {len(header)}; put quotes around commas and line ends"
-        )
-    for name in row.keys() & set(PKU_LABELS.values()):
-        row[name] = int(row[name]) if row[name] in ("0", "1") else row[name]
-    return row
-
-
-def _parquet(file: _File) -> Iterator[Numbered]:
-    """Rows from a process of its own, see `parquet_process`."""
-    command = [sys.executable, "-P", str(parquet_process.__file__)]
-    environment = {**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
-        assert process.stdin is not None
-        assert process.stderr is not None
-        try:
-            process.stdin.write(json.dumps({"uri": file.uri, "path": file.path, "memory": MEMORY}).encode())
-            process.stdin.close()
-            raw = io.BufferedReader(_Bounded(process.stdout, file), CHUNK)
-            yield from _decoded_lines(io.TextIOWrapper(raw, encoding="utf-8"), file.shown, "row")
-            status, why = process.wait(), process.stderr.read().decode("utf-8", "replace")
-        finally:
-            process.kill()
-    if status == parquet_process.DAMAGED:
-        raise InputError(f"{file.shown}: cannot be read ({why}); check that it is whole and in reach")
-    if status:
-        raise InputError(
-            f"{file.shown}: damaged, or a row that takes more than {MEMORY >> 20} MiB of memory (reader ended with "
-            f"status {status}); write it again, as .jsonl if it is meant to be so"
-        )
-
-
-_READERS = {".jsonl": _json_lines, ".json": _json_list, ".csv": _csv, ".parquet": _parquet}
 
 
 def _hub_rows(name: str, subset: str | None, split: str | None, revision: str | None) -> Iterator[Numbered]:

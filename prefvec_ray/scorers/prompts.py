@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.preferences.sources import KINDS, few, read_rows, text_lines
+from prefvec_ray.preferences.readers import KINDS
+from prefvec_ray.preferences.sources import few, read_rows, text_lines
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from prefvec_ray.common.cluster import connect, end_by_sigterm, join, raise_cause
-from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.errors import InputError, JobError, from_traceback
 from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.serving.config import Name, ServingConfig
@@ -228,7 +228,7 @@ def _why(app: "RunningApp | None") -> str:
         return "somebody deleted it meanwhile"
     messages = [message for message in app.deployments.values() if "Error" in message or "failed" in message]
     lines = [line.strip() for message in [app.message, *messages] for line in message.splitlines() if line.strip()]
-    return lines[-1][:1000] if lines else "no reason given"
+    return from_traceback(lines[-1])[:1000] if lines else "no reason given"
 
 
 def _await_answer(url: str, model: str) -> None:

@@ -6,7 +6,8 @@ config costs no import of them.
 
 from typing import TYPE_CHECKING, Any
 
-from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig, Watch
+from prefvec_ray.artifacts.training import Watch
+from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig
 
 if TYPE_CHECKING:
     from prefvec_ray.training.plan import RunsFailedError

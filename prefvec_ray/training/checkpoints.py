@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import safe_open
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError, JobError
@@ -69,12 +69,23 @@ def newest_checkpoint(folder: Path, workers: int) -> tuple[Path, int] | None:
     return max(whole)[::-1] if whole else None
 
 
-def resume_point(folder: Path, workers: int) -> tuple[Path, int] | None:
-    """`newest_checkpoint` as rank 0 sees it: on a shared file system another rank might see a little less."""
-    found = [newest_checkpoint(folder, workers)]
+def saving(every: float | None) -> dict[str, Any]:
+    """The trainer's arguments for a checkpoint every so many steps, or below 1 every such share of a run."""
+    return {"save_strategy": "steps", "save_steps": every if every < 1 else int(every)} if every else {}
+
+
+def keep_checkpoints(trainer: Trainer, every: float | None) -> tuple[str | None, int | None]:
+    """Let a run of `saving(every)` keep whole checkpoints. Returns the one to continue from and its step, if any.
+
+    All ranks take what rank 0 sees: on a shared file system another one might see a little less.
+    """
+    if not every:
+        return None, None
+    trainer.add_callback(CompleteCheckpoints())
+    found = [newest_checkpoint(Path(trainer.args.output_dir), trainer.args.world_size)]
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(found, src=0)
-    return found[0]
+    return (str(found[0][0]), found[0][1]) if found[0] else (None, None)
 
 
 def remove_checkpoints(out: str | Path) -> None:

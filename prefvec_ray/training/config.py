@@ -7,14 +7,12 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from prefvec_ray.artifacts.training import KL, MIXED, Method, Watch
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
-
-# Names with a meaning of their own: `mixed` is the baseline trained on all preferences' pairs at once.
-MIXED = "mixed"
 
 
 class PreferenceData(Config):
@@ -86,34 +84,6 @@ class Resources(Config):
         return [{name: amount for name, amount in bundle.items() if amount}] * self.workers
 
 
-class Method(Config):
-    """How a run changes the model, as its workers are told."""
-
-    kind: Literal["full", "lora"] = "full"
-    lora: dict[str, Any] = {}
-    """Fields of PEFT's LoraConfig."""
-    deepspeed: dict[str, Any] | None = None
-    """DeepSpeed's settings in full; None: plain DDP."""
-
-
-class Watch(Config):
-    """What is seen of a run while it trains, and when it is stopped. It changes no result and is no part of a key."""
-
-    evaluations: int = Field(default=5, ge=0)
-    """How often a run is measured on held-out pairs while it trains; at its end it is measured on all of them."""
-    held_out_pairs: int = Field(default=64, ge=1)
-    """At most this many held-out pairs each time."""
-    kl_samples: int = Field(default=16, ge=0)
-    """Answers that the base gives to held-out prompts, two a prompt, by which KL(base || run) is estimated; 0: none."""
-    kl_tokens: int = Field(default=64, ge=1)
-    """Length of those answers, at most, in tokens."""
-    wrong_way: float | None = Field(default=3, gt=0)
-    """A run is stopped when its held-out accuracy is on the wrong side of 0.5 by more than this many standard errors,
-    twice in a row; null: never."""
-    report_to: list[Literal["wandb", "mlflow"]] = []
-    """Trackers to write to beside TensorBoard; each has to be installed and configured where the workers run."""
-
-
 class TrainingConfig(Config):
     """`prefvec train --config FILE`: train each preference in both polarities and publish the vectors."""
 
@@ -156,8 +126,8 @@ class TrainingConfig(Config):
     @classmethod
     def _names(cls, preferences: dict[str, PreferenceData]) -> dict[str, PreferenceData]:
         for name in preferences:
-            if name == MIXED:
-                raise ValueError(f"{name!r} cannot name a preference, it is the baseline's name; choose another")
+            if name in (MIXED, KL):
+                raise ValueError(f"{name!r} cannot name a preference, it has a meaning of its own; choose another")
         return preferences
 
     @field_validator("checkpoint_every")

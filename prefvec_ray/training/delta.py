@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.pretrained import from_pretrained
-from prefvec_ray.training.config import Method
 from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.training.zero import leave_deepspeed

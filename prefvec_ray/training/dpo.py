@@ -8,26 +8,24 @@ import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from pydantic import Field
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from prefvec_ray.artifacts.training import KL, Method, RunResult, RunSpec
 from prefvec_ray.common.atomic import new_folder
-from prefvec_ray.common.config import Config
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.checkpoints import (
-    CompleteCheckpoints,
     checkpoint_folder,
+    keep_checkpoints,
     remove_checkpoints,
-    resume_point,
     run_on_disk,
+    saving,
 )
-from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.delta import Layout, parameter_layout, run_vector, trained_numbers
-from prefvec_ray.training.lora import lora_config
+from prefvec_ray.training.lora import adapter_config
 from prefvec_ray.training.model import arguments, compute_dtype, load_model, load_tokenizer
 from prefvec_ray.training.watch import (
     BASE_ANSWERS,
@@ -43,51 +41,9 @@ from prefvec_ray.training.watch import (
 )
 from prefvec_ray.vectors import PreferenceVector, save_vector
 
-Polarity = Literal["positive", "negative"]
-SIGN: dict[Polarity, str] = {"positive": "+", "negative": "-"}
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
 FULL = Method()
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
-
-
-class RunSpec(Config):
-    """One DPO run, complete: equal specs give equal deltas, and `key` names the result on disk."""
-
-    key: str
-    preference: str
-    polarity: Polarity
-    seed: int
-    base: str
-    base_fingerprint: str
-    data_digest: str
-    train: list[str]
-    """Folders of reference datasets; several are mixed in equal shares, as many pairs in all as the largest has."""
-    test: dict[str, str] = Field(min_length=1)
-    """Held-out pairs by preference, never flipped."""
-    dpo: dict[str, Any] = {}
-    method: Method = Method()
-    out: str
-    """Folder that appears, complete, when the run has finished."""
-    answers: list[str] = []
-    """Folders of answers of the base, scored by it, on which the drift from it is measured."""
-    watch: Watch = Watch()
-    checkpoint_every: float | None = None
-    """As in TrainingConfig."""
-    tensorboard: str | None = None
-    """Folder of the run's event files."""
-
-    @property
-    def name(self) -> str:
-        """`helpful+`, `helpful-`, `mixed+`."""
-        return self.preference + SIGN[self.polarity]
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} seed {self.seed}"
-
-    @property
-    def is_finished(self) -> bool:
-        return (Path(self.out) / "run.json").is_file()
 
 
 class TokenizedDPOTrainer(DPOTrainer):
@@ -182,58 +138,44 @@ def mix_equally(parts: list[Dataset], seed: int) -> Dataset:
     return concatenate_datasets(picked).shuffle(seed=seed)
 
 
-def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, Any] | None:
+def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | None:
     """Train one run and write its folder: `delta/` (theta_run - theta_base in fp32, vector file format) and `run.json`.
 
-    It goes on from its newest whole checkpoint, where it has one, and then equals a run that was never interrupted
-    (bit by bit on CPU). `report` gets what `Watcher` measures as training goes on. Every rank calls this; rank 0 writes
-    and returns the content of run.json, the others return None.
+    It continues from its newest whole checkpoint, if it has one, and then equals a run that was never interrupted (bit
+    by bit on CPU). `report` gets what `Watcher` measures as training goes on. Every rank calls this; rank 0 writes and
+    returns the content of run.json, the others return None.
 
     Raises:
         RunStoppedError: a figure is not finite or held-out accuracy moves the wrong way; nothing is written.
         DiskFullError: nothing half-written is kept.
     """
     started = time.perf_counter()
-    train = mix_equally([load_from_disk(folder) for folder in spec.train], spec.seed)
-    if spec.polarity == "negative":
-        train = flip(train)
-    layout = parameter_layout(spec.base)
-    checkpoints = checkpoint_folder(spec.out)
-    args = dpo_config(
-        spec.dpo,
-        checkpoints if spec.checkpoint_every else work_dir,
-        seed=spec.seed,
-        deepspeed=spec.method.deepspeed,
-        **_watch_arguments(spec),
-    )
+    layout = parameter_layout(spec.base)  # before DeepSpeed is started
+    folder = checkpoint_folder(spec.out) if spec.checkpoint_every else work_dir
+    method = spec.method
+    args = dpo_config(spec.dpo, folder, seed=spec.seed, deepspeed=method.deepspeed, **_watch_arguments(spec))
     full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
     watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, watched)
+    train = mix_equally([load_from_disk(pairs) for pairs in spec.train], spec.seed)
     trainer = TokenizedDPOTrainer(
-        model=load_model(spec.base, spec.method, args),
+        model=load_model(spec.base, method, args),
         args=args,
-        train_dataset=train,
+        train_dataset=flip(train) if spec.polarity == "negative" else train,
         eval_dataset=watched,
         processing_class=load_tokenizer(spec.base),
         callbacks=[watcher],
-        peft_config=lora_config(spec.method.lora) if spec.method.kind == "lora" else None,
+        peft_config=adapter_config(method),
     )
-    trainer.remove_callback(PrinterCallback)  # the report says it better
-    resumed = resume_point(checkpoints, args.world_size) if spec.checkpoint_every else None
-    if spec.checkpoint_every:
-        trainer.add_callback(CompleteCheckpoints())
+    trainer.remove_callback(PrinterCallback)  # `report` has its lines
+    resumed, resumed_at = keep_checkpoints(trainer, spec.checkpoint_every)
     if spec.tensorboard and trainer.is_world_process_zero():
-        trainer.add_callback(tensorboard(spec.tensorboard, resumed[1] if resumed else None))
+        trainer.add_callback(tensorboard(spec.tensorboard, resumed_at))
 
     # At most two checkpoints at a time, 12 bytes a parameter each, and then the delta.
     with run_on_disk(spec.out, needed=28 * trained_numbers(trainer.model)):
         try:
-            trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
-            seen = watcher.history(trainer.state.log_history)
-            watcher.watch_the_end(full)
-            trainer.eval_dataset = full
-            for name in full:
-                trainer.evaluate(name, metric_key_prefix=f"eval_{name}")
-            held_out = watcher.history(trainer.state.log_history[-len(full) :])
+            trainer.train(resume_from_checkpoint=resumed)
+            figures = _measure_end(trainer, watcher, full)
             adapter = Path(work_dir) / "adapter"
             vector = _collect(spec, trainer, layout, adapter)
         except RunStoppedError:
@@ -241,38 +183,29 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> dict[str, An
             raise
         if vector is None:
             return None
-        kl = held_out.pop("kl", None)
-        result = {
-            "spec": spec.model_dump(),
-            "steps": trainer.state.global_step,
-            "pairs": len(train),
-            "seconds": round(time.perf_counter() - started, 2),
-            "seconds_in": trainer.clock.seconds(),
-            "resumed_at": resumed[1] if resumed else None,
-            "memory": peak_memory(),
-            "history": [training_log(log, args.beta) for log in trainer.state.log_history if "loss" in log],
-            "watched": seen,
-            "held_out": {name: points[-1] for name, points in held_out.items()},
-            "kl": kl[-1]["kl"] if kl else None,
-            "precision": vector.info.precision,
-        }
-        with new_folder(Path(spec.out)) as folder:
-            save_vector(vector, folder / "delta")
-            if spec.method.kind == "lora":
-                shutil.copytree(adapter, folder / "adapter")
-            (folder / "run.json").write_text(json.dumps(result, indent=2))
+        result = RunResult(
+            spec=spec,
+            steps=trainer.state.global_step,
+            pairs=len(train),
+            seconds=round(time.perf_counter() - started, 2),
+            seconds_in=trainer.clock.seconds(),
+            resumed_at=resumed_at,
+            memory=peak_memory(),
+            history=[training_log(log, args.beta) for log in trainer.state.log_history if "loss" in log],
+            precision=vector.info.precision,
+            **figures,
+        )
+        _write_run(spec, vector, result, adapter)
     remove_checkpoints(spec.out)
     return result
 
 
 def _watch_arguments(spec: RunSpec) -> dict[str, Any]:
-    """When to measure and when to write a checkpoint, in the trainer's words."""
+    """When to measure and when to write a checkpoint, as the trainer's arguments."""
     arguments: dict[str, Any] = {"report_to": list(spec.watch.report_to) or "none", "run_name": spec.key}
     if spec.watch.evaluations:
         arguments |= {"eval_strategy": "steps", "eval_steps": min(1 / spec.watch.evaluations, 0.999)}
-    if every := spec.checkpoint_every:
-        arguments |= {"save_strategy": "steps", "save_steps": every if every < 1 else int(every)}
-    return arguments
+    return arguments | saving(spec.checkpoint_every)
 
 
 def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
@@ -283,6 +216,21 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
     if answers:
         full[BASE_ANSWERS] = watched[BASE_ANSWERS] = whole_batches(concatenate_datasets(answers), batch)
     return full, watched
+
+
+def _measure_end(trainer: DPOTrainer, watcher: Watcher, full: dict[str, Dataset]) -> dict[str, Any]:
+    """Measure on all held-out pairs. Returns `watched`, `held_out` and `kl` of the run's result."""
+    log = trainer.state.log_history
+    watched, drift = watcher.held_out(log), watcher.drift(log)
+    watcher.watch_the_end(full)
+    trainer.eval_dataset = full
+    for name in full:
+        trainer.evaluate(name, metric_key_prefix=f"eval_{name}")
+    last = trainer.state.log_history[-len(full) :]
+    held_out = {name: points[-1] for name, points in watcher.held_out(last).items()}
+    if BASE_ANSWERS not in full:
+        return {"watched": watched, "held_out": held_out, "kl": None}
+    return {"watched": {**watched, KL: drift}, "held_out": held_out, "kl": watcher.drift(last)[-1].kl}
 
 
 def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout, adapter: Path) -> PreferenceVector | None:
@@ -313,3 +261,12 @@ def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout, adapter: Path) 
         data_digest=spec.data_digest,
         recipe=recipe,
     )
+
+
+def _write_run(spec: RunSpec, vector: PreferenceVector, result: RunResult, adapter: Path) -> None:
+    """Write the run's folder, which is complete or absent."""
+    with new_folder(Path(spec.out)) as folder:
+        save_vector(vector, folder / "delta")
+        if spec.method.kind == "lora":
+            shutil.copytree(adapter, folder / "adapter")
+        (folder / "run.json").write_text(json.dumps(result.model_dump(), indent=2))

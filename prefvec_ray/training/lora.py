@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training.recipe import closest
 
@@ -31,6 +32,11 @@ def lora_config(fields: Mapping[str, Any]) -> "LoraConfig":
         return LoraConfig(**{**DEFAULTS, **fields, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: PEFT's LoraConfig refuses it: {' '.join(str(error).split())}") from error
+
+
+def adapter_config(method: Method) -> "LoraConfig | None":
+    """The adapter that a run of this method trains; None where it trains the model itself."""
+    return lora_config(method.lora) if method.kind == "lora" else None
 
 
 def check_lora(base: Path, fields: Mapping[str, Any], *, deepspeed: bool) -> None:

@@ -13,8 +13,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.pretrained import from_pretrained
-from prefvec_ray.training.config import Method
 from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
 if TYPE_CHECKING:

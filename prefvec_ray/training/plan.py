@@ -5,7 +5,6 @@ the cluster, so that queued runs cost nothing and none waits for what another ho
 alone.
 """
 
-import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -18,12 +17,12 @@ from ray.autoscaler.sdk import request_resources
 from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from prefvec_ray.common.errors import JobError
-from prefvec_ray.common.files import read_json
+from prefvec_ray.artifacts.training import RunResult, RunSpec
+from prefvec_ray.common.errors import JobError, from_traceback
+from prefvec_ray.common.files import read_model
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
 from prefvec_ray.training.config import Resources
-from prefvec_ray.training.dpo import RunSpec
 from prefvec_ray.training.progress import ProgressTable, job_board
 from prefvec_ray.training.workers import dpo_worker
 
@@ -50,14 +49,16 @@ class RunsFailedError(JobError):
     """Some runs of a plan failed; the finished ones are kept and will be skipped next time."""
 
 
-def read_run(spec: RunSpec) -> dict[str, Any]:
-    """The run.json of a finished run."""
-    return read_json(Path(spec.out) / "run.json", f"delete {spec.out}, and the same command trains it again")
+def read_run(spec: RunSpec) -> RunResult:
+    """The result of a finished run."""
+    return read_model(
+        Path(spec.out) / "run.json", RunResult, f"delete {spec.out}, and the same command trains it again"
+    )
 
 
 def run_plan(
     specs: list[RunSpec], resources: Resources, storage: Path, *, retries: int = 2, board: Any = None
-) -> list[dict[str, Any]]:
+) -> list[RunResult]:
     """Run what is not finished yet, as many at once as the cluster holds, with one live table for all.
 
     A run that was interrupted, in this job or an earlier one, goes on from its checkpoint.
@@ -68,7 +69,7 @@ def run_plan(
         board: of `job_board`; one for this plan alone is made where it is left out.
 
     Returns:
-        run.json of every spec, in order.
+        The result of every spec, in order.
 
     Raises:
         RunsFailedError: names every run that failed and its first line of reason, after all others have ended.
@@ -246,8 +247,7 @@ def failure_reason(error: Exception) -> str:
     """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     failures = failures or [error]
-    reason = _line(next(filter(_is_own, failures), failures[0]))
-    return re.sub(r"^[\w.]+\.(?=\w+: )", "", reason)
+    return from_traceback(_line(next(filter(_is_own, failures), failures[0])))
 
 
 def _lines(error: Exception) -> list[str]:

@@ -1,7 +1,7 @@
 """Reference log-probs (DPO, arXiv 2305.18290, eq. 7: pi_ref), once per base x data x tokenization, for all runs.
 
 They lie under `<folder>/reference/`, where every run of this job and of later ones finds them, in both polarities: no
-run holds a reference model. Each pass that was really made leaves a line in `passes.jsonl`.
+run holds a reference model. Each pass that was made adds a line to `passes.jsonl`.
 """
 
 import json
@@ -13,27 +13,50 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from rich.console import Console
 
+from prefvec_ray.artifacts.training import Method, PreparedPairs, Record, ReferencePairs
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
-from prefvec_ray.training.config import Method, TrainingConfig
-from prefvec_ray.training.dpo import load_tokenizer
+from prefvec_ray.training.config import TrainingConfig
+from prefvec_ray.training.dpo import dpo_config, reference_logps
+from prefvec_ray.training.model import load_tokenizer
 from prefvec_ray.training.plan import RunsFailedError, slots, start_run
 from prefvec_ray.training.progress import follow, job_board
 from prefvec_ray.training.workers import worker_setup
 from prefvec_ray.vectors import fingerprint
 
-PARTS = {"train": "pairs", "test": "test_pairs"}
 PAIRS_PER_WORKER = 4096
-"""Below that another worker costs more to start than it saves."""
+"""With fewer, another worker costs more to start than it saves."""
+
+
+class ScoringTask(Record):
+    """One set of pairs to tokenize and score: those in the folder `source`, or answers of the base to their prompts."""
+
+    target: str
+    """Folder that appears, complete, when the set is scored."""
+    source: str
+    pairs: int
+    samples: int | None = None
+    """Answers to draw, two a prompt; None: the pairs themselves are scored."""
+    tokens: int = 0
+    """Length of an answer, at most."""
+
+
+class ReferenceJob(Record):
+    """The sets that one pass over the base scores."""
+
+    base: str
+    dpo: dict[str, Any]
+    method: Method
+    tasks: list[ScoringTask]
 
 
 def compute_references(
-    config: TrainingConfig, prepared: dict[str, dict[str, Any]], board: Any = None
-) -> dict[str, dict[str, Any]]:
+    config: TrainingConfig, prepared: dict[str, PreparedPairs], board: Any = None
+) -> dict[str, ReferencePairs]:
     """Reference log-probs of every split and of a few answers of the base itself, in one Ray Train run.
 
     A large data set is scored by as many workers as the cluster has free for it.
@@ -42,115 +65,115 @@ def compute_references(
         board: of `job_board`; one for this pass alone is made where it is left out.
 
     Returns:
-        By preference: {"train": folder, "test": folder, "answers": folder, "digest"} of the tokenized pairs with
-        reference columns; no "answers" where the config wants none.
+        By preference.
+
+    Raises:
+        RunsFailedError: the pass failed; no run was started.
     """
     if board is None:
         with job_board(config.folder) as board:
             return compute_references(config, prepared, board)
-    base = fingerprint(config.base)
+    key, watch = _tokenization_key(config), config.watch
+    references: dict[str, ReferencePairs] = {}
+    tasks = []
+    for name, split in prepared.items():
+        folder = config.folder / "reference" / f"{Path(split.train).parent.name}-{key}"
+        train, test = str(folder / "train"), str(folder / "test")
+        tasks += [
+            ScoringTask(target=train, source=split.train, pairs=split.pairs),
+            ScoringTask(target=test, source=split.test, pairs=split.test_pairs),
+        ]
+        answers = None
+        if samples := watch.kl_samples if watch.kl_samples >= 2 else None:
+            answers = str(folder / f"answers-{samples}x{watch.kl_tokens}")
+            drawn = ScoringTask(target=answers, source=test, pairs=samples, samples=samples, tokens=watch.kl_tokens)
+            tasks.append(drawn)
+        references[name] = ReferencePairs(train=train, test=test, digest=split.digest, answers=answers)
+    if missing := [task for task in tasks if not Path(task.target).is_dir()]:
+        _run_pass(config, missing, board)
+    return references
+
+
+def _tokenization_key(config: TrainingConfig) -> str:
+    """Of all that the log-probs depend on beside the pairs: base, tokenizer, lengths, compute dtype."""
     tokenizer = load_tokenizer(working_base(config))
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     shape = {field: config.dpo.get(field) for field in ("max_length", "truncation_mode", "ld_alpha", "pad_token")}
     half = [config.dpo.get("bf16", config.resources.gpus_per_worker > 0), config.dpo.get("fp16", False)]
     if any(half):  # rounded in another way under DeepSpeed, and over a frozen base in bf16
         shape["half"] = [*half, config.deepspeed is not None, config.method]
-    key = key_of(base, vocabulary, tokenizer.chat_template or "", json.dumps(shape))
-    watch = config.watch
-    references = {}
-    wanted = []
-    for name, split in prepared.items():
-        folder = config.folder / "reference" / f"{Path(split['train']).parent.name}-{key}"
-        references[name] = {part: str(folder / part) for part in PARTS} | {"digest": split["digest"]}
-        wanted += [
-            {"target": str(folder / part), "source": split[part], "pairs": split[count]}
-            for part, count in PARTS.items()
-        ]
-        if watch.kl_samples >= 2:
-            target = str(folder / f"answers-{watch.kl_samples}x{watch.kl_tokens}")
-            references[name]["answers"] = target
-            answers = {"samples": watch.kl_samples, "tokens": watch.kl_tokens}
-            wanted.append({"target": target, "source": str(folder / "test"), "pairs": watch.kl_samples, **answers})
-    missing = [task for task in wanted if not Path(task["target"]).is_dir()]
-    if missing:
-        method = config.run_method.model_dump()
-        job = {"base": str(working_base(config)), "dpo": config.dpo, "method": method, "tasks": missing, "board": board}
-        times = max(
-            1, min(slots(config.resources, free=True), sum(task["pairs"] for task in missing) // PAIRS_PER_WORKER)
-        )
-        resources = config.resources.model_copy(update={"workers": config.resources.workers * times})
-        check_room("the pass over the reference model", resources.bundles)
-        name = f"reference-{key_of(*(task['target'] for task in missing))}"
-        try:
-            storage = config.folder / "ray"
-            run = start_run(_reference_worker, job, name, resources, storage, retries=config.retries)
-            console = Console(highlight=False)
-            room = Waiting(console, "the pass over the reference model", resources.bundles)
-            what = "sets of pairs with reference log-probs, once for all runs"
-            follow(run, board, "reference", what, console, room)
-        except RunsFailedError as error:
-            raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
-    return references
+    return key_of(fingerprint(config.base), vocabulary, tokenizer.chat_template or "", json.dumps(shape))
+
+
+def _run_pass(config: TrainingConfig, tasks: list[ScoringTask], board: Any) -> None:
+    """Score the tasks on the cluster, and show how far it is."""
+    job = ReferenceJob(base=str(working_base(config)), dpo=config.dpo, method=config.run_method, tasks=tasks)
+    wanted = sum(task.pairs for task in tasks) // PAIRS_PER_WORKER
+    times = max(1, min(slots(config.resources, free=True), wanted))
+    resources = config.resources.model_copy(update={"workers": config.resources.workers * times})
+    what = "the pass over the reference model"
+    check_room(what, resources.bundles)
+    name = f"reference-{key_of(*(task.target for task in tasks))}"
+    given = {"job": job.model_dump(), "board": board}
+    try:
+        run = start_run(_reference_worker, given, name, resources, config.folder / "ray", retries=config.retries)
+        console = Console(highlight=False)
+        room = Waiting(console, what, resources.bundles)
+        follow(run, board, "reference", "sets of pairs with reference log-probs, once for all runs", console, room)
+    except RunsFailedError as error:
+        raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
 
 
 def _reference_worker(config: dict[str, Any]) -> None:
     """Body of a Ray Train worker."""
-    sources = [task["source"] for task in config["tasks"] if "samples" not in task]
-    check_visible(config["base"], *sources)
+    job, board = ReferenceJob.model_validate(config["job"]), config["board"]
+    check_visible(job.base, *(task.source for task in job.tasks if task.samples is None))
     worker_setup()
-    board = config["board"]
     board.begin.remote("reference")
-
-    def report(done: int, total: int) -> None:
-        board.update.remote("reference", {"step": done, "total": total})
-
-    write_references(config["base"], config["dpo"], config["method"], config["tasks"], report)
+    write_references(job, lambda done, total: board.update.remote("reference", {"step": done, "total": total}))
 
 
-def write_references(
-    base: str,
-    dpo: dict[str, Any],
-    method: dict[str, Any],
-    tasks: list[dict[str, Any]],
-    report: Callable[[int, int], None],
-) -> None:
+def write_references(job: ReferenceJob, report: Callable[[int, int], None]) -> None:
     """Score every set that is missing; each appears whole or not at all. Rank 0 calls `report(done, total)`."""
     import torch.distributed as dist
 
-    from prefvec_ray.training.answers import base_answers
-    from prefvec_ray.training.dpo import dpo_config, reference_logps
-
-    checked = Method.model_validate(method)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for number, task in enumerate(tasks, 1):
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
+    for number, task in enumerate(job.tasks, 1):
         started = time.perf_counter()
-        target = Path(task["target"])
+        target = Path(task.target)
         if target.is_dir():  # an earlier attempt got as far as this
             continue
-        source = task["source"]
+        unscored = target.with_name(f".{target.name}.unscored")
         with tempfile.TemporaryDirectory() as work_dir:
-            if "samples" in task:
-                source = str(target.with_name(f".{target.name}.unscored"))
+            if task.samples is not None:
                 if rank == 0:
-                    limit = dpo_config(dpo, work_dir).max_length
-                    test = load_from_disk(task["source"])
-                    drawn = base_answers(base, test, samples=task["samples"], tokens=task["tokens"], max_length=limit)
-                    shutil.rmtree(source, ignore_errors=True)
-                    drawn.save_to_disk(source, num_shards=1)  # also where it is empty: no shard could not be read
-                if dist.is_initialized():
-                    dist.barrier()
-            pairs = load_from_disk(source)
-            scored = reference_logps(base, pairs, dpo, work_dir, checked) if len(pairs) else pairs
+                    shutil.rmtree(unscored, ignore_errors=True)
+                    _save(_draw(job, task, work_dir), unscored)
+                barrier()
+            pairs = load_from_disk(str(unscored) if task.samples is not None else task.source)
+            scored = reference_logps(job.base, pairs, job.dpo, work_dir, job.method) if len(pairs) else pairs
             if rank == 0:
                 done = {"set": target.name, "pairs": len(scored), "workers": workers}
                 with new_folder(target) as folder, (target.parent / "passes.jsonl").open("a") as file:
-                    scored.save_to_disk(folder, num_shards=None if len(scored) else 1)
+                    _save(scored, folder)
                     file.write(json.dumps({**done, "seconds": round(time.perf_counter() - started, 2)}) + "\n")
-                report(number, len(tasks))
-            if dist.is_initialized():
-                dist.barrier()
-            if "samples" in task and rank == 0:
-                shutil.rmtree(source)
+                report(number, len(job.tasks))
+            barrier()
+            if rank == 0:
+                shutil.rmtree(unscored, ignore_errors=True)
+
+
+def _draw(job: ReferenceJob, task: ScoringTask, work_dir: str) -> Dataset:
+    from prefvec_ray.training.answers import base_answers
+
+    limit = dpo_config(job.dpo, work_dir).max_length
+    prompts = load_from_disk(task.source)
+    return base_answers(job.base, prompts, samples=task.samples or 0, tokens=task.tokens, max_length=limit)
+
+
+def _save(pairs: Dataset, folder: Path) -> None:
+    pairs.save_to_disk(folder, num_shards=None if len(pairs) else 1)  # an empty set without a shard cannot be read
 
 
 def working_base(config: TrainingConfig) -> Path:

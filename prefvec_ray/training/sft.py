@@ -1,7 +1,7 @@
-"""Supervised fine-tuning before DPO: what it makes of the base is the base of everything after it.
+"""Supervised fine-tuning before DPO: its result is the base of everything after it.
 
 TRL's SFTTrainer with the method and the resources of the DPO runs. The result lies under `<folder>/sft/`, in the base's
-own dtypes, keyed by what it was made from; a later job with the same key takes it as it is.
+own dtypes, keyed by what it was made from. A later job with the same key uses it as it is.
 """
 
 import json
@@ -16,23 +16,41 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
+from prefvec_ray.artifacts.training import Method, Record
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.preferences.sources import read_rows
-from prefvec_ray.training.config import Method, SftStage, TrainingConfig
+from prefvec_ray.training.config import SftStage, TrainingConfig
 from prefvec_ray.training.plan import RunsFailedError, start_run
 from prefvec_ray.training.progress import follow
 from prefvec_ray.training.references import key_of, working_base
 from prefvec_ray.training.workers import worker_setup
-from prefvec_ray.vectors import fingerprint
+from prefvec_ray.vectors import PreferenceVector, export_model, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transformers import TrainerState
+
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 """The columns that SFTTrainer learns from; the first that a row has are taken, others are left behind."""
+
+
+class SftJob(Record):
+    """The stage as its workers get it. `sft.json` keeps the fields from `base` to `method`."""
+
+    base: str
+    base_fingerprint: str
+    data_digest: str
+    recipe: dict[str, Any]
+    """Fields of TRL's SFTConfig."""
+    method: Method
+    data: str
+    """Arrow file of the examples."""
+    checkpoint_every: float | None
+    out: str
 
 
 def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
@@ -50,25 +68,25 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
     recipe = json.dumps([config.sft.recipe, config.run_method.model_dump(), config.resources.workers], sort_keys=True)
     base = fingerprint(start)
     key = key_of(base, digest, template, recipe)
-    out = config.folder / "sft" / key
+    job = SftJob(
+        base=str(start),
+        base_fingerprint=base,
+        data_digest=digest,
+        recipe=config.sft.recipe,
+        method=config.run_method,
+        data=str(data),
+        checkpoint_every=config.checkpoint_every,
+        out=str(config.folder / "sft" / key),
+    )
+    out = Path(job.out)
     if not (out / "sft.json").is_file():
-        job = {
-            "base": str(start),
-            "base_fingerprint": base,
-            "data": str(data),
-            "data_digest": digest,
-            "recipe": config.sft.recipe,
-            "method": config.run_method.model_dump(),
-            "checkpoint_every": config.checkpoint_every,
-            "out": str(out),
-            "board": board,
-        }
-        storage = config.folder / "ray"
-        check_room("fine-tuning", config.resources.bundles)
-        run = start_run(_sft_worker, job, f"sft-{key}", config.resources, storage, retries=config.retries)
+        given = {"job": job.model_dump(), "board": board}
+        resources, storage = config.resources, config.folder / "ray"
+        check_room("fine-tuning", resources.bundles)
+        run = start_run(_sft_worker, given, f"sft-{key}", resources, storage, retries=config.retries)
         try:
             console = Console()
-            room = Waiting(console, "fine-tuning", config.resources.bundles)
+            room = Waiting(console, "fine-tuning", resources.bundles)
             follow(run, board, "sft", f"steps of fine-tuning on {examples} examples", console, room)
         except RunsFailedError as error:
             raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {error}") from error
@@ -141,20 +159,21 @@ def _tokenizer_files(base: Path) -> list[str]:
     return sorted(path.name for path in base.iterdir() if "token" in path.name or path.suffix == ".jinja")
 
 
-def _sft_worker(job: dict[str, Any]) -> None:
-    check_visible(job["base"], job["data"])
+def _sft_worker(config: dict[str, Any]) -> None:
+    """Body of a Ray Train worker."""
+    job, board = SftJob.model_validate(config["job"]), config["board"]
+    check_visible(job.base, job.data)
     worker_setup()
-    board = job.pop("board")
     board.begin.remote("sft")
     with tempfile.TemporaryDirectory() as work_dir:
         run_sft(job, lambda values: board.update.remote("sft", values), work_dir)
 
 
-def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", work_dir: str | Path) -> None:
-    """Train and write `job["out"]`, a Hugging Face folder that appears complete or not at all. Every rank calls this.
+def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: str | Path) -> None:
+    """Train and write `job.out`, a Hugging Face folder that appears complete or not at all. Every rank calls this.
 
     The result is the base plus the run's fp32 delta, rounded once to the base's dtypes, with the base's own tokenizer.
-    It goes on from the newest whole checkpoint.
+    It continues from the newest whole checkpoint.
 
     Raises:
         RunStoppedError: the loss or a parameter is not finite; nothing is written.
@@ -162,37 +181,26 @@ def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", wor
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from prefvec_ray.training.checkpoints import (
-        CompleteCheckpoints,
-        checkpoint_folder,
-        newest_checkpoint,
-        remove_checkpoints,
-    )
+    from prefvec_ray.training.checkpoints import checkpoint_folder, keep_checkpoints, remove_checkpoints, saving
     from prefvec_ray.training.delta import parameter_layout, run_vector
-    from prefvec_ray.training.lora import lora_config
+    from prefvec_ray.training.lora import adapter_config
     from prefvec_ray.training.model import arguments, load_model, load_tokenizer
-    from prefvec_ray.vectors import export_model
 
-    base, out, method = job["base"], Path(job["out"]), Method.model_validate(job["method"])
-    layout = parameter_layout(base)
-    saving: dict[str, Any] = {}
-    if every := job["checkpoint_every"]:
-        saving = {"save_strategy": "steps", "save_steps": every if every < 1 else int(every)}
-    folder = checkpoint_folder(out) if saving else work_dir
-    args = arguments(SFTConfig, job["recipe"], folder, deepspeed=method.deepspeed, **saving)
+    base, method = job.base, job.method
+    layout = parameter_layout(base)  # before DeepSpeed is started
+    folder = checkpoint_folder(job.out) if job.checkpoint_every else work_dir
+    args = arguments(SFTConfig, job.recipe, folder, deepspeed=method.deepspeed, **saving(job.checkpoint_every))
     trainer = SFTTrainer(
         model=load_model(base, method, args),
         args=args,
-        train_dataset=Dataset.from_file(job["data"]),
+        train_dataset=Dataset.from_file(job.data),
         processing_class=load_tokenizer(base),
         callbacks=[_reporter(report)],
-        peft_config=lora_config(method.lora) if method.kind == "lora" else None,
+        peft_config=adapter_config(method),
     )
     trainer.remove_callback(PrinterCallback)
-    resumed = newest_checkpoint(Path(folder), args.world_size) if saving else None
-    if saving:
-        trainer.add_callback(CompleteCheckpoints())
-    trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+    resumed, _ = keep_checkpoints(trainer, job.checkpoint_every)
+    trainer.train(resume_from_checkpoint=resumed)
     vector = run_vector(
         trainer,
         method,
@@ -200,21 +208,26 @@ def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", wor
         base,
         Path(work_dir) / "adapter",
         preference="sft",
-        base_fingerprint=job["base_fingerprint"],
-        data_digest=job["data_digest"],
-        recipe={"method": "sft", "parameters": method.kind, **job["recipe"]},
+        base_fingerprint=job.base_fingerprint,
+        data_digest=job.data_digest,
+        recipe={"method": "sft", "parameters": method.kind, **job.recipe},
     )
-    if vector is None:
-        return
+    if vector is not None:
+        _write_model(job, vector, trainer.state)
+        remove_checkpoints(job.out)
+
+
+def _write_model(job: SftJob, vector: PreferenceVector, state: "TrainerState") -> None:
+    """Base plus delta and `sft.json`, beside `job.out` and then renamed to it."""
+    out = Path(job.out)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    export_model(base, {"sft": vector}, {"sft": 1.0}, partial, base_fingerprint=job["base_fingerprint"])
-    history = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
-    told = {name: job[name] for name in ("base", "base_fingerprint", "data_digest", "recipe", "method")}
-    (partial / "sft.json").write_text(json.dumps({**told, "steps": trainer.state.global_step, "history": history}))
+    export_model(job.base, {"sft": vector}, {"sft": 1.0}, partial, base_fingerprint=job.base_fingerprint)
+    history = [{"step": log["step"], "loss": log["loss"]} for log in state.log_history if "loss" in log]
+    made_from = job.model_dump(include={"base", "base_fingerprint", "data_digest", "recipe", "method"})
+    (partial / "sft.json").write_text(json.dumps({**made_from, "steps": state.global_step, "history": history}))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
-    remove_checkpoints(out)
 
 
 def _reporter(report: "Callable[[dict[str, Any]], None]") -> Any:
@@ -223,7 +236,7 @@ def _reporter(report: "Callable[[dict[str, Any]], None]") -> Any:
     from prefvec_ray.training.watch import RunStoppedError
 
     class Reporter(TrainerCallback):
-        """Tells the board each logged loss, and stops where it is not finite."""
+        """Reports each logged loss, and stops the run when it is not finite."""
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs and "loss" in logs:

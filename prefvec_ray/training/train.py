@@ -7,35 +7,42 @@ simply started again. Results are keyed by what they were made from (base, data,
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from datasets import load_from_disk
 from trl import DPOConfig
 
+from prefvec_ray.artifacts.training import (
+    MIXED,
+    SIGN,
+    Polarity,
+    PreparedPairs,
+    ReferencePairs,
+    RunSpec,
+    TrainingSummary,
+)
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
 from prefvec_ray.training.checkpoints import check_space, told_when_full
-from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
+from prefvec_ray.training.config import PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
-from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
+from prefvec_ray.training.model import load_tokenizer
 from prefvec_ray.training.plan import run_plan, slots
 from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board
-from prefvec_ray.training.references import PARTS, compute_references, key_of, working_base
+from prefvec_ray.training.references import compute_references, key_of, working_base
 from prefvec_ray.training.sft import fine_tuned
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
 
-def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
+def train_vectors(config: TrainingConfig, prepared: dict[str, PreparedPairs] | None = None) -> TrainingSummary:
     """The whole training job on the connected Ray cluster.
 
     Args:
         prepared: what `prepare_data` gave, where it was already called.
 
     Returns:
-        What `<folder>/training.json` holds: the base that the vectors belong to, every run's result, every vector's
-        folder, and how many pairs of each preference were left out because their prompt alone fills `max_length` (TRL
-        drops them).
+        What `<folder>/training.json` holds.
 
     Raises:
         InputError: bad config, data or base; before any run starts.
@@ -47,19 +54,27 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, dict[str, Any]] | 
     with job_board(config.folder) as board, told_when_full(config.folder):
         config = fine_tuned(config, board)
         references = compute_references(config, prepared, board)
-        left_out = {
-            name: {part: data[key] - len(load_from_disk(references[name][part])) for part, key in PARTS.items()}
-            for name, data in prepared.items()
-        }
+        left_out = {name: _left_out(data, references[name]) for name, data in prepared.items()}
         specs = plan_runs(config, references)
         _check_space(config, specs)
         runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries, board=board)
         vectors = extract_vectors(config, specs)
-    made = {key: str(folder) for key, folder in vectors.items()}
-    summary = {"base": str(working_base(config)), "left_out": left_out, "runs": runs, "vectors": made}
-    (config.folder / "training.json").write_text(json.dumps(summary, indent=2))
+    summary = TrainingSummary(
+        base=str(working_base(config)),
+        left_out=left_out,
+        runs=runs,
+        vectors={key: str(folder) for key, folder in vectors.items()},
+    )
+    (config.folder / "training.json").write_text(json.dumps(summary.model_dump(), indent=2))
     plot_runs(runs, config.folder / "training.png")
     return summary
+
+
+def _left_out(given: PreparedPairs, scored: ReferencePairs) -> dict[Literal["train", "test"], int]:
+    return {
+        "train": given.pairs - len(load_from_disk(scored.train)),
+        "test": given.test_pairs - len(load_from_disk(scored.test)),
+    }
 
 
 def _check_space(config: TrainingConfig, specs: list[RunSpec]) -> None:
@@ -75,12 +90,8 @@ def _check_space(config: TrainingConfig, specs: list[RunSpec]) -> None:
         )
 
 
-def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
-    """Read, check and split every preference's pairs; write them under `data/`.
-
-    Returns:
-        By preference: {"train": folder, "test": folder, "digest": of the training pairs, "pairs", "test_pairs",
-        "format", "why", "notes", "warnings"}.
+def prepare_data(config: TrainingConfig) -> dict[str, PreparedPairs]:
+    """Read, check and split every preference's pairs; write them under `data/`. Returns them by preference.
 
     Raises:
         InputError: data that cannot be read, or that would train on garbage (`check_splits`).
@@ -92,22 +103,24 @@ def prepare_data(config: TrainingConfig) -> dict[str, dict[str, Any]]:
         _write_templated_base(config)
     prepared = {}
     for name, split in splits.items():
-        info: dict[str, Any] = {
-            "digest": data_digest(split.train),
-            "pairs": len(split.train),
-            "test_pairs": len(split.test),
-            "format": split.loaded.format,
-            "why": split.loaded.why,
-            "notes": list(split.loaded.notes),
-            "warnings": [f.text for f in found.findings if f.level == "warning" and f.preference == name],
-        }
-        folder = config.folder / "data" / f"{name}-{key_of(info['digest'], data_digest(split.test))}"
+        digest = data_digest(split.train)
+        folder = config.folder / "data" / f"{name}-{key_of(digest, data_digest(split.test))}"
+        prepared[name] = PreparedPairs(
+            train=str(folder / "train"),
+            test=str(folder / "test"),
+            digest=digest,
+            pairs=len(split.train),
+            test_pairs=len(split.test),
+            format=split.loaded.format,
+            why=split.loaded.why,
+            notes=list(split.loaded.notes),
+            warnings=[f.text for f in found.findings if f.level == "warning" and f.preference == name],
+        )
         if not (folder / "info.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             split.train.save_to_disk(folder / "train")
             split.test.save_to_disk(folder / "test")
-            (folder / "info.json").write_text(json.dumps(info))
-        prepared[name] = {"train": str(folder / "train"), "test": str(folder / "test"), **info}
+            (folder / "info.json").write_text(json.dumps(prepared[name].model_dump(exclude={"train", "test"})))
     return prepared
 
 
@@ -149,7 +162,7 @@ def _load_split(config: TrainingConfig, name: str, source: PreferenceData, colle
     )
 
 
-def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> list[RunSpec]:
+def plan_runs(config: TrainingConfig, references: dict[str, ReferencePairs]) -> list[RunSpec]:
     """Preferences x polarities x seeds, and one run on mixed data a seed where asked for. Keys are stable."""
     base = fingerprint(config.base)
     wanted: list[tuple[list[str], Polarity]] = [([name], polarity) for name in references for polarity in SIGN]
@@ -158,11 +171,10 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
     specs = []
     for seed in config.seeds:
         for names, polarity in wanted:
+            parts = [references[name] for name in names]
+            train = [part.train for part in parts]
             preference = names[0] if len(names) == 1 else MIXED
-            train = [references[name]["train"] for name in names]
-            digest = (
-                references[names[0]]["digest"] if len(names) == 1 else key_of(*(references[n]["digest"] for n in names))
-            )
+            digest = parts[0].digest if len(names) == 1 else key_of(*(part.digest for part in parts))
             key = f"{preference}-{polarity}-s{seed}-{key_of(base, *train, config.recipe_key)}"
             specs.append(
                 RunSpec(
@@ -174,11 +186,11 @@ def plan_runs(config: TrainingConfig, references: dict[str, dict[str, Any]]) -> 
                     base_fingerprint=base,
                     data_digest=digest,
                     train=train,
-                    test={name: references[name]["test"] for name in names},
+                    test={name: references[name].test for name in names},
                     dpo=config.recipe,
                     method=config.run_method,
                     out=str(config.folder / "dpo" / key),
-                    answers=[references[name]["answers"] for name in names if "answers" in references[name]],
+                    answers=[part.answers for part in parts if part.answers],
                     watch=config.watch,
                     checkpoint_every=config.checkpoint_every,
                     tensorboard=str(config.folder / "tensorboard" / key),
@@ -191,46 +203,42 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
     """phi_p = theta_p+ - theta_p- for every preference and seed (arXiv 2504.20106, eq. 4), from the runs' fp32 deltas.
 
     Returns:
-        Folder of each vector by `<preference>-s<seed>`, each holding the vector file.
+        Folder of each vector by its `vector_key`, each holding the vector file.
     """
     import torch
 
-    pairs: dict[tuple[str, int], dict[str, RunSpec]] = {}
+    pairs: dict[str, dict[Polarity, RunSpec]] = {}
     for spec in specs:
         if spec.preference != MIXED:
-            pairs.setdefault((spec.preference, spec.seed), {})[spec.polarity] = spec
+            pairs.setdefault(spec.vector_key, {})[spec.polarity] = spec
     folders = {}
-    for (preference, seed), runs in pairs.items():
+    for name, runs in pairs.items():
         positive, negative = runs["positive"], runs["negative"]
-        folder = (
-            config.folder
-            / "vectors"
-            / f"{preference}-s{seed}-{key_of(positive.key, negative.key, config.vector_dtype)}"
-        )
-        folders[f"{preference}-s{seed}"] = folder
+        key = key_of(positive.key, negative.key, config.vector_dtype)
+        folders[name] = folder = config.folder / "vectors" / f"{name}-{key}"
         if not folder.is_dir():
             deltas = [load_vector(Path(run.out) / "delta") for run in (positive, negative)]
-            vector = subtract(*deltas, preference=preference, dtype=getattr(torch, config.vector_dtype))
+            vector = subtract(*deltas, preference=positive.preference, dtype=getattr(torch, config.vector_dtype))
             kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(positive.base, *deltas)}
             save_vector(vector.replace(precision=vector.info.precision | kept), folder)
     return folders
 
 
-def publish_vectors(summary: dict[str, Any], registry: Any) -> dict[str, str]:
+def publish_vectors(summary: TrainingSummary, registry: Any) -> dict[str, str]:
     """Publish every vector of `train_vectors` with the held-out figures of its two runs; the same again does nothing.
 
     Args:
         registry: a Registry or RegistryClient.
 
     Returns:
-        `<preference>-s<seed>` -> `<preference>@<version>`.
+        By `vector_key`: `helpful-s0` -> `helpful@1`.
     """
     published = {}
-    for key, folder in summary["vectors"].items():
+    for key, folder in summary.vectors.items():
         metrics = {
-            f"held_out_{figure}_{run['spec']['polarity']}": run["held_out"][run["spec"]["preference"]][figure]
-            for run in summary["runs"]
-            if f"{run['spec']['preference']}-s{run['spec']['seed']}" == key
+            f"held_out_{figure}_{run.spec.polarity}": getattr(run.held_out[run.spec.preference], figure)
+            for run in summary.runs
+            if run.spec.vector_key == key
             for figure in ("accuracy", "margin")
         }
         version = registry.publish_vector(folder, metrics=metrics)

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains, and the two reasons for which it is stopped.
+"""What is measured of a run while it trains, and the two reasons for which it is stopped.
 
 A run is measured on held-out pairs of its preference, never flipped, and on answers that the base itself gave. From the
 second comes KL(base || run) = E_{y ~ base}[log base(y) - log run(y)], in nats an answer of at most `kl_tokens` tokens:
@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from prefvec_ray.artifacts.training import Drift, HeldOut, Polarity, TrainingPoint
 from prefvec_ray.common.errors import JobError
 
 Report = Callable[[dict[str, Any]], None]
@@ -28,11 +29,11 @@ BASE_ANSWERS = "base.answers"
 
 
 class RunStoppedError(JobError):
-    """A run went where no vector can come from; it publishes nothing, and its checkpoints are removed."""
+    """A run diverged or learned the wrong direction; it publishes nothing, and its checkpoints are removed."""
 
 
 class Clock:
-    """Where the time of a run goes: steps, watching, checkpoints."""
+    """Seconds of a run: in steps, in watching, in checkpoints."""
 
     def __init__(self) -> None:
         self.start = self.mark = time.perf_counter()
@@ -87,43 +88,32 @@ def few(pairs: Dataset, count: int, batch: int) -> Dataset:
     return whole_batches(pairs.shuffle(seed=0).select(range(min(max(count, batch), len(pairs)))), batch)
 
 
-def training_log(log: dict[str, float], beta: float) -> dict[str, float]:
-    """One entry of run.json's `history`, from what the trainer logs between two points.
-
-    `loss`, `accuracy` and `margin` of training pairs (flipped in a negative run), `grad_norm`, `tokens_per_s`,
-    `memory` in bytes, and `chosen_shift`: by how many nats the log-prob of the answer that this run prefers has moved
-    from the base's. It often falls although the margin grows (displacement).
-    """
-    return {
-        "step": log["step"],
-        "loss": log["loss"],
-        "accuracy": log["rewards/accuracies"],
-        "margin": log["rewards/margins"],
-        "chosen_shift": log["rewards/chosen"] / beta if beta else 0.0,
-        "grad_norm": log.get("grad_norm", float("nan")),
-        "tokens_per_s": round(log["tokens_per_s"], 1),
-        "memory": log["memory"],
-    }
+def training_log(log: dict[str, float], beta: float) -> TrainingPoint:
+    """What the trainer logs between two points. The gradient norm is NaN where it logs none."""
+    return TrainingPoint(
+        step=int(log["step"]),
+        loss=log["loss"],
+        accuracy=log["rewards/accuracies"],
+        margin=log["rewards/margins"],
+        chosen_shift=log["rewards/chosen"] / beta if beta else 0.0,
+        grad_norm=log.get("grad_norm", math.nan),
+        tokens_per_s=round(log["tokens_per_s"], 1),
+        memory=int(log["memory"]),
+    )
 
 
-def held_out_log(log: dict[str, float], name: str, beta: float, pairs: int) -> dict[str, float]:
-    """One entry of run.json's `watched`: figures on held-out pairs of the preference `name`, never flipped.
-
-    `chosen_shift` and `rejected_shift` are in nats, as in `training_log`.
-    """
+def held_out_log(log: dict[str, float], name: str, beta: float, pairs: int) -> HeldOut:
+    """What the trainer logs of a measurement on the held-out pairs of the preference `name`."""
     prefix = f"eval_{name}"
-    shifts = {
-        f"{answer}_shift": log[f"{prefix}/rewards/{answer}"] / beta if beta else 0.0
-        for answer in ("chosen", "rejected")
-    }
-    return {
-        "step": log["step"],
-        "accuracy": log[f"{prefix}/rewards/accuracies"],
-        "margin": log[f"{prefix}/rewards/margins"],
-        "loss": log[f"{prefix}_loss"],
-        "pairs": pairs,
-        **shifts,
-    }
+    return HeldOut(
+        step=int(log["step"]),
+        accuracy=log[f"{prefix}/rewards/accuracies"],
+        margin=log[f"{prefix}/rewards/margins"],
+        loss=log[f"{prefix}_loss"],
+        pairs=pairs,
+        chosen_shift=log[f"{prefix}/rewards/chosen"] / beta if beta else 0.0,
+        rejected_shift=log[f"{prefix}/rewards/rejected"] / beta if beta else 0.0,
+    )
 
 
 def kl_to_base(log: dict[str, float], beta: float) -> float | None:
@@ -132,19 +122,19 @@ def kl_to_base(log: dict[str, float], beta: float) -> float | None:
     return -sum(rewards) / (2 * beta) if beta else None
 
 
-def wrong_way(held_out: dict[str, float], polarity: str, sigmas: float) -> bool:
+def wrong_way(point: HeldOut, polarity: Polarity, sigmas: float) -> bool:
     """Whether held-out accuracy is on the wrong side of 0.5 by more than noise, and the mean margin with it.
 
     Noise is `sigmas` standard errors of a fair coin thrown once a pair, sqrt(0.25 / pairs); at 3 of them fewer than ten
     pairs can never be enough. A run that has not moved has margin 0, and is not wrong.
     """
     sign = 1 if polarity == "positive" else -1
-    noise = sigmas * math.sqrt(0.25 / held_out["pairs"])
-    return sign * (0.5 - held_out["accuracy"]) > noise and sign * held_out["margin"] < 0
+    noise = sigmas * math.sqrt(0.25 / point.pairs)
+    return sign * (0.5 - point.accuracy) > noise and sign * point.margin < 0
 
 
 class Watcher(TrainerCallback):
-    """Tells the board where a run is, and stops it for a figure that is not finite or for the wrong direction.
+    """Reports how far a run is, and stops it for a figure that is not finite or for the wrong direction.
 
     Args:
         report: gets {"step", "total"} at most twice a second, and every figure as it is measured.
@@ -159,7 +149,7 @@ class Watcher(TrainerCallback):
         report: Report,
         beta: float,
         preference: str,
-        polarity: str,
+        polarity: Polarity,
         sigmas: float | None,
         watched: dict[str, Dataset],
     ) -> None:
@@ -177,16 +167,18 @@ class Watcher(TrainerCallback):
         self.pairs = {name: len(pairs) for name, pairs in full.items()}
         self.patience = 1
 
-    def history(self, log: list[dict[str, float]]) -> dict[str, list[dict[str, Any]]]:
-        """run.json's `watched`, from what the trainer logged: entries by held-out set, and `kl`."""
-        found: dict[str, list[dict[str, Any]]] = {}
-        for name, pairs in self.pairs.items():
-            entries = [entry for entry in log if f"eval_{name}_loss" in entry]
-            if name == BASE_ANSWERS:
-                found["kl"] = [{"step": entry["step"], "kl": kl_to_base(entry, self.beta)} for entry in entries]
-            else:
-                found[name] = [held_out_log(entry, name, self.beta, pairs) for entry in entries]
-        return found
+    def held_out(self, log: list[dict[str, float]]) -> dict[str, list[HeldOut]]:
+        """The measurements in what the trainer logged, by held-out set."""
+        return {
+            name: [held_out_log(entry, name, self.beta, pairs) for entry in log if f"eval_{name}_loss" in entry]
+            for name, pairs in self.pairs.items()
+            if name != BASE_ANSWERS
+        }
+
+    def drift(self, log: list[dict[str, float]]) -> list[Drift]:
+        """The measurements on answers of the base."""
+        entries = [entry for entry in log if f"eval_{BASE_ANSWERS}_loss" in entry]
+        return [Drift(step=int(entry["step"]), kl=kl_to_base(entry, self.beta)) for entry in entries]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and time.monotonic() - self.last > 0.5:
@@ -195,31 +187,32 @@ class Watcher(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         log = {**(logs or {}), "step": state.global_step}
-        tell: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if "loss" in log:
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(log.get(name, 0.0)):
                     raise RunStoppedError(f"{name} is {log[name]} at step {state.global_step}: lower learning_rate")
-            tell = training_log(log, self.beta)
+            figures = training_log(log, self.beta).model_dump()
         for name, pairs in self.pairs.items():
             if f"eval_{name}_loss" not in log:
                 continue
             if not math.isfinite(log[f"eval_{name}_loss"]):  # after the last step no training loss would show it
                 raise RunStoppedError(f"held-out loss is not finite at step {state.global_step}: lower learning_rate")
             if name == BASE_ANSWERS:
-                tell["kl"] = kl_to_base(log, self.beta)
+                figures["kl"] = kl_to_base(log, self.beta)
             else:
-                tell["held_out"] = {**tell.get("held_out", {}), name: held_out_log(log, name, self.beta, pairs)}
-        if tell and state.is_world_process_zero:
-            self.report({"total": state.max_steps, **tell, "step": state.global_step})
+                point = held_out_log(log, name, self.beta, pairs).model_dump()
+                figures["held_out"] = {**figures.get("held_out", {}), name: point}
+        if figures and state.is_world_process_zero:
+            self.report({"total": state.max_steps, **figures, "step": state.global_step})
         if self.sigmas and f"eval_{self.preference}_loss" in log:
-            self._check_direction(self.history(state.log_history)[self.preference][-self.patience :], self.sigmas)
+            self._check_direction(self.held_out(state.log_history)[self.preference][-self.patience :], self.sigmas)
 
-    def _check_direction(self, last: list[dict[str, Any]], sigmas: float) -> None:
+    def _check_direction(self, last: list[HeldOut], sigmas: float) -> None:
         if len(last) == self.patience and all(wrong_way(point, self.polarity, sigmas) for point in last):
-            seen = ", then ".join(f"{point['accuracy']:.2f}" for point in last)
+            seen = ", then ".join(f"{point.accuracy:.2f}" for point in last)
             raise RunStoppedError(
-                f"held-out accuracy {seen} on {last[-1]['pairs']} pairs at step {last[-1]['step']}: the wrong way "
+                f"held-out accuracy {seen} on {last[-1].pairs} pairs at step {last[-1].step}: the wrong way "
                 f"for a {self.polarity} run, beyond noise ({sigmas:g} standard errors); check which answer "
                 "the data prefers, and learning_rate"
             )

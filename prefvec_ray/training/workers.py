@@ -15,7 +15,8 @@ def dpo_worker(config: dict[str, Any]) -> None:
     """One DPO run. `config`: a RunSpec as a dict, and the board that shows its progress."""
     import ray.train
 
-    from prefvec_ray.training.dpo import RunSpec, run_dpo
+    from prefvec_ray.artifacts.training import RunSpec
+    from prefvec_ray.training.dpo import run_dpo
 
     spec = RunSpec.model_validate(config["spec"])
     check_visible(spec.base, *spec.train, *spec.test.values(), *spec.answers)

@@ -130,11 +130,11 @@ def test_margins_are_trls(demo_run):
         logps.append([chosen - rejected for chosen, rejected in zip(*both, strict=True)])
     margins = [now - before for now, before in zip(*logps, strict=True)]
     wanted = ("helpful", "positive")
-    recorded = next(r for r in run.summary["runs"] if (r["spec"]["preference"], r["spec"]["polarity"]) == wanted)
-    held_out, beta = recorded["held_out"]["helpful"], recorded["spec"]["dpo"]["beta"]
-    assert held_out["pairs"] == len(pairs)
-    assert beta * statistics.fmean(margins) == pytest.approx(held_out["margin"], rel=0.02, abs=1e-4)
-    assert statistics.fmean(m > 0 for m in margins) == pytest.approx(held_out["accuracy"], abs=1 / len(pairs) + 1e-9)
+    recorded = next(r for r in run.summary.runs if (r.spec.preference, r.spec.polarity) == wanted)
+    held_out, beta = recorded.held_out["helpful"], recorded.spec.dpo["beta"]
+    assert held_out.pairs == len(pairs)
+    assert beta * statistics.fmean(margins) == pytest.approx(held_out.margin, rel=0.02, abs=1e-4)
+    assert statistics.fmean(m > 0 for m in margins) == pytest.approx(held_out.accuracy, abs=1 / len(pairs) + 1e-9)
 
 
 SAMPLING = Sampling(samples_per_prompt=2, max_new_tokens=6)

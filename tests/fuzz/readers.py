@@ -29,7 +29,7 @@ import torch
 from prefvec_ray.common.config import load_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import load_preferences
-from prefvec_ray.preferences.sources import MEMORY
+from prefvec_ray.preferences.readers import MEMORY
 from prefvec_ray.search import EvalConfig, SearchJob
 from prefvec_ray.serving.config import load_serving_config
 from prefvec_ray.training import TrainingConfig

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prefvec_ray.preferences.sources import MEMORY
+from prefvec_ray.preferences.readers import MEMORY
 
 READ = """
 import resource, sys

@@ -14,7 +14,8 @@ import pytest
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import load_preferences
-from prefvec_ray.preferences.sources import CHUNK, read_rows
+from prefvec_ray.preferences.readers import CHUNK
+from prefvec_ray.preferences.sources import read_rows
 
 ROWS = [{"prompt": f"How {i}? 茶", "chosen": 'Like\nthis, "so".', "rejected": "No."} for i in range(5)]
 
@@ -138,7 +139,7 @@ DEEP = b"[" * 100_000
         ("tail.json", json.dumps(ROWS).encode() + b"x", "more text after the list"),
         ("comma.json", json.dumps(ROWS).encode().replace(b"},", b"};"), "';' after row 1"),
         ("deep.json", DEEP, "row 1: nested too deeply"),
-        ("deep.jsonl", DEEP, "line 1: not JSON"),
+        ("deep.jsonl", DEEP, "line 1: lists and objects nested deeper"),
         ("nul.jsonl", json_lines() + b"\0\0\0\0", "line 6: not JSON"),
         ("nul.json", b"\0" * 9, "expected a JSON list"),
         ("utf16.jsonl", json_lines().decode().encode("utf-16"), "UTF-8"),

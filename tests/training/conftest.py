@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from prefvec_ray.artifacts.training import RunSpec, Watch
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 from prefvec_ray.training import PreferenceData, TrainingConfig
-from prefvec_ray.training.config import Watch
-from prefvec_ray.training.dpo import RunSpec, reference_logps
+from prefvec_ray.training.dpo import reference_logps
 from prefvec_ray.vectors import fingerprint
 
 

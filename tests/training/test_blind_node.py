@@ -8,6 +8,10 @@ import sys
 
 import pytest
 
+from prefvec_ray.artifacts.training import Method
+from prefvec_ray.training.references import ReferenceJob, ScoringTask
+from prefvec_ray.training.sft import SftJob
+
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -35,10 +39,22 @@ def test_training_on_a_node_without_the_folder_ends_in_one_line(
     scored, world_folder, new_cluster, blind_node, tmp_path
 ):
     base, spec = str(world_folder / "base"), scored["spec"].model_copy(update={"out": str(tmp_path / "run")})
+    task = ScoringTask(target=str(tmp_path / "scored"), source=spec.train[0], pairs=1)
+    reference = ReferenceJob(base=base, dpo={}, method=Method(), tasks=[task])
+    sft = SftJob(
+        base=base,
+        base_fingerprint="",
+        data_digest="",
+        recipe={},
+        method=Method(),
+        data=base,
+        checkpoint_every=None,
+        out=str(tmp_path / "sft"),
+    )
     jobs = {
         "dpo": {"spec": spec.model_dump(), "board": None},
-        "sft": {"base": base, "data": base},
-        "reference": {"base": base, "tasks": [{"source": spec.train[0]}]},
+        "sft": {"job": sft.model_dump(), "board": None},
+        "reference": {"job": reference.model_dump(), "board": None},
     }
     with new_cluster(num_cpus=0, include_dashboard=False) as cluster, blind_node(cluster, world_folder):
         done = subprocess.run(

@@ -28,7 +28,7 @@ def test_a_typo_deeper_down_names_the_settings_of_its_section():
     assert "workers" in message.split("known here:")[1]
 
 
-@pytest.mark.parametrize("name", ["mixed", "a/b", "..", "so good"])
+@pytest.mark.parametrize("name", ["mixed", "kl", "a/b", "..", "so good"])
 def test_names_that_cannot_be_a_preference_are_refused(name: str):
     assert repr(name) in refuse(preferences={name: {"data": "pairs.jsonl"}})
 

@@ -30,9 +30,9 @@ def chat(i, *before):
 
 def test_warnings_and_what_made_the_format_are_handed_on(job):
     prepared = prepare_data(job([chat(i) for i in range(100)]))["helpful"]
-    assert (prepared["pairs"], prepared["test_pairs"], prepared["format"]) == (90, 10, "trl")
-    assert prepared["why"] == "its first row has the fields prompt, chosen, rejected"
-    assert any("10 pairs held out" in text for text in prepared["warnings"])
+    assert (prepared.pairs, prepared.test_pairs, prepared.format) == (90, 10, "trl")
+    assert prepared.why == "its first row has the fields prompt, chosen, rejected"
+    assert any("10 pairs held out" in text for text in prepared.warnings)
 
 
 def test_garbage_is_refused_before_anything_is_written(job, tmp_path):
@@ -52,8 +52,8 @@ def test_system_messages_need_a_template_that_takes_them_or_are_folded(job):
     with pytest.raises(InputError, match=r"chat template refuses 90 of 90 pairs .* not system.*; or set system: fold"):
         prepare_data(job(rows))
     prepared = prepare_data(job(rows, system="fold"))["helpful"]
-    assert load_from_disk(prepared["train"])[0]["prompt"][0]["content"].startswith("Be kind.\n\nHow ")
-    assert "100 system messages folded into the first user message" in prepared["notes"]
+    assert load_from_disk(prepared.train)[0]["prompt"][0]["content"].startswith("Be kind.\n\nHow ")
+    assert "100 system messages folded into the first user message" in prepared.notes
 
 
 def test_held_out_pairs_are_named_once():

@@ -4,11 +4,11 @@ from datasets import concatenate_datasets, load_from_disk
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
 
+from prefvec_ray.artifacts.training import RunSpec
 from prefvec_ray.preferences import flip, load_preferences
 from prefvec_ray.training.dpo import (
     REFERENCE,
     TOKENIZED,
-    RunSpec,
     dpo_config,
     mix_equally,
     reference_logps,
@@ -53,7 +53,7 @@ def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tm
     result = run_dpo(trained_on(tmp_path, scored), lambda values: None, tmp_path / "work")
 
     assert len(expected) == 4
-    torch.testing.assert_close(torch.tensor([log["loss"] for log in result["history"]]), torch.tensor(expected))
+    torch.testing.assert_close(torch.tensor([point.loss for point in result.history]), torch.tensor(expected))
 
 
 @pytest.mark.slow
@@ -90,8 +90,8 @@ def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_fo
     assert all(delta.dense(name).dtype == torch.float32 for name in delta.names())
     assert delta.info.base_fingerprint == fingerprint(base)
     assert [values["step"] for values in said if "loss" in values] == [1, 2, 3, 4]
-    assert result["steps"] == 4
-    assert result["pairs"] == 64
+    assert result.steps == 4
+    assert result.pairs == 64
 
 
 @pytest.mark.slow
@@ -103,8 +103,8 @@ def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path, traine
         (tmp_path / polarity).mkdir()
         spec = trained_on(tmp_path / polarity, scored, polarity=polarity)
         result = run_dpo(spec, lambda values: None, tmp_path / "work")
-        accuracy[polarity] = result["held_out"]["helpful"]["accuracy"]
-        assert result["history"][-1]["loss"] < result["history"][0]["loss"]
+        accuracy[polarity] = result.held_out["helpful"].accuracy
+        assert result.history[-1].loss < result.history[0].loss
     assert accuracy["positive"] > 0.6
     assert accuracy["negative"] < 0.4
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.training.checkpoints import (
@@ -21,7 +22,6 @@ from prefvec_ray.training.checkpoints import (
     checkpoint_folder,
     newest_checkpoint,
 )
-from prefvec_ray.training.config import Method
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.zero import deepspeed_config
 from prefvec_ray.vectors import load_vector
@@ -58,9 +58,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path, deepspeed):
     assert kept == ["checkpoint-4"]
     result = run_dpo(broken, lambda values: None, tmp_path / "work")
 
-    assert (expected["resumed_at"], result["resumed_at"]) == (None, 4)
-    assert [entry["loss"] for entry in result["history"]] == [entry["loss"] for entry in expected["history"]]
-    assert result["held_out"] == expected["held_out"]
+    assert (expected.resumed_at, result.resumed_at) == (None, 4)
+    assert [point.loss for point in result.history] == [point.loss for point in expected.history]
+    assert result.held_out == expected.held_out
     a, b = (load_vector(f"{spec.out}/delta") for spec in (whole, broken))
     assert a.names() == b.names()
     assert all(torch.equal(a.dense(name), b.dense(name)) for name in a.names())  # bit by bit, on CPU
@@ -104,7 +104,7 @@ def test_a_full_disk_is_named_and_nothing_half_written_is_kept(scored, small_dis
 
     # Space was made: the run goes on from the checkpoint that was whole.
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    assert run_dpo(spec, lambda values: None, tmp_path / "work")["resumed_at"] == step
+    assert run_dpo(spec, lambda values: None, tmp_path / "work").resumed_at == step
     assert json.loads((small_disk / "run" / "run.json").read_text())["steps"] == 8
 
 

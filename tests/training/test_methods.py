@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from trl import DPOConfig
 
+from prefvec_ray.artifacts.training import Method, Watch
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.lora import check_lora, lora_config
@@ -100,7 +100,7 @@ def test_a_lora_run_is_kept_exactly_as_low_rank_factors(run, scored):
     assert positive.names() == exact.names()
     torch.testing.assert_close(dense(positive), dense(exact), rtol=1e-4, atol=1e-7)
     assert "model.norm.weight" in positive  # trained whole
-    assert result["precision"]["masters"] == "float32"
+    assert result.precision["masters"] == "float32"
 
     phi = subtract(positive, negative, preference="helpful", dtype=torch.float32)
     entry = phi.entry("model.layers.0.self_attn.q_proj.weight")
@@ -168,7 +168,7 @@ def test_bf16_compute_keeps_what_bf16_checkpoints_lose(run, scored, tmp_path):
             preference="lossy",
             dtype=torch.float32,
         )
-    said = result["precision"]["in_bf16_checkpoints"]
+    said = result.precision["in_bf16_checkpoints"]
     full = torch.cat(
         [(lossy.dense(n) if n in lossy else torch.zeros(vector.shape(n))).flatten() for n in vector.names()]
     )

@@ -13,9 +13,9 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
+from prefvec_ray.artifacts.training import Method, Watch
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.training import Resources
-from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.dpo import REFERENCE, reference_logps, run_dpo
 from prefvec_ray.training.model import load_base
 from prefvec_ray.training.plan import start_run
@@ -85,7 +85,8 @@ def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
 
     def worker(config: dict[str, Any]) -> None:
 
-        from prefvec_ray.training.dpo import RunSpec, reference_logps, run_dpo
+        from prefvec_ray.artifacts.training import RunSpec
+        from prefvec_ray.training.dpo import reference_logps, run_dpo
         from prefvec_ray.training.workers import worker_setup
 
         worker_setup()

@@ -8,6 +8,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from prefvec_ray.artifacts.training import ReferencePairs
 from prefvec_ray.common.errors import JobError
 from prefvec_ray.training import Resources, Watch
 from prefvec_ray.training.plan import _lost_ranks, _worker_died, failure_reason
@@ -29,7 +30,7 @@ BUG = "Traceback:\n  ...\nKeyError: 'chosen'"
         ),
         ([RuntimeError(CLOSED), ActorDiedError()], True, ""),
         ([RuntimeError(CLOSED)], True, ""),
-        ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "RunStoppedError: loss is nan at step 3"),
+        ([RuntimeError(CLOSED), RuntimeError(STOPPED)], False, "loss is nan at step 3"),
         ([RuntimeError(BUG)], False, "KeyError: 'chosen'"),
         ([KeyError("chosen")], False, "KeyError: 'chosen'"),
         ([OSError("no such file\nadvice")], False, "OSError: no such file"),
@@ -53,7 +54,7 @@ def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(fa
 
 def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config):
     references = {
-        name: {"train": f"{name}/train", "test": f"{name}/test", "digest": name} for name in config.preferences
+        name: ReferencePairs(train=f"{name}/train", test=f"{name}/test", digest=name) for name in config.preferences
     }
 
     def keys(**changes):

@@ -7,14 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.tiny_world import TinyWorld
 from prefvec_ray.training import Resources, TrainingConfig
-from prefvec_ray.training.config import Method, SftStage
+from prefvec_ray.training.config import SftStage
 from prefvec_ray.training.model import load_base
 from prefvec_ray.training.progress import job_board
-from prefvec_ray.training.sft import fine_tuned, run_sft, write_examples
+from prefvec_ray.training.sft import SftJob, fine_tuned, run_sft, write_examples
 from prefvec_ray.vectors import fingerprint
 
 RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1}
@@ -28,20 +29,19 @@ def examples(tmp_path_factory) -> Path:
     return file
 
 
-def job_of(world_folder: Path, examples: Path, out: Path, **changes) -> dict:
+def job_of(world_folder: Path, examples: Path, out: Path, kind: str = "full") -> SftJob:
     base = world_folder / "base"
     data, digest, _ = write_examples(SftStage(data=str(examples)), base, out.parent / "data")
-    job = {
-        "base": str(base),
-        "base_fingerprint": fingerprint(base),
-        "data": str(data),
-        "data_digest": digest,
-        "recipe": RECIPE,
-        "method": Method().model_dump(),
-        "checkpoint_every": None,
-        "out": str(out),
-    }
-    return {**job, **changes}
+    return SftJob(
+        base=str(base),
+        base_fingerprint=fingerprint(base),
+        data=str(data),
+        data_digest=digest,
+        recipe=RECIPE,
+        method=Method(kind=kind, lora={"r": 8, "lora_alpha": 32} if kind == "lora" else {}),
+        checkpoint_every=None,
+        out=str(out),
+    )
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -51,8 +51,7 @@ def weights(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_stage_learns_and_leaves_a_whole_model(world_folder, examples, tmp_path, kind):
     said = []
-    method = Method(kind=kind, lora={"r": 8, "lora_alpha": 32} if kind == "lora" else {})
-    job = job_of(world_folder, examples, tmp_path / "out", method=method.model_dump())
+    job = job_of(world_folder, examples, tmp_path / "out", kind)
     run_sft(job, said.append, tmp_path / "work")
     assert [values["step"] for values in said] == [1, 2, 3, 4]
     assert said[-1]["loss"] < said[0]["loss"]

@@ -67,14 +67,14 @@ def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job
     summary = train_vectors(job)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
-    positive, negative = summary["runs"][:2]
-    assert [run["steps"] for run in summary["runs"]] == [4] * 4
-    assert positive["spec"]["train"] == negative["spec"]["train"]  # one reference pass for both polarities
+    positive, negative = summary.runs[:2]
+    assert [run.steps for run in summary.runs] == [4] * 4
+    assert positive.spec.train == negative.spec.train  # one reference pass for both polarities
     for passes in (job.folder / "reference").glob("*/passes.jsonl"):
         assert len(passes.read_text().splitlines()) == 3  # train, test, answers: each scored once, for four runs
-    assert positive["held_out"]["helpful"]["pairs"] == negative["held_out"]["helpful"]["pairs"] > 0
-    phi = load_vector(summary["vectors"]["helpful-s0"])
-    plus, minus = (load_vector(Path(run["spec"]["out"]) / "delta") for run in (positive, negative))
+    assert positive.held_out["helpful"].pairs == negative.held_out["helpful"].pairs > 0
+    phi = load_vector(summary.vector("helpful", 0))
+    plus, minus = (load_vector(Path(run.spec.out) / "delta") for run in (positive, negative))
     name = phi.names()[0]
     difference = plus.dense(name) - minus.dense(name)
     assert (phi.dense(name) - difference).norm() <= 0.01 * difference.norm()  # stored in bf16
@@ -121,10 +121,10 @@ def test_two_jobs_on_a_full_cluster_both_finish_though_a_worker_is_killed(ray_cl
         thread.join(timeout=300)
     assert killed
     result = results[first.key]
-    assert result["steps"] == 80  # 64 pairs in batches of 2 x 16, 40 times
-    assert result["resumed_at"] > 0
+    assert result.steps == 80  # 64 pairs in batches of 2 x 16, 40 times
+    assert result.resumed_at > 0
     assert not checkpoint_folder(first.out).exists()
-    assert results[second.key]["steps"] == 2
+    assert results[second.key].steps == 2
 
 
 def test_one_job_a_folder(ray_cluster, tmp_path):
@@ -158,9 +158,9 @@ def test_conversations_need_a_chat_template(config, tmp_path):
     with pytest.raises(InputError, match="no chat template"):
         prepare_data(bare)
     prepared = prepare_data(bare.model_copy(update={"chat_template": "transcript"}))["helpful"]
-    assert prepared["pairs"] + prepared["test_pairs"] == 20
+    assert prepared.pairs + prepared.test_pairs == 20
     prompts = [
-        {row["content"] for rows in load_from_disk(prepared[part])["prompt"] for row in rows}
-        for part in ("train", "test")
+        {row["content"] for rows in load_from_disk(part)["prompt"] for row in rows}
+        for part in (prepared.train, prepared.test)
     ]
     assert not prompts[0] & prompts[1]

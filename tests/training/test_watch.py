@@ -12,14 +12,14 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from prefvec_ray.artifacts.training import HeldOut, Method, Watch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
 from prefvec_ray.training.checkpoints import checkpoint_folder
-from prefvec_ray.training.config import Method, Watch
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.progress import ProgressTable
-from prefvec_ray.training.references import write_references
+from prefvec_ray.training.references import ReferenceJob, ScoringTask, write_references
 from prefvec_ray.training.watch import RunStoppedError, wrong_way
 from prefvec_ray.vectors import load_vector
 
@@ -41,14 +41,14 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
     result = run_dpo(spec, report, tmp_path / "work")
     assert models == {1}  # no reference model beside the one that trains
 
-    assert [entry["step"] for entry in result["history"]] == list(range(1, 9))
-    assert all(math.isfinite(value) for entry in result["history"] for value in entry.values())
-    assert [point["step"] for point in result["watched"]["helpful"]] == [2, 4, 6, 8]
-    assert {point["pairs"] for point in result["watched"]["helpful"]} == {32}
-    assert result["held_out"]["helpful"]["pairs"] == 128
-    assert sum(result["seconds_in"].values()) <= result["seconds"] + 0.1
+    assert [point.step for point in result.history] == list(range(1, 9))
+    assert all(math.isfinite(value) for point in result.history for _, value in point)
+    assert [point.step for point in result.watched["helpful"]] == [2, 4, 6, 8]
+    assert {point.pairs for point in result.watched["helpful"]} == {32}
+    assert result.held_out["helpful"].pairs == 128
+    assert sum(result.seconds_in.values()) <= result.seconds + 0.1
     measured = [values["held_out"]["helpful"] for values in said if "held_out" in values]
-    assert measured[:4] == result["watched"]["helpful"]
+    assert measured[:4] == [point.model_dump() for point in result.watched["helpful"]]
 
     events = EventAccumulator(spec.tensorboard).Reload()
     assert [scalar.step for scalar in events.Scalars("eval/helpful/rewards/accuracies")][:4] == [2, 4, 6, 8]
@@ -69,8 +69,8 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
                 ]
             difference = logps[0] - logps[1]
             differences.append(difference.gather(1, torch.tensor(answer)[:, None]).sum().item())
-    assert result["kl"] == pytest.approx(sum(differences) / len(differences), rel=1e-3)
-    assert result["kl"] > result["watched"]["kl"][0]["kl"] > 0
+    assert result.kl == pytest.approx(sum(differences) / len(differences), rel=1e-3)
+    assert result.kl > result.watched["kl"][0].kl > 0
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_run_that_goes_the_wrong_way_is_stopped_and_leaves_nothing(scored, tmp
     assert not checkpoint_folder(wrong.out).exists()
     # In a run on mixed data no preference has to gain.
     mixed = wrong.model_copy(update={"preference": "mixed"})
-    assert run_dpo(mixed, lambda values: None, tmp_path / "work")["held_out"]["helpful"]["accuracy"] < 0.4
+    assert run_dpo(mixed, lambda values: None, tmp_path / "work").held_out["helpful"].accuracy < 0.4
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,9 @@ def test_a_run_that_goes_the_wrong_way_is_stopped_and_leaves_nothing(scored, tmp
     ],
 )
 def test_the_wrong_way_is_beyond_noise(accuracy, margin, pairs, polarity, expected):
-    assert wrong_way({"accuracy": accuracy, "margin": margin, "pairs": pairs}, polarity, 3) is expected
+    rest = {"step": 1, "loss": 0.7, "chosen_shift": 0.0, "rejected_shift": 0.0}
+    point = HeldOut(accuracy=accuracy, margin=margin, pairs=pairs, **rest)
+    assert wrong_way(point, polarity, 3) is expected
 
 
 def test_answers_of_the_base_are_distinct_draws_that_leave_room(scored, world_folder):
@@ -123,11 +125,10 @@ def test_answers_of_the_base_are_distinct_draws_that_leave_room(scored, world_fo
 
 def test_a_job_whose_prompts_leave_no_room_for_answers_trains_without_kl(scored, tmp_path):
     spec, target = scored["spec"], tmp_path / "answers"
-    drawing = {"target": str(target), "source": spec.train[0], "pairs": 4, "samples": 4, "tokens": 100_000}
+    drawing = ScoringTask(target=str(target), source=spec.train[0], pairs=4, samples=4, tokens=100_000)
+    job = ReferenceJob(base=spec.base, dpo=spec.dpo, method=Method(), tasks=[drawing])
     reports = []
-    write_references(
-        spec.base, spec.dpo, Method().model_dump(), [drawing], lambda done, total: reports.append((done, total))
-    )
+    write_references(job, lambda done, total: reports.append((done, total)))
     assert reports == [(1, 1)]
     assert len(load_from_disk(target)) == 0
     recipe = {**spec.dpo, "max_steps": 2}
@@ -136,8 +137,8 @@ def test_a_job_whose_prompts_leave_no_room_for_answers_trains_without_kl(scored,
         lambda values: None,
         tmp_path / "work",
     )
-    assert run["kl"] is None
-    assert run["steps"] == 2
+    assert run.kl is None
+    assert run.steps == 2
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_work_starts(config):

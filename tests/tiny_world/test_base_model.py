@@ -2,7 +2,30 @@ import pytest
 import torch
 
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
-from prefvec_ray.training.base import sft
+from prefvec_ray.tiny_world.base_model import fine_tune
+
+
+def test_seeded_and_without_a_trace_in_the_callers_random_state():
+    world = TinyWorld("micro")
+    tokenizer = build_tokenizer(world)
+    before = torch.random.get_rng_state()
+    models = [new_model(world, tokenizer, seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    first, again, other = (model.lm_head.weight for model in models)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_sizes_and_special_tokens():
+    for preset, parameters in (("tiny", 800_000), ("micro", 320_000)):
+        world = TinyWorld(preset)
+        tokenizer = build_tokenizer(world)
+        model = new_model(world, tokenizer)
+        assert model.num_parameters() < parameters
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.dtype == torch.float32
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +55,9 @@ def test_the_base_model_speaks_the_grammar_and_is_open_in_both_directions(world)
     tokenizer = build_tokenizer(world)
     model = new_model(world, tokenizer)
     steps = []
-    loss = sft(model, tokenizer, world.sft_examples(), progress=lambda step, total, loss: steps.append((step, total)))
+    loss = fine_tune(
+        model, tokenizer, world.sft_examples(), progress=lambda step, total, loss: steps.append((step, total))
+    )
     assert steps[-1] == (len(steps), len(steps))
     assert loss < 0.5
     assert not model.training
@@ -48,13 +73,13 @@ def test_the_base_model_speaks_the_grammar_and_is_open_in_both_directions(world)
     assert sum(tool in text for tool, text in answered) > 0.85 * len(answered)
 
 
-def test_same_seed_same_weights(world):
+def test_fine_tuning_with_the_same_seed_gives_the_same_weights(world):
     tokenizer = build_tokenizer(world)
     examples = world.sft_examples()[:64]
     weights = []
     for seed in (0, 0, 1):
         model = new_model(world, tokenizer)
-        sft(model, tokenizer, examples, seed=seed)
+        fine_tune(model, tokenizer, examples, seed=seed)
         weights.append(model.lm_head.weight.detach().clone())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -65,7 +90,7 @@ def test_padding_changes_no_loss(world):
     tokenizer = build_tokenizer(world)
     examples = sorted(world.sft_examples()[:64], key=lambda example: len(example["completion"][0]["content"]))
     short, long = examples[0], examples[-1]
-    together = sft(new_model(world, tokenizer), tokenizer, [short, long], batch_size=2)
+    together = fine_tune(new_model(world, tokenizer), tokenizer, [short, long], batch_size=2)
     alone, counts = [], []
     for example in (short, long):
         ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_tensors="pt")["input_ids"]
