@@ -37,7 +37,7 @@ def sample(
     seed: int = 0,
     batch_size: int = 384,
 ) -> list[list[str]]:
-    """Sample `draws` answers to every conversation as text, indexed [conversation][draw]; special tokens
+    """Sample `draws` answers to every conversation as text, indexed `[conversation][draw]`; special tokens
     are dropped.
 
     The rest is `sample_ids`' contract.

@@ -1,8 +1,10 @@
 """Choosing coefficients: a multi-objective search on Ray Tune, its Pareto front and a recommended setting.
 
-task = Task(base="base", vectors={"helpful": "vectors/helpful"}, prompts=prompts, scorer=scorer)
-result = search(task, ["helpful", "harmless"], "runs/search", limits={"valid": 0.9}, progress=print)
-result.recommended.coefficients, result.recommended.reason
+Example:
+
+    task = Task(base="base", vectors={"helpful": "vectors/helpful"}, prompts=prompts, scorer=scorer)
+    result = search(task, ["helpful", "harmless"], "runs/search", limits={"valid": 0.9}, progress=print)
+    result.recommended.coefficients, result.recommended.reason
 """
 
 from prefvec_ray.search.config import EvalConfig, SearchConfig
