@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 # Every worker imports the project: without cached bytecode it would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env env-vllm demo test test-quick fuzz test-vllm lint docs clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,11 @@ lint: env ## ruff, mypy and import-linter only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+# What only some environments print does not belong into the stored outputs.
+examples: env ## Run the notebooks of examples/ and store their outputs
+	PYTHONWARNINGS="ignore:IProgress not found" DS_ACCELERATOR=cpu $(BIN)/python -m jupyter execute --inplace \
+		--NotebookClient.coalesce_streams=True --NotebookClient.record_timing=False examples/*.ipynb
 
 docs: env ## The documentation site, in site/
 	$(BIN)/mkdocs build --strict
