@@ -10,10 +10,11 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_TRAIN_ENABLE_PRINT_PATCH ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_WAIT_POLICY ?= PASSIVE
+export NO_MKDOCS_2_WARNING ?= 1
 # Every worker imports the project: without cached bytecode it would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env env-vllm demo test test-quick fuzz test-vllm lint clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else "prefvec-ray is pinned for Python 3.11, found %d.%d: run make PYTHON=python3.11" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,deepspeed]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint,docs,deepspeed]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchattacks
 	@touch $@
 
@@ -69,8 +70,16 @@ lint: env ## ruff, mypy and import-linter only
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
+# What only some environments print does not belong into the stored outputs.
+examples: env ## Run the notebooks of examples/ and store their outputs
+	PYTHONWARNINGS="ignore:IProgress not found" DS_ACCELERATOR=cpu $(BIN)/python -m jupyter execute --inplace \
+		--NotebookClient.coalesce_streams=True --NotebookClient.record_timing=False examples/*.ipynb
+
+docs: env ## The documentation site, in site/
+	$(BIN)/mkdocs build --strict
+
 clean: ## Remove run folders and caches, keep .venv
-	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 bench-registry: env ## The registry against copying, hashing and reading the same bytes
 	$(BIN)/python benchmarks/bench_registry.py

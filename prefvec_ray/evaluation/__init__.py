@@ -1,7 +1,9 @@
 """Measuring a model under coefficients: sampling, standard errors, claims. No Ray.
 
-evaluator = Evaluator(live, tokenizer, world.prompts("report"), TinyWorldScorer(world), Sampling(seed=1))
-evaluator.evaluate({"helpful": 1.0, "harmless": 0.5}).metrics["helpful"]
+Example:
+
+    evaluator = Evaluator(live, tokenizer, world.prompts("report"), TinyWorldScorer(world), Sampling(seed=1))
+    evaluator.evaluate({"helpful": 1.0, "harmless": 0.5}).metrics["helpful"]
 """
 
 from prefvec_ray.artifacts.evaluation import Claim, Evaluation, Sample, Setting

@@ -52,7 +52,7 @@ def sample(
     *,
     batch_size: int = BATCH_SIZE,
 ) -> list[list[str]]:
-    """Answers to every conversation as text, indexed [conversation][sample]; special tokens are dropped.
+    """Answers to every conversation as text, indexed `[conversation][sample]`; special tokens are dropped.
 
     Everything else is as in `sample_ids`.
     """

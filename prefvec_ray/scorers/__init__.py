@@ -1,6 +1,8 @@
 """What an answer is worth: reward models, refusal, a judge, classifiers, functions of your own. No Ray.
 
-load_scorer({"type": "refusal"})(prompts, responses)      # {metric: one number an answer}
+Example:
+
+    load_scorer({"type": "refusal"})(prompts, responses)      # {metric: one number an answer}
 """
 
 from prefvec_ray.artifacts.evaluation import Metric

@@ -1,9 +1,11 @@
 """Choosing coefficients: a multi-objective search on Ray Tune, its Pareto front and a recommended setting.
 
-task = Task(base="base", vectors={"helpful": "vectors/helpful"}, prompts=prompts, scorer=scorer)
-config = SearchConfig(objectives=["helpful", "harmless"], limits={"valid": 0.9})
-result = search(task, config, "runs/search", progress=print)
-result.recommended.coefficients, result.recommended.reason
+Example:
+
+    task = Task(base="base", vectors={"helpful": "vectors/helpful"}, prompts=prompts, scorer=scorer)
+    config = SearchConfig(objectives=["helpful", "harmless"], limits={"valid": 0.9})
+    result = search(task, config, "runs/search", progress=print)
+    result.recommended.coefficients, result.recommended.reason
 """
 
 from prefvec_ray.search.config import EvalConfig, SearchJob

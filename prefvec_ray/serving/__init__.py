@@ -1,6 +1,8 @@
 """Serving: one OpenAI-compatible endpoint, every caller at its own coefficients. See docs/serving.md.
 
-HTTP front (app) -> policy -> replicas (replica) -> engine (slots) -> LiveModel or Steering (vectors)
+The way of a request:
+
+    HTTP front (app) -> policy -> replicas (replica) -> engine (slots) -> LiveModel or Steering (vectors)
 """
 
 from prefvec_ray.serving.config import ServingConfig

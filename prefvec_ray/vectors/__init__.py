@@ -1,6 +1,8 @@
 """The preference vector: extraction, file format, algebra, live models, steering. Plain torch and safetensors.
 
-delta -> vector_from_state -> subtract -> save_vector ... load_vector -> LiveModel, Steering, export_model
+From a run to its use:
+
+    delta -> vector_from_state -> subtract -> save_vector ... load_vector -> LiveModel, Steering, export_model
 """
 
 from prefvec_ray.vectors.adapters import vector_from_adapter, vectors_from_adapters
