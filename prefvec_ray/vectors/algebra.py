@@ -17,6 +17,7 @@ from prefvec_ray.vectors.extract import check_same_base, stored_as
 from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.live import check_base, check_coefficients
+from prefvec_ray.vectors.numbers import is_finite
 
 Vectors = Mapping[str, PreferenceVector]
 Coefficients = Mapping[str, float]
@@ -48,7 +49,7 @@ def merge(base: Mapping[str, Tensor], vectors: Vectors, coefficients: Coefficien
             if parameter in vectors[key]:
                 total = total + vectors[key].dense(parameter).to(total.device) * factor
         merged[parameter] = total.to(base[parameter].dtype)
-        if not torch.isfinite(merged[parameter]).all():
+        if not is_finite(merged[parameter]):
             raise InputError(f"coefficients {eta} make '{parameter}' infinite or NaN; choose smaller ones")
     return merged
 

@@ -8,8 +8,9 @@ A vector is `phi = theta_+ - theta_-` (Preference Vectors, arXiv 2504.20106, sec
 changed, named as in the base checkpoint's files. A training run's own delta `theta_run - theta_base` is the same thing.
 """
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from prefvec_ray.common.files import parse_json
 from prefvec_ray.common.names import DeltaName
 from prefvec_ray.common.text import printable
 from prefvec_ray.vectors.entries import DTYPES, Entry, Full, Int8, LowRank, from_parts, is_finite
-from prefvec_ray.vectors.fingerprint import tensor_digest
+from prefvec_ray.vectors.numbers import read_tensor
 from prefvec_ray.vectors.shards import Shards
 
 FORMAT_VERSION = 1
@@ -97,19 +98,35 @@ class PreferenceVector:
         """Read every number once; InputError names the first entry with NaN or infinity. Returns self."""
         for name in self.names():
             if not is_finite(self.entries[name]):
-                raise InputError(
-                    f"vector '{printable(self.info.preference)}': '{printable(name)}' holds NaN or infinity;"
-                    " extract it again"
-                )
+                raise self._not_finite(name)
         return self
 
     def digest(self) -> str:
         """`blake3:<hex>` of the base fingerprint and of all numbers: independent of sharding, lineage and name."""
-        digest = blake3(f"prefvec vector 1\n{self.info.base_fingerprint}\n".encode())
-        for name in self.names():
-            for part, tensor in sorted(self.entries[name].parts().items()):
-                digest.update(json.dumps([name, part, tensor_digest(tensor)]).encode())
-        return f"blake3:{digest.hexdigest()}"
+        return self._digest(check=False)
+
+    def validated_digest(self, seen: Callable[[str, memoryview], object] | None = None) -> str:
+        """`digest()` and `validate()` in one pass over the numbers.
+
+        `seen` is called with all bytes of the vector's files, in the order of each file: (name of the file, bytes).
+        """
+        return self._digest(check=True, seen=seen)
+
+    def _digest(self, *, check: bool, seen: Callable[[str, memoryview], object] | None = None) -> str:
+        digests = {}
+        for name, part, tensor, file in _stored_tensors(self.entries, seen):
+            tell = functools.partial(seen, file) if seen and file else None
+            digests[name, part], finite = read_tensor(tensor, check=check, seen=tell)
+            if not finite:
+                raise self._not_finite(name)
+        whole = blake3(f"prefvec vector 1\n{self.info.base_fingerprint}\n".encode())
+        for (name, part), digest in sorted(digests.items()):
+            whole.update(json.dumps([name, part, digest]).encode())
+        return f"blake3:{whole.hexdigest()}"
+
+    def _not_finite(self, name: str) -> InputError:
+        where = f"vector '{printable(self.info.preference)}': '{printable(name)}'"
+        return InputError(f"{where} holds NaN or infinity; extract it again")
 
     def replace(self, entries: Mapping[str, Entry] | None = None, **changes: Any) -> "PreferenceVector":
         """The same vector with other entries and/or other fields of `info`."""
@@ -207,6 +224,14 @@ class _FileEntries(Mapping[str, Entry]):
     def __init__(self, shards: Shards, parts: dict[str, dict[str, str]]):
         self._shards, self._parts = shards, parts
 
+    def in_order(self, seen: Callable[[str, memoryview], object] | None) -> Iterator[tuple[str, str, Tensor, str]]:
+        """(name, part, tensor, file) as they lie in the files. `seen` gets each file's header before its tensors."""
+        places = {stored: (name, part) for name, parts in self._parts.items() for part, stored in parts.items()}
+        for file, header, names in self._shards.contents():
+            if seen is not None:
+                seen(file, memoryview(header))
+            yield from ((*places[stored], self._shards.tensor(stored), file) for stored in names)
+
     def __getitem__(self, name: str) -> Entry:
         entry = from_parts({part: self._shards.tensor(stored) for part, stored in self._parts[name].items()})
         assert entry is not None, "load_vector has checked the headers"
@@ -217,6 +242,16 @@ class _FileEntries(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self._parts)
+
+
+def _stored_tensors(
+    entries: Mapping[str, Entry], seen: Callable[[str, memoryview], object] | None
+) -> Iterator[tuple[str, str, Tensor, str]]:
+    """(name, part, tensor, file or "") of every tensor, in the order in which it is fastest to read."""
+    if isinstance(entries, _FileEntries):
+        yield from entries.in_order(seen)
+    else:
+        yield from ((name, part, t, "") for name, entry in entries.items() for part, t in entry.parts().items())
 
 
 def _suffixed(info: VectorInfo) -> bool:

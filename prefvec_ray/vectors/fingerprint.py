@@ -4,21 +4,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
 from prefvec_ray.vectors.checkpoint import state_of
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """blake3 hex of a tensor's dtype, shape and little-endian bytes."""
-    shape = json.dumps([str(tensor.dtype), list(tensor.shape)])
-    digest = blake3(shape.encode(), max_threads=torch.get_num_threads())
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if flat.numel():
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+from prefvec_ray.vectors.numbers import tensor_digest
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor] | str | Path) -> str:

@@ -60,6 +60,17 @@ class Shards:
         piece = self._handles[self._where[name]].get_slice(name)
         return tuple(piece.get_shape()), piece.get_dtype()
 
+    def contents(self) -> Iterator[tuple[str, bytes, list[str]]]:
+        """Name of every file, its header (with the length before it), and the tensors that follow it, in their order.
+
+        Header and tensors are all bytes of the file.
+        """
+        for path in self.files:
+            with path.open("rb") as file:
+                length = file.read(8)
+                header = length + file.read(int.from_bytes(length, "little"))
+            yield path.name, header, self._handles[path.name].offset_keys()
+
     def metadata(self) -> dict[str, dict[str, str]]:
         """file name -> its `__metadata__`"""
         return {name: dict(handle.metadata() or {}) for name, handle in self._handles.items()}

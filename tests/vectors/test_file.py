@@ -274,8 +274,23 @@ def test_validate_finds_what_is_not_finite(bad, tmp_path):
     tensors["experts"][1, 2, 3] = bad
     save_file(tensors, file, kept)
     vector = load_vector(folder)
-    with pytest.raises(InputError, match="'experts' holds NaN or infinity"):
-        vector.validate()
+    for check in (vector.validate, vector.validated_digest):
+        with pytest.raises(InputError, match="'experts' holds NaN or infinity"):
+            check()
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", 200])
+def test_one_pass_gives_the_digest_and_every_byte_of_the_files_in_order(max_shard_size, tmp_path):
+    vector = example()
+    folder = save_vector(vector, tmp_path / "vector", max_shard_size=max_shard_size)
+    seen: dict[str, bytes] = {}
+
+    def gather(file: str, piece: memoryview) -> None:
+        seen[file] = seen.get(file, b"") + bytes(piece)
+
+    assert load_vector(folder).validated_digest(gather) == vector.validated_digest() == vector.digest()
+    assert seen == {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert len(seen) > 1 or max_shard_size == "5GB"
 
 
 def test_entries_must_fit_the_form():
