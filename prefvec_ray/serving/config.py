@@ -235,15 +235,10 @@ class _Deployment(BaseModel):
     applications: list[_Application] = Field(min_length=1)
 
 
-def load_serving_config(path: str | Path) -> ServingConfig:
-    """The settings in a file for `serve deploy`: the `args` of its first application.
+def load_application(path: str | Path) -> tuple[str | None, ServingConfig]:
+    """The name (None without one) and the settings (`args`) of the first application in a file for `serve deploy`.
 
     Raises InputError as `load_config` does.
     """
-    return load_application(path)[1]
-
-
-def load_application(path: str | Path) -> tuple[str | None, ServingConfig]:
-    """The name (None without one) and the settings of the first application in a file for `serve deploy`."""
     first = load_config(path, _Deployment).applications[0]
     return first.name, first.args

@@ -31,7 +31,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.preferences.readers import MEMORY
 from prefvec_ray.search import EvalConfig, SearchJob
-from prefvec_ray.serving.config import load_serving_config
+from prefvec_ray.serving.config import load_application
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import load_vector, save_vector, vector_from_adapter, vector_from_state
 from prefvec_ray.vectors.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ def configs(folder: Path) -> dict[str, Callable[[Path], object]]:
         readers[file.name] = lambda path, model=model: load_config(path, model)  # type: ignore[misc]
     for file in sorted(SERVE_CONFIGS.glob("*.yaml")):
         shutil.copy(file, folder / f"serve-{file.name}")
-        readers[f"serve-{file.name}"] = load_serving_config
+        readers[f"serve-{file.name}"] = load_application
     return readers
 
 
