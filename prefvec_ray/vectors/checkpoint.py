@@ -21,16 +21,24 @@ from prefvec_ray.vectors.shards import Shards
 
 # Constants that old checkpoints store and transformers recomputes.
 RECOMPUTED = ("rotary_emb.inv_freq",)
+HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 class Checkpoint(Mapping[str, Tensor]):
     """A `save_pretrained` folder of safetensors, sharded or not, read lazily. Tied copies are left out.
 
-    Raises InputError for folders without safetensors, with pickles only, or with an index that cannot be trusted.
+    These are the weights that transformers loads. Raises InputError for folders without safetensors, with pickles only,
+    with an index that cannot be trusted, with two models, or with an adapter beside the model.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        adapter = self.folder / "adapter_config.json"
+        if adapter.is_file() and (self.folder / "config.json").is_file():
+            raise InputError(
+                f"{self.folder}: holds an adapter beside the model, and transformers would load both; remove "
+                f"{adapter.name} and adapter_model.safetensors, or merge the adapter into the model"
+            )
         self.shards = Shards(self.folder, stem="model", links=True)
         dropped = {name for name in self.shards if name.endswith(RECOMPUTED)} | self._tied_copies()
         self._kept = {name: None for name in self.shards if name not in dropped}
@@ -59,21 +67,29 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _tied_copies(self) -> set[str]:
         """Some trainers write a tied head twice. It counts once, under the embedding's name, if the bytes agree."""
+        heads = [name for name in self.shards if name.endswith(HEADS)]
+        return {head for head in heads if self._has_equal(head)} if heads and self._is_tied() else set()
+
+    def _has_equal(self, head: str) -> bool:
+        shape = self.shards.shape_dtype(head)
+        return any(
+            name != head
+            and self.shards.shape_dtype(name) == shape
+            and torch.equal(self.shards.tensor(head), self.shards.tensor(name))
+            for name in self.shards
+        )
+
+    def _is_tied(self) -> bool:
+        """What the config says, or else transformers' default for its class."""
         config = self.config()
         inner = config.get("text_config")
-        inner = inner if isinstance(inner, dict) else {}
-        tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
-        heads = [name for name in self.shards if name.endswith("lm_head.weight")] if tied else []
-        inputs = [name for name in self.shards if name.endswith("embed_tokens.weight")]
-        return {
-            head
-            for head in heads
-            if any(
-                self.shards.shape_dtype(head) == self.shards.shape_dtype(name)
-                and torch.equal(self.shards.tensor(head), self.shards.tensor(name))
-                for name in inputs
-            )
-        }
+        for section in (config, inner if isinstance(inner, dict) else {}):
+            if "tie_word_embeddings" in section:
+                return bool(section["tie_word_embeddings"])
+        from transformers import CONFIG_MAPPING
+
+        kind = config.get("model_type")
+        return bool(kind in CONFIG_MAPPING and getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False))
 
 
 class _NoCopies(TorchFunctionMode):

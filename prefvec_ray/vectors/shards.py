@@ -88,6 +88,9 @@ def locate(path: Path, stem: str) -> tuple[list[Path], dict[str, str] | None]:
         raise InputError(f"{path}: no such file or folder")
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if index.is_file():
+        if single.is_file():  # transformers loads the single file, whatever the index says
+            both = f"{single.name} and the shards of {index.name}"
+            raise InputError(f"{path}: holds two models, {both}; remove the one that is out of date")
         weight_map = _read_index(index)
         return [path / name for name in sorted(set(weight_map.values()))], weight_map
     if single.is_file():

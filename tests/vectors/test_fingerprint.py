@@ -1,17 +1,19 @@
 """One identity for a base model, however it is held."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import Checkpoint, checkpoint_state, fingerprint
 from prefvec_ray.vectors.checkpoint import checkpoint_layout
 
+TINY_GPT2 = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
 FAMILIES = ["llama", "mistral", "qwen3", "gemma", "phi3", "mixtral", "qwen3_moe"]
 
 
@@ -53,6 +55,50 @@ def test_a_tied_head_counts_once_even_where_a_trainer_wrote_it_twice(tiny_model,
     assert "lm_head.weight" not in Checkpoint(tmp_path)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file, {"format": "pt"})
     assert fingerprint(tmp_path) != expected  # not a copy: another model
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("gemma", None), ("gemma", True), ("gpt2", None), ("gpt2", True)])
+def test_a_copy_of_a_tied_head_is_found_as_transformers_ties_it(tiny_model, tmp_path, kind, flag):
+    """The config may leave `tie_word_embeddings` to its class, and the embedding may have another name."""
+    model = tiny_model("gemma") if kind == "gemma" else AutoModelForCausalLM.from_config(TINY_GPT2)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | ({} if flag is None else {"tie_word_embeddings": flag})))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (embedding,) = [name for name in tensors if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    save_file(tensors | {"lm_head.weight": tensors[embedding].clone()}, file, {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert fingerprint(tmp_path) == fingerprint(loaded)
+    assert list(Checkpoint(tmp_path)) == sorted(tensors)
+
+
+def test_an_untied_head_that_equals_its_embedding_is_a_parameter(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" in Checkpoint(tmp_path)
+    assert fingerprint(tmp_path) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_folder_with_two_models_is_refused(tiny_model, tmp_path):
+    """transformers would load the single file, and the index names other weights."""
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="4KB")
+    assert fingerprint(tmp_path) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path))
+    tiny_model("llama").save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path)
+    with pytest.raises(InputError, match=r"holds two models, model\.safetensors and the shards"):
+        fingerprint(tmp_path)
+
+
+def test_an_adapter_left_beside_a_base_is_refused(tiny_model, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"an adapter beside the model.*remove adapter_config\.json"):
+        fingerprint(tmp_path)
 
 
 def test_a_model_with_adapters_is_not_a_base(tiny_model):
