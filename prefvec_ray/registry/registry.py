@@ -29,7 +29,7 @@ from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import MissingBlob
 from prefvec_ray.registry.hub import export_huggingface
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.maintenance import Check, Verification, check_cache, check_store, verify
+from prefvec_ray.registry.maintenance import Check, check_cache, check_store
 from prefvec_ray.registry.names import (
     FILE_ENDINGS,
     FILE_NAME,
@@ -42,6 +42,7 @@ from prefvec_ray.registry.names import (
 )
 from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, build, canonical
 from prefvec_ray.registry.store import Store
+from prefvec_ray.registry.verify import Verification, verify
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -171,7 +172,7 @@ class Registry:
         creator = check_line(user() if creator is None else creator, "creator")
         paths = _files(folder)
         with ThreadPoolExecutor(1) as pool:  # numbers are checked while files are copied; both wait for memory
-            digest: Future[str] = pool.submit(lambda: vector.validate().digest())
+            digest: Future[str] = pool.submit(vector.validated_digest)
             for attempt in range(3):
                 staged = [(name, *self.blobs.stage(path, lambda: _wait(digest))) for name, path in paths.items()]
                 files = tuple(build(FileEntry, name=n, digest=d, size=s) for n, d, s in staged)
@@ -211,7 +212,7 @@ class Registry:
         self.cache.unpin(self.resolve(ref))
 
     def verify(self, *, read_bytes: bool = True) -> Verification:
-        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `maintenance.verify`."""
+        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `verify.verify`."""
         return self._on_store_node(functools.partial(verify, read_bytes=read_bytes))
 
     def doctor(self) -> list[Check]:
