@@ -6,7 +6,6 @@ own dtypes, keyed by what it was made from; a later job with the same key takes 
 
 import json
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
@@ -150,7 +150,8 @@ def _sft_worker(job: dict[str, Any]) -> None:
 
 
 def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", work_dir: str | Path) -> None:
-    """Train and write `job["out"]`, a Hugging Face folder that appears complete or not at all. Every rank calls this.
+    """Train and write `job["out"]`, a Hugging Face folder; its `sft.json` comes last, and marks it as finished. Every
+    rank calls this.
 
     The result is the base plus the run's fp32 delta, rounded once to the base's dtypes, with the base's own tokenizer.
     It goes on from the newest whole checkpoint.
@@ -205,14 +206,10 @@ def run_sft(job: dict[str, Any], report: "Callable[[dict[str, Any]], None]", wor
     )
     if vector is None:
         return
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_model(base, {"sft": vector}, {"sft": 1.0}, partial, base_fingerprint=job["base_fingerprint"])
+    export_model(base, {"sft": vector}, {"sft": 1.0}, out, overwrite=True, base_fingerprint=job["base_fingerprint"])
     history = [{"step": log["step"], "loss": log["loss"]} for log in trainer.state.log_history if "loss" in log]
     told = {name: job[name] for name in ("base", "base_fingerprint", "data_digest", "recipe", "method")}
-    (partial / "sft.json").write_text(json.dumps({**told, "steps": trainer.state.global_step, "history": history}))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    write_whole(out / "sft.json", json.dumps({**told, "steps": trainer.state.global_step, "history": history}))
     remove_checkpoints(out)
 
 
