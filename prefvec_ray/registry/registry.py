@@ -139,13 +139,11 @@ class Registry:
         notes: str = "",
         creator: str | None = None,
     ) -> VectorVersion:
-        """Publish a vector folder (or file) as the next version of `name`, by default the vector's
-        preference.
+        """Publish a vector folder (or file) as the next version of `name`, by default the vector's preference.
 
-        The same files with the same statements again are the same version. `recipe` adds to what the
-        vector file says. Raises InputError, and changes nothing, for what `load_vector` refuses, NaN and
-        infinity, names that cannot be used, files that are no part of a vector, and a `version` that
-        exists with other content.
+        The same files with the same statements again are the same version. `recipe` adds to what the vector file says.
+        Raises InputError, and changes nothing, for what `load_vector` refuses, NaN and infinity, names that cannot be
+        used, files that are no part of a vector, and a `version` that exists with other content.
         """
         from prefvec_ray.vectors import load_vector
 
@@ -191,9 +189,7 @@ class Registry:
             raise InputError(f"{name}@{version} exists with other content, and a version never changes")
 
     def fetch(self, ref: str) -> Path:
-        """A local folder with the version's files, for `load_vector`; pinned in the node's cache until
-        `unpin`.
-        """
+        """A local folder with the version's files, for `load_vector`; pinned in the node's cache until `unpin`."""
         return self.cache.fetch(self.resolve(ref), self.blobs.source)
 
     @contextlib.contextmanager
