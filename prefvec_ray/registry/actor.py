@@ -106,9 +106,7 @@ class RegistryActor:
         }
 
     def _ready(self) -> Catalog:
-        """The catalog, under the lease: taken, and the records read, at the first call and after it was
-        lost.
-        """
+        """The catalog, under the lease: taken, and the records read, at the first call and after it was lost."""
         if self._catalog is None or not self.lease.live:
             self.lease.release()
             self.lease.acquire(wait_s=5.0 if self.store.folder is not None else self.lease.ttl_s + 5.0)

@@ -46,9 +46,8 @@ class NodeCache:
     def fetch(self, version: VectorVersion, source: Source) -> Path:
         """The folder of a version, complete and checked; `source` gives the bytes that are not here yet.
 
-        A link is made where the bytes lie on the same disk, a copy elsewhere. Files are read-only: they
-        may be the store's own. Raises StoreError where the bytes do not have the digest that was
-        published.
+        A link is made where the bytes lie on the same disk, a copy elsewhere. Files are read-only: they may be the
+        store's own. Raises StoreError where the bytes do not have the digest that was published.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         key = entry_key(version)

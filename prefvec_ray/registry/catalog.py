@@ -9,13 +9,15 @@ the lease.
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import MissingBlob, StoreError
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.ledger import Ledger, V, libraries
+from prefvec_ray.registry.ledger import Ledger, S, libraries
+from prefvec_ray.registry.lineage import Lineage, lineage
+from prefvec_ray.registry.maintenance import Collection, collect, repair
 from prefvec_ray.registry.names import (
     Ref,
     check_label,
@@ -23,7 +25,6 @@ from prefvec_ray.registry.names import (
     check_text,
     check_version,
     parse_pinned,
-    parse_ref,
     shown,
 )
 from prefvec_ray.registry.records import (
@@ -41,13 +42,10 @@ from prefvec_ray.registry.records import (
     canonical,
     decode,
     encode,
+    key_of,
     serving_fingerprint,
 )
 from prefvec_ray.registry.store import Store, blob_key
-
-if TYPE_CHECKING:
-    from prefvec_ray.registry.lineage import Lineage
-    from prefvec_ray.registry.maintenance import Collection
 
 OPERATIONS = (
     *("resolve", "versions", "names", "list_vectors", "commit_vector"),
@@ -75,10 +73,8 @@ class Catalog:
     # -- vectors
 
     def resolve(self, ref: str) -> VectorVersion:
-        """`helpful` (newest), `helpful@3` or `helpful@production` -> the version. InputError where there is
-        none.
-        """
-        return self._resolve("vectors", ref, VectorVersion)
+        """`helpful` (newest), `helpful@3` or `helpful@production` -> the version. InputError where there is none."""
+        return self.ledger.resolve("vectors", ref, VectorVersion)
 
     def versions(self, name: str, subject: Subject = "vectors") -> list[int]:
         """Version numbers in use, oldest first; retired versions are left out."""
@@ -97,11 +93,10 @@ class Catalog:
         newest_only: bool = False,
         skip_damaged: bool = False,
     ) -> list[VectorVersion]:
-        """Versions by name and number that match all that is given; `text` is looked for in name, preference
-        and notes.
+        """Versions by name and number that match all that is given; `text` is looked for in name, preference and notes.
 
-        Raises StoreError for a damaged manifest and InputError for one of a newer release: whether it matches is
-        not known. `skip_damaged` leaves them out; `verify` names them.
+        Raises StoreError for a damaged manifest and InputError for one of a newer release: whether it matches is not
+        known. `skip_damaged` leaves them out; `verify` names them.
         """
         skipped = (StoreError, InputError) if skip_damaged else ()
         found: list[VectorVersion] = []
@@ -149,47 +144,27 @@ class Catalog:
         version: int | None = None,
         creator: str = "",
     ) -> PresetVersion:
-        """Record `{"helpful@1": 0.7, ...}` under a name. References must be pinned, and all of one base
-        model.
-        """
+        """Record `{"helpful@1": 0.7, ...}` under a name. References must be pinned, and all of one base model."""
         check_name(name, "preset name")
         check_text(reason, "reason")
         if not coefficients:
             raise InputError(f"preset {name}: no coefficients; give at least one, such as {{'helpful@1': 0.7}}")
         with self._changing():  # so that no `retire` comes between looking and committing
-            draft = self._preset(name, coefficients, metrics or {}, reason)
+            pinned = self._pinned(coefficients)
+            if len({v.name for v in pinned.values()}) < len(coefficients):
+                raise InputError(
+                    f"preset {name}: names one vector twice ({', '.join(coefficients)}); choose one version each"
+                )
+            bases = {v.base_fingerprint: ref for ref, v in pinned.items()}
+            if len(bases) > 1:
+                raise InputError(f"preset {name}: {' and '.join(bases.values())} were made for different base models")
+            stated = {"metrics": json.loads(canonical(dict(metrics or {}))), "reason": reason}
+            draft = build(PresetDraft, name=name, **stated, **_combination(coefficients, pinned, *bases))
             return self.ledger.commit("presets", draft, PresetVersion, version, creator)
 
-    def _preset(
-        self, name: str, coefficients: Mapping[str, float], metrics: Mapping[str, Any], reason: str
-    ) -> PresetDraft:
-        pinned = {str(parse_pinned(ref)): self.resolve(ref) for ref in coefficients}
-        if len({v.name for v in pinned.values()}) < len(coefficients):
-            raise InputError(
-                f"preset {name}: names one vector twice ({', '.join(coefficients)}); choose one version each"
-            )
-        bases = {v.base_fingerprint: ref for ref, v in pinned.items()}
-        if len(bases) > 1:
-            raise InputError(f"preset {name}: {' and '.join(bases.values())} were made for different base models")
-        (base,) = bases
-        digests = {ref: v.digest for ref, v in pinned.items()}
-        etas = {ref: _number(coefficients[given], given) for ref, given in zip(pinned, coefficients, strict=True)}
-        return build(
-            PresetDraft,
-            name=name,
-            coefficients=etas,
-            vectors=digests,
-            base_fingerprint=base,
-            fingerprint=serving_fingerprint(base, _by_digest(etas, digests)),
-            metrics=json.loads(canonical(dict(metrics))),
-            reason=reason,
-        )
-
     def resolve_preset(self, ref: str) -> PresetVersion:
-        """`cautious`, `cautious@2` or `cautious@production` -> coefficients, pinned vectors and served
-        fingerprint.
-        """
-        return self._resolve("presets", ref, PresetVersion)
+        """`cautious`, `cautious@2` or `cautious@production` -> coefficients, pinned vectors and served fingerprint."""
+        return self.ledger.resolve("presets", ref, PresetVersion)
 
     def list_presets(self, *, skip_damaged: bool = False) -> list[PresetVersion]:
         """The newest version of every preset. Raises as `list_vectors` does; `skip_damaged` as there."""
@@ -198,7 +173,7 @@ class Catalog:
         for name in self.names("presets"):
             if self.versions(name, "presets"):
                 with contextlib.suppress(*skipped):
-                    found.append(self._resolve("presets", name, PresetVersion))
+                    found.append(self.ledger.resolve("presets", name, PresetVersion))
         return found
 
     # -- aliases and tags
@@ -220,29 +195,16 @@ class Catalog:
         check_text(reason, "reason")
         request = request or uuid.uuid4().hex
         with self._changing():
-            folder = f"refs/{subject}/{name}/{alias}"
-            history = self.ledger.history(folder, Move)
+            history = self.ledger.history(f"refs/{subject}/{name}/{alias}", Move)
             if done := [move for move in history if move.request == request]:
                 return done[0]
             previous = history[-1].version if history else None
             if version is None and previous is None and not (history and history[-1].kind == "lost-move"):
                 raise InputError(f"alias {name}@{alias}: there is none to remove")
             if version is not None and check_version(version) not in self.versions(name, subject):
-                raise InputError(self._unknown(subject, Ref(name, version)))
-            move = build(
-                Move,
-                subject=subject,
-                name=name,
-                alias=alias,
-                version=version,
-                previous=previous,
-                sequence=len(history) + 1,
-                reason=reason,
-                request=request,
-                **self.ledger.stamp(creator),
-            )
-            self.ledger.write(f"{folder}/{move.sequence}.json", move)
-            return move
+                raise InputError(self.ledger.unknown(subject, Ref(name, version)))
+            fields = {"subject": subject, "name": name, "alias": alias, "version": version, "previous": previous}
+            return self._append(Move, history, request, reason, creator, **fields)
 
     def alias_history(self, name: str, alias: str, *, subject: Subject = "vectors") -> list[Move]:
         """Every move of an alias, oldest first; empty where it never was. StoreError where one is lost."""
@@ -250,12 +212,7 @@ class Catalog:
 
     def aliases(self, name: str, *, subject: Subject = "vectors") -> dict[str, int]:
         """alias -> the version it points at now."""
-        current = {}
-        for alias in self.ledger.names(f"refs/{subject}/{check_name(name)}"):
-            target = self._target(subject, name, alias)
-            if target is not None:
-                current[alias] = target
-        return current
+        return self.ledger.aliases(subject, check_name(name))
 
     def set_tags(
         self,
@@ -276,24 +233,12 @@ class Catalog:
         request = request or uuid.uuid4().hex
         with self._changing():
             if pinned.version not in self.versions(pinned.name, subject):
-                raise InputError(self._unknown(subject, pinned))
-            folder = f"tags/{subject}/{pinned.name}/{pinned.version}"
-            history = self.ledger.history(folder, Tagging)
+                raise InputError(self.ledger.unknown(subject, pinned))
+            history = self.ledger.history(f"tags/{subject}/{pinned.name}/{pinned.version}", Tagging)
             if done := [entry for entry in history if entry.request == request]:
                 return done[0]
-            tagging = build(
-                Tagging,
-                subject=subject,
-                name=pinned.name,
-                version=pinned.version,
-                sequence=len(history) + 1,
-                tags=dict(tags),
-                reason=reason,
-                request=request,
-                **self.ledger.stamp(creator),
-            )
-            self.ledger.write(f"{folder}/{tagging.sequence}.json", tagging)
-            return tagging
+            fields = {"subject": subject, "name": pinned.name, "version": pinned.version, "tags": dict(tags)}
+            return self._append(Tagging, history, request, reason, creator, **fields)
 
     def tags(self, ref: str, *, subject: Subject = "vectors") -> dict[str, str]:
         """The tags of a pinned version now."""
@@ -304,31 +249,17 @@ class Catalog:
     # -- what is served, held, retired
 
     def record_served(self, coefficients: Mapping[str, float], *, base_fingerprint: str) -> Served:
-        """Write down what a served fingerprint stands for; `coefficients` by pinned reference. `served`
-        finds it.
-        """
+        """Record what a served fingerprint stands for; `coefficients` by pinned reference. `served` finds it."""
         with self._changing():
-            return self._record_served(coefficients, base_fingerprint)
-
-    def _record_served(self, coefficients: Mapping[str, float], base_fingerprint: str) -> Served:
-        pinned = {ref: self.resolve(str(parse_pinned(ref))) for ref in coefficients}
-        for ref, version in pinned.items():
-            if version.base_fingerprint != base_fingerprint:
-                raise InputError(f"{ref}: was made for base {version.base_fingerprint}, not for {base_fingerprint}")
-        etas = {ref: _number(eta, ref) for ref, eta in coefficients.items()}
-        fingerprint = serving_fingerprint(base_fingerprint, _by_digest(etas, {r: v.digest for r, v in pinned.items()}))
-        with self._changing():
-            if known := self.served(fingerprint):
+            pinned = self._pinned(coefficients)
+            for ref, version in pinned.items():
+                if version.base_fingerprint != base_fingerprint:
+                    raise InputError(f"{ref}: was made for base {version.base_fingerprint}, not for {base_fingerprint}")
+            fields = _combination(coefficients, pinned, base_fingerprint)
+            if known := self.served(fields["fingerprint"]):
                 return known
-            served = build(
-                Served,
-                fingerprint=fingerprint,
-                base_fingerprint=base_fingerprint,
-                coefficients=etas,
-                vectors={ref: version.digest for ref, version in pinned.items()},
-                **self.ledger.stamp(""),
-            )
-            self.ledger.write(f"served/{fingerprint[7:]}.json", served)
+            served = build(Served, **fields, **self.ledger.stamp(""))
+            self.ledger.write(key_of(served), served)
             return served
 
     def served(self, fingerprint: str) -> Served | None:
@@ -351,9 +282,7 @@ class Catalog:
             self.store.delete(f"holds/{holder}.json")
 
     def holds(self) -> dict[str, list[str]]:
-        """holder -> the pinned versions it uses. A hold that cannot be read counts as holding everything:
-        `["*"]`.
-        """
+        """holder -> the pinned versions it uses. A hold that cannot be read counts as holding everything: `["*"]`."""
         held = {}
         for file in self.store.children("holds"):
             try:
@@ -364,9 +293,7 @@ class Catalog:
         return held
 
     def retire(self, ref: str, reason: str) -> Retirement:
-        """Allow `gc` to delete the bytes of a version. Refused while an alias, a preset or a replica needs
-        it.
-        """
+        """Allow `gc` to delete the bytes of a version. Refused while an alias, a preset or a replica needs it."""
         pinned = parse_pinned(ref)
         check_text(reason, "reason")
         key = f"retired/{pinned.name}/{pinned.version}.json"
@@ -374,7 +301,7 @@ class Catalog:
             if self.store.read(key):
                 return self.ledger.load(key, Retirement)
             if pinned.version not in self.versions(pinned.name):
-                raise InputError(self._unknown("vectors", pinned))
+                raise InputError(self.ledger.unknown("vectors", pinned))
             if users := self.users(ref):
                 raise InputError(f"{pinned} cannot be retired: it is used by {', '.join(users)}; move or release these")
             stamp = self.ledger.stamp("")
@@ -383,69 +310,47 @@ class Catalog:
             return retirement
 
     def users(self, ref: str) -> list[str]:
-        """What keeps a pinned version from being retired: aliases, presets (any version), running
-        replicas.
-        """
+        """What keeps a pinned version from being retired: aliases, presets (any version), running replicas."""
         pinned = parse_pinned(ref)
         found = []
         for alias in self.ledger.names(f"refs/vectors/{pinned.name}"):
             try:
-                if self._target("vectors", pinned.name, alias) == pinned.version:
+                if self.ledger.target("vectors", pinned.name, alias) == pinned.version:
                     found.append(f"alias {pinned.name}@{alias}")
             except (StoreError, InputError):
                 found.append(f"alias {pinned.name}@{alias} (damaged: what it points at is not known)")
-        for name in self.names("presets"):
-            for number in self.ledger.numbers(f"presets/{name}"):
-                try:
-                    preset = self.ledger.get("presets", name, number, PresetVersion)
-                except (StoreError, InputError):
-                    found.append(f"preset {name}@{number} (damaged: what it needs is not known)")
-                else:
-                    found += [f"preset {preset.ref}"] if str(pinned) in preset.vectors else []
+        for used_by, preset in self.ledger.each("presets", PresetVersion):
+            if isinstance(preset, Exception):
+                found.append(f"preset {used_by} (damaged: what it needs is not known)")
+            elif str(pinned) in preset.vectors:
+                found.append(f"preset {used_by}")
         return found + [f"replica {holder}" for holder, refs in self.holds().items() if {str(pinned), "*"} & set(refs)]
 
     # -- all of it
 
-    def lineage(self, what: str) -> "Lineage":
+    def lineage(self, what: str) -> Lineage:
         """The graph behind a served fingerprint, a preset or a vector; see `prefvec_ray.registry.lineage`."""
-        from prefvec_ray.registry.lineage import lineage
-
         return lineage(self, what)
 
-    def gc(self, *, apply: bool = False, grace_s: float = 3600.0) -> "Collection":
+    def gc(self, *, apply: bool = False, grace_s: float = 3600.0) -> Collection:
         """Blobs that nothing needs; deletes them with `apply`. See `prefvec_ray.registry.maintenance.collect`."""
-        from prefvec_ray.registry.maintenance import collect
-
         return collect(self, apply=apply, grace_s=grace_s)
 
     def repair(self, *, apply: bool = False) -> list[str]:
         """Lost steps of aliases' and tags' histories, by key; marked with `apply`. See `maintenance.repair`."""
-        from prefvec_ray.registry.maintenance import repair
-
         return repair(self, apply=apply)
 
     def damaged(self) -> list[str]:
         """What is wrong with the manifests and presets that cannot be read, a line each."""
-        found = []
-        for subject, model in (("vectors", VectorVersion), ("presets", PresetVersion)):
-            for name in self.ledger.names(subject):
-                for number in self.ledger.numbers(f"{subject}/{name}"):
-                    try:
-                        self.ledger.load(f"{subject}/{name}/{number}.json", model)
-                    except (StoreError, InputError) as error:
-                        found.append(str(error))
-        return found
+        found = [*self.ledger.each("vectors", VectorVersion), *self.ledger.each("presets", PresetVersion)]
+        return [str(record) for _, record in found if isinstance(record, Exception)]
 
     def all_vectors(self) -> Iterator[tuple[str, VectorVersion | None, bool]]:
         """(reference, manifest or None where it is damaged, retired?) of every version that ever was."""
-        for name in self.names():
-            retired = set(self.ledger.numbers(f"retired/{name}"))
-            for number in self.ledger.numbers(f"vectors/{name}"):
-                try:
-                    manifest = self.ledger.get("vectors", name, number, VectorVersion)
-                except (StoreError, InputError):
-                    manifest = None
-                yield f"{name}@{number}", manifest, number in retired
+        for ref, found in self.ledger.each("vectors", VectorVersion):
+            name, _, number = ref.partition("@")
+            retired = int(number) in self.ledger.numbers(f"retired/{name}")
+            yield ref, None if isinstance(found, Exception) else found, retired
 
     # -- below
 
@@ -456,47 +361,37 @@ class Catalog:
         with self.ledger.lock, self.lease.held():
             yield
 
-    def _resolve(self, subject: Subject, ref: str, model: type[V]) -> V:
-        parsed = parse_ref(ref)
-        numbers = self.versions(parsed.name, subject)
-        number = parsed.version
-        if parsed.alias is not None:
-            number = self._target(subject, parsed.name, parsed.alias)
-        elif number is None and numbers:
-            number = numbers[-1]
-        if number not in numbers or number is None:
-            raise InputError(self._unknown(subject, parsed))
-        return self.ledger.get(subject, parsed.name, number, model)
+    def _append(self, model: type[S], history: list[S], request: str, reason: str, creator: str, **fields: Any) -> S:
+        """Write the next step of a history."""
+        sequence, stamp = len(history) + 1, self.ledger.stamp(creator)
+        step = build(model, **fields, sequence=sequence, request=request, reason=reason, **stamp)
+        self.ledger.write(key_of(step), step)
+        return step
 
-    def _unknown(self, subject: Subject, ref: Ref) -> str:
-        what = subject[:-1]
-        numbers = self.versions(ref.name, subject)
-        if ref.version and subject == "vectors" and ref.version in self.ledger.numbers(f"retired/{ref.name}"):
-            why = self.ledger.load(f"retired/{ref.name}/{ref.version}.json", Retirement).reason
-            return f"{what} {ref} was retired ({why}); use another version: {numbers}"
-        if not numbers:
-            near = ", ".join(self.names(subject)[:10]) or "none yet"
-            return f"no {what} {shown(ref.name)} in {self.store.label}; there are: {near}"
-        aliases = self.aliases(ref.name, subject=subject)
-        return f"no {what} {ref}; there are versions {numbers[0]} to {numbers[-1]}, aliases {aliases}"
-
-    def _target(self, subject: Subject, name: str, alias: str) -> int | None:
-        move = self.ledger.newest(f"refs/{subject}/{name}/{alias}", Move)
-        return move.version if move else None
+    def _pinned(self, refs: Iterable[str]) -> dict[str, VectorVersion]:
+        return {ref: self.resolve(str(parse_pinned(ref))) for ref in refs}
 
     def _tagged(self, version: VectorVersion, wanted: Mapping[str, str]) -> bool:
         return not wanted or wanted.items() <= self.tags(version.ref).items()
+
+
+def _combination(coefficients: Mapping[str, float], pinned: Mapping[str, VectorVersion], base: str) -> dict[str, Any]:
+    """What presets and served fingerprints record of coefficients. Two references may stand for one vector: then their
+    coefficients add up in the fingerprint.
+    """
+    etas = {ref: _number(eta, ref) for ref, eta in coefficients.items()}
+    total: dict[str, float] = {}
+    for ref, version in pinned.items():
+        total[version.digest] = total.get(version.digest, 0.0) + etas[ref]
+    return {
+        "coefficients": etas,
+        "vectors": {ref: version.digest for ref, version in pinned.items()},
+        "base_fingerprint": base,
+        "fingerprint": serving_fingerprint(base, total),
+    }
 
 
 def _number(eta: object, ref: str) -> float:
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not abs(eta) <= 1e6:
         raise InputError(f"coefficient of {ref}: {shown(eta)} is not a finite number from -1e6 to 1e6")
     return float(eta)
-
-
-def _by_digest(etas: Mapping[str, float], digests: Mapping[str, str]) -> dict[str, float]:
-    """Coefficients by the vectors themselves: two references may stand for one vector, and then they add up."""
-    total: dict[str, float] = {}
-    for ref, eta in etas.items():
-        total[digests[ref]] = total.get(digests[ref], 0.0) + eta
-    return total

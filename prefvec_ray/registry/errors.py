@@ -4,9 +4,7 @@ from prefvec_ray.common.errors import JobError
 
 
 class StoreError(JobError):
-    """The store is damaged, out of reach or out of space. Names the file and what to do; nothing was
-    changed.
-    """
+    """The store is damaged, out of reach or out of space. Names the file and what to do; nothing was changed."""
 
 
 class NoSpace(StoreError):  # noqa: N818 - see LeaseLost

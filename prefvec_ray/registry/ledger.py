@@ -1,21 +1,32 @@
-"""Immutable records under numbered keys: reading them, and adding the next one. What `Catalog` stands on."""
+"""Immutable records under numbered keys: what a reference stands for, and how the next record is added."""
 
 import contextlib
 import functools
 import importlib.metadata
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, LARGEST_VERSION, NAME, check_case, check_version
+from prefvec_ray.registry.names import (
+    LARGEST_CHOSEN_VERSION,
+    LARGEST_VERSION,
+    NAME,
+    Ref,
+    check_case,
+    check_version,
+    parse_ref,
+    shown,
+)
 from prefvec_ray.registry.records import (
     Move,
     PresetDraft,
     PresetVersion,
     Record,
+    Retirement,
     Subject,
     Tagging,
     VectorDraft,
@@ -82,6 +93,53 @@ class Ledger:
 
     def get(self, subject: Subject, name: str, number: int, model: type[V]) -> V:
         return self.load(f"{subject}/{name}/{number}.json", model)
+
+    def each(self, subject: Subject, model: type[V]) -> Iterator[tuple[str, V | StoreError | InputError]]:
+        """(reference, record, or what is wrong with it) of every version that ever was, retired ones included."""
+        for name in self.names(subject):
+            for number in self.numbers(f"{subject}/{name}"):
+                found: V | StoreError | InputError
+                try:
+                    found = self.get(subject, name, number, model)
+                except (StoreError, InputError) as error:
+                    found = error
+                yield f"{name}@{number}", found
+
+    def resolve(self, subject: Subject, ref: str, model: type[V]) -> V:
+        """The record that a reference stands for now. InputError where there is none."""
+        parsed = parse_ref(ref)
+        numbers = self.versions(subject, parsed.name)
+        number = parsed.version
+        if parsed.alias is not None:
+            number = self.target(subject, parsed.name, parsed.alias)
+        elif number is None and numbers:
+            number = numbers[-1]
+        if number not in numbers or number is None:
+            raise InputError(self.unknown(subject, parsed))
+        return self.get(subject, parsed.name, number, model)
+
+    def unknown(self, subject: Subject, ref: Ref) -> str:
+        """Why there is no such version, and which there are."""
+        what = subject[:-1]
+        numbers = self.versions(subject, ref.name)
+        if ref.version and subject == "vectors" and ref.version in self.numbers(f"retired/{ref.name}"):
+            why = self.load(f"retired/{ref.name}/{ref.version}.json", Retirement).reason
+            return f"{what} {ref} was retired ({why}); use another version: {numbers}"
+        if not numbers:
+            near = ", ".join(self.names(subject)[:10]) or "none yet"
+            return f"no {what} {shown(ref.name)} in {self.store.label}; there are: {near}"
+        aliases = self.aliases(subject, ref.name)
+        return f"no {what} {ref}; there are versions {numbers[0]} to {numbers[-1]}, aliases {aliases}"
+
+    def aliases(self, subject: Subject, name: str) -> dict[str, int]:
+        """alias -> the version it points at now."""
+        targets = {alias: self.target(subject, name, alias) for alias in self.names(f"refs/{subject}/{name}")}
+        return {alias: version for alias, version in targets.items() if version is not None}
+
+    def target(self, subject: Subject, name: str, alias: str) -> int | None:
+        """The version that an alias points at; None where it is not set."""
+        move = self.newest(f"refs/{subject}/{name}/{alias}", Move)
+        return move.version if move else None
 
     def load(self, key: str, model: type[R]) -> R:
         """A record by key; parsed once where the store is mirrored, since records never change."""

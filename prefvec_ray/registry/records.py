@@ -385,11 +385,10 @@ def key_of(record: BaseModel) -> str:
 
 
 def serving_fingerprint(base_fingerprint: str, coefficients: Mapping[str, float]) -> str:
-    """`blake3:<hex>` of what answers a request: the base and, by vector digest, every coefficient that is
-    not zero.
+    """`blake3:<hex>` of what answers a request: the base and, by vector digest, every coefficient that is not zero.
 
-    Independent of names, versions and order: equal fingerprints mean equal weights. `coefficients` maps
-    the digest of a vector to its eta. Raises InputError for a coefficient that is not a finite number.
+    Independent of names, versions and order: equal fingerprints mean equal weights. `coefficients` maps the digest of a
+    vector to its eta. Raises InputError for a coefficient that is not a finite number.
     """
     used = {digest: float(eta).hex() for digest, eta in coefficients.items() if eta != 0}
     bad = [eta for eta in coefficients.values() if not abs(eta) < float("inf")]

@@ -29,7 +29,7 @@ from prefvec_ray.registry.catalog import Catalog
 from prefvec_ray.registry.errors import MissingBlob
 from prefvec_ray.registry.hub import export_huggingface
 from prefvec_ray.registry.lease import Lease
-from prefvec_ray.registry.maintenance import Check, Verification, check_cache, check_store, verify
+from prefvec_ray.registry.maintenance import Check, check_cache, check_store
 from prefvec_ray.registry.names import (
     FILE_ENDINGS,
     FILE_NAME,
@@ -42,6 +42,7 @@ from prefvec_ray.registry.names import (
 )
 from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, build, canonical
 from prefvec_ray.registry.store import Store
+from prefvec_ray.registry.verify import Verification, verify
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -138,13 +139,11 @@ class Registry:
         notes: str = "",
         creator: str | None = None,
     ) -> VectorVersion:
-        """Publish a vector folder (or file) as the next version of `name`, by default the vector's
-        preference.
+        """Publish a vector folder (or file) as the next version of `name`, by default the vector's preference.
 
-        The same files with the same statements again are the same version. `recipe` adds to what the
-        vector file says. Raises InputError, and changes nothing, for what `load_vector` refuses, NaN and
-        infinity, names that cannot be used, files that are no part of a vector, and a `version` that
-        exists with other content.
+        The same files with the same statements again are the same version. `recipe` adds to what the vector file says.
+        Raises InputError, and changes nothing, for what `load_vector` refuses, NaN and infinity, names that cannot be
+        used, files that are no part of a vector, and a `version` that exists with other content.
         """
         from prefvec_ray.vectors import load_vector
 
@@ -171,7 +170,7 @@ class Registry:
         creator = check_line(user() if creator is None else creator, "creator")
         paths = _files(folder)
         with ThreadPoolExecutor(1) as pool:  # numbers are checked while files are copied; both wait for memory
-            digest: Future[str] = pool.submit(lambda: vector.validate().digest())
+            digest: Future[str] = pool.submit(vector.validated_digest)
             for attempt in range(3):
                 staged = [(name, *self.blobs.stage(path, lambda: _wait(digest))) for name, path in paths.items()]
                 files = tuple(build(FileEntry, name=n, digest=d, size=s) for n, d, s in staged)
@@ -190,9 +189,7 @@ class Registry:
             raise InputError(f"{name}@{version} exists with other content, and a version never changes")
 
     def fetch(self, ref: str) -> Path:
-        """A local folder with the version's files, for `load_vector`; pinned in the node's cache until
-        `unpin`.
-        """
+        """A local folder with the version's files, for `load_vector`; pinned in the node's cache until `unpin`."""
         return self.cache.fetch(self.resolve(ref), self.blobs.source)
 
     @contextlib.contextmanager
@@ -211,7 +208,7 @@ class Registry:
         self.cache.unpin(self.resolve(ref))
 
     def verify(self, *, read_bytes: bool = True) -> Verification:
-        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `maintenance.verify`."""
+        """Find every corrupt, missing or orphaned file of the store; changes nothing. See `verify.verify`."""
         return self._on_store_node(functools.partial(verify, read_bytes=read_bytes))
 
     def doctor(self) -> list[Check]:

@@ -5,7 +5,7 @@ A manifest comes from its publisher, who may be anybody: a bundle can call the b
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefvec_ray.common.errors import InputError
@@ -16,10 +16,13 @@ from prefvec_ray.registry.records import VectorDraft
 COMPARED = ("preference", "form", "dtype", "base_fingerprint", "parents", "data_digest", "precision")
 
 
-def wrong_statements(manifest: VectorDraft, folder: Path, *, links: bool = False) -> list[str]:
+def wrong_statements(
+    manifest: VectorDraft, folder: Path, *, links: bool = False, digest: Callable[[], str] | None = None
+) -> list[str]:
     """What is not as the manifest says, a line each; empty where all of it is. `folder` holds the version's files.
 
-    Reads every number once, for the digest and to find NaN and infinity. `links` allows files that are symbolic links.
+    Reads every number once, for the digest and to find NaN and infinity, or calls `digest` for that. `links` allows
+    files that are symbolic links.
     """
     from prefvec_ray.vectors import load_vector
 
@@ -36,9 +39,9 @@ def wrong_statements(manifest: VectorDraft, folder: Path, *, links: bool = False
         if any(manifest.recipe.get(key) != value for key, value in vector.info.recipe.items()):
             wrong.append("recipe: the manifest contradicts the file")
         if not wrong:
-            vector.validate()
-            if (digest := vector.digest()) != manifest.digest:
-                wrong.append(f"digest: the manifest says {manifest.digest}, the numbers have {digest}")
+            numbers = digest() if digest else vector.validated_digest()
+            if numbers != manifest.digest:
+                wrong.append(f"digest: the manifest says {manifest.digest}, the numbers have {numbers}")
     except InputError as error:
         return [f"not a vector that can be used: {error}"]
     return wrong

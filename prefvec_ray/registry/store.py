@@ -49,9 +49,7 @@ class Marker(Record):
 
 
 class Store:
-    """One root. Reads are always fresh unless `load_mirror` was called, which only the holder of the lease
-    may do.
-    """
+    """One root. Reads are always fresh unless `load_mirror` was called, which only the holder of the lease may do."""
 
     def __init__(self, root: str | Path, *, clock: Callable[[], float] = time.time):
         self.uri = str(root)
@@ -192,9 +190,7 @@ class Store:
             raise FileExistsError(key)
 
     def _put(self, key: str, data: bytes) -> bytes | None:
-        """Send a record to the bucket. The other's bytes where somebody was first and the bucket noticed, else
-        None.
-        """
+        """Send a record to the bucket. The other's bytes where somebody was first and the bucket noticed, else None."""
         writer = self.conditional_writes()[0] if key != MARKER else None
         created = writer.create(self._path(key).partition("/")[2], data) if writer else None
         if created is None:
@@ -207,9 +203,7 @@ class Store:
         return existing
 
     def conditional_writes(self) -> tuple[ConditionalWriter | None, str]:
-        """What creates objects only where there are none; None, and why, where this root cannot. A folder needs
-        none.
-        """
+        """What creates objects only where there are none; None, and why, where this root has no such thing."""
         if self._conditional is None:
             marker = self.read_fresh(MARKER)
             if self.folder is not None or marker is None:
@@ -245,9 +239,7 @@ class Store:
             self._mirror.get(folder, {}).pop(name, None)
 
     def _link(self, target: Path, data: bytes) -> bytes | None:
-        """Write a temporary, then link it into place. The other's bytes where somebody was first, else
-        None.
-        """
+        """Write a temporary, then link it into place. The other's bytes where somebody was first, else None."""
         with self.reporting(target), self._temporary() as temporary:
             temporary.write_bytes(data)
             temporary.chmod(0o644)
@@ -315,12 +307,11 @@ class Store:
     # -- blobs
 
     def stage(self, source: str | Path, gate: Callable[[], None] = lambda: None) -> tuple[str, int]:
-        """Copy a file's bytes to `blobs/<digest>` and read them back: (digest, size). Nothing refers to them
-        yet.
+        """Copy a file's bytes to `blobs/<digest>` and read them back: (digest, size). Nothing refers to them yet.
 
-        A blob that is already there is checked instead, and replaced where it is damaged. `gate` is
-        called once before the blob appears and may refuse by raising. Raises StoreError where the disk is
-        full or the file changes meanwhile. Whatever is raised, nothing is left behind.
+        A blob that is already there is checked instead, and replaced where it is damaged. `gate` is called once before
+        the blob appears and may refuse by raising. Raises StoreError where the disk is full or the file changes
+        meanwhile. Whatever is raised, nothing is left behind.
         """
         source = Path(source)
         digest, size = hash_file(source), source.stat().st_size
@@ -394,9 +385,7 @@ class Store:
         self.step("blob")
 
     def has_blob(self, digest: str, size: int) -> bool:
-        """Is the blob there, whole? A folder's blob is hashed; a bucket's, which checks its own bytes, is
-        measured.
-        """
+        """Is the blob there, whole? A folder's blob is hashed; a bucket's, which checks its own bytes, is measured."""
         if self.blob_size(digest) != size:
             return False
         return self.folder is None or hash_file(self.folder / blob_key(digest)) == digest
@@ -426,9 +415,7 @@ class Store:
         return self.read_blob(file.digest) if self.folder is None else self.folder / blob_key(file.digest)
 
     def blobs(self) -> dict[str, tuple[int, float]]:
-        """Every blob: digest -> (size, time of last change). Files under `blobs/` with other names are not
-        blobs.
-        """
+        """Every blob: digest -> (size, time of last change). Files under `blobs/` with other names are not blobs."""
         with self.reporting("blobs"):
             found = self.fs.get_file_info(fs.FileSelector(self._path("blobs"), allow_not_found=True))
         named = re.compile(r"[0-9a-f]{64}")
@@ -442,9 +429,7 @@ class Store:
         self.delete(blob_key(digest))
 
     def stale_staging(self) -> list[Path]:
-        """Temporary files whose writer is gone: nobody holds their lock. (Buckets drop what was not
-        completed.)
-        """
+        """Temporary files whose writer is gone: nobody holds their lock. (Buckets drop what was not completed.)"""
         if self.folder is None:
             return []
         stale = []

@@ -6,7 +6,6 @@ own dtypes, keyed by what it was made from. A later job with the same key uses i
 
 import json
 import math
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 
 from prefvec_ray.artifacts.training import Method, Record
+from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
@@ -170,7 +170,8 @@ def _sft_worker(config: dict[str, Any]) -> None:
 
 
 def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: str | Path) -> None:
-    """Train and write `job.out`, a Hugging Face folder that appears complete or not at all. Every rank calls this.
+    """Train and write `job.out`, a Hugging Face folder; its `sft.json` comes last, and marks it as finished. Every rank
+    calls this.
 
     The result is the base plus the run's fp32 delta, rounded once to the base's dtypes, with the base's own tokenizer.
     It continues from the newest whole checkpoint.
@@ -218,16 +219,12 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
 
 
 def _write_model(job: SftJob, vector: PreferenceVector, state: "TrainerState") -> None:
-    """Base plus delta and `sft.json`, beside `job.out` and then renamed to it."""
+    """Base plus delta, then `sft.json`."""
     out = Path(job.out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_model(job.base, {"sft": vector}, {"sft": 1.0}, partial, base_fingerprint=job.base_fingerprint)
+    export_model(job.base, {"sft": vector}, {"sft": 1.0}, out, overwrite=True, base_fingerprint=job.base_fingerprint)
     history = [{"step": log["step"], "loss": log["loss"]} for log in state.log_history if "loss" in log]
     made_from = job.model_dump(include={"base", "base_fingerprint", "data_digest", "recipe", "method"})
-    (partial / "sft.json").write_text(json.dumps({**made_from, "steps": state.global_step, "history": history}))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    write_whole(out / "sft.json", json.dumps({**made_from, "steps": state.global_step, "history": history}))
 
 
 def _reporter(report: "Callable[[dict[str, Any]], None]") -> Any:

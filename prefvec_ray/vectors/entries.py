@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import numbers
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES = {**FLOAT_DTYPES, "int8": torch.int8}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> "bfloat16". InputError for what the numbers of a vector are not stored in."""
+    for name, known in FLOAT_DTYPES.items():
+        if known == dtype:
+            return name
+    raise InputError(f"cannot store a vector in {dtype}; choose one of {', '.join(FLOAT_DTYPES)} (int8: to_int8)")
 
 
 @dataclass(frozen=True)

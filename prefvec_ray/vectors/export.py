@@ -16,7 +16,7 @@ from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.vectors.checkpoint import Checkpoint
-from prefvec_ray.vectors.entries import FLOAT_DTYPES, LowRank
+from prefvec_ray.vectors.entries import FLOAT_DTYPES, Entry, LowRank
 from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.fused import CODES, FusedMerge, Segment, part_of
@@ -54,45 +54,32 @@ def export_model(
     infinite.
     """
     base_folder, out = Path(base_folder), Path(out)
-    checkpoint = Checkpoint(base_folder)
-    etas = check_coefficients(coefficients, dict(sorted(vectors.items())))
+    merge = _Merge(base_folder, vectors, coefficients)
     if dtype is not None and dtype not in FLOAT_DTYPES.values():
         raise InputError(f"cannot export in {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
     if out.resolve() == base_folder.resolve():
         raise InputError(f"{out}: is the base model's own folder; choose another")
-    check_fit(checkpoint, vectors)
-    state = dict(checkpoint)
-    moved = {name: vectors[name] for name, eta in etas.items() if eta != 0}
-    numbers = [etas[name] for name in moved]
-
-    def check_bases() -> None:
-        known = base_fingerprint or fingerprint(state)
-        for vector in vectors.values():
-            check_base(vector, known)
+    state = dict(merge.checkpoint)
 
     def produce(name: str, index: Index, scratch: Tensor) -> Tensor:
         if checked.done():
             checked.result()  # raises at once where the base is another one
         base = state[name][index]
-        terms = [(k, part_of(v.entry(name), index)) for k, v in enumerate(moved.values()) if name in v]
+        terms = tuple((k, part_of(entry, index)) for k, entry in merge.terms(name))
         if not terms and base.dtype == scratch.dtype:
             return base
-        if FusedMerge([Segment(name, scratch, base, tuple(terms))], threads=1).run(numbers) is not None:
-            raise _overflow(name, etas)
-        return scratch
+        return merge.write(name, scratch, base, terms, threads=1)
 
-    like = {name: tensor.to("meta") for name, tensor in state.items()}
-    if dtype is not None:
-        like = {name: tensor.to(dtype) if tensor.dtype in CODES else tensor for name, tensor in like.items()}
+    like = {name: tensor.to("meta", merge.dtype(tensor, dtype)) for name, tensor in state.items()}
     with (
         new_folder(out, replaces=_is_model if overwrite else None) as folder,
         ShardWriter(folder, "model", like, max_shard_size=max_shard_size, threads=threads) as writer,
         ThreadPoolExecutor(1) as aside,  # hashing takes processors where writing waits for the disk
     ):
-        checked = aside.submit(check_bases)
+        checked = aside.submit(merge.check_bases, base_fingerprint)
         writer.write(produce, progress)
         _copy_beside(base_folder, folder, dtype)
-        write_text(folder / "README.md", model_card(base_folder.name, vectors, etas, lineage or {}))
+        write_text(folder / "README.md", model_card(base_folder.name, vectors, merge.etas, lineage or {}))
         checked.result()
         writer.finish()
     return out
@@ -112,25 +99,46 @@ def merged_weights(
     it once, not at every change of coefficients. Raises InputError for what does not fit together, and where a weight
     would be NaN or infinite.
     """
-    checkpoint = Checkpoint(base_folder)
-    etas = check_coefficients(coefficients, dict(sorted(vectors.items())))
-    check_fit(checkpoint, vectors)
-    moved = {name: vectors[name] for name, eta in etas.items() if eta != 0}
-    numbers = [etas[name] for name in moved]
-    for name, base in checkpoint.items():
-        terms = tuple((k, vector.entry(name)) for k, vector in enumerate(moved.values()) if name in vector)
-        wanted = dtype if dtype is not None and base.dtype in CODES else base.dtype
-        if not terms:
-            yield name, base.to(wanted)
-            continue
-        merged = torch.empty(base.shape, dtype=wanted)
-        if FusedMerge([Segment(name, merged, base, terms)]).run(numbers) is not None:
-            raise _overflow(name, etas)
-        yield name, merged
+    merge = _Merge(base_folder, vectors, coefficients)
+    for name, base in merge.checkpoint.items():
+        terms, wanted = merge.terms(name), merge.dtype(base, dtype)
+        yield name, merge.write(name, torch.empty(base.shape, dtype=wanted), base, terms) if terms else base.to(wanted)
 
 
-def _overflow(name: str, etas: Mapping[str, float]) -> InputError:
-    return InputError(f"'{name}' would hold NaN or infinity at {dict(etas)}; choose smaller coefficients")
+class _Merge:
+    """A checkpoint at fixed coefficients. InputError for what does not fit together, before any weight is read."""
+
+    def __init__(
+        self, base_folder: str | Path, vectors: Mapping[str, PreferenceVector], coefficients: Mapping[str, float]
+    ):
+        self.checkpoint = Checkpoint(base_folder)
+        self.etas = check_coefficients(coefficients, dict(sorted(vectors.items())))
+        check_fit(self.checkpoint, vectors)
+        self._vectors = vectors
+        self._moved = {name: vectors[name] for name, eta in self.etas.items() if eta != 0}
+
+    def check_bases(self, known: str | None) -> None:
+        """InputError unless all vectors are of this base; it is hashed unless its fingerprint is `known`."""
+        known = known or fingerprint(self.checkpoint)
+        for vector in self._vectors.values():
+            check_base(vector, known)
+
+    def dtype(self, base: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+        """What a parameter is rounded to: its own dtype, or the one that is wanted for all weights."""
+        return base.dtype if wanted is None or base.dtype not in CODES else wanted
+
+    def terms(self, name: str) -> tuple[tuple[int, Entry], ...]:
+        """What is added to a parameter: (position of its coefficient, entry)."""
+        return tuple((k, vector.entry(name)) for k, vector in enumerate(self._moved.values()) if name in vector)
+
+    def write(
+        self, name: str, out: Tensor, base: Tensor, terms: tuple[tuple[int, Entry], ...], *, threads: int | None = None
+    ) -> Tensor:
+        """base + sum eta * term into `out`, which is returned. InputError where a number is NaN or infinite."""
+        merge = FusedMerge([Segment(name, out, base, terms)], threads=threads)
+        if merge.run([self.etas[key] for key in self._moved]) is not None:
+            raise InputError(f"'{name}' would hold NaN or infinity at {dict(self.etas)}; choose smaller coefficients")
+        return out
 
 
 def check_fit(checkpoint: Checkpoint, vectors: Mapping[str, PreferenceVector]) -> None:

@@ -14,13 +14,13 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import state_of
 from prefvec_ray.vectors.entries import (
-    FLOAT_DTYPES,
     Entry,
     Full,
     Int8,
     LowRank,
     added,
     cast,
+    dtype_name,
     is_finite,
     scaled,
 )
@@ -109,8 +109,7 @@ def vector_from_checkpoints(
         recipe=dict(recipe or {}),
         precision={"rounding": stats.report()} if stats.elements else {},
     )
-    if stats.elements:
-        stats.warn(preference)
+    stats.warn(preference)
     return stored_as(info, entries, dtype)
 
 
@@ -204,9 +203,7 @@ def check_same_base(vectors: list[PreferenceVector]) -> None:
 
 def stored_as(info: VectorInfo, entries: Mapping[str, Entry], dtype: torch.dtype) -> PreferenceVector:
     """Drop entries that are zero, round the rest to `dtype` and measure what that costs."""
-    names = {value: name for name, value in FLOAT_DTYPES.items()}
-    if dtype not in names:
-        raise InputError(f"cannot store a vector in {dtype}; choose one of {', '.join(FLOAT_DTYPES)} (int8: to_int8)")
+    stored = dtype_name(dtype)
     loss = StorageLoss()
     kept: dict[str, Entry] = {}
     for name, exact in sorted(entries.items()):
@@ -216,13 +213,11 @@ def stored_as(info: VectorInfo, entries: Mapping[str, Entry], dtype: torch.dtype
             continue
         kept[name] = cast(exact, dtype)
         if not is_finite(kept[name]):
-            raise InputError(
-                f"'{name}' of '{info.preference}' overflows {names[dtype]}; store it in bfloat16 or float32"
-            )
+            raise InputError(f"'{name}' of '{info.preference}' overflows {stored}; store it in bfloat16 or float32")
         loss.update(name, exact, kept[name])
     if not kept:
         raise InputError(f"'{info.preference}' changes no parameter; nothing was trained, or the two runs are equal")
-    changes = {"dtype": names[dtype], "precision": info.precision | loss.report()}
+    changes = {"dtype": stored, "precision": info.precision | loss.report()}
     return PreferenceVector(VectorInfo.model_validate(info.model_dump() | changes), kept)
 
 

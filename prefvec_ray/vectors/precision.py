@@ -97,7 +97,9 @@ class RoundingStats:
         }
 
     def warn(self, preference: str) -> None:
-        """PrecisionWarning when the sources' rounding dominates."""
+        """PrecisionWarning when the sources' rounding dominates; none where nothing was seen of it."""
+        if not self.elements:
+            return
         report = self.report()
         cosine = report["expected_cosine"]
         assert isinstance(cosine, float)

@@ -13,7 +13,7 @@ from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint
-from prefvec_ray.vectors.entries import FLOAT_DTYPES, Full
+from prefvec_ray.vectors.entries import FLOAT_DTYPES, Full, dtype_name
 from prefvec_ray.vectors.extract import check_same_parameters
 from prefvec_ray.vectors.file import STEM, PreferenceVector, VectorInfo, load_vector, to_metadata
 from prefvec_ray.vectors.fingerprint import fingerprint
@@ -54,51 +54,56 @@ def extract_from_checkpoints(
     existing `out`, files that cannot be trusted, and (without any output) for NaN, infinity and overflow of `dtype`.
     """
     check_preference(preference)
-    base, plus, minus = (dict(Checkpoint(folder)) for folder in (base_folder, positive_folder, negative_folder))
-    for which, state in (("positive", plus), ("negative", minus)):
-        check_same_parameters(base, state, which)
-    names = {value: name for name, value in FLOAT_DTYPES.items()}
-    if dtype not in names:
-        raise InputError(f"cannot store a vector in {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
-    changed = [name for name in plus if _differs(name, plus[name], minus[name])]
-    if not changed:
+    dtype_name(dtype)
+    folders = {"positive": positive_folder, "negative": negative_folder}
+    base, plus, minus = (dict(Checkpoint(folder)) for folder in (base_folder, *folders.values()))
+    if not (changed := _changed(base, plus, minus)):
         raise InputError(f"{positive_folder} and {negative_folder} are equal; give checkpoints of two runs")
     precision, rounding = _precision(plus, minus, changed, dtype)
     info = VectorInfo(
         preference=preference,
         form="full",
-        dtype=names[dtype],  # type: ignore[arg-type]
+        dtype=dtype_name(dtype),  # type: ignore[arg-type]
         base_fingerprint=base_fingerprint or UNKNOWN,
-        parents=dict(parents or dict.fromkeys(("positive", "negative"), UNKNOWN)),
+        parents=dict(parents or dict.fromkeys(folders, UNKNOWN)),
         data_digest=data_digest,
         recipe=dict(recipe or {}),
         precision=precision,
     )
 
-    def produce(name: str, index: Index, scratch: Tensor) -> Tensor:
-        theta_minus = Full(minus[name][index])
-        segment = Segment(name, scratch, plus[name][index], ((0, theta_minus),))
-        if FusedMerge([segment], threads=1).run([-1.0]) is not None:
-            raise InputError(f"'{name}' holds NaN or infinity, or its change overflows {dtype}; train the run again")
-        return scratch
-
     def lineage() -> dict[str, object]:
-        sources = dict(parents or {"positive": fingerprint(plus), "negative": fingerprint(minus)})
-        return {"base_fingerprint": base_fingerprint or fingerprint(base), "parents": sources}
+        found = parents or {polarity: fingerprint(folder) for polarity, folder in folders.items()}
+        return {"base_fingerprint": base_fingerprint or fingerprint(base_folder), "parents": dict(found)}
 
-    like = {name: torch.empty(plus[name].shape, dtype=dtype, device="meta") for name in changed}
-    start = partial(ShardWriter, max_shard_size=max_shard_size, threads=threads, metadata=to_metadata(info))
+    like, metadata = {name: plus[name].to("meta", dtype) for name in changed}, to_metadata(info)
     with (
         new_folder(Path(out)) as folder,
-        start(folder, STEM, like) as writer,
+        ShardWriter(folder, STEM, like, max_shard_size=max_shard_size, threads=threads, metadata=metadata) as writer,
         ThreadPoolExecutor(1) as aside,  # hashing takes processors where writing waits for the disk
     ):
         hashed = aside.submit(lineage)
-        writer.write(produce, progress)
+        writer.write(partial(_difference, plus, minus), progress)
         writer.finish(to_metadata(info.model_copy(update=hashed.result())))
-    if rounding.elements:
-        rounding.warn(preference)
+    rounding.warn(preference)
     return load_vector(out)
+
+
+def _difference(
+    plus: Mapping[str, Tensor], minus: Mapping[str, Tensor], name: str, index: Index, scratch: Tensor
+) -> Tensor:
+    """plus - minus of a part of one parameter, into `scratch`. InputError where a number is not finite in its dtype."""
+    segment = Segment(name, scratch, plus[name][index], ((0, Full(minus[name][index])),))
+    if FusedMerge([segment], threads=1).run([-1.0]) is not None:
+        wrong = f"holds NaN or infinity, or its change overflows {scratch.dtype}"
+        raise InputError(f"'{name}' {wrong}; train the run again")
+    return scratch
+
+
+def _changed(base: Mapping[str, Tensor], plus: Mapping[str, Tensor], minus: Mapping[str, Tensor]) -> list[str]:
+    """Names of the parameters that are not equal in both. InputError unless both have exactly the base's."""
+    for which, state in (("positive", plus), ("negative", minus)):
+        check_same_parameters(base, state, which)
+    return [name for name in plus if _differs(name, plus[name], minus[name])]
 
 
 def _differs(name: str, plus: Tensor, minus: Tensor) -> bool:

@@ -27,8 +27,8 @@ from blake3 import blake3
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.registry.cache import NodeCache
-from prefvec_ray.registry.maintenance import MODELS
 from prefvec_ray.registry.records import decode, encode
+from prefvec_ray.registry.verify import MODELS
 from prefvec_ray.vectors import load_vector, save_vector, vector_from_state
 
 LONGEST_S = 20

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.registry import Registry, StoreError
+from prefvec_ray.registry import FileEntry, Registry, StoreError, verify
 from prefvec_ray.registry.cache import NodeCache
-from prefvec_ray.registry.records import digest_of
-from prefvec_ray.registry.store import Store, blob_key
-from prefvec_ray.vectors import load_vector
+from prefvec_ray.registry.records import digest_of, encode
+from prefvec_ray.registry.store import Store, blob_key, hash_file
+from prefvec_ray.vectors import PreferenceVector, load_vector
 
 Make = Callable[..., Path]
 BASE = "blake3:" + "b" * 64
@@ -72,6 +72,41 @@ def test_damage_to_any_file_is_found(full: Registry, damage: str) -> None:
         assert full.store.read_fresh(key) == bad[damage]
         full.store.overwrite(key, good)
     assert full.verify().sound
+
+
+def test_sound_blobs_are_read_once_and_versions_of_the_same_files_together(full: Registry, make_vector: Make) -> None:
+    """Files of several shards, one file of two versions, a README: only what holds no numbers is hashed apart."""
+    full.publish_vector(make_vector("sharded", 7, max_shard_size=512))
+    full.publish_vector(make_vector("helpful", 1), notes="the same files, another version")
+    folder = make_vector("described", 8)
+    (folder / "README.md").write_text("not a vector's number")
+    full.publish_vector(folder)
+    hashed, read = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
+        digest = PreferenceVector.validated_digest
+        patch.setattr(PreferenceVector, "validated_digest", lambda self, seen: read.append(self) or digest(self, seen))
+        assert full.verify().sound
+    beside = sorted(name for name in hashed if len(name) < 64)  # an orphan, named by its digest, is hashed too
+    assert beside == ["README.md", "vector.safetensors.index.json"]
+    assert len(read) == 4
+
+
+def test_numbers_that_are_not_finite_are_found(full: Registry, make_vector: Make, tmp_path: Path) -> None:
+    """A vector that was written to the store past every check."""
+    stated = full.resolve("helpful@1")
+    file = make_vector("helpful", 9) / "vector.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-4:] = b"\0\0\xc0\x7f"
+    file.write_bytes(data)
+    digest, size = full.store.stage(file)
+    entry = FileEntry(name=file.name, digest=digest, size=size)
+    vector = load_vector(file.parent)
+    bad = stated.model_copy(update={"version": 3, "files": (entry,), "digest": vector.digest()})
+    full.store.overwrite("vectors/helpful/3.json", encode(bad))
+    (finding,) = [finding for finding in full.verify().findings if finding.harm]
+    assert (finding.kind, finding.path) == ("wrong statement", "vectors/helpful/3.json")
+    assert "holds NaN or infinity" in finding.detail
 
 
 def test_missing_files_are_found(full: Registry) -> None:

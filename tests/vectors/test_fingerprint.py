@@ -1,7 +1,10 @@
 """One identity for a base model, however it is held."""
 
 import json
+import os
 import shutil
+import sys
+import time
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from prefvec_ray.vectors import Checkpoint, checkpoint_state, fingerprint
 from prefvec_ray.vectors.checkpoint import checkpoint_layout
 
 TINY_GPT2 = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+fingerprints = sys.modules["prefvec_ray.vectors.fingerprint"]  # the package's function has the module's name
 FAMILIES = ["llama", "mistral", "qwen3", "gemma", "phi3", "mixtral", "qwen3_moe"]
 
 
@@ -164,3 +168,36 @@ def test_an_index_of_a_base_is_checked_too(tiny_model, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(InputError, match="points to"):
         fingerprint(tmp_path)
+
+
+def test_a_folder_is_hashed_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    """Another number in the same file, of the same size, is another fingerprint; so is another file in its place."""
+    state = {"a.weight": torch.ones(4, 4), "b.weight": torch.zeros(4)}
+    file, hour = tmp_path / "model.safetensors", 3600 * 10**9
+    hashed = []
+    real = fingerprints.tensor_digest
+    monkeypatch.setattr(fingerprints, "tensor_digest", lambda tensor: hashed.append(tensor.shape) or real(tensor))
+
+    def written(change: float, age: int) -> str:
+        save_file(state | {"b.weight": torch.full((4,), change)}, file)
+        os.utime(file, ns=(time.time_ns() - age,) * 2)
+        return fingerprint(tmp_path)
+
+    first = written(0.0, 2 * hour)
+    assert first == fingerprint(state)
+    hashed.clear()
+    assert fingerprint(tmp_path) == fingerprint(str(tmp_path)) == fingerprint(Checkpoint(tmp_path)) == first
+    assert hashed == []
+
+    second = written(1.0, hour)
+    assert second != first
+    assert len(hashed) == 2
+    file.rename(tmp_path / "kept")
+    assert written(0.0, hour) == first  # another inode
+    os.truncate(tmp_path / "kept", 0)
+
+    # Files that were written a moment ago may change within one tick of the clock: they are not remembered.
+    fresh = written(3.0, 0)
+    hashed.clear()
+    assert fingerprint(tmp_path) == fresh
+    assert len(hashed) == 2
