@@ -128,7 +128,7 @@ class Rates:
                 raise self._exceeded(f"{most} tokens per {span}", "tokens", wait, caller, allowance)
 
     def enter(self, caller: str, allowance: Allowance) -> Place:
-        """A request resume_tokens. Raises ApiError(429) where as many are under way as the caller may have at once."""
+        """A request begins. Raises ApiError(429) where as many are under way as the caller may have at once."""
         used, limit = self._used(caller), allowance.requests_at_once
         if limit is not None and used.at_once >= limit:
             message = f"{limit} of your requests are under way, the most at once; wait for one of them to end"
