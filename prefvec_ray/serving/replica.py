@@ -162,23 +162,20 @@ class Replica:
             raise EngineError(f"generation {wanted[1]} cannot be served here: {error}") from error
 
     async def _learn(self, release: Release, beside: ReleaseId) -> None:
+        before = self._releases
         try:
-            await self._change(release, beside)
-        finally:
-            self._unpin_unused()
-
-    async def _change(self, release: Release, beside: ReleaseId) -> None:
-        new = await asyncio.to_thread(self._loaded, [release])
-        used = {beside, *(name for name, running in self._running.items() if running)}
-        # Requests of what is dropped may come meanwhile: they wait, and load it again.
-        before, self._releases = self._releases, {name: known for name, known in self._releases.items() if name in used}
-        vectors = self._loaded(list(self._releases.values())) | new
-        try:
+            new = await asyncio.to_thread(self._loaded, [release])
+            used = {beside, *(name for name, running in self._running.items() if running)}
+            # Requests of what is dropped may come meanwhile: they wait, and load it again.
+            self._releases = {name: known for name, known in before.items() if name in used}
+            vectors = self._loaded(list(self._releases.values())) | new
             await self.engine.change(vectors)
+            self._vectors = vectors
         except BaseException:
             self._releases = before
             raise
-        self._vectors = vectors
+        finally:
+            self._unpin_unused()
         await self._generate_once(release)
         self._releases[release.id] = release
 

@@ -39,7 +39,7 @@ def base_answers(
         top_k=0,
         top_p=1.0,
         max_new_tokens=tokens,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -22,7 +22,8 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to generate. What is generated depends on these fields, never on other requests."""
+    """One answer to generate. What is generated depends on these fields (without a seed, on chance too), never on other
+    requests."""
 
     prompt: tuple[int, ...]
     """token ids, at least one"""
