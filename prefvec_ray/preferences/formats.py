@@ -85,6 +85,10 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def _chat(prompt: list[dict[str, str]], chosen: str, rejected: str) -> Pair:
+    return {"prompt": prompt, "chosen": [_message("assistant", chosen)], "rejected": [_message("assistant", rejected)]}
+
+
 def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str]]:
     """A list of {role, content} that ends with a turn of `last`."""
     messages = row.get(field)
@@ -164,11 +168,7 @@ def _pku(row: Row, where: str, preference: str | None) -> Pair:
     if type(better) is not int or better not in (0, 1):
         raise InputError(f"{where}: field {PKU_LABELS[preference]!r} is {better!r}; expected 0 or 1")
     responses = [_text(row, "response_0", where), _text(row, "response_1", where)]
-    return {
-        "prompt": [_message("user", _text(row, "prompt", where))],
-        "chosen": [_message("assistant", responses[better])],
-        "rejected": [_message("assistant", responses[1 - better])],
-    }
+    return _chat([_message("user", _text(row, "prompt", where))], responses[better], responses[1 - better])
 
 
 def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
@@ -179,11 +179,7 @@ def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
     if not isinstance(answers, list) or len(answers) != 2:
         raise InputError(f"{where}: field 'response' must be a list of two texts, [safe, unsafe]")
     safe, unsafe = (_text({"response": answer}, "response", where) for answer in answers)
-    return {
-        "prompt": [_message("user", _text(row, "prompt", where))],
-        "chosen": [_message("assistant", safe)],
-        "rejected": [_message("assistant", unsafe)],
-    }
+    return _chat([_message("user", _text(row, "prompt", where))], safe, unsafe)
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -253,10 +249,7 @@ def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
     asked = _text(row, "instruction", where)
     if row.get("input"):
         asked += "\n" + _text(row, "input", where)
-    return {
-        "prompt": [*prompt, _message("user", asked)],
-        **{field: [_message("assistant", _text(row, field, where))] for field in ("chosen", "rejected")},
-    }
+    return _chat([*prompt, _message("user", asked)], _text(row, "chosen", where), _text(row, "rejected", where))
 
 
 def _system(row: Row, where: str) -> list[dict[str, str]]:

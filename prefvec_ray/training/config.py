@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from prefvec_ray.artifacts.training import KL, MIXED, Method, Watch
 from prefvec_ray.common.config import Config
@@ -137,21 +137,14 @@ class TrainingConfig(Config):
             raise ValueError(f"{every} steps: give a whole number, or a share of the run below 1")
         return every
 
-    @field_validator("dpo")
+    @field_validator("dpo", "sft")
     @classmethod
-    def _recipe(cls, dpo: dict[str, Any]) -> dict[str, Any]:
-        for field in dpo:
-            if field in OWNED:
-                raise ValueError(f"dpo.{field} is set by the plan ({OWNED[field]}): remove it")
-        return dpo
-
-    @field_validator("sft")
-    @classmethod
-    def _sft_recipe(cls, sft: SftStage | None) -> SftStage | None:
-        for field in sft.recipe if sft is not None else ():
-            if field in SFT_OWNED:
-                raise ValueError(f"sft.{field} is set by the plan ({SFT_OWNED[field]}): remove it")
-        return sft
+    def _free_fields(cls, given: Any, info: ValidationInfo) -> Any:
+        recipe, owned = (given.recipe, SFT_OWNED) if isinstance(given, SftStage) else (given or {}, OWNED)
+        for field in recipe:
+            if field in owned:
+                raise ValueError(f"{info.field_name}.{field} is set by the plan ({owned[field]}): remove it")
+        return given
 
     @model_validator(mode="after")
     def _seeds(self) -> "TrainingConfig":

@@ -18,15 +18,16 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
 
-from prefvec_ray.artifacts.training import RunResult, RunSpec
+from prefvec_ray.artifacts.training import Record, RunResult, RunSpec
 from prefvec_ray.common.errors import JobError, from_traceback
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
-from prefvec_ray.training.config import Resources
-from prefvec_ray.training.progress import ProgressTable, job_board
+from prefvec_ray.training.config import Resources, TrainingConfig
+from prefvec_ray.training.progress import ProgressTable, follow, job_board
 
 LOST = (
     ray.exceptions.RayActorError,
@@ -191,6 +192,38 @@ def start_run(
 
     threading.Thread(target=control, daemon=True).start()
     return run
+
+
+def run_stage(
+    worker: Callable[[dict[str, Any]], Any],
+    job: Record,
+    name: str,
+    config: TrainingConfig,
+    board: Any,
+    *,
+    resources: Resources,
+    row: str,
+    what: str,
+    steps: str,
+) -> None:
+    """One Ray Train run of `worker({"job", "board"})` before the DPO runs, with a bar of `steps` until it has ended.
+
+    Args:
+        row: of the board, where the worker reports its steps.
+        what: the stage, in messages.
+
+    Raises:
+        InputError: the cluster can never hold it.
+        RunsFailedError: it failed; no DPO run was started.
+    """
+    check_room(what, resources.bundles)
+    given = {"job": job.model_dump(), "board": board}
+    run = start_run(worker, given, name, resources, config.folder / "ray", retries=config.retries)
+    console = Console(highlight=False)
+    try:
+        follow(run, board, row, steps, console, Waiting(console, what, resources.bundles))
+    except RunsFailedError as error:
+        raise RunsFailedError(f"{what} failed, no DPO run was started: {error}") from error
 
 
 def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[Exception], None]:

@@ -1,7 +1,7 @@
 """TRL's settings as a config may give them: what the plan decides itself, and what TRL would refuse too late."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
@@ -71,12 +71,17 @@ def check_loss(dpo: dict[str, Any]) -> None:
         )
 
 
-def check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
-    """InputError for a field that this TRL config does not have, or a value that it refuses."""
+def check_names(section: str, recipe: Mapping[str, Any], kind: Any, library: str) -> None:
+    """InputError for a field that this config class of a library does not have."""
     known = {field.name for field in dataclasses.fields(kind)}
     for field in recipe:
         if field not in known:
-            raise InputError(f"{section}.{field} is not a field of TRL's {kind.__name__}{closest(field, known)}")
+            raise InputError(f"{section}.{field} is not a field of {library}'s {kind.__name__}{closest(field, known)}")
+
+
+def check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
+    """InputError for a field that this TRL config does not have, or a value that it refuses."""
+    check_names(section, recipe, kind, "TRL")
     # What depends on the device is decided where the workers are: this machine may have none.
     here = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True, "ddp_backend": None}
     try:

@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from rich.console import Console
 
 from prefvec_ray.artifacts.training import Method, Record
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
-from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.preferences.sources import read_rows
 from prefvec_ray.training.config import SftStage, TrainingConfig
-from prefvec_ray.training.plan import RunsFailedError, start_run, worker_setup
-from prefvec_ray.training.progress import follow
+from prefvec_ray.training.plan import run_stage, worker_setup
 from prefvec_ray.training.references import key_of, working_base
 from prefvec_ray.vectors import PreferenceVector, export_model, fingerprint
 
@@ -79,16 +76,17 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
     )
     out = Path(job.out)
     if not (out / "sft.json").is_file():
-        given = {"job": job.model_dump(), "board": board}
-        resources, storage = config.resources, config.folder / "ray"
-        check_room("fine-tuning", resources.bundles)
-        run = start_run(_sft_worker, given, f"sft-{key}", resources, storage, retries=config.retries)
-        try:
-            console = Console()
-            room = Waiting(console, "fine-tuning", resources.bundles)
-            follow(run, board, "sft", f"steps of fine-tuning on {examples} examples", console, room)
-        except RunsFailedError as error:
-            raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {error}") from error
+        run_stage(
+            _sft_worker,
+            job,
+            f"sft-{key}",
+            config,
+            board,
+            resources=config.resources,
+            row="sft",
+            what="supervised fine-tuning",
+            steps=f"steps of fine-tuning on {examples} examples",
+        )
     return config.model_copy(update={"base": out, "chat_template": None, "sft": None})
 
 
