@@ -88,9 +88,8 @@ def load_preferences(
             takes no system messages. "keep" leaves it.
         flaws: a list that takes the rows that cannot be used, one line each, in place of an error at the first.
 
-    Pairs with two identical answers say nothing: they are dropped, counted and noted. So are flaws that published
-    files have: an empty prompt or answer, and two transcripts of different conversations. Everything else that is
-    wrong is refused.
+    Pairs without a preference are dropped, counted and noted: two identical answers, and the flaws of published files
+    (an empty prompt or answer, two transcripts of different conversations). Everything else that is wrong is refused.
 
     Raises:
         InputError: naming the file, the row (from 1) and what to do.
@@ -229,7 +228,7 @@ def _to_dataset(pairs: Iterator[Pair]) -> tuple[Dataset | None, str]:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
             file.flush()
             table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
-    except OSError as error:  # the readers have told of theirs already
+    except OSError as error:  # the readers raise InputError for theirs
         folder = tempfile.gettempdir()
         raise JobError(f"cannot write the pairs to {folder} ({error}); make room, or set TMPDIR to another") from error
     digest = f"blake3:{hasher.hexdigest()}"

@@ -1,7 +1,7 @@
-"""What preference data looks like in the field, and how one row of it becomes one pair: prompt, chosen, rejected.
+"""The forms of published preference data, and how a row of each becomes one pair: prompt, chosen, rejected.
 
-A format is the fields that it is known by and a function from a row to a pair. What a user can fix is refused with
-file and row; what is known to occur in published files and says nothing (an empty answer) is dropped and counted.
+A format has the fields that it is recognised by and a function from a row to a pair. What a user can fix is refused
+with file and row. Known flaws of published files that leave no preference (an empty answer) are dropped and counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PKU_LABELS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
 
 
 class UnusableError(Exception):
-    """This pair says nothing, for a reason known to occur in published data: drop it and count it."""
+    """This pair holds no preference, for a reason known to occur in published data: drop it and count it."""
 
 
 @dataclass(frozen=True)

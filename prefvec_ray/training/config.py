@@ -20,7 +20,7 @@ class PreferenceData(Config):
 
     data: str
     """A file or a folder of shards (JSONL, JSON, CSV, Parquet), here or in a bucket (`s3://…`), or a dataset of the
-    hub, `org/name` or `org/name:subset`. `prefvec data formats` lists what the rows may look like."""
+    hub, `org/name` or `org/name:subset`. `prefvec data formats` lists the forms of its rows."""
     format: str | None = None
     """The format's name; found by itself when left out."""
     split: str | None = None
@@ -43,7 +43,7 @@ class PreferenceData(Config):
     @model_validator(mode="after")
     def _one_test(self) -> "PreferenceData":
         if self.test is not None and self.test_split is not None:
-            raise ValueError("test and test_split both say what is held out: give one of them")
+            raise ValueError("test and test_split are two sources of held-out pairs: give one of them")
         return self
 
 
@@ -105,7 +105,7 @@ class TrainingConfig(Config):
     """Fine-tune the base on demonstrations first, and train the preferences from there."""
     global_batch_size: int | None = Field(default=None, gt=0)
     """Pairs per optimizer step over all workers: gradient accumulation follows from it, so that the number of workers
-    changes the speed and not the result. If left out, a step takes what `dpo` says, times the workers."""
+    changes the speed and not the result. If left out, a step takes `dpo`'s own batch on every worker."""
     seeds: list[int] = Field(default=[0], min_length=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     mixed: bool = False
@@ -185,7 +185,7 @@ class TrainingConfig(Config):
         return self.registry or str(self.folder / "registry")
 
     def check(self) -> None:
-        """Everything that can be known to fail before a cluster is asked for anything.
+        """Refuse what would fail later, before a cluster is joined.
 
         Raises:
             InputError: an unknown DPO field, a base that is no model folder, a chat template that is missing, a method

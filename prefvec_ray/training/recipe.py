@@ -20,7 +20,7 @@ OWNED = {
     "report_to": "TensorBoard is always written; give `watch.report_to` for others",
     "run_name": "a run is named by its key",
     "logging_nan_inf_filter": "a loss that is not finite stops the run, it is not averaged away",
-    "resume_from_checkpoint": "a run goes on from its own checkpoint by itself",
+    "resume_from_checkpoint": "a run continues from its own checkpoint by itself",
     "sync_ref_model": "the reference is the base model and stays fixed",
     "deepspeed": "give `deepspeed` beside `dpo`",
     "fsdp": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
@@ -44,14 +44,14 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-"""Every loss of TRL's DPOTrainer; none of them asks for more columns than a pair and its reference log-probs."""
+"""Every loss of TRL's DPOTrainer; none of them needs more columns than a pair and its reference log-probs."""
 F_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """Those that depend on the reference through the difference of the two rewards only, as f-divergences need it."""
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def check_loss(dpo: dict[str, Any]) -> None:
-    """InputError for what TRL would only find out on the workers."""
+    """InputError for what TRL would refuse only on the workers."""
     given = dpo.get("loss_type", "sigmoid")
     losses = [given] if isinstance(given, str) else list(given)
     for loss in losses:

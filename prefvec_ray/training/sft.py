@@ -93,7 +93,7 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
 def write_examples(stage: SftStage, base: Path, folder: Path) -> tuple[Path, str, int]:
     """The stage's examples as one Arrow file in `folder`, its digest and their number; memory does not grow with them.
 
-    The columns are those of the first row that SHAPES knows; of messages only role and content are kept.
+    The columns are the first of SHAPES that the first row has; of messages only role and content are kept.
 
     Raises:
         InputError: another shape, in the first row or later; conversations for a tokenizer without chat template.
@@ -142,7 +142,7 @@ def write_examples(stage: SftStage, base: Path, folder: Path) -> tuple[Path, str
 
 
 def _example(column: str, value: Any) -> str | list[dict[str, str]] | None:
-    """Text, or where a conversation may stand its messages; None for what says nothing or is neither."""
+    """Text, or messages where the column may hold a conversation; None for an empty value or another type."""
     if isinstance(value, str):
         return value if value and column != "messages" else None
     if not isinstance(value, list) or column == "text" or not value:
