@@ -1,8 +1,8 @@
 """Checkpoints of a run that is under way, and errors of a full disk.
 
 They are transformers' own checkpoint folders (weights, optimizer, scheduler, random state, or DeepSpeed's shards). They
-lie on the storage that all nodes share, beside the run's folder: `.<run>.checkpoints/checkpoint-<step>`. A checkpoint is
-whole when it holds `complete.json`, which is written last and lists every file with its size. A torn one is never
+lie on the storage that all nodes share, beside the run's folder: `.<run>.checkpoints/checkpoint-<step>`. A checkpoint
+is whole when it holds `complete.json`, which is written last and lists every file with its size. A torn one is never
 resumed. The newest whole one is kept until the next is whole, and all are removed when the run ends.
 """
 

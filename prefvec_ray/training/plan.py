@@ -1,7 +1,7 @@
 """Many DPO runs at once on Ray Train: N preferences x 2 polarities x seeds, each its own TorchTrainer.
 
 A thread of the driver controls each run: it waits in `TorchTrainer.fit`. At most as many runs are started as fit on the
-cluster, so that queued runs cost nothing and none waits for what another holds. A run that fails does not stop the others.
+cluster, so that queued runs cost nothing and none waits for what another holds. A failed run does not stop the others.
 """
 
 import os
@@ -256,8 +256,8 @@ def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[Exce
 def _worker_died(error: Exception) -> bool:
     """Whether a process was lost, while it trained (a worker group's failures) or while it was being set up.
 
-    When one of several workers dies or stops the run for a reason, the others may be the first to fail: their connection
-    to it is closed.
+    When one of several workers dies or stops the run for a reason, the others may be the first to fail, since their
+    connection to it is closed.
     """
     failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     if any(_is_own(failure) for failure in failures if failure is not None):

@@ -1,8 +1,7 @@
 """From a config to published vectors: data, reference log-probs, parallel DPO runs, extraction.
 
-Every step writes its result under `config.folder` and is skipped when that result is there, so an interrupted job is
-started again with the same command. Results are keyed by what they were made from (base, data, recipe): a changed config
-trains anew.
+Every step writes its result under `config.folder` and is skipped when that result is there, so the same command resumes
+an interrupted job. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
 """
 
 import json
