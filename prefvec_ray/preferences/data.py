@@ -132,25 +132,22 @@ def first_format(source: str | Path, **options: Any) -> str:
     return find_format(at.row, at.file).name
 
 
+@dataclass
 class _Pairs:
     """Rows to pairs, counting what happens to them on the way."""
 
-    def __init__(
-        self,
-        name: str,
-        format: Format | None,
-        preference: str | None,
-        limit: int | None,
-        system: System,
-        flaws: list[str] | None,
-    ) -> None:
-        self.name, self.format, self.preference, self.limit = name, format, preference, limit
-        self.system, self.flaws = system, flaws
-        self.rows = self.folded = 0
-        self.fields: list[str] = []
-        self.chats: bool | None = None
-        self.dropped: Counter[str] = Counter()
-        self.labels: Counter[str] = Counter()
+    name: str
+    format: Format | None
+    preference: str | None
+    limit: int | None
+    system: System
+    flaws: list[str] | None
+    rows: int = 0
+    folded: int = 0
+    fields: list[str] = field(default_factory=list)
+    chats: bool | None = None
+    dropped: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
 
     @property
     def notes(self) -> list[str]:

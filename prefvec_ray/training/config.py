@@ -15,30 +15,35 @@ from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
 
 
-class PreferenceData(Config):
-    """Where the pairs of one preference come from."""
+class DataSource(Config):
+    """Where rows come from."""
 
     data: str
     """A file or a folder of shards (JSONL, JSON, CSV, Parquet), here or in a bucket (`s3://…`), or a dataset of the
-    hub, `org/name` or `org/name:subset`. `prefvec data formats` lists the forms of its rows."""
-    format: str | None = None
-    """The format's name; found by itself when left out."""
+    hub, `org/name` or `org/name:subset`."""
     split: str | None = None
     """Of a hub dataset or a folder with several: the split to train on."""
-    test_split: str | None = None
-    """Another split of `data` to hold out."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
+    rows: int | None = Field(default=None, gt=0)
+    """Train on at most this many rows, the first ones."""
+
+
+class PreferenceData(DataSource):
+    """Where the pairs of one preference come from. `prefvec data formats` lists the forms of their rows."""
+
+    format: str | None = None
+    """The format's name; recognised by the fields when left out."""
+    test_split: str | None = None
+    """Another split of `data` to hold out."""
     system: Literal["keep", "fold"] = "keep"
     """fold: system messages go to the top of the first user message, for a base whose chat template takes none."""
     label: Literal["helpful", "harmless"] | None = None
     """In data labelled for both (PKU-SafeRLHF), which label orders the pair; the preference's own name if left out."""
     test: str | None = None
     """A source of held-out pairs; when left out, `test_fraction` of the prompts is held out."""
-    rows: int | None = Field(default=None, gt=0)
-    """Use at most this many pairs for training, the first ones."""
 
     @model_validator(mode="after")
     def _one_test(self) -> "PreferenceData":
@@ -47,22 +52,14 @@ class PreferenceData(Config):
         return self
 
 
-class SftStage(Config):
-    """Supervised fine-tuning before DPO, with the same method and resources: its result is the base of the runs."""
+class SftStage(DataSource):
+    """Supervised fine-tuning before DPO, with the same method and resources: its result is the base of the runs.
+
+    Rows have `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes them. Every further setting is
+    a field of TRL's `SFTConfig`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
-
-    data: str
-    """A source as for pairs; rows of `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes
-    them. Every further setting is a field of TRL's `SFTConfig`."""
-    split: str | None = None
-    """Of a hub dataset or a folder with several."""
-    subset: str | None = None
-    """Configuration of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    rows: int | None = Field(default=None, gt=0)
-    """Use at most this many examples, the first ones."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -195,14 +192,16 @@ class TrainingConfig(Config):
         self._check_method()
         from trl import DPOConfig, SFTConfig
 
+        from prefvec_ray.preferences.templates import read_template
+
         check_fields("dpo", self.dpo, DPOConfig)
         check_loss(self.dpo)
         if self.sft is not None:
             check_fields("sft", self.sft.recipe, SFTConfig)
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
-        if self.chat_template not in (None, "transcript") and not Path(str(self.chat_template)).is_file():
-            raise InputError(f"chat_template {self.chat_template}: neither a file nor 'transcript'")
+        if self.chat_template is not None:
+            read_template(self.chat_template)
         for tracker in self.watch.report_to:
             if not importlib.util.find_spec(tracker):
                 raise InputError(f"watch.report_to names {tracker}, which is not installed here: pip install {tracker}")
