@@ -21,7 +21,7 @@ from rich.console import Console
 from prefvec_ray.artifacts.training import RunResult, TrainingSummary, vector_key
 from prefvec_ray.common.cluster import connect, progress_bar
 from prefvec_ray.common.config import Config
-from prefvec_ray.common.files import read_model
+from prefvec_ray.common.files import read_model, taking_apart
 from prefvec_ray.common.paths import check_lasting, check_visible
 from prefvec_ray.common.redact import redacted
 from prefvec_ray.common.stages import ADVICE, Stages
@@ -78,7 +78,7 @@ class PipelineConfig(Config):
 MICRO = PipelineConfig(
     world="micro", dpo_seeds=[0], samples_per_prompt=4, grid_steps=3, trials=8, search_samples_per_prompt=2, actors=2
 )
-"""The same mission in about a minute, for tests and the impatient."""
+"""The same mission in about a minute, for tests and a first look."""
 
 
 def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path:
@@ -98,7 +98,8 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     run("base", "Base model by supervised fine-tuning", None, demo.train_base)
     recipe = demo.training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
     trained = run("training", "Reference log-probs, then DPO runs in parallel", recipe, demo.train)
-    runs = TrainingSummary.model_validate(trained)
+    with taking_apart(str(folder / "stages" / "training.json"), ADVICE):
+        runs = TrainingSummary.model_validate(trained)
     published = run("vectors", "Vectors into the registry", None, lambda: demo.publish(runs))
     sampled = [config.samples_per_prompt, config.grid_steps]
     run("evaluation", "Baselines and a grid over eta", sampled, demo.evaluate)

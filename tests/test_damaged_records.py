@@ -16,6 +16,7 @@ from rich.console import Console
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.stages import Stages
+from prefvec_ray.demo import MICRO, Demo, run_pipeline
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.robustness.images import load_images
 from prefvec_ray.robustness.study import PRESETS, Study
@@ -66,6 +67,17 @@ def test_a_training_job_with_missing_sections_is_named(tmp_path, summary):
     (tmp_path / "training.json").write_text(json.dumps(summary))
     with pytest.raises(InputError, match=r"training\.json: .*; train again, or copy the folder again"):
         TrainingRun(tmp_path)
+
+
+def test_a_stage_of_the_demo_whose_result_is_damaged_is_named(tmp_path):
+    console = Console(file=io.StringIO())
+    demo, stages = Demo(MICRO, tmp_path, console), Stages(tmp_path, console)
+    stages.run("world", "", [MICRO.world, MICRO.seed], dict)
+    stages.run("base", "", None, dict)
+    recipe = demo.training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
+    stages.run("training", "", recipe, lambda: {"runs": None})
+    with pytest.raises(InputError, match=r"stages/training\.json: .*; delete the file, and the stage runs again"):
+        run_pipeline(MICRO, tmp_path, console)
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"nonsense\n", b"\xff\n", DEEP + b"\n", b'{"end": 3}\n'])

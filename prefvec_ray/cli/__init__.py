@@ -29,7 +29,7 @@ def main() -> None:
 
 def quiet_libraries() -> None:
     """Before they are imported, here and in every worker."""
-    # Bars of our own show what goes on; those of libraries would only break the lines.
+    # Our own bars show the progress; those of libraries would only break the lines.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Each run of Ray Train has some processes that take no CPU, and Ray warns of their number.

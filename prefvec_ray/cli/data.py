@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=Commands)
 def data() -> None:
-    """Look at preference data before training on it."""
+    """Inspect preference data before training on it."""
 
 
 @data.command("check")
@@ -41,7 +41,7 @@ def data() -> None:
 def check_data(sources: tuple[str, ...], path: Path | None, as_json: bool, **options: Any) -> None:
     """What SOURCEs hold and what is wrong with them; exit code 2 where training on them would be garbage.
 
-    A source is a file, a folder, s3://…, or org/name of the hub. NAME says which preference it is for.
+    A source is a file, a folder, s3://…, or org/name of the hub. NAME is the preference that it is for.
     """
     config = load(path, "prefvec_ray.training", "TrainingConfig") if path else None
     found = run_check(sources, config, **options)

@@ -14,7 +14,7 @@ from prefvec_ray.cli.shared import console
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
 @click.option("--name", default=None, help="Name of the run folder; default: demo, or demo-micro.")
 def demo(world: str, output: Path, name: str | None) -> None:
-    """The whole mission on the embedded tiny world: train, search, serve, report. Interrupted, it goes on."""
+    """The whole mission on the embedded tiny world: train, search, serve, report. An interrupted demo is resumed."""
     from prefvec_ray.demo import MICRO, PipelineConfig, run_pipeline
 
     config = PipelineConfig() if world == "tiny" else MICRO

@@ -34,8 +34,8 @@ def run_evaluation(config: "EvalConfig", console: "Console") -> None:
     check_lasting(output=config.output)
     plan = plan_table(config)
     connect(console)
-    with progress_bar(console, "settings") as bar:
-        data = evaluate_table(config, plan, bar)
+    with progress_bar(console, "settings") as show:
+        data = evaluate_table(config, plan, show)
     rows = data.seeds[0].table
     console.print(f"{data.title}, {config.samples_per_prompt} samples per prompt: mean ± standard error over prompts")
     arrows = {"maximize": " ↑", "minimize": " ↓", None: ""}

@@ -12,7 +12,7 @@ from prefvec_ray.common.errors import InputError, JobError
 class Commands(click.Group):
     """One line and exit code 2 for an InputError, 1 for a JobError; lists commands in the order of this file.
 
-    So are errors of the operating system that are nobody's bug, such as a full disk. All others keep their traceback.
+    The same for errors of the operating system that are no bug, such as a full disk. All others keep their traceback.
     """
 
     def invoke(self, context: click.Context) -> Any:
@@ -28,7 +28,7 @@ class Commands(click.Group):
                 raise
             _report(known)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on from what is finished", err=True)
+            click.echo("interrupted; the same command continues from what is finished", err=True)
             sys.exit(130)
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -61,7 +61,7 @@ def load(path: Path, module: str, model: str) -> Any:
 
 
 def fail_for(damaged: list[str]) -> None:
-    """JobError where something could not be listed, so that nobody takes the list for complete."""
+    """JobError where something could not be listed: the list is not complete."""
     if damaged:
         more = f" (and {len(damaged) - 1} more, see `prefvec registry verify`)" if len(damaged) > 1 else ""
         raise JobError(f"the list is not complete: {damaged[0]}{more}")
@@ -74,7 +74,7 @@ def console() -> Any:
 
 
 def print_notes(scorer: Any, console: Any) -> None:
-    """What the scorer has to say: of this process, and of all that share its cache."""
+    """Print the scorer's notes, of this process and of all that share its cache."""
     from rich.markup import escape
 
     from prefvec_ray.scorers import scorer_notes

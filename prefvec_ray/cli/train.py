@@ -32,8 +32,8 @@ def train_scorer(path: Path) -> None:
     from prefvec_ray.scorers import train as reward_model
 
     config, out = load(path, "prefvec_ray.scorers.train", "ScorerTrainingConfig"), console()
-    with progress_bar(out, "steps") as tell:
-        held_out = reward_model.train_scorer(config, tell)
+    with progress_bar(out, "steps") as show:
+        held_out = reward_model.train_scorer(config, show)
     reward_model.show(held_out, config, out)
 
 

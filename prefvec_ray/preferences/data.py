@@ -89,9 +89,8 @@ def load_preferences(
             takes no system messages. "keep" leaves it.
         flaws: a list that takes the rows that cannot be used, one line each, in place of an error at the first.
 
-    Pairs with two identical answers say nothing: they are dropped, counted and noted. So are flaws that published
-    files have: an empty prompt or answer, and two transcripts of different conversations. Everything else that is
-    wrong is refused.
+    Pairs without a preference are dropped, counted and noted: two identical answers, and the flaws of published files
+    (an empty prompt or answer, two transcripts of different conversations). Everything else that is wrong is refused.
 
     Raises:
         InputError: naming the file, the row (from 1) and what to do.
@@ -134,25 +133,22 @@ def first_format(source: str | Path, **options: Any) -> str:
     return find_format(at.row, at.file).name
 
 
+@dataclass
 class _Pairs:
     """Rows to pairs, counting what happens to them on the way."""
 
-    def __init__(
-        self,
-        name: str,
-        format: Format | None,
-        preference: str | None,
-        limit: int | None,
-        system: System,
-        flaws: list[str] | None,
-    ) -> None:
-        self.name, self.format, self.preference, self.limit = name, format, preference, limit
-        self.system, self.flaws = system, flaws
-        self.rows = self.folded = 0
-        self.fields: list[str] = []
-        self.chats: bool | None = None
-        self.dropped: Counter[str] = Counter()
-        self.labels: Counter[str] = Counter()
+    name: str
+    format: Format | None
+    preference: str | None
+    limit: int | None
+    system: System
+    flaws: list[str] | None
+    rows: int = 0
+    folded: int = 0
+    fields: list[str] = field(default_factory=list)
+    chats: bool | None = None
+    dropped: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
 
     @property
     def notes(self) -> list[str]:
@@ -230,7 +226,7 @@ def _to_dataset(pairs: Iterator[Pair]) -> tuple[Dataset | None, str]:
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema))
             file.flush()
             table = pa.ipc.open_stream(pa.memory_map(file.name)).read_all()
-    except OSError as error:  # the readers have told of theirs already
+    except OSError as error:  # the readers raise InputError for theirs
         folder = tempfile.gettempdir()
         raise JobError(f"cannot write the pairs to {folder} ({error}); make room, or set TMPDIR to another") from error
     digest = f"blake3:{hasher.hexdigest()}"

@@ -1,7 +1,7 @@
-"""What preference data looks like in the field, and how one row of it becomes one pair: prompt, chosen, rejected.
+"""The forms of published preference data, and how a row of each becomes one pair: prompt, chosen, rejected.
 
-A format is the fields that it is known by and a function from a row to a pair. What a user can fix is refused with
-file and row; what is known to occur in published files and says nothing (an empty answer) is dropped and counted.
+A format has the fields that it is recognised by and a function from a row to a pair. What a user can fix is refused
+with file and row. Known flaws of published files that leave no preference (an empty answer) are dropped and counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PKU_LABELS = {"helpful": "better_response_id", "harmless": "safer_response_id"}
 
 
 class UnusableError(Exception):
-    """This pair says nothing, for a reason known to occur in published data: drop it and count it."""
+    """This pair holds no preference, for a reason known to occur in published data: drop it and count it."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ _EMPTY_TURN = "a message of the prompt is empty"
 
 def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
+
+
+def _chat(prompt: list[dict[str, str]], chosen: str, rejected: str) -> Pair:
+    return {"prompt": prompt, "chosen": [_message("assistant", chosen)], "rejected": [_message("assistant", rejected)]}
 
 
 def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str]]:
@@ -164,11 +168,7 @@ def _pku(row: Row, where: str, preference: str | None) -> Pair:
     if type(better) is not int or better not in (0, 1):
         raise InputError(f"{where}: field {PKU_LABELS[preference]!r} is {better!r}; expected 0 or 1")
     responses = [_text(row, "response_0", where), _text(row, "response_1", where)]
-    return {
-        "prompt": [_message("user", _text(row, "prompt", where))],
-        "chosen": [_message("assistant", responses[better])],
-        "rejected": [_message("assistant", responses[1 - better])],
-    }
+    return _chat([_message("user", _text(row, "prompt", where))], responses[better], responses[1 - better])
 
 
 def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
@@ -179,11 +179,7 @@ def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
     if not isinstance(answers, list) or len(answers) != 2:
         raise InputError(f"{where}: field 'response' must be a list of two texts, [safe, unsafe]")
     safe, unsafe = (_text({"response": answer}, "response", where) for answer in answers)
-    return {
-        "prompt": [_message("user", _text(row, "prompt", where))],
-        "chosen": [_message("assistant", safe)],
-        "rejected": [_message("assistant", unsafe)],
-    }
+    return _chat([_message("user", _text(row, "prompt", where))], safe, unsafe)
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -253,10 +249,7 @@ def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
     asked = _text(row, "instruction", where)
     if row.get("input"):
         asked += "\n" + _text(row, "input", where)
-    return {
-        "prompt": [*prompt, _message("user", asked)],
-        **{field: [_message("assistant", _text(row, field, where))] for field in ("chosen", "rejected")},
-    }
+    return _chat([*prompt, _message("user", asked)], _text(row, "chosen", where), _text(row, "rejected", where))
 
 
 def _system(row: Row, where: str) -> list[dict[str, str]]:

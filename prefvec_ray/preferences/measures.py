@@ -42,7 +42,7 @@ class Lengths(Plain):
     refused: int
     """Pairs that the chat template does not take."""
     refusal: str
-    """What it says to the first of them."""
+    """Its message for the first of them."""
 
 
 class PreferenceCheck(Plain):

@@ -49,7 +49,7 @@ def main() -> int:
                         raise
     except MemoryError:
         return TOO_LARGE
-    except BrokenPipeError:  # nobody reads any more
+    except BrokenPipeError:  # the reader has gone
         os._exit(0)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         sys.stderr.write(" ".join(str(error).split())[:300])
@@ -66,7 +66,7 @@ def limit_memory(more: int) -> None:
 
 
 def batch_rows(metadata: Any) -> int:
-    """Rows to decode at once, by what the file says of itself."""
+    """Rows to decode at once, by the sizes in the file's metadata."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))

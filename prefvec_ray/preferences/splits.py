@@ -49,7 +49,7 @@ def load_split(
         test: a source of held-out pairs of its own; `test_split`: another split of `data`. Without both,
             `test_fraction` of the prompts is held out.
         rows: train on the first so many pairs only.
-        collect_flaws: tell of rows that cannot be used in `flaws` instead of refusing the first.
+        collect_flaws: list rows that cannot be used in `flaws` instead of refusing the first.
         options: of `load_preferences`: preference, format, subset, revision, system.
 
     Raises:

@@ -75,7 +75,7 @@ def fine_tune(
     model.train()
     for step, batch in enumerate(batches, start=1):
         ids_BL = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=-100).to(model.device)
-        # Padding is on the right and attention is causal: what is padded can be seen by nothing that counts.
+        # Padding is on the right and attention is causal, so no real token attends to it.
         logits_BLV = model(input_ids=ids_BL.clamp(min=0)).logits
         loss = functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), ids_BL[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()

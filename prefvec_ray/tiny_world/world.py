@@ -1,10 +1,9 @@
-"""The embedded world: data, prompts and exact scores, all made from a seed, so that the whole mission runs
-anywhere, offline.
+"""The embedded world: data, prompts and exact scores, all made from a seed. The whole mission runs on it, offline.
 
     world = TinyWorld("tiny", seed=0)
-    world.sft_examples()                        # teaches a base model every kind of answer to every kind of
-    prompt world.preference_rows("train")              # PKU-SafeRLHF's columns: the same pair, labelled for
-    both preferences world.score(world.prompts("report")[0], "Use a silver kettle.")
+    world.sft_examples()              # every kind of answer to every kind of prompt, for the base model
+    world.preference_rows("train")    # PKU-SafeRLHF's columns: one pair, labelled for both preferences
+    world.score(world.prompts("report")[0], "Use a silver kettle.")
 
 Three sets of topics never meet: *train* (preferences), *search* (choosing coefficients, watching runs) and
 *report* (final numbers). The base model learns the facts of all of them, in other phrasings than search and
@@ -108,10 +107,6 @@ class TinyWorld:
         search, report = ({prompt.text for prompt in self.prompts(split)} for split in ("search", "report"))
         assert not search & report, "search and report prompts must be disjoint"
         assert not (search | report) & seen, "held-out prompts must not be in any training data"
-
-    def split_topics(self, split: Split) -> tuple[Topic, ...]:
-        """The topics of one split. The three splits share none."""
-        return self._topics[_known_split(split)]
 
     def prompts(self, split: Split) -> list[Prompt]:
         """Every topic of the split in every phrasing of the split; no two splits share a topic."""

@@ -1,9 +1,10 @@
 """Training preference vectors: one config, many DPO runs in parallel on Ray Train, their differences published.
 
-Only the config is imported at once; what needs torch and Ray comes when it is first asked for, so that a typo in a
-config costs no import of them.
+Only the config is imported at once. What needs torch and Ray is imported when it is first used, so that a typo in a
+config is reported at once.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.artifacts.training import Watch
@@ -25,12 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RunsFailedError":
-        from prefvec_ray.training.plan import RunsFailedError
-
-        return RunsFailedError
-    if name in ("publish_vectors", "train_vectors"):
-        from prefvec_ray.training import train
-
-        return getattr(train, name)
+    homes = {"RunsFailedError": "plan", "publish_vectors": "train", "train_vectors": "train"}
+    if name in homes:
+        return getattr(import_module(f"{__name__}.{homes[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,9 @@
-"""Checkpoints of a run that is under way, and what a full disk says.
+"""Checkpoints of a run that is under way, and errors of a full disk.
 
-They are transformers' own checkpoint folders (weights, optimizer, scheduler, random state; DeepSpeed's shards where it
-trains) on the storage that all nodes share, beside the run's folder: `.<run>.checkpoints/checkpoint-<step>`. One is
-whole when it holds `complete.json`, written last, which lists every file with its size; a torn one is never resumed.
-The newest whole one is kept until the next is whole, and none outlives its run.
+They are transformers' own checkpoint folders (weights, optimizer, scheduler, random state, or DeepSpeed's shards). They
+lie on the storage that all nodes share, beside the run's folder: `.<run>.checkpoints/checkpoint-<step>`. A checkpoint
+is whole when it holds `complete.json`, which is written last and lists every file with its size. A torn one is never
+resumed. The newest whole one is kept until the next is whole, and all are removed when the run ends.
 """
 
 import errno
@@ -32,7 +32,7 @@ FULL = (
 
 
 class DiskFullError(JobError):
-    """A folder of the run had no space left; nothing half-written is kept."""
+    """A folder of the run has no space left; nothing half-written is kept."""
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -89,13 +89,13 @@ def keep_checkpoints(trainer: Trainer, every: float | None) -> tuple[str | None,
 
 
 def remove_checkpoints(out: str | Path) -> None:
-    """All of them: the run has finished, or was stopped for a reason that its checkpoint would only repeat."""
+    """Remove all checkpoints of a run that has finished, or was stopped for a reason that they would only repeat."""
     shutil.rmtree(checkpoint_folder(out), ignore_errors=True)
 
 
 @contextmanager
-def told_when_full(folder: Path, advice: str = "free some") -> Iterator[None]:
-    """Turns the many ways in which libraries report a full disk into one DiskFullError that names `folder`."""
+def named_when_full(folder: Path, advice: str = "free some") -> Iterator[None]:
+    """Around writing: whatever a library raises for a full disk becomes a DiskFullError that names `folder`."""
     try:
         yield
     except Exception as error:
@@ -109,14 +109,15 @@ def told_when_full(folder: Path, advice: str = "free some") -> Iterator[None]:
 
 @contextmanager
 def run_on_disk(out: str | Path, needed: int) -> Iterator[None]:
-    """A run that will appear at `out`: when the disk is full, its torn checkpoint is removed, so that others can go on.
+    """Around a run that will appear at `out`: when the disk is full, its torn checkpoint is removed, so that other
+    runs can continue.
 
     Args:
         needed: bytes that the run writes, at most.
     """
     advice = f"a run takes up to {gigabytes(needed)}: free some, or set checkpoint_every: null"
     try:
-        with told_when_full(Path(out).parent, advice):
+        with named_when_full(Path(out).parent, advice):
             yield
     except DiskFullError:
         for checkpoint in checkpoint_folder(out).glob("checkpoint-*"):
@@ -126,7 +127,7 @@ def run_on_disk(out: str | Path, needed: int) -> Iterator[None]:
 
 
 def check_space(folder: Path, base: Path, *, runs: int, at_once: int, vectors: int, checkpoints: bool) -> None:
-    """Refuse a job that would fill the disk: before it starts, by what full-parameter runs write at most.
+    """Refuse a job that would fill the disk, before it starts, by what full-parameter runs write at most.
 
     A run leaves its delta (4 bytes a parameter of the base); while it trains, for a moment, two checkpoints (12 bytes
     each: weights and both moments of Adam). A vector is written beside the runs and into the registry (2 bytes each).
@@ -156,7 +157,7 @@ def gigabytes(count: float) -> str:
 
 
 def _disk_full(error: BaseException | None) -> bool:
-    """Whether a write failed for want of space. Python has a number for it; the others have words, by the layer."""
+    """Whether a write failed for want of space: Python has an error number for it, libraries have words."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True

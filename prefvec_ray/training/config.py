@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from prefvec_ray.artifacts.training import KL, MIXED, Method, Watch
 from prefvec_ray.common.config import Config
@@ -15,54 +15,51 @@ from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
 
 
-class PreferenceData(Config):
-    """Where the pairs of one preference come from."""
+class DataSource(Config):
+    """Where rows come from."""
 
     data: str
     """A file or a folder of shards (JSONL, JSON, CSV, Parquet), here or in a bucket (`s3://…`), or a dataset of the
-    hub, `org/name` or `org/name:subset`. `prefvec data formats` lists what the rows may look like."""
-    format: str | None = None
-    """The format's name; found by itself when left out."""
+    hub, `org/name` or `org/name:subset`."""
     split: str | None = None
     """Of a hub dataset or a folder with several: the split to train on."""
-    test_split: str | None = None
-    """Another split of `data` to hold out."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     revision: str | None = None
     """Branch, tag or commit of a hub dataset."""
+    rows: int | None = Field(default=None, gt=0)
+    """Train on at most this many rows, the first ones."""
+
+
+class PreferenceData(DataSource):
+    """Where the pairs of one preference come from. `prefvec data formats` lists the forms of their rows."""
+
+    format: str | None = None
+    """The format's name; recognised by the fields when left out."""
+    test_split: str | None = None
+    """Another split of `data` to hold out."""
     system: Literal["keep", "fold"] = "keep"
     """fold: system messages go to the top of the first user message, for a base whose chat template takes none."""
     label: Literal["helpful", "harmless"] | None = None
     """In data labelled for both (PKU-SafeRLHF), which label orders the pair; the preference's own name if left out."""
     test: str | None = None
     """A source of held-out pairs; when left out, `test_fraction` of the prompts is held out."""
-    rows: int | None = Field(default=None, gt=0)
-    """Use at most this many pairs for training, the first ones."""
 
     @model_validator(mode="after")
     def _one_test(self) -> "PreferenceData":
         if self.test is not None and self.test_split is not None:
-            raise ValueError("test and test_split both say what is held out: give one of them")
+            raise ValueError("test and test_split are two sources of held-out pairs: give one of them")
         return self
 
 
-class SftStage(Config):
-    """Supervised fine-tuning before DPO, with the same method and resources: its result is the base of the runs."""
+class SftStage(DataSource):
+    """Supervised fine-tuning before DPO, with the same method and resources: its result is the base of the runs.
+
+    Rows have `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes them. Every further setting is
+    a field of TRL's `SFTConfig`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
-
-    data: str
-    """A source as for pairs; rows of `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes
-    them. Every further setting is a field of TRL's `SFTConfig`."""
-    split: str | None = None
-    """Of a hub dataset or a folder with several."""
-    subset: str | None = None
-    """Configuration of a hub dataset."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
-    rows: int | None = Field(default=None, gt=0)
-    """Use at most this many examples, the first ones."""
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -105,7 +102,7 @@ class TrainingConfig(Config):
     """Fine-tune the base on demonstrations first, and train the preferences from there."""
     global_batch_size: int | None = Field(default=None, gt=0)
     """Pairs per optimizer step over all workers: gradient accumulation follows from it, so that the number of workers
-    changes the speed and not the result. If left out, a step takes what `dpo` says, times the workers."""
+    changes the speed and not the result. If left out, a step takes `dpo`'s own batch on every worker."""
     seeds: list[int] = Field(default=[0], min_length=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     mixed: bool = False
@@ -137,21 +134,14 @@ class TrainingConfig(Config):
             raise ValueError(f"{every} steps: give a whole number, or a share of the run below 1")
         return every
 
-    @field_validator("dpo")
+    @field_validator("dpo", "sft")
     @classmethod
-    def _recipe(cls, dpo: dict[str, Any]) -> dict[str, Any]:
-        for field in dpo:
-            if field in OWNED:
-                raise ValueError(f"dpo.{field} is set by the plan ({OWNED[field]}): remove it")
-        return dpo
-
-    @field_validator("sft")
-    @classmethod
-    def _sft_recipe(cls, sft: SftStage | None) -> SftStage | None:
-        for field in sft.recipe if sft is not None else ():
-            if field in SFT_OWNED:
-                raise ValueError(f"sft.{field} is set by the plan ({SFT_OWNED[field]}): remove it")
-        return sft
+    def _free_fields(cls, given: Any, info: ValidationInfo) -> Any:
+        recipe, owned = (given.recipe, SFT_OWNED) if isinstance(given, SftStage) else (given or {}, OWNED)
+        for field in recipe:
+            if field in owned:
+                raise ValueError(f"{info.field_name}.{field} is set by the plan ({owned[field]}): remove it")
+        return given
 
     @model_validator(mode="after")
     def _seeds(self) -> "TrainingConfig":
@@ -192,7 +182,7 @@ class TrainingConfig(Config):
         return self.registry or str(self.folder / "registry")
 
     def check(self) -> None:
-        """Everything that can be known to fail before a cluster is asked for anything.
+        """Refuse what would fail later, before a cluster is joined.
 
         Raises:
             InputError: an unknown DPO field, a base that is no model folder, a chat template that is missing, a method
@@ -202,14 +192,16 @@ class TrainingConfig(Config):
         self._check_method()
         from trl import DPOConfig, SFTConfig
 
+        from prefvec_ray.preferences.templates import read_template
+
         check_fields("dpo", self.dpo, DPOConfig)
         check_loss(self.dpo)
         if self.sft is not None:
             check_fields("sft", self.sft.recipe, SFTConfig)
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
-        if self.chat_template not in (None, "transcript") and not Path(str(self.chat_template)).is_file():
-            raise InputError(f"chat_template {self.chat_template}: neither a file nor 'transcript'")
+        if self.chat_template is not None:
+            read_template(self.chat_template)
         for tracker in self.watch.report_to:
             if not importlib.util.find_spec(tracker):
                 raise InputError(f"watch.report_to names {tracker}, which is not installed here: pip install {tracker}")

@@ -30,7 +30,7 @@ SAMPLE = 1 << 22
 
 
 def parameter_layout(base: str | Path) -> Layout:
-    """Live parameter name -> the checkpoint's tensors in it. To be asked before DeepSpeed takes over model loading."""
+    """Live parameter name -> the checkpoint's tensors in it. Call it before DeepSpeed takes over model loading."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     leave_deepspeed()
@@ -95,11 +95,11 @@ def run_vector(
     """A trained run's delta as a vector in fp32, on rank 0; the others help to gather it and get None.
 
     A full run gives full entries. A LoRA run gives low-rank ones, exact; its adapter is written to `adapter` first, as
-    PEFT's own folder, in fp32. `info.precision` says what bf16 checkpoints would have kept of it.
+    PEFT's own folder, in fp32. `info.precision` has what bf16 checkpoints would have kept of it.
 
     Args:
         layout: `parameter_layout(base)`, from before training.
-        labels: what `vector_from_state` asks for beside the delta.
+        labels: the other arguments of `vector_from_state`.
     """
     main = trainer.is_world_process_zero()
     if method.kind == "full":

@@ -155,7 +155,8 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
     method = spec.method
     args = dpo_config(spec.dpo, folder, seed=spec.seed, deepspeed=method.deepspeed, **_watch_arguments(spec))
     full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
-    watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, watched)
+    sizes = {name: len(pairs) for name, pairs in watched.items()}
+    watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, sizes)
     train = mix_equally([load_from_disk(pairs) for pairs in spec.train], spec.seed)
     trainer = TokenizedDPOTrainer(
         model=load_model(spec.base, method, args),
@@ -222,7 +223,8 @@ def _measure_end(trainer: DPOTrainer, watcher: Watcher, full: dict[str, Dataset]
     """Measure on all held-out pairs. Returns `watched`, `held_out` and `kl` of the run's result."""
     log = trainer.state.log_history
     watched, drift = watcher.held_out(log), watcher.drift(log)
-    watcher.watch_the_end(full)
+    watcher.pairs = {name: len(pairs) for name, pairs in full.items()}
+    watcher.patience = 1
     trainer.eval_dataset = full
     for name in full:
         trainer.evaluate(name, metric_key_prefix=f"eval_{name}")

@@ -1,13 +1,12 @@
 """LoRA runs (arXiv 2106.09685) through PEFT: what of it can become an exact vector, checked before training."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.training.recipe import closest
+from prefvec_ray.training.recipe import check_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -24,10 +23,7 @@ def lora_config(fields: Mapping[str, Any]) -> "LoraConfig":
     """
     from peft import LoraConfig
 
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
-    for field in fields:
-        if field not in known:
-            raise InputError(f"lora.{field} is not a field of PEFT's LoraConfig{closest(field, known)}")
+    check_names("lora", fields, LoraConfig, "PEFT")
     try:
         return LoraConfig(**{**DEFAULTS, **fields, "task_type": "CAUSAL_LM"})
     except (TypeError, ValueError) as error:

@@ -50,7 +50,7 @@ def arguments(kind: type[A], recipe: dict[str, Any], output_dir: str | Path, **o
 
 
 def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
-    """The base model; in fp32 unless told otherwise, since phi must not be rounded as it forms."""
+    """The base model; in fp32 by default, since phi must not be rounded as it forms."""
     options.setdefault("use_safetensors", True)
     return from_pretrained(AutoModelForCausalLM, base, dtype=dtype, **options)
 
@@ -68,7 +68,10 @@ def load_model(base: str | Path, method: Method, args: "DPOConfig | SFTConfig") 
     Under LoRA a base that is stored in bf16 stays so if the run computes in bf16: frozen, it loses nothing. `args` must
     exist before: it tells transformers that ZeRO-3 wants the model in pieces.
     """
-    options, args.model_init_kwargs = dict(args.model_init_kwargs or {}), None  # so that TRL does not call it ignored
+    options, args.model_init_kwargs = (
+        dict(args.model_init_kwargs or {}),
+        None,
+    )  # so that TRL does not warn that it is ignored
     stored = getattr(from_pretrained(AutoConfig, base, trust_remote_code=args.trust_remote_code), "dtype", None)
     frozen = method.kind == "lora" and method.deepspeed is None and args.bf16 and stored == torch.bfloat16
     dtype = torch.bfloat16 if frozen else torch.float32

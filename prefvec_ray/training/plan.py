@@ -1,8 +1,7 @@
 """Many DPO runs at once on Ray Train: N preferences x 2 polarities x seeds, each its own TorchTrainer.
 
-A run is controlled by a thread of the driver that waits in `TorchTrainer.fit`. At most as many are started as fit on
-the cluster, so that queued runs cost nothing and none waits for what another holds. A run that fails leaves the others
-alone.
+A thread of the driver controls each run: it waits in `TorchTrainer.fit`. At most as many runs are started as fit on the
+cluster, so that queued runs cost nothing and none waits for what another holds. A failed run does not stop the others.
 """
 
 import threading
@@ -16,14 +15,15 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
 
-from prefvec_ray.artifacts.training import RunResult, RunSpec
+from prefvec_ray.artifacts.training import Record, RunResult, RunSpec
 from prefvec_ray.common.errors import JobError, from_traceback
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
-from prefvec_ray.training.config import Resources
-from prefvec_ray.training.progress import ProgressTable, job_board
+from prefvec_ray.training.config import Resources, TrainingConfig
+from prefvec_ray.training.progress import ProgressTable, follow, job_board
 from prefvec_ray.training.workers import dpo_worker
 
 LOST = (
@@ -40,7 +40,7 @@ COLLATERAL = (
     "DistBackendError",
     "EADDRINUSE",  # the port that Ray Train found free was taken before torch listened there
 )
-"""How gloo and NCCL say, on the workers that are left, that another one died; and that two runs met at one port."""
+"""What gloo and NCCL raise on the other workers when one died, and when two runs met at one port."""
 
 OWN = "prefvec_ray."
 
@@ -61,7 +61,7 @@ def run_plan(
 ) -> list[RunResult]:
     """Run what is not finished yet, as many at once as the cluster holds, with one live table for all.
 
-    A run that was interrupted, in this job or an earlier one, goes on from its checkpoint.
+    A run that was interrupted, in this job or an earlier one, continues from its checkpoint.
 
     Args:
         storage: Ray Train's own files go here (shared by all nodes).
@@ -119,7 +119,7 @@ def _run_waiting(
                 failures[spec.label] = str(error) if known else f"{type(error).__name__}: {error}"
             table.finish(spec.label, "failed" if error else "finished", failures.get(spec.label, ""))
             _ask_autoscaler(len(waiting) + len(running), resources)
-        with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs go on without it
+        with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs continue without it
             rows = ray.get(board.read.remote())
             table.update(rows)
             wait_for_room.poll(started=all(spec.label in rows for spec in running.values()))
@@ -127,9 +127,9 @@ def _run_waiting(
 
 
 def _ask_autoscaler(runs: int, resources: Resources) -> None:
-    """Say what all unfinished runs want: an autoscaler sees no more than that, and queued runs ask Ray for nothing yet.
+    """Ask the autoscaler for room for all unfinished runs, since queued runs have asked Ray for nothing yet.
 
-    The newest word of all jobs of a cluster counts. Where there is no autoscaler, nothing happens.
+    The newest request of all jobs of a cluster counts. Where there is no autoscaler, nothing happens.
     """
     request_resources(bundles=resources.bundles * runs)
 
@@ -187,8 +187,40 @@ def start_run(
     return run
 
 
+def run_stage(
+    worker: Callable[[dict[str, Any]], Any],
+    job: Record,
+    name: str,
+    config: TrainingConfig,
+    board: Any,
+    *,
+    resources: Resources,
+    row: str,
+    what: str,
+    steps: str,
+) -> None:
+    """One Ray Train run of `worker({"job", "board"})` before the DPO runs, with a bar of `steps` until it has ended.
+
+    Args:
+        row: of the board, where the worker reports its steps.
+        what: the stage, in messages.
+
+    Raises:
+        InputError: the cluster can never hold it.
+        RunsFailedError: it failed; no DPO run was started.
+    """
+    check_room(what, resources.bundles)
+    given = {"job": job.model_dump(), "board": board}
+    run = start_run(worker, given, name, resources, config.folder / "ray", retries=config.retries)
+    console = Console(highlight=False)
+    try:
+        follow(run, board, row, steps, console, Waiting(console, what, resources.bundles))
+    except RunsFailedError as error:
+        raise RunsFailedError(f"{what} failed, no DPO run was started: {error}") from error
+
+
 def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> Callable[[Exception], None]:
-    """Says in a line of `table` which run lost a worker, on which node, and which step it continues from."""
+    """Reports in a line of `table` which run lost a worker, on which node, and from which step it continues."""
 
     def report(error: Exception) -> None:
         places: dict[int, str] = {}
@@ -204,7 +236,7 @@ def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> 
 
 
 def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[Exception], None]) -> Any:
-    """What a run returned, started again where a process of it was lost; `lost` hears of it each time."""
+    """What a run returned. It is started again where a process of it was lost; `lost` is called each time."""
     for attempt in range(retries + 1):
         try:
             return trainer().fit().return_value
@@ -216,10 +248,10 @@ def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[Exce
 
 
 def _worker_died(error: Exception) -> bool:
-    """Whether a process was lost: while it trained (a worker group's failures), or while it was being set up.
+    """Whether a process was lost, while it trained (a worker group's failures) or while it was being set up.
 
-    Where one worker of several dies, the others may be the first to notice, as a connection that was closed; and where
-    one of them stops the run for a reason, the others notice that in the same way.
+    When one of several workers dies or stops the run for a reason, the others may be the first to fail, since their
+    connection to it is closed.
     """
     failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     if any(_is_own(failure) for failure in failures if failure is not None):
@@ -243,7 +275,7 @@ def _lost_ranks(error: Exception) -> list[int]:
 def failure_reason(error: Exception) -> str:
     """In a line, what the failing worker raised.
 
-    Of several workers the one that raised an error of ours knows the reason; the others only lost their connection.
+    Of several workers the one that raised an error of ours has the reason; the others only lost their connection.
     """
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
     failures = failures or [error]
@@ -260,7 +292,7 @@ def _is_own(failure: Exception) -> bool:
 
 
 def _line(failure: Exception) -> str:
-    """What a worker raised, or a traceback ends with; of a lost process what Ray says first, before pages of advice."""
+    """What a worker raised, or the end of its traceback; of a lost process the first line of Ray's message."""
     cause = _cause(failure)
     lines = _lines(cause)
     if isinstance(cause, LOST):

@@ -1,4 +1,4 @@
-"""Many runs, one table: workers tell a board actor where they are, the driver draws it.
+"""Many runs, one table: workers report their progress to a board actor, the driver draws it.
 
 On a terminal the table is live; in a job's log it becomes a line a run for each measurement, and now and then one for
 all of them.
@@ -32,19 +32,19 @@ T = TypeVar("T")
 
 
 class Board:
-    """The latest word of every run. Small on purpose: losing it loses no work."""
+    """The latest figures of every run. Small on purpose: losing it loses no work."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[int, str]] = {}
 
     def place(self, key: str, rank: int, node: str) -> None:
-        """A worker of run `key` is up, and says on which node."""
+        """A worker of run `key` is up, on this node."""
         self.begin(key)
         self.nodes.setdefault(key, {})[rank] = node
 
     def places(self, key: str) -> dict[int, str]:
-        """Rank -> node of the workers of run `key`, as they said last."""
+        """Rank -> node of the workers of run `key`, as reported last."""
         return self.nodes.get(key, {})
 
     def begin(self, key: str) -> None:
@@ -109,7 +109,7 @@ def follow(work: Future[T], board: Any, key: str, what: str, console: Console, w
     shown = 0
     with progress_bar(console, what) as show:
         while not wait([work], timeout=0.5).done:
-            with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the work goes on without it
+            with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the work continues without it
                 row = ray.get(board.read.remote()).get(key)
                 if waiting is not None:
                     waiting.poll(started=row is not None)

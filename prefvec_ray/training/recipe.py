@@ -1,7 +1,7 @@
 """TRL's settings as a config may give them: what the plan decides itself, and what TRL would refuse too late."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,7 +22,7 @@ OWNED = {
     "report_to": "TensorBoard is always written; give `watch.report_to` for others",
     "run_name": "a run is named by its key",
     "logging_nan_inf_filter": "a loss that is not finite stops the run, it is not averaged away",
-    "resume_from_checkpoint": "a run goes on from its own checkpoint by itself",
+    "resume_from_checkpoint": "a run continues from its own checkpoint by itself",
     "sync_ref_model": "the reference is the base model and stays fixed",
     "deepspeed": "give `deepspeed` beside `dpo`",
     "fsdp": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
@@ -46,7 +46,7 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-"""Every loss of TRL's DPOTrainer; none of them asks for more columns than a pair and its reference log-probs."""
+"""Every loss of TRL's DPOTrainer; none of them needs more columns than a pair and its reference log-probs."""
 F_LOSSES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
 """Those that depend on the reference through the difference of the two rewards only, as f-divergences need it."""
 ABOVE_ZERO = (
@@ -58,7 +58,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def check_loss(dpo: dict[str, Any]) -> None:
-    """InputError for what TRL would only find out on the workers."""
+    """InputError for what TRL would refuse only on the workers."""
     given = dpo.get("loss_type", "sigmoid")
     losses = [given] if isinstance(given, str) else list(given)
     for loss in losses:
@@ -78,13 +78,19 @@ def check_loss(dpo: dict[str, Any]) -> None:
         )
 
 
+def check_names(section: str, recipe: Mapping[str, Any], kind: Any, library: str) -> None:
+    """InputError for a field that this config class of a library does not have."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for field in recipe:
+        if field not in known:
+            raise InputError(f"{section}.{field} is not a field of {library}'s {kind.__name__}{closest(field, known)}")
+
+
 def check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
     """InputError for a field that this TRL config does not have, a value of another type, or one that it refuses."""
-    known = {field.name for field in dataclasses.fields(kind)}
+    check_names(section, recipe, kind, "TRL")
     types = get_type_hints(kind)
     for field, value in recipe.items():
-        if field not in known:
-            raise InputError(f"{section}.{field} is not a field of TRL's {kind.__name__}{closest(field, known)}")
         wanted = types[field]
         try:
             # TRL takes a list of one name without its brackets.

@@ -14,17 +14,15 @@ from typing import Any
 
 from blake3 import blake3
 from datasets import Dataset, load_from_disk
-from rich.console import Console
 
 from prefvec_ray.artifacts.training import Method, PreparedPairs, Record, ReferencePairs
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.paths import check_visible
-from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.config import TrainingConfig
 from prefvec_ray.training.dpo import dpo_config, reference_logps
 from prefvec_ray.training.model import load_tokenizer
-from prefvec_ray.training.plan import RunsFailedError, slots, start_run
-from prefvec_ray.training.progress import follow, job_board
+from prefvec_ray.training.plan import run_stage, slots
+from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.workers import worker_setup
 from prefvec_ray.vectors import fingerprint
 
@@ -111,17 +109,17 @@ def _run_pass(config: TrainingConfig, tasks: list[ScoringTask], board: Any) -> N
     wanted = sum(task.pairs for task in tasks) // PAIRS_PER_WORKER
     times = max(1, min(slots(config.resources, free=True), wanted))
     resources = config.resources.model_copy(update={"workers": config.resources.workers * times})
-    what = "the pass over the reference model"
-    check_room(what, resources.bundles)
-    name = f"reference-{key_of(*(task.target for task in tasks))}"
-    given = {"job": job.model_dump(), "board": board}
-    try:
-        run = start_run(_reference_worker, given, name, resources, config.folder / "ray", retries=config.retries)
-        console = Console(highlight=False)
-        room = Waiting(console, what, resources.bundles)
-        follow(run, board, "reference", "sets of pairs with reference log-probs, once for all runs", console, room)
-    except RunsFailedError as error:
-        raise RunsFailedError(f"reference log-probs failed, no run was started: {error}") from error
+    run_stage(
+        _reference_worker,
+        job,
+        f"reference-{key_of(*(task.target for task in tasks))}",
+        config,
+        board,
+        resources=resources,
+        row="reference",
+        what="the pass over the reference model",
+        steps="sets of pairs with reference log-probs, once for all runs",
+    )
 
 
 def _reference_worker(config: dict[str, Any]) -> None:

@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from rich.console import Console
 
 from prefvec_ray.artifacts.training import Method, Record
 from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
-from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.preferences.sources import read_rows
 from prefvec_ray.training.config import SftStage, TrainingConfig
-from prefvec_ray.training.plan import RunsFailedError, start_run
-from prefvec_ray.training.progress import follow
+from prefvec_ray.training.plan import run_stage
 from prefvec_ray.training.references import key_of, working_base
 from prefvec_ray.training.workers import worker_setup
 from prefvec_ray.vectors import PreferenceVector, export_model, fingerprint
@@ -80,23 +77,24 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
     )
     out = Path(job.out)
     if not (out / "sft.json").is_file():
-        given = {"job": job.model_dump(), "board": board}
-        resources, storage = config.resources, config.folder / "ray"
-        check_room("fine-tuning", resources.bundles)
-        run = start_run(_sft_worker, given, f"sft-{key}", resources, storage, retries=config.retries)
-        try:
-            console = Console()
-            room = Waiting(console, "fine-tuning", resources.bundles)
-            follow(run, board, "sft", f"steps of fine-tuning on {examples} examples", console, room)
-        except RunsFailedError as error:
-            raise RunsFailedError(f"supervised fine-tuning failed, no DPO run was started: {error}") from error
+        run_stage(
+            _sft_worker,
+            job,
+            f"sft-{key}",
+            config,
+            board,
+            resources=config.resources,
+            row="sft",
+            what="supervised fine-tuning",
+            steps=f"steps of fine-tuning on {examples} examples",
+        )
     return config.model_copy(update={"base": out, "chat_template": None, "sft": None})
 
 
 def write_examples(stage: SftStage, base: Path, folder: Path) -> tuple[Path, str, int]:
     """The stage's examples as one Arrow file in `folder`, its digest and their number; memory does not grow with them.
 
-    The columns are those of the first row that SHAPES knows; of messages only role and content are kept.
+    The columns are the first of SHAPES that the first row has; of messages only role and content are kept.
 
     Raises:
         InputError: another shape, in the first row or later; conversations for a tokenizer without chat template.
@@ -145,7 +143,7 @@ def write_examples(stage: SftStage, base: Path, folder: Path) -> tuple[Path, str
 
 
 def _example(column: str, value: Any) -> str | list[dict[str, str]] | None:
-    """Text, or where a conversation may stand its messages; None for what says nothing or is neither."""
+    """Text, or messages where the column may hold a conversation; None for an empty value or another type."""
     if isinstance(value, str):
         return value if value and column != "messages" else None
     if not isinstance(value, list) or column == "text" or not value:

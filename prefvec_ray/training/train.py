@@ -1,7 +1,7 @@
 """From a config to published vectors: data, reference log-probs, parallel DPO runs, extraction.
 
-Every step writes its result under `config.folder` and is skipped when that result is there: an interrupted job is
-simply started again. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
+Every step writes its result under `config.folder` and is skipped when that result is there, so the same command resumes
+an interrupted job. Results are keyed by what they were made from (base, data, recipe): a changed config trains anew.
 """
 
 import json
@@ -23,7 +23,7 @@ from prefvec_ray.artifacts.training import (
 )
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
-from prefvec_ray.training.checkpoints import check_space, told_when_full
+from prefvec_ray.training.checkpoints import check_space, named_when_full
 from prefvec_ray.training.config import PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.model import load_tokenizer
@@ -51,7 +51,7 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, PreparedPairs] | N
     """
     config.check()
     prepared = prepare_data(config) if prepared is None else prepared
-    with job_board(config.folder) as board, told_when_full(config.folder):
+    with job_board(config.folder) as board, named_when_full(config.folder):
         config = fine_tuned(config, board)
         references = compute_references(config, prepared, board)
         left_out = {name: _left_out(data, references[name]) for name, data in prepared.items()}

@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -133,39 +134,25 @@ def wrong_way(point: HeldOut, polarity: Polarity, sigmas: float) -> bool:
     return sign * (0.5 - point.accuracy) > noise and sign * point.margin < 0
 
 
+@dataclass(eq=False)
 class Watcher(TrainerCallback):
-    """Reports how far a run is, and stops it for a figure that is not finite or for the wrong direction.
+    """Reports how far a run is, and stops it for a figure that is not finite or for the wrong direction."""
 
-    Args:
-        report: gets {"step", "total"} at most twice a second, and every figure as it is measured.
-        preference: whose held-out accuracy has to move in the direction of `polarity`. In a run on mixed data it is the
-            name of no held-out set: preferences may conflict, and none of them has to gain.
-        sigmas: what counts as noise, see `wrong_way`; None: the run is not stopped for its direction.
-        watched: the held-out sets.
-    """
-
-    def __init__(
-        self,
-        report: Report,
-        beta: float,
-        preference: str,
-        polarity: Polarity,
-        sigmas: float | None,
-        watched: dict[str, Dataset],
-    ) -> None:
-        self.report = report
-        self.beta = beta
-        self.preference = preference
-        self.polarity = polarity
-        self.sigmas = sigmas
-        self.pairs = {name: len(pairs) for name, pairs in watched.items()}
-        self.patience = 2
-        self.last = 0.0
-
-    def watch_the_end(self, full: dict[str, Dataset]) -> None:
-        """From now on measurements are made on all held-out pairs, and one is enough to stop the run."""
-        self.pairs = {name: len(pairs) for name, pairs in full.items()}
-        self.patience = 1
+    report: Report
+    """Gets {"step", "total"} at most twice a second, and every figure as it is measured."""
+    beta: float
+    preference: str
+    """Its held-out accuracy has to move in the direction of `polarity`. In a run on mixed data this is the name of no
+    held-out set: preferences may conflict, and none of them has to gain."""
+    polarity: Polarity
+    sigmas: float | None
+    """What counts as noise, see `wrong_way`; None: the run is not stopped for its direction."""
+    pairs: dict[str, int]
+    """Size of each held-out set."""
+    patience: int = 2
+    """Measurements in the wrong direction, one after the other, that stop the run."""
+    last: float = 0.0
+    """When the step was reported last."""
 
     def held_out(self, log: list[dict[str, float]]) -> dict[str, list[HeldOut]]:
         """The measurements in what the trainer logged, by held-out set."""

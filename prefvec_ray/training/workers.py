@@ -32,8 +32,8 @@ def dpo_worker(config: dict[str, Any]) -> None:
 def worker_setup() -> None:
     """Quiet libraries, and as many torch threads as the worker has CPUs: more only wait for each other.
 
-    A run with one worker has nobody to average gradients with. Accelerate would wrap its model in DDP all the same,
-    because Ray Train names ranks, and copy all gradients at every step; without those names it does not.
+    A run with one worker has no gradients to average. Accelerate would wrap its model in DDP all the same, because Ray
+    Train names ranks, and copy all gradients at every step; without those names it does not.
     """
     import datasets
     import torch

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO (arXiv 1910.02054) for runs whose optimizer, gradients or parameters do not fit on one device.
 
 `deepspeed: zero2` in a config names a preset here; a mapping or a JSON file is DeepSpeed's own config. DeepSpeed is
-imported by the workers that use it, and by nobody else.
+imported only by the workers that use it.
 """
 
 import importlib.util
@@ -117,7 +117,7 @@ def start_deepspeed() -> None:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() == 1:
-        # Accelerate and DeepSpeed ask the environment for what torch knows.
+        # Accelerate and DeepSpeed read from the environment what torch has set already.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update({**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -30,7 +30,7 @@ def test_same_seed_same_bytes_here_and_everywhere():
 
 
 def test_the_three_splits_share_no_topic_and_held_out_phrasings_are_in_no_training_data(world):
-    topics = [{topic.task for topic in world.split_topics(split)} for split in ("train", "search", "report")]
+    topics = [{prompt.topic for prompt in world.prompts(split)} for split in ("train", "search", "report")]
     assert not topics[0] & topics[1]
     assert not topics[0] & topics[2]
     assert not topics[1] & topics[2]
