@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.common.files import read_json, taking_apart
 from prefvec_ray.evaluation.likelihood import TokenPair, cut_pairs
 from prefvec_ray.evaluation.settings import MIXED
@@ -61,6 +62,7 @@ class TrainingRun:
 
     def pairs(self) -> dict[str, list[TokenPair]]:
         """The held-out pairs of every preference, tokenized and cut as the job's own evaluation saw them."""
+        require("train", "trl")
         from datasets import load_from_disk
         from trl import DPOConfig
 

@@ -7,6 +7,10 @@ Example:
     result.recommended.coefficients, result.recommended.reason
 """
 
+from prefvec_ray.common.extras import require
+
+require("search", "ray", "optuna")
+
 from prefvec_ray.search.config import EvalConfig, SearchConfig
 from prefvec_ray.search.explore import Explorer, Plan
 from prefvec_ray.search.measure import measure

@@ -6,11 +6,14 @@ config costs no import of them.
 
 from typing import TYPE_CHECKING, Any
 
+from prefvec_ray.common.extras import require
 from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig, Watch
 
 if TYPE_CHECKING:
     from prefvec_ray.training.plan import RunsFailedError
     from prefvec_ray.training.train import publish_vectors, train_vectors
+
+require("train", "ray", "trl")
 
 __all__ = [
     "PreferenceData",
