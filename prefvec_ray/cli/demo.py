@@ -15,6 +15,9 @@ from prefvec_ray.cli.shared import console
 @click.option("--name", default=None, help="Name of the run folder; default: demo, or demo-micro.")
 def demo(world: str, output: Path, name: str | None) -> None:
     """The whole mission on the embedded tiny world: train, search, serve, report. An interrupted demo is resumed."""
+    from prefvec_ray.common.extras import require
+
+    require("all", "ray", "trl", "optuna", "openai", "matplotlib")
     from prefvec_ray.demo import MICRO, PipelineConfig, run_pipeline
 
     config = PipelineConfig() if world == "tiny" else MICRO

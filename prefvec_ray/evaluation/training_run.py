@@ -4,6 +4,7 @@ from pathlib import Path
 
 from prefvec_ray.artifacts.training import MIXED, TrainingSummary
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.common.files import read_model, taking_apart
 from prefvec_ray.evaluation.likelihood import TokenPair, cut_pairs
 
@@ -56,6 +57,7 @@ class TrainingRun:
 
     def pairs(self) -> dict[str, list[TokenPair]]:
         """The held-out pairs of every preference, tokenized and cut as the job's own evaluation saw them."""
+        require("train", "trl")
         from datasets import load_from_disk
         from trl import DPOConfig
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 
 Row = Mapping[str, Any]
 Pair = dict[str, Any]
@@ -126,6 +127,7 @@ def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
         if not same:
             raise InputError(f"{where}: chosen and rejected share no first message: where is the prompt?")
         return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
+    require("train", "trl")
     from trl.data_utils import extract_prompt
 
     texts = {field: _text(row, field, where) for field in ("chosen", "rejected")}

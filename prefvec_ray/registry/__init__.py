@@ -44,6 +44,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in ("RegistryClient", "start_registry", "stop_registry"):
+        from prefvec_ray.common.extras import require
+
+        require("registry", "ray")
         from prefvec_ray.registry import actor, running
 
         return getattr(running if name == "stop_registry" else actor, name)

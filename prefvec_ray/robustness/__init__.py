@@ -7,6 +7,10 @@ TRADES.
 Plain torch, over any classifier and any input space; Ray only in `study`.
 """
 
+from prefvec_ray.common.extras import require
+
+require("robustness", "scipy")
+
 from prefvec_ray.robustness.attacks import strong_attack
 from prefvec_ray.robustness.audit import Audit, Ladder, audit
 from prefvec_ray.robustness.losses import adversarial_loss, pgd, trades_loss

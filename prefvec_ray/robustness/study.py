@@ -17,6 +17,7 @@ from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.cluster import reason
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.common.files import parse_models, read_json, read_model
 from prefvec_ray.common.lines import LineWriter, whole_lines
 from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
@@ -241,6 +242,7 @@ def run_study(study: Study, *, workers: int = 2, progress: Callable[[int, int], 
     Raises:
         JobError: another process is at it.
     """
+    require("robustness", "ray", "sklearn")
     import ray
     from rich.console import Console
 

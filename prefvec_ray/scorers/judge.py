@@ -14,6 +14,7 @@ from typing import Any
 
 from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.scorers.base import ScorerError, Scores, content_digest
 from prefvec_ray.scorers.cache import ScoreCache, score_key
 from prefvec_ray.scorers.judge_config import AGAIN, JudgeConfig, load_baseline, load_template, marks, read_verdict
@@ -40,6 +41,7 @@ class JudgeScorer:
     card = None
 
     def __init__(self, config: JudgeConfig, *, cache: ScoreCache | None = None) -> None:
+        require("search", "openai")
         self.config, self.cache = config, cache
         self.template = load_template(config)
         self.baseline = load_baseline(config.baseline) if config.baseline else {}

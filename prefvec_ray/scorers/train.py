@@ -14,6 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefvec_ray.common.extras import require
+
+require("train", "trl", "accelerate")
+
 import torch
 from datasets import Dataset
 from pydantic import Field

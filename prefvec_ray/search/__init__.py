@@ -8,6 +8,10 @@ Example:
     result.recommended.coefficients, result.recommended.reason
 """
 
+from prefvec_ray.common.extras import require
+
+require("search", "ray", "optuna", "moocore")
+
 from prefvec_ray.search.config import EvalConfig, SearchJob
 from prefvec_ray.search.explore import Explorer
 from prefvec_ray.search.measure import measure

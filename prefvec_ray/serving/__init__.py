@@ -5,6 +5,10 @@ The way of a request:
     HTTP front (app) -> policy -> replicas (replica) -> engine (slots) -> LiveModel or Steering (vectors)
 """
 
+from prefvec_ray.common.extras import require
+
+require("serve", "ray", "fastapi", "openai")
+
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.run import APP, roll_out, serve_forever, start, stop
 

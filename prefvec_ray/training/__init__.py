@@ -8,11 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.artifacts.training import Watch
+from prefvec_ray.common.extras import require
 from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig
 
 if TYPE_CHECKING:
     from prefvec_ray.training.plan import RunsFailedError
     from prefvec_ray.training.train import publish_vectors, train_vectors
+
+require("train", "ray", "trl")
 
 __all__ = [
     "PreferenceData",

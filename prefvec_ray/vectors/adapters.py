@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.common.files import read_json, taking_apart
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.common.patterns import compile_pattern
@@ -91,6 +92,7 @@ def vector_from_adapter(
     (by the option's name), patterns that cannot be matched in bounded time, tensors that are missing, extra or
     misshapen, LoRA on tied embeddings, and convolutions.
     """
+    require("lora", "peft")
     from peft import PeftModel, get_peft_model_state_dict
 
     if isinstance(adapter, PeftModel):

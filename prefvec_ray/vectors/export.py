@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.common.files import read_json
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, Entry, LowRank
@@ -168,6 +169,7 @@ def export_adapter(
     `base_model` is what PEFT will load it on by default. Raises InputError for what a LoRA adapter cannot hold: entries
     in full or int8 form, embeddings and fused experts. `export_model` exports those.
     """
+    require("lora", "peft")
     from peft import LoraConfig
     from safetensors.torch import save_file
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 from prefvec_ray.vectors.entries import Entry, LowRank
 from prefvec_ray.vectors.extract import check_same_base
 from prefvec_ray.vectors.file import PreferenceVector
@@ -115,6 +116,7 @@ def _inner(left: Entry, right: Entry) -> float:
 
 def plot(summary: Summary, path: str | Path) -> Path:
     """Three panels: norm per layer, energy by rank, cosines. The file's suffix chooses the format (png, svg, pdf)."""
+    require("report", "matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,0 +1,16 @@
+"""Parts of the package that need more than the base install (`[project.optional-dependencies]` in pyproject.toml)."""
+
+from importlib.util import find_spec
+
+from prefvec_ray.common.errors import InputError
+
+
+class MissingExtraError(InputError, ImportError):
+    """A package of an extra is not installed."""
+
+
+def require(extra: str, *packages: str) -> None:
+    """MissingExtraError, with the command that installs `extra`, unless all `packages` are there. Imports none."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(f"{', '.join(missing)} is not installed: pip install 'prefvec-ray[{extra}]'")
