@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import CHUNK, blob_key
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, check_case, shown
 from prefvec_ray.registry.records import (
@@ -38,7 +39,6 @@ from prefvec_ray.registry.records import (
     encode,
 )
 from prefvec_ray.registry.statements import scratch_folder, wrong_statements
-from prefvec_ray.registry.store import CHUNK, blob_key
 
 if TYPE_CHECKING:
     from prefvec_ray.registry.registry import Registry

@@ -19,9 +19,9 @@ from blake3 import blake3
 
 from prefvec_ray.common.atomic import new_folder, write_whole
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import CHUNK, hash_file
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import FileEntry, VectorVersion, digest_of
-from prefvec_ray.registry.store import CHUNK, hash_file
 
 Source = Callable[[FileEntry], Path | Iterable[bytes]]
 CHECKED = ".checked"

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import blob_key
 from prefvec_ray.registry.errors import MissingBlob, StoreError
 from prefvec_ray.registry.lease import Lease
 from prefvec_ray.registry.ledger import Ledger, S, libraries
@@ -45,7 +46,7 @@ from prefvec_ray.registry.records import (
     key_of,
     serving_fingerprint,
 )
-from prefvec_ray.registry.store import Store, blob_key
+from prefvec_ray.registry.store import Store
 
 OPERATIONS = (
     *("resolve", "versions", "names", "list_vectors", "commit_vector"),

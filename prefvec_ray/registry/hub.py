@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.text import fenced, markdown_cell, markdown_code
+from prefvec_ray.registry.blobs import hash_file
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import VectorVersion
-from prefvec_ray.registry.store import hash_file
 
 if TYPE_CHECKING:
     from prefvec_ray.registry.registry import Registry

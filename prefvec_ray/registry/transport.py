@@ -13,8 +13,9 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from prefvec_ray.registry.blobs import hash_file
 from prefvec_ray.registry.records import FileEntry
-from prefvec_ray.registry.store import Store, hash_file
+from prefvec_ray.registry.store import Store
 
 PIECE = 32 << 20
 AHEAD = 4
