@@ -30,8 +30,8 @@ from prefvec_ray.registry.blobs import CHUNK, blob_key, hash_file
 from prefvec_ray.registry.conditional import ConditionalWriter, connect
 from prefvec_ray.registry.errors import NoSpace, StoreError
 from prefvec_ray.registry.mirror import Mirror
-from prefvec_ray.registry.place import Place
 from prefvec_ray.registry.records import LARGEST_RECORD, LAST_SECOND, FileEntry, Line, Record, decode, encode
+from prefvec_ray.registry.root import Root
 
 RECORD_FOLDERS = ("vectors", "presets", "refs", "tags", "retired", "served")
 OWN_FOLDERS = {*RECORD_FOLDERS, "blobs", "staging", "lease", "holds", "damaged"}
@@ -48,9 +48,9 @@ class Store:
     """One root. Reads are always fresh unless `load_mirror` was called, which only the holder of the lease may do."""
 
     def __init__(self, root: str | Path, *, clock: Callable[[], float] = time.time):
-        self.place = Place(root)
-        self.uri, self.label, self.folder = self.place.uri, self.place.label, self.place.folder
-        self.reporting = self.place.reporting
+        self.root = Root(root)
+        self.uri, self.label, self.folder = self.root.uri, self.root.label, self.root.folder
+        self.reporting = self.root.reporting
         self.creates = True
         """may `begin` make a registry of an empty root?"""
         self.clock: Callable[[], float] = lambda: min(max(clock(), 0.0), LAST_SECOND)  # what a record can hold
@@ -116,13 +116,13 @@ class Store:
 
     def read_fresh(self, key: str) -> bytes | None:
         """`read` past the mirror."""
-        return self.place.read(key, LARGEST_RECORD)
+        return self.root.read(key, LARGEST_RECORD)
 
     def children(self, key: str) -> list[str]:
         """Names directly under a folder of records, sorted; empty where there is no such folder."""
         if self._mirror is not None and key.partition("/")[0] in RECORD_FOLDERS:
             return self._mirror.children(key)
-        return sorted(self.place.names(key))
+        return sorted(self.root.names(key))
 
     def create(self, key: str, data: bytes, check: Callable[[], None]) -> None:
         """Make a record visible, whole and durable. FileExistsError where the key holds other bytes.
@@ -146,9 +146,9 @@ class Store:
     def _put(self, key: str, data: bytes) -> bytes | None:
         """Send a record to the bucket. The other's bytes where somebody was first and the bucket noticed, else None."""
         writer = self.conditional_writes()[0] if key != MARKER else None
-        created = writer.create(self.place.path_in_bucket(key), data) if writer else None
+        created = writer.create(self.root.path_in_bucket(key), data) if writer else None
         if created is None:
-            self.place.write(key, data)
+            self.root.write(key, data)
         if created is not False:
             return None
         if (existing := self.read_fresh(key)) is None:
@@ -161,7 +161,7 @@ class Store:
             marker = self.read_fresh(MARKER)
             if self.folder is not None or marker is None:
                 return None, "a folder links its records" if self.folder is not None else "nothing is written yet"
-            self._conditional = connect(self.uri, self.place.path_in_bucket(MARKER), marker)
+            self._conditional = connect(self.uri, self.root.path_in_bucket(MARKER), marker)
         return self._conditional
 
     def overwrite(self, key: str, data: bytes) -> None:
@@ -172,12 +172,12 @@ class Store:
                 make_folder((self.folder / key).parent)
                 temporary.replace(self.folder / key)
             return
-        self.place.write(key, data)
+        self.root.write(key, data)
 
     def delete(self, key: str) -> None:
         """Remove a file that `overwrite` wrote, or nothing."""
         with self.reporting(key), contextlib.suppress(FileNotFoundError):
-            self.place.fs.delete_file(self.place.path(key))
+            self.root.fs.delete_file(self.root.path(key))
 
     def set_aside(self, key: str) -> None:
         """Move a damaged record out of the way, to `damaged/`, or do nothing where there is none."""
@@ -240,8 +240,8 @@ class Store:
             )
         keys: list[str] = []
         for top in RECORD_FOLDERS:
-            found = self.place.entries(top, recursive=True)
-            keys += [info.path[len(self.place.base) + 1 :] for info in found if info.is_file]
+            found = self.root.entries(top, recursive=True)
+            keys += [info.path[len(self.root.base) + 1 :] for info in found if info.is_file]
         return sorted(keys)
 
     # -- blobs
@@ -309,9 +309,9 @@ class Store:
 
     def _upload(self, digest: str, size: int, source: str | Path | Iterable[bytes | memoryview]) -> None:
         assert not isinstance(source, str | Path)
-        path, hasher, sent = self.place.path(blob_key(digest)), blake3(), 0
+        path, hasher, sent = self.root.path(blob_key(digest)), blake3(), 0
         try:
-            with self.reporting(digest), self.place.fs.open_output_stream(path, compression=None) as stream:
+            with self.reporting(digest), self.root.fs.open_output_stream(path, compression=None) as stream:
                 for chunk in source:
                     hasher.update(chunk)
                     stream.write(chunk)
@@ -320,7 +320,7 @@ class Store:
                 raise StoreError(f"{digest}: the bytes changed while they were sent; try again")
         except BaseException:  # pyarrow completes the upload when the stream is closed, even after an error
             with contextlib.suppress(OSError):
-                self.place.fs.delete_file(path)
+                self.root.fs.delete_file(path)
             raise
         self.step("blob")
 
@@ -338,14 +338,14 @@ class Store:
             except FileNotFoundError:
                 return None
         with self.reporting(digest):
-            info = self.place.fs.get_file_info(self.place.path(blob_key(digest)))
+            info = self.root.fs.get_file_info(self.root.path(blob_key(digest)))
         return info.size if info.is_file else None
 
     def read_blob(self, digest: str, chunk: int = CHUNK) -> Iterator[bytes]:
         """The blob's bytes in pieces. Unchecked: who keeps them compares the digest."""
         with (
             self.reporting(digest),
-            self.place.fs.open_input_stream(self.place.path(blob_key(digest)), compression=None) as stream,
+            self.root.fs.open_input_stream(self.root.path(blob_key(digest)), compression=None) as stream,
         ):
             while piece := stream.read(chunk):
                 yield piece
@@ -359,7 +359,7 @@ class Store:
         named = re.compile(r"[0-9a-f]{64}")
         return {
             f"blake3:{info.base_name}": (info.size, info.mtime_ns / 1e9)
-            for info in self.place.entries("blobs")
+            for info in self.root.entries("blobs")
             if info.is_file and named.fullmatch(info.base_name)
         }
 

@@ -16,7 +16,7 @@ from prefvec_ray.registry.errors import NoSpace, StoreError
 BUCKETS = ("s3", "gcs", "abfs")
 
 
-class Place:
+class Root:
     """The root of a store. `folder` is its path, None in a bucket; `fs` and `base` are what pyarrow calls it.
 
     `label` is the root without credentials, for messages and records. InputError for a root that is neither.
