@@ -1,7 +1,6 @@
 """A published vector as a folder that `huggingface_hub` can push, with a model card.
 
-The card is generated: what it says in its own voice was compared with the bytes, and what the publisher wrote stands in
-code blocks.
+The card is generated. Its statements were compared with the bytes; text of the publisher stands in code blocks.
 """
 
 import json
