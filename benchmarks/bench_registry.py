@@ -22,9 +22,9 @@ import ray
 import torch
 
 from prefvec_ray.registry import Registry, RegistryClient, start_registry
+from prefvec_ray.registry.blobs import hash_file
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.records import FileEntry, VectorDraft, VectorVersion, encode
-from prefvec_ray.registry.store import hash_file
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 BASE = "blake3:" + "0" * 64

@@ -1,4 +1,4 @@
-"""The registry: what was trained, under names that never lie. See docs/registry.md.
+"""The registry of trained vectors and presets: the content of a version never changes. See docs/registry.md.
 
 `Registry` needs no Ray; `start_registry`, `stop_registry` and `RegistryClient` import it when they are first used.
 """

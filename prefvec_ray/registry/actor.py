@@ -106,7 +106,7 @@ class RegistryActor:
         }
 
     def _ready(self) -> Catalog:
-        """The catalog, under the lease: taken, and the records read, at the first call and after it was lost."""
+        """The catalog. The first call, and the first one after a lost lease, takes the lease and reads the records."""
         if self._catalog is None or not self.lease.live:
             self.lease.release()
             self.lease.acquire(wait_s=5.0 if self.store.folder is not None else self.lease.ttl_s + 5.0)
@@ -230,7 +230,8 @@ def start_registry(
     ttl_s: float = 15.0,
     settle_s: float = 1.0,
 ) -> RegistryClient:
-    """Start the registry of `root`, or join the one that runs. It outlives the driver and restarts for ever.
+    """Start the registry of `root`, or join the one that runs. It outlives the driver, and Ray restarts it whenever
+    it dies.
 
     An empty or missing root becomes a registry. The actor is named after its store (`actor_name`) unless a `name` is
     given. `ray:<name>` as root only joins. A folder's actor stays on the node where this is called, since that node
@@ -261,7 +262,7 @@ def start_registry(
 
 
 def _start(store: Store, name: str, namespace: str, ttl_s: float, settle_s: float) -> Any:
-    """The handle of the actor: a new one, or that of a caller who was a moment faster."""
+    """The handle of a new actor, or of the one that another caller started at the same moment."""
     on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return (
         ray.remote(RegistryActor)
@@ -287,7 +288,7 @@ def _cache_counter(kind: str) -> metrics.Counter:
 
 
 def _reaches(store: Store, uid: str) -> bool:
-    """Does this path lead to the very store that the actor has?"""
+    """Is the store at this path the one that the actor has?"""
     try:
         return store.uid == uid
     except (StoreError, InputError, OSError):

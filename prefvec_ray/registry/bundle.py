@@ -3,10 +3,10 @@
 A bundle is an uncompressed tar of plain files: `bundle.json` first, a record that holds the manifests of vectors and
 presets, then their blobs as `blobs/<hex>`. Aliases and tags stay behind: they are decisions of one registry.
 
-Reading trusts nothing. The index says what the file must hold, and a file that is shorter than that is refused before
-anything is written. Members are read by the offsets of their headers; whatever is no plain file (links, sparse files,
-extended headers) is refused. Every blob's bytes are hashed, and every manifest is compared with its vector, before
-the registry gets the first byte. Nothing is ever written under a name that the bundle chose, but in a scratch folder.
+Reading trusts nothing. The index says what the file must hold; a shorter file is refused before anything is written.
+Members are read by the offsets of their headers, and anything but a plain file (links, sparse files, extended headers)
+is refused. Every blob is hashed, and every manifest is compared with its vector, before the registry gets the first
+byte. Files are unpacked in a scratch folder only: a bundle chooses no place to write to.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 
 from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import CHUNK, blob_key
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, check_case, shown
 from prefvec_ray.registry.records import (
@@ -38,7 +39,6 @@ from prefvec_ray.registry.records import (
     encode,
 )
 from prefvec_ray.registry.statements import scratch_folder, wrong_statements
-from prefvec_ray.registry.store import CHUNK, blob_key
 
 if TYPE_CHECKING:
     from prefvec_ray.registry.registry import Registry
@@ -111,7 +111,7 @@ def import_bundle(registry: "Registry", path: str | Path, *, renumber: bool = Fa
     Versions keep their numbers. One that is taken here by something else is refused, before anything is published,
     unless `renumber` lets it take the next number; presets then follow. What is already here is not published again.
     Raises InputError, and writes nothing to the registry, for a bundle that is cut, changed or of a newer release, that
-    holds anything but what its index promises, or whose manifests say of a vector what its bytes do not.
+    holds anything but what its index promises, or whose manifests contradict their vectors.
     """
     path = Path(path)
     with _open(path) as file:

@@ -19,9 +19,9 @@ from blake3 import blake3
 
 from prefvec_ray.common.atomic import new_folder, write_whole
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import CHUNK, hash_file
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import FileEntry, VectorVersion, digest_of
-from prefvec_ray.registry.store import CHUNK, hash_file
 
 Source = Callable[[FileEntry], Path | Iterable[bytes]]
 CHECKED = ".checked"
@@ -129,7 +129,7 @@ class NodeCache:
             raise StoreError(f"{version.ref}: cannot be cached in {self.folder} ({error.strerror or error})") from None
 
     def _make_room(self, needed: int) -> None:
-        """Evict what nobody holds, least recently fetched first, until `needed` bytes fit under the limit."""
+        """Evict entries that no process has pinned, least recently fetched first, until `needed` bytes fit."""
         entries = self._entries()
         excess = sum(map(_size, entries)) + needed - self.limit_bytes
         for entry in sorted(entries, key=lambda entry: _age(entry)):
@@ -222,7 +222,7 @@ def _write(chunks: Iterable[bytes], target: Path, size: int) -> str:
 
 
 def _remove(entry: Path) -> None:
-    """Out of sight in one step, then gone. Files that somebody has mapped live on until they are unmapped."""
+    """Rename the entry, then delete it. Files that a process has mapped stay readable until it unmaps them."""
     doomed = entry.with_name(f".{entry.name}.partial-{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         entry.rename(doomed)

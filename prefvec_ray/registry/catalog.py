@@ -1,9 +1,7 @@
-"""Names, versions, aliases, presets, tags: what the registry knows, over a `Store`. No bytes of vectors, no
-torch, no Ray.
+"""Names, versions, aliases, presets and tags in a `Store`. No bytes of vectors, no torch, no Ray.
 
-Every method may be called twice with the same arguments without doing anything twice, so that a call
-whose answer was lost can be repeated. Reading methods see every acknowledged write; writing methods hold
-the lease.
+Every method is idempotent, so that a call whose answer was lost can be repeated. Reading methods see every acknowledged
+write; writing methods hold the lease.
 """
 
 import contextlib
@@ -13,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import blob_key
 from prefvec_ray.registry.errors import MissingBlob, StoreError
 from prefvec_ray.registry.lease import Lease
 from prefvec_ray.registry.ledger import Ledger, S, libraries
@@ -45,7 +44,7 @@ from prefvec_ray.registry.records import (
     key_of,
     serving_fingerprint,
 )
-from prefvec_ray.registry.store import Store, blob_key
+from prefvec_ray.registry.store import Store
 
 OPERATIONS = (
     *("resolve", "versions", "names", "list_vectors", "commit_vector"),
@@ -58,7 +57,7 @@ OPERATIONS = (
 
 
 class Catalog:
-    """See the module. Thread-safe; `lease` is the right under which it writes."""
+    """See the module. Thread-safe; it writes while it holds `lease`."""
 
     def __init__(self, store: Store, lease: Lease):
         self.store, self.lease = store, lease
@@ -263,12 +262,12 @@ class Catalog:
             return served
 
     def served(self, fingerprint: str) -> Served | None:
-        """What `record_served` wrote down under this fingerprint, if anything."""
+        """What `record_served` recorded under this fingerprint; None where there is nothing."""
         key = f"served/{blob_key(fingerprint)[6:]}.json"
         return self.ledger.load(key, Served) if self.store.read(key) is not None else None
 
     def hold(self, holder: str, refs: list[str]) -> None:
-        """A running replica uses these versions: `gc` will not touch them until `release(holder)`."""
+        """Record that a running replica uses these versions: `gc` keeps them until `release(holder)`."""
         check_name(holder, "holder")
         with self._changing():  # so that no `retire` comes between looking and holding
             held = sorted(self.resolve(ref).ref for ref in refs)
@@ -276,7 +275,7 @@ class Catalog:
             self.store.overwrite(f"holds/{holder}.json", encode(record))
 
     def release(self, holder: str) -> None:
-        """The holder uses nothing any more."""
+        """Remove the hold of `hold`."""
         check_name(holder, "holder")
         with self._changing():
             self.store.delete(f"holds/{holder}.json")
@@ -356,7 +355,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """The lease, for what is looked up and then written in a registry that exists: only publishing creates one."""
+        """Hold the lease to look something up and then write. InputError where there is no registry."""
         self.store.require()
         with self.ledger.lock, self.lease.held():
             yield

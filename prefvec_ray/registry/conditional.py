@@ -1,8 +1,8 @@
-"""Conditional writes: an object is created only where there is none, decided by the bucket itself.
+"""Conditional writes: the bucket itself refuses to create an object where there is one.
 
-S3 (`If-None-Match: *`) and Google Cloud Storage (`x-goog-if-generation-match: 0`) have them; pyarrow's
-filesystems cannot send them, so these requests go through obstore. Servers that speak S3 and ignore the
-header would overwrite in silence, so a bucket is asked once before it is relied upon.
+S3 (`If-None-Match: *`) and Google Cloud Storage (`x-goog-if-generation-match: 0`) have them. pyarrow's filesystems
+cannot send them, so these requests go through obstore. Some servers that speak S3 ignore the header and overwrite, so
+each bucket is tested once.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What can go wrong in a store through no fault of the caller's input."""
+"""Errors of a store that the caller's input did not cause."""
 
 from prefvec_ray.common.errors import JobError
 

@@ -1,7 +1,6 @@
 """A published vector as a folder that `huggingface_hub` can push, with a model card.
 
-The card is generated: what it says in its own voice was compared with the bytes, and what the publisher wrote stands in
-code blocks.
+The card is generated. Its statements were compared with the bytes; text of the publisher stands in code blocks.
 """
 
 import json
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.text import fenced, markdown_cell, markdown_code
+from prefvec_ray.registry.blobs import hash_file
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.records import VectorVersion
-from prefvec_ray.registry.store import hash_file
 
 if TYPE_CHECKING:
     from prefvec_ray.registry.registry import Registry

@@ -1,16 +1,14 @@
 """One writer per store: the lease.
 
-A folder is guarded by `flock(2)` on `lease/lock`: the kernel gives it to one process and takes it back
-when that process dies, however it dies. Works on local disks, and on network folders that support locks
-(NFSv4, Lustre with `flock`). Should a lock fail, records still cannot overwrite each other
-(`Store._link`).
+In a folder, the lease is `flock(2)` on `lease/lock`: the kernel gives it to one process, and takes it back however that
+process ends. It works on local disks and on network folders that support locks (NFSv4, Lustre with `flock`). Where a
+lock does nothing, records still cannot overwrite each other (`Store._link`).
 
-A bucket has no locks. There the lease is a small object that candidates overwrite and read back after a
-pause (Fischer's timed mutual exclusion, in Lamport, A Fast Mutual Exclusion Algorithm, 1987), renewed by
-a heartbeat. A candidate takes over only after it has itself seen no heartbeat for `ttl_s`, by its own
-monotonic clock: wall clocks play no part and may jump. This is safe as long as a request that was sent
-either arrives within `settle_s` or not at all; within that bound it is exclusive, beyond it `verify`
-finds what went wrong.
+A bucket has no locks. There the lease is a small object. Candidates overwrite it and read it back after a pause
+(Fischer's timed mutual exclusion, in Lamport, A Fast Mutual Exclusion Algorithm, 1987); its owner renews it by a
+heartbeat. A candidate takes over only after it has seen no heartbeat for `ttl_s` by its own monotonic clock, so wall
+clocks may jump. The lease is exclusive as long as a request arrives within `settle_s` or not at all. If one arrives
+later, `verify` finds what went wrong.
 """
 
 import contextlib
@@ -134,7 +132,7 @@ class Lease:
 
     @property
     def live(self) -> bool:
-        """Was the lease held a moment ago? Asks nobody."""
+        """Was the lease held a moment ago? Reads nothing from the store."""
         late = self.store.folder is None and time.monotonic() - self._renewed > self.ttl_s - self.settle_s
         return bool(self._token) and not late
 

@@ -1,8 +1,8 @@
 """Maintenance of a store: `collect` (gc) deletes what nobody needs, `repair` marks lost steps of a history,
-`check_store` and `check_cache` (doctor) report on store and cache. `verify` is next door.
+`check_store` and `check_cache` (doctor) report on store and cache. `verify.py` has `verify`.
 
-`collect` alone deletes. It holds the lease meanwhile and stops where it cannot know what is needed; a publisher whose
-staged blob it took stages it again, so that a clock that jumps costs time and no bytes.
+Only `collect` deletes. It holds the lease meanwhile, and stops where it cannot know what is needed. A publisher whose
+staged blob it deleted stages it again, so a clock that jumps costs time and no data.
 """
 
 import os

@@ -1,7 +1,6 @@
 """Names and references: `helpful`, `helpful@3`, `helpful@production`.
 
-A name becomes a folder and a part of URLs and model names, so what is allowed is narrow and nothing is
-normalised.
+Names become folders and parts of URLs and model names, so few characters are allowed, and nothing is normalised.
 """
 
 import re

@@ -1,12 +1,10 @@
-"""What the store writes down: small immutable JSON records, each carrying the digest of itself.
+"""The store's records: small immutable JSON objects, each with its own digest.
 
-A record is one line, `{"blake3": <digest of the record's canonical JSON>, "record": {...}}`. Reading
-compares the whole line with what writing would have produced, so that one flipped bit anywhere is found
-at the first read.
+A record is one line, `{"blake3": <digest of the record's canonical JSON>, "record": {...}}`. Reading compares the whole
+line with what writing would have produced, so one flipped bit is found at the first read.
 
-A digest does not say who wrote a record: a bundle or a copied store may hold any. So the fields' types
-carry the rules (names, file names, versions, sizes, times, finite numbers), and they hold for every
-record that is read, wherever it comes from.
+A digest does not prove who wrote a record: a bundle or a copied store may hold any. So the types of the fields carry
+the rules (names, file names, versions, sizes, times, finite numbers), and every record is checked when it is read.
 """
 
 import json
@@ -130,7 +128,7 @@ class FileEntry(BaseModel):
 
 
 class VectorDraft(BaseModel):
-    """Everything that a publisher states about a vector; two publications of one draft are one version."""
+    """Everything that a publisher states about a vector. Publishing one draft twice makes one version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -5,8 +5,8 @@
     registry.set_alias("helpful", "production", helpful.version, "best on the held-out prompts")
     vector = load_vector(registry.fetch("helpful@production"))
 
-Works in any process without Ray. Where many processes of a cluster publish, `start_registry` puts an
-actor in front of the same store, and its client has the same methods.
+Works in any process without Ray. Where many processes of a cluster publish, `start_registry` puts an actor in front of
+the same store, and its client has the same methods.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
-"""What a manifest says of a vector, compared with the vector's own files.
+"""Compares what a manifest says of a vector with the vector's own files.
 
-A manifest comes from its publisher, who may be anybody: a bundle can call the bytes that do harm `helpful`.
+Anybody can write a manifest: a bundle can call a harmful vector `helpful`.
 """
 
 import contextlib

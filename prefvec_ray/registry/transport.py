@@ -1,8 +1,7 @@
 """Bytes through Ray's object store, for nodes that do not see the storage.
 
-A task beside the file yields its pieces as objects, a task (or process) beside the destination takes them
-one by one. Nothing but references passes through any actor, and at most a few pieces are in memory at
-once.
+A task on the node of the file yields its pieces as objects; a task or process on the destination's node takes them one
+by one. Only references pass through an actor, and only a few pieces are in memory at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +12,9 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from prefvec_ray.registry.blobs import hash_file
 from prefvec_ray.registry.records import FileEntry
-from prefvec_ray.registry.store import Store, hash_file
+from prefvec_ray.registry.store import Store
 
 PIECE = 32 << 20
 AHEAD = 4

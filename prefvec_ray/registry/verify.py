@@ -13,6 +13,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.registry.blobs import blob_key, hash_file
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import CLAIM
 from prefvec_ray.registry.records import (
@@ -30,7 +31,7 @@ from prefvec_ray.registry.records import (
     key_of,
 )
 from prefvec_ray.registry.statements import scratch_folder, wrong_statements
-from prefvec_ray.registry.store import MARKER, RECORD_FOLDERS, Marker, Store, blob_key, hash_file
+from prefvec_ray.registry.store import MARKER, RECORD_FOLDERS, Marker, Store
 
 MODELS: dict[str, type[Record]] = {
     "vectors": VectorVersion,

@@ -42,7 +42,7 @@ def test_the_answer_of_a_lost_request_is_found_again(store: Store) -> None:
     """The first attempt arrived and its answer was lost: the second finds its own bytes."""
     writer, _ = store.conditional_writes()
     assert writer is not None
-    path = store._path("vectors/helpful/1.json").partition("/")[2]
+    path = store.root.path_in_bucket("vectors/helpful/1.json")
     assert writer.create(path, b"mine")
     assert not writer.create(path, b"mine")
     store.create("vectors/helpful/1.json", b"mine", allowed)

@@ -151,7 +151,7 @@ def test_a_source_that_changes_while_it_is_copied(root: str, open_registry: Open
 def test_an_upload_that_fails_leaves_nothing(bucket_root: str) -> None:
     """pyarrow completes an upload even after an error; the store takes it back."""
     store = Store.open(bucket_root)
-    from prefvec_ray.registry.store import hash_file
+    from prefvec_ray.registry.blobs import hash_file
 
     whole = Path(__file__)
 

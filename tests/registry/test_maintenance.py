@@ -8,9 +8,10 @@ import pytest
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import FileEntry, Registry, StoreError, verify
+from prefvec_ray.registry.blobs import blob_key, hash_file
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.records import digest_of, encode
-from prefvec_ray.registry.store import Store, blob_key, hash_file
+from prefvec_ray.registry.store import Store
 from prefvec_ray.vectors import PreferenceVector, load_vector
 
 Make = Callable[..., Path]
