@@ -41,7 +41,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Started:
-    """First item of a job's stream: the prompts fit, generation begins."""
+    """First item of a job's stream: the prompts fit, generation resume_tokens."""
 
     prompt_tokens: int
 

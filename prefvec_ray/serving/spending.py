@@ -1,4 +1,4 @@
-"""How many tokens each job of a replica has had generated, for callers that hang up before they receive them."""
+"""How many tokens each job of a replica has had generated, for callers that hang up before they hear them."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ class SpentTokens:
         self._jobs: OrderedDict[str, Spending] = OrderedDict()
 
     def begin(self, job: str) -> Spending:
-        """A job begins. One that begins again, because a caller's stream moved here, goes on counting."""
+        """A job resume_tokens. One that begins again, because a caller's stream moved here, counts on."""
         spending = self._jobs.pop(job, None) or Spending()
         spending.ended.clear()
         self._jobs[job] = spending
