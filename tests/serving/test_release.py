@@ -6,7 +6,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, serving_fingerprint
 from prefvec_ray.registry.store import Store
 from prefvec_ray.serving.access.policy import PreferenceError
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import EngineConfig, ServingConfig
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
@@ -37,6 +37,19 @@ def test_the_fingerprint_is_of_base_vectors_and_coefficients_not_of_names(config
     assert fp == renamed.fingerprint((("kind", 0.5), ("useful", 0.0)))
     assert fp == serving_fingerprint(release.base_fingerprint, {release.vectors["harmless"].digest: 0.5})
     assert fp != release.fingerprint((("harmless", 0.5), ("helpful", 1e-6)))
+
+
+@pytest.mark.parametrize(
+    ("engine", "context"),
+    [
+        ({}, 512),
+        ({"kind": "vllm"}, None),
+        ({"kind": "vllm", "vllm": {"max_model_len": 64}}, 64),
+        ({"kind": "vllm", "vllm": {"max_model_len": -1}}, None),
+    ],
+)
+def test_the_context_is_known_where_no_engine_need_be_asked(config, engine, context):
+    assert resolve_release(config.model_copy(update={"engine": EngineConfig(**engine)})).context == context
 
 
 def test_a_preset_speaks_of_vectors_and_is_bound_by_the_policy(config):

@@ -105,7 +105,7 @@ def _context(config: ServingConfig) -> int | None:
     """The engine's context: see `Release.context`."""
     if config.engine.kind == "vllm":  # may extend a model's positions by settings of its own
         longest = config.engine.vllm.get("max_model_len")
-        return longest if isinstance(longest, int) else None
+        return longest if isinstance(longest, int) and longest > 0 else None  # vLLM's -1 is a choice of its own
     from transformers import AutoConfig
 
     from prefvec_ray.serving.engines.slots.cache import context_length
