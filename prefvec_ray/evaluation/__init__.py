@@ -6,8 +6,9 @@ Example:
     evaluator.evaluate({"helpful": 1.0, "harmless": 0.5}).metrics["helpful"]
 """
 
+from prefvec_ray.common.estimates import Estimate
 from prefvec_ray.evaluation.control import Claim, check_control, improves, monotone, valid_everywhere
-from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, Evaluator, Sample, compare
+from prefvec_ray.evaluation.evaluate import Evaluation, Evaluator, Sample, compare
 from prefvec_ray.evaluation.generate import sample
 from prefvec_ray.evaluation.settings import Setting, baselines, grid, is_base, vector_settings, vectors_at
 

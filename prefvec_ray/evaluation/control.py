@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, better, compare_metric, estimate
+from prefvec_ray.common.estimates import Estimate, estimate
+from prefvec_ray.evaluation.evaluate import Evaluation, better, compare_metric
 from prefvec_ray.scorers.base import Metric
 
 TOLERANCE = 0.02

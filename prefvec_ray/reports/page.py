@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.estimates import Estimate, estimate
 from prefvec_ray.evaluation.control import Effect, coupling, lines
-from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, compare, compare_metric, estimate
+from prefvec_ray.evaluation.evaluate import Evaluation, compare, compare_metric
 from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary, SeedResults, together_name
 from prefvec_ray.evaluation.settings import is_base
 from prefvec_ray.scorers.base import Metric

@@ -91,7 +91,7 @@ class FidelitySchedule:
 
 
 def _joined(parts: "Sequence[tuple[Block, Evaluation]]", prompts: int, of_pairs: set[str]) -> "Evaluation":
-    from prefvec_ray.evaluation.evaluate import estimate
+    from prefvec_ray.common.estimates import estimate
 
     first = parts[0][1]
     per_prompt = {

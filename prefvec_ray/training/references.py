@@ -19,7 +19,7 @@ from rich.console import Console
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.config import Method, TrainingConfig
-from prefvec_ray.training.dpo import load_tokenizer
+from prefvec_ray.training.model import load_tokenizer
 from prefvec_ray.training.plan import RunsFailedError, slots, start_run, worker_setup
 from prefvec_ray.training.progress import follow, job_board
 from prefvec_ray.vectors import fingerprint

@@ -17,7 +17,8 @@ from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest,
 from prefvec_ray.training.checkpoints import check_space, told_when_full
 from prefvec_ray.training.config import MIXED, PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
-from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec, load_tokenizer
+from prefvec_ray.training.dpo import SIGN, Polarity, RunSpec
+from prefvec_ray.training.model import load_tokenizer
 from prefvec_ray.training.plan import is_finished, run_plan, slots
 from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation
-from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.registry import Registry
 from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult
