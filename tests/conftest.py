@@ -162,8 +162,8 @@ def blind_node() -> Callable[[Any, Path], AbstractContextManager[None]]:
         command = [*unshare, "bash", "-c", BLIND, sys.executable, cluster.address, str(folder)]
 
         def start() -> "subprocess.Popen[str]":
-            pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(command, start_new_session=True, text=True, **pipe)
+            pipe = subprocess.PIPE
+            return subprocess.Popen(command, start_new_session=True, text=True, stdout=pipe, stderr=subprocess.STDOUT)
 
         raylet = start()
         try:

@@ -14,15 +14,24 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 from pathlib import Path
 
 import pytest
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefvec_ray"
 PINNED = Path(__file__).parent / "public_api.txt"
-PUBLIC = ("evaluation", "preferences", "registry", "robustness", "scorers", "search", "serving", "tiny_world")
-PUBLIC += ("training", "vectors")
+PUBLIC = (
+    "evaluation",
+    "preferences",
+    "registry",
+    "robustness",
+    "scorers",
+    "search",
+    "serving",
+    "tiny_world",
+    "training",
+    "vectors",
+)
 
 
 def public_names() -> list[str]:
@@ -146,7 +155,7 @@ def closure(names: Iterable[str]) -> set[str]:
             continue
         found.add(name)
         for requirement in requirements:
-            if requirement.marker is None or requirement.marker.evaluate({**default_environment(), "extra": extra}):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 more = {(canonicalize_name(requirement.name), each) for each in ("", *requirement.extras)}
                 waiting += more - seen
                 seen |= more

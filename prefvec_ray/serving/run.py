@@ -16,9 +16,10 @@ from rich.console import Console
 
 from prefvec_ray.common.cluster import connect, end_by_sigterm, join, raise_cause
 from prefvec_ray.common.errors import InputError, JobError, from_traceback
+from prefvec_ray.common.names import Name
 from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.registry.names import THROUGH_RAY
-from prefvec_ray.serving.config import Name, ServingConfig
+from prefvec_ray.serving.config import ServingConfig
 
 if TYPE_CHECKING:
     from prefvec_ray.serving.instance import RunningApp

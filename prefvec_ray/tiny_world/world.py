@@ -17,7 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.tiny_world.grammar import (
@@ -134,7 +134,7 @@ class TinyWorld:
         rng.shuffle(examples)
         return examples
 
-    def preference_rows(self, split: Literal["train", "test"] = "train") -> list[dict]:
+    def preference_rows(self, split: Literal["train", "test"] = "train") -> list[dict[str, Any]]:
         """Pairs in PKU-SafeRLHF's columns, labelled for both preferences; the two scores of a pair always differ.
 
         "train" draws from the train topics and flips each label with probability `size.label_noise` (5%),
@@ -225,7 +225,7 @@ class TinyWorld:
             closing=rng.choice(CLOSINGS) if rng.random() < CLOSING_SHARE else "",
         )
 
-    def _pair(self, prompt: Prompt, noise: float, rng: random.Random) -> dict:
+    def _pair(self, prompt: Prompt, noise: float, rng: random.Random) -> dict[str, Any]:
         topic = self.topics[prompt.topic]
         while True:
             first, second = self._draw(topic, rng), self._draw(topic, rng)
@@ -268,11 +268,11 @@ def _known_split(split: str) -> Split:
     return split  # type: ignore[return-value]
 
 
-def _write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _show(row: dict) -> str:
+def _show(row: dict[str, Any]) -> str:
     lines = [f"> **{row['prompt']}**", ">"]
     for i in (0, 1):
         labels = [

@@ -115,7 +115,8 @@ def start_deepspeed() -> None:
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # torch does not list it
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1)
     if dist.get_world_size() == 1:
         # Accelerate and DeepSpeed read from the environment what torch has set already.
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -29,8 +30,8 @@ class Endpoint(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply: Callable[[list[dict[str, str]], int], Reply] = lambda messages, call: "Score: 5"
         self.calls = 0
-        self.at_once = Counter()
-        self.requests: list[dict] = []
+        self.at_once: Counter[str] = Counter()
+        self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -51,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.at_once["now"] -= 1
         if isinstance(reply, int):
-            content = {"error": {"message": f"status {reply}"}}
+            content: dict[str, Any] = {"error": {"message": f"status {reply}"}}
         else:
             content = {
                 "id": "1",

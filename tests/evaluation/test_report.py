@@ -1,5 +1,6 @@
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def data(measured):
             for seed in (0, 1)
         ]
         base, chosen = score({}), score({"helpful": 1.0, "harmless": 0.75})
-        curve = {"steps": [1, 2], "loss": [0.69, 0.6], "accuracy": [0.5, 0.7], "seed": 0}
+        curve: dict[str, Any] = {"steps": [1, 2], "loss": [0.69, 0.6], "accuracy": [0.5, 0.7], "seed": 0}
         return ReportData(
             title="A made-up run",
             objectives={p: p if p in METRICS else "helpful" for p in preferences},

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from prefvec_ray.common.errors import InputError
@@ -12,7 +14,7 @@ HUMAN, GPT, OTHER = (
     {"from": who, "value": text} for who, text in (("human", "How?"), ("gpt", "Like this."), ("gpt", "No."))
 )
 
-ROWS = {
+ROWS: dict[str, dict[str, Any]] = {
     "trl": {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
     "trl-implicit": {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
     "hh-rlhf": {"chosen": "\n\nHuman: How?\n\nAssistant: Like this.", "rejected": "\n\nHuman: How?\n\nAssistant: No."},

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,11 +83,21 @@ def test_sound_blobs_are_read_once_and_versions_of_the_same_files_together(full:
     folder = make_vector("described", 8)
     (folder / "README.md").write_text("not a vector's number")
     full.publish_vector(folder)
-    hashed, read = [], []
+    hashed: list[str] = []
+    read: list[PreferenceVector] = []
+    digest = PreferenceVector.validated_digest
+
+    def hash_seen(path: Path) -> str:
+        hashed.append(path.name)
+        return hash_file(path)
+
+    def read_seen(self: PreferenceVector, seen: Any) -> str:
+        read.append(self)
+        return digest(self, seen)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "hash_file", lambda path: hashed.append(path.name) or hash_file(path))
-        digest = PreferenceVector.validated_digest
-        patch.setattr(PreferenceVector, "validated_digest", lambda self, seen: read.append(self) or digest(self, seen))
+        patch.setattr(verify, "hash_file", hash_seen)
+        patch.setattr(PreferenceVector, "validated_digest", read_seen)
         assert full.verify().sound
     beside = sorted(name for name in hashed if len(name) < 64)  # an orphan, named by its digest, is hashed too
     assert beside == ["README.md", "vector.safetensors.index.json"]

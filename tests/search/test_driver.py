@@ -1,6 +1,7 @@
 """What the driver does with the reports of trials, without Ray."""
 
 import time
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def search(tmp_path):
         yield monitor, [ordered.propose(), ordered.propose()], seen
 
 
-def report(proposal, rungs) -> dict:
+def report(proposal, rungs) -> dict[str, Any]:
     """As `Trial.step` gives it."""
     complete = len(rungs) == len(RUNGS)
     tried = Tried(rungs=rungs, complete=complete, answers=sum(RUNGS[: len(rungs)]))

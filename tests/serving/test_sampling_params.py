@@ -11,7 +11,8 @@ from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
-from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody, parse_body
+from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
+from prefvec_ray.serving.http.parsing import parse_body
 from prefvec_ray.serving.release.release import resolve_release
 
 GIVEN: dict[str, Any] = {

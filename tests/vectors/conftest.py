@@ -1,6 +1,7 @@
 """Tiny random models of the families that the vectors must fit, and vectors on them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,11 +37,11 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Callable[..., torch.nn.Module]:
+def tiny_model() -> Callable[..., Any]:
     """tiny_model(family, seed=0, **config) -> a random causal model of 20k parameters, fp32, eval mode."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def build(family: str, seed: int = 0, **changes: object) -> torch.nn.Module:
+    def build(family: str, seed: int = 0, **changes: object) -> Any:
         torch.manual_seed(seed)
         config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
         model = AutoModelForCausalLM.from_config(config).eval()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from prefvec_ray.vectors.export import export_adapter, export_model
 ETAS = {"helpful": 0.7, "harmless": -0.4}
 
 
-def saved(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+def saved(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     model.to(dtype).save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
@@ -40,7 +41,7 @@ def saved(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.bfloa
 
 
 @pytest.fixture
-def base(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> Path:
+def base(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
     """The folder of a tiny Llama in bf16."""
     return saved(tiny_model("llama"), tmp_path / "base")
 
@@ -83,9 +84,7 @@ def two_vectors(base: Path) -> dict[str, PreferenceVector]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "qwen3_moe"])
-def test_the_export_is_the_live_model_bit_for_bit(
-    tmp_path: Path, tiny_model: Callable[..., torch.nn.Module], family: str
-) -> None:
+def test_the_export_is_the_live_model_bit_for_bit(tmp_path: Path, tiny_model: Callable[..., Any], family: str) -> None:
     base = saved(tiny_model(family), tmp_path / "base")
     vectors = two_vectors(base)
     export_model(base, vectors, ETAS, tmp_path / "out", max_shard_size="20KB")
@@ -185,7 +184,7 @@ def test_nan_and_infinity_are_refused_without_output(tmp_path: Path, value: floa
 
 
 def test_what_does_not_fit_is_refused_without_output(
-    tmp_path: Path, tiny_model: Callable[..., torch.nn.Module], base: Path
+    tmp_path: Path, tiny_model: Callable[..., Any], base: Path
 ) -> None:
     other = saved(tiny_model("llama"), tmp_path / "other", torch.float32)
     vectors, alien = two_vectors(base), {"helpful": full_vector(other, "helpful", 1)}
@@ -277,7 +276,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert torch.equal(out["3.weight"], weights["3.weight"] * 2)
 
 
-def test_an_adapter_is_exact_at_its_coefficients(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> None:
+def test_an_adapter_is_exact_at_its_coefficients(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     import peft
 
     base = saved(tiny_model("llama"), tmp_path / "base", torch.float32)
@@ -297,7 +296,7 @@ def test_an_adapter_is_exact_at_its_coefficients(tmp_path: Path, tiny_model: Cal
         torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_refuses_what_it_cannot_hold(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> None:
+def test_an_adapter_refuses_what_it_cannot_hold(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
     base = saved(tiny_model("qwen3_moe"), tmp_path / "base")
     low, full = low_rank_vector(base, "low", 2, only="q_proj.weight"), full_vector(base, "full", 1)
     experts = low_rank_vector(base, "experts", 2, only="down_proj.weight")

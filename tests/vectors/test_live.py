@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import (
     Checkpoint,
+    Entry,
     Full,
     Int8,
     LowRank,
@@ -42,7 +44,7 @@ CONFIGS = {
 }
 
 
-def tiny(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.nn.Module:
+def tiny(kind: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind](**SIZES, **HEADS))
     return model.to(dtype).eval()
@@ -56,7 +58,7 @@ def some_vector(model: torch.nn.Module, preference: str, form: str = "bfloat16",
     if form in ("float32", "bfloat16", "float16"):
         dtype = getattr(torch, form)
         return vector_from_state(delta, preference=preference, base_fingerprint=base, dtype=dtype)
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name, phi in delta.items():
         if phi.dim() < 2:
             entries[name] = Full(phi)
@@ -65,9 +67,12 @@ def some_vector(model: torch.nn.Module, preference: str, form: str = "bfloat16",
             entries[name] = Int8((phi / scale.unsqueeze(-1)).round().to(torch.int8), scale)
         else:
             entries[name] = LowRank(torch.randn(3, phi.shape[1]) * 0.1, torch.randn(phi.shape[0], 3) * 0.1)
-    dtype = "int8" if form == "int8" else "float32"
-    kind = "low-rank" if form == "low-rank" else "full"
-    info = VectorInfo(preference=preference, form=kind, dtype=dtype, base_fingerprint=base)
+    info = VectorInfo(
+        preference=preference,
+        form="low-rank" if form == "low-rank" else "full",
+        dtype="int8" if form == "int8" else "float32",
+        base_fingerprint=base,
+    )
     return PreferenceVector(info, entries)
 
 
@@ -233,7 +238,7 @@ def test_a_vector_of_another_base_is_refused() -> None:
     ],
     ids=str,
 )
-def test_bad_coefficients_are_refused_and_change_nothing(coefficients: dict, message: str) -> None:
+def test_bad_coefficients_are_refused_and_change_nothing(coefficients: dict[str, float], message: str) -> None:
     model = tiny()
     live = LiveModel(model, {"helpful": some_vector(model, "helpful")})
     live.set_coefficients({"helpful": 0.5})

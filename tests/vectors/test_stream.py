@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ Folders = tuple[Path, Path, Path]
 
 
 @pytest.fixture
-def folders(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> Folders:
+def folders(tmp_path: Path, tiny_model: Callable[..., Any]) -> Folders:
     """base, positive, negative: fp32, sharded differently; the last layer's norm is the same in all."""
     model = tiny_model("qwen3_moe")
     model.save_pretrained(tmp_path / "base")
@@ -36,7 +37,7 @@ def folders(tmp_path: Path, tiny_model: Callable[..., torch.nn.Module]) -> Folde
     return tmp_path / "base", tmp_path / "positive", tmp_path / "negative"
 
 
-def extract(folders: Folders, **options: object):  # type: ignore[no-untyped-def]
+def extract(folders: Folders, **options: Any) -> Any:
     base, positive, negative = folders
     out = base.parent / "phi"
     return extract_from_checkpoints(
@@ -74,7 +75,8 @@ def test_a_vector_from_bf16_checkpoints_says_how_much_of_it_is_rounding(folders:
     assert rounding["source_dtype"] == "bfloat16"
     with pytest.warns(PrecisionWarning):
         whole = vector_from_checkpoints(folders[1], folders[2], base=folders[0], preference="helpful")
-    exact = whole.info.precision["rounding"]["expected_cosine"]
+    measured: Any = whole.info.precision["rounding"]
+    exact = measured["expected_cosine"]
     assert rounding["expected_cosine"] == pytest.approx(exact, rel=0.05)
 
 

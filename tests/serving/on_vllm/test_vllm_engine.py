@@ -293,7 +293,8 @@ def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(make_engine, r
         waiting = asyncio.create_task(anext(not_begun))
         await asyncio.sleep(0)
         engine.close()
-        return await asyncio.gather(anext(begun), waiting, anext(stream(engine, ask((7,)))), return_exceptions=True)
+        later = stream(engine, ask((7,)))
+        return [*await asyncio.gather(anext(begun), waiting, anext(later), return_exceptions=True)]
 
     for error in runner.run(close_in_the_middle()):
         assert isinstance(error, EngineError)

@@ -54,7 +54,7 @@ class MergedWeights:
             self._current = None
             start = time.monotonic()
             self.live.set_coefficients(dict(rows[0]))
-            if self.model.device.type != "cpu":
+            if str(self.model.device.type) != "cpu":
                 torch.accelerator.synchronize()
             self.switch_seconds = time.monotonic() - start
             self._current = rows[0]
