@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefvec_ray.evaluation.generate import encode, sample_ids
+from prefvec_ray.evaluation.generate import Sampling, encode, sample_ids
 from prefvec_ray.tiny_world import TinyWorld
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", help="folder of the base model")
     parser.add_argument("--world", default="tiny")
-    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[96, 192, 384, 768])
     options = parser.parse_args()
@@ -31,24 +31,24 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     asked = [[{"role": "user", "content": prompt.text}] for prompt in TinyWorld(options.world).prompts("report")]
     prompts = encode(tokenizer, asked)
-    draws = options.draws
+    samples = options.samples
 
     def ours(batch_size: int) -> int:
-        rows = sample_ids(model, tokenizer, prompts, draws=draws, temperature=0.7, batch_size=batch_size)
+        rows = sample_ids(model, tokenizer, prompts, Sampling(samples_per_prompt=samples), batch_size=batch_size)
         return sum(len(row) for answers in rows for row in answers)
 
     @torch.inference_mode()
     def generate(batch_size: int) -> int:
-        order, step, tokens = sorted(prompts, key=len), max(1, batch_size // draws), 0
+        order, step, tokens = sorted(prompts, key=len), max(1, batch_size // samples), 0
         for start in range(0, len(order), step):
             batch = tokenizer.pad({"input_ids": order[start : start + step]}, return_tensors="pt", padding_side="left")
             out = model.generate(
-                **batch, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=64, num_return_sequences=draws
+                **batch, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=64, num_return_sequences=samples
             )
             tokens += int((out[:, batch["input_ids"].shape[1] :] != tokenizer.pad_token_id).sum())
         return tokens
 
-    result: dict[str, float | int] = {"prompts": len(prompts), "draws": draws}
+    result: dict[str, float | int] = {"prompts": len(prompts), "samples_per_prompt": samples}
     best: dict[str, float] = {}
     for name, run in (("ours", ours), ("generate", generate)):
         for batch_size in options.batch_sizes:

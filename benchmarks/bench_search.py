@@ -29,7 +29,7 @@ from search_meter import Meter, grid_points, meter
 from search_overhead import overhead
 from search_world import PREFERENCES, build
 
-from prefvec_ray.search import Explorer, Goal, Plan, SearchResult, Tried, hypervolume
+from prefvec_ray.search import Explorer, Goal, SearchConfig, SearchResult, Tried, hypervolume
 
 IN_FLIGHT = 4
 GRIDS = {2: 13, 3: 7}
@@ -37,10 +37,10 @@ GRIDS = {2: 13, 3: 7}
 SHARE = 0.95
 
 
-def drive(measured: Meter, goal: Goal, plan: Plan, halving: bool) -> SearchResult:
+def drive(measured: Meter, config: SearchConfig, halving: bool) -> SearchResult:
     """A search without Ray: settings are proposed while up to four are in flight, and finish in that order."""
     costs = measured.answers if halving else [sum(measured.answers)]
-    explorer = Explorer(goal, plan, costs)
+    explorer = Explorer(config, measured.task.metrics, list(config.ranges), costs)
     flying = []
     while True:
         while len(flying) < IN_FLIGHT and (proposal := explorer.propose()):
@@ -77,8 +77,14 @@ def compare(
     names: Sequence[str], steps: int, methods: Sequence[str], seeds: int, search: Meter, report: Meter
 ) -> dict[str, Any]:
     """Every method at a sixth of the grid's answers, over the seeds; shares of the grid's hypervolume."""
-    bounds = dict.fromkeys(names, (-1.0, 1.0))
-    goal = Goal(objectives=tuple(names), metrics=search.task.metrics, limits={"valid": 0.9})
+    wanted = SearchConfig(
+        objectives=list(names),
+        limits={"valid": 0.9},
+        ranges=dict.fromkeys(names, (-1.0, 1.0)),
+        trials=10**6,
+        patience=None,
+    )
+    goal = wanted.goal(search.task.metrics)
     points = list(grid_points(names, steps))
     for done, point in enumerate(points, start=1):
         search.rungs(point)
@@ -97,10 +103,10 @@ def compare(
     for method in methods:
         rows = []
         for seed in range(seeds):
-            plan = Plan(bounds, trials=10**6, sampler=method, answers=budget, seed=seed)  # type: ignore[arg-type]
+            config = wanted.model_copy(update={"sampler": method, "answers": budget, "seed": seed})
             began = time.perf_counter()
             # Random search is the plain baseline: every setting in full, as peers do it.
-            result = drive(search, goal, plan, halving=method != "random")
+            result = drive(search, config, halving=method != "random")
             best = best_points(result)
             reached = [
                 s for s, v in zip(result.spent, result.hypervolume_history, strict=True) if v >= SHARE * whole["search"]

@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +18,9 @@ KEPT = ("helpful", "harmless", "polite", "valid")
 class Meter:
     """Evaluations after each rung, by setting, from a live model in this process; kept in `<folder>/<name>.jsonl`."""
 
-    def __init__(self, task: Task, folder: Path, name: str) -> None:
-        self.task, self.path, self._ladder = task, folder / f"{name}.jsonl", None
-        self.answers = [sum(block.answers for block in rung) for rung in task.blocks()]
+    def __init__(self, task: Task, rungs: tuple[float, ...], folder: Path, name: str) -> None:
+        self.task, self.path, self._rungs, self._schedule = task, folder / f"{name}.jsonl", rungs, None
+        self.answers = [sum(block.answers for block in rung) for rung in task.blocks(rungs)]
         self.measured = 0
         self._known: dict[tuple[float, ...], list[Evaluation]] = {}
         if self.path.exists():
@@ -33,9 +32,9 @@ class Meter:
         """What the setting scores after each rung, the last one being all of it."""
         key = self._key(coefficients)
         if key not in self._known:
-            self._ladder = self._ladder or self.task.ladder()
+            self._schedule = self._schedule or self.task.fidelity_schedule(self._rungs)
             named = dict(zip(self.task.vectors, key, strict=True))
-            self._known[key] = [_small(evaluation) for evaluation in self._ladder.climb(named)]
+            self._known[key] = [_small(evaluation) for evaluation in self._schedule.evaluate_rungs(named)]
             self.measured += 1
             with self.path.open("a") as file:
                 file.write(json.dumps([evaluation.model_dump() for evaluation in self._known[key]]) + "\n")
@@ -73,4 +72,4 @@ def meter(base: Path, vectors: dict[str, Path], preset: str, split: Literal["sea
         scorer=TinyWorldScorer(world),
         base_fingerprint=fingerprint(base),
     )
-    return Meter(task if split == "search" else replace(task, rungs=(1.0,)), folder, f"measured-{split}")
+    return Meter(task, (0.25, 1.0) if split == "search" else (1.0,), folder, f"measured-{split}")

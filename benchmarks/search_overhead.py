@@ -13,7 +13,8 @@ import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prefvec_ray.search import Task, search
+from prefvec_ray.evaluation import Sampling
+from prefvec_ray.search import SearchConfig, Task, search
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
 MIB = 2**20
@@ -28,16 +29,21 @@ def overhead(task: Task, *, settings: int = 16, actors: int = 2) -> dict[str, An
     try:
         talker = _untrained(task, folder / "talker", hidden=320, layers=6)
         return {
-            **_time(replace(talker, max_new_tokens=128), folder / "search", settings, actors),
+            **_time(_tokens(talker, 128), folder / "search", settings, actors),
             **_memory(_untrained(task, folder / "large", hidden=640, layers=12)),
         }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _tokens(task: Task, tokens: int) -> Task:
+    return replace(task, sampling=task.sampling.model_copy(update={"max_new_tokens": tokens}))
+
+
 def _time(task: Task, folder: Path, settings: int, actors: int) -> dict[str, Any]:
     began = time.time()
-    search(task, ["helpful", "harmless"], folder, trials=settings, actors=actors, patience=None)
+    config = SearchConfig(objectives=["helpful", "harmless"], trials=settings, actors=actors, patience=None)
+    search(task, config, folder)
     tried = [row for line in (folder / "trials.jsonl").read_text().splitlines() if "rungs" in (row := json.loads(line))]
     merge = _merge_seconds(task)
     spans: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -66,11 +72,11 @@ class _Process:
     """What a trial process holds, and what that weighs."""
 
     def __init__(self, task: Task) -> None:
-        self.ladder = task.ladder()
+        self.schedule = task.fidelity_schedule((1.0,))
 
     def weigh(self) -> dict[str, float]:
         """Proportional set size in MiB (a page of n processes counts 1/n), in all and of the mapped model files."""
-        next(self.ladder.climb({"helpful": 0.5, "harmless": -0.5}))
+        next(self.schedule.evaluate_rungs({"helpful": 0.5, "harmless": -0.5}))
         total, mapped, path = 0.0, 0.0, ""
         for line in Path("/proc/self/smaps").read_text().splitlines():
             if not line.split()[0].endswith(":"):
@@ -82,7 +88,7 @@ class _Process:
 
 
 def _memory(task: Task) -> dict[str, Any]:
-    task = replace(task, prompts=task.prompts[:4], draws=1, rungs=(1.0,), max_new_tokens=4)
+    task = replace(task, prompts=task.prompts[:4], sampling=Sampling(samples_per_prompt=1, max_new_tokens=4))
     kind: Any = ray.remote(num_cpus=1)(_Process)
     actors = [kind.remote(task) for _ in range(3)]
     ray.get([actor.weigh.remote() for actor in actors])

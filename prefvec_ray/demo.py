@@ -11,7 +11,7 @@ import socket
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from rich.console import Console
@@ -52,23 +52,27 @@ SERVED: dict[str, dict[str, float]] = {
 class PipelineConfig(Config):
     """The demo's settings; the defaults are what `make demo` runs."""
 
+    renamed: ClassVar[dict[str, str]] = {"draws": "samples_per_prompt", "search_draws": "search_samples_per_prompt"}
+
     world: Literal["tiny", "micro"] = "tiny"
     seed: int = 0
     dpo: dict[str, Any] = {}
     """Fields of TRL's DPOConfig, over the world's own recipe."""
     dpo_seeds: list[int] = Field(default=[0, 1], min_length=1)
-    draws: int = Field(default=6, ge=1)
+    samples_per_prompt: int = Field(default=6, ge=1)
     """Sampled answers a prompt in the report."""
     grid_steps: int = Field(default=5, ge=2)
     trials: int = Field(default=40, ge=4)
-    search_draws: int = Field(default=4, ge=1)
+    search_samples_per_prompt: int = Field(default=4, ge=1)
     validity_floor: float = Field(default=0.9, ge=0, le=1)
     """The search recommends only settings whose answers parse at least this often."""
     actors: int = Field(default=4, ge=1)
     """Processes that measure at once; each takes one CPU."""
 
 
-MICRO = PipelineConfig(world="micro", dpo_seeds=[0], draws=4, grid_steps=3, trials=8, search_draws=2, actors=2)
+MICRO = PipelineConfig(
+    world="micro", dpo_seeds=[0], samples_per_prompt=4, grid_steps=3, trials=8, search_samples_per_prompt=2, actors=2
+)
 """The same mission in about a minute, for tests and the impatient."""
 
 
@@ -93,9 +97,9 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     recipe = training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
     runs = run("training", "Reference log-probs, then DPO runs in parallel", recipe, lambda: train(training, console))
     published = run("vectors", "Vectors into the registry", None, lambda: publish(training, runs, console))
-    sampled = [config.draws, config.grid_steps]
+    sampled = [config.samples_per_prompt, config.grid_steps]
     run("evaluation", "Baselines and a grid over eta", sampled, lambda: evaluate(config, world, folder, console))
-    searched = [config.trials, config.search_draws, config.validity_floor]
+    searched = [config.trials, config.search_samples_per_prompt, config.validity_floor]
     found = run(
         "search", "Coefficient search", searched, lambda: search(config, world, folder, runs, published, console)
     )
@@ -205,7 +209,7 @@ def evaluate(config: PipelineConfig, world: "TinyWorld", folder: Path, console: 
     from prefvec_ray.evaluation import baselines, grid, vector_settings
     from prefvec_ray.evaluation.results import Measured, SeedResults
     from prefvec_ray.evaluation.training_run import TrainingRun
-    from prefvec_ray.search import measure
+    from prefvec_ray.search import Processes, measure
 
     connect(console)
     table = [*baselines(PREFERENCES), *vector_settings(PREFERENCES)]
@@ -214,21 +218,23 @@ def evaluate(config: PipelineConfig, world: "TinyWorld", folder: Path, console: 
     for seed in config.dpo_seeds:
         with progress_bar(console, f"settings of seed {seed}") as tell:
             measured = measure(
-                measuring(world, "report", folder, TrainingRun(folder).vectors(seed), draws=config.draws),
+                measuring(world, "report", folder, TrainingRun(folder).vectors(seed), config.samples_per_prompt),
                 [*(setting.coefficients for setting in table), *points],
-                actors=config.actors,
+                Processes(actors=config.actors),
                 progress=tell,
             )
         rows = [Measured(setting=s, evaluation=e) for s, e in zip(table, measured, strict=False)]
         results = SeedResults(seed=seed, table=rows, grid=measured[len(table) :])
         (folder / "evaluation" / f"seed-{seed}.json").write_text(results.model_dump_json())
-    return {"settings": len(table) + len(points), "prompts": len(world.prompts("report")), "draws": config.draws}
+    prompts = len(world.prompts("report"))
+    return {"settings": len(table) + len(points), "prompts": prompts, "samples_per_prompt": config.samples_per_prompt}
 
 
 def measuring(
-    world: "TinyWorld", split: Literal["search", "report"], folder: Path, vectors: dict[str, Path], *, draws: int
+    world: "TinyWorld", split: Literal["search", "report"], folder: Path, vectors: dict[str, Path], samples: int
 ) -> "Task":
     """The tiny world's prompts and exact scores as a task for measuring and for searching."""
+    from prefvec_ray.evaluation import Sampling
     from prefvec_ray.scorers import TinyWorldScorer
     from prefvec_ray.search import Task
 
@@ -237,8 +243,7 @@ def measuring(
         vectors=vectors,
         prompts=world.prompts(split),
         scorer=TinyWorldScorer(world),
-        draws=draws,
-        max_new_tokens=64,
+        sampling=Sampling(samples_per_prompt=samples, max_new_tokens=64),
     )
 
 
@@ -252,29 +257,28 @@ def search(
 ) -> dict[str, Any]:
     """Search on the search prompts, confirm on the report prompts, publish presets with what was measured there."""
     from prefvec_ray.registry import start_registry
+    from prefvec_ray.search import SearchConfig
     from prefvec_ray.search import search as run_search
     from prefvec_ray.search.confirmation import publish_presets, report_search, report_task
     from prefvec_ray.search.presets import default_rules
-    from prefvec_ray.search.run import show_progress
+    from prefvec_ray.search.progress import show_progress
 
     connect(console)
     seed = config.dpo_seeds[0]
     vectors = {p: Path(runs["vectors"][f"{p}-s{seed}"]) for p in PREFERENCES}
-    task = measuring(world, "search", folder, vectors, draws=config.search_draws)
-    unseen = report_task(task, world.prompts("report"), config.draws)
+    task = measuring(world, "search", folder, vectors, config.search_samples_per_prompt)
+    unseen = report_task(task, world.prompts("report"), config.samples_per_prompt)
+    options = SearchConfig(
+        objectives=list(PREFERENCES),
+        limits={"valid": config.validity_floor},
+        trials=config.trials,
+        actors=config.actors,
+        seed=config.seed,
+        control_steps=0,  # the control curves are those of the evaluation's grid
+    )
     with progress_bar(console, "settings measured") as tell:
-        result = run_search(
-            task,
-            PREFERENCES,
-            folder / "search",
-            limits={"valid": config.validity_floor},
-            trials=config.trials,
-            actors=config.actors,
-            seed=config.seed,
-            progress=show_progress(console, tell),
-        )
-    # The control curves are those of the evaluation's grid, so no dial is measured by itself here.
-    summary = report_search(result, unseen, default_rules(result.goal), control=0, actors=config.actors)
+        result = run_search(task, options, folder / "search", progress=show_progress(console, tell))
+    summary = report_search(result, unseen, default_rules(result.goal), options)
     refs = {p: published[f"{p}-s{seed}"] for p in PREFERENCES}
     summary = publish_presets(summary, result, unseen, start_registry(folder / "registry"), refs)
     for preset in summary.presets:

@@ -13,7 +13,7 @@ from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import ScorerRecipe
 from prefvec_ray.robustness.study import StudyConfig
 from prefvec_ray.scorers.train import ScorerTrainingConfig
-from prefvec_ray.search import EvalConfig, SearchConfig
+from prefvec_ray.search import EvalConfig, SearchJob
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import Checkpoint
@@ -26,7 +26,7 @@ PARAMETERS = {"Llama-3.2-3B": 3.21, "Llama-3.1-8B": 8.03, "Mistral-7B-v0.1": 7.2
 
 KINDS: dict[str, type[Any]] = {
     "eval": EvalConfig,
-    "search": SearchConfig,
+    "search": SearchJob,
     "pipeline": PipelineConfig,
     "classes": StudyConfig,
     "ladder": Ladder,

@@ -34,10 +34,10 @@ def run_evaluation(config: "EvalConfig", console: "Console") -> None:
     check_lasting(output=config.output)
     plan = plan_table(config)
     connect(console)
-    with progress_bar(console, "settings") as tell:
-        data = evaluate_table(config, plan, tell)
+    with progress_bar(console, "settings") as bar:
+        data = evaluate_table(config, plan, bar)
     rows = data.seeds[0].table
-    console.print(f"{data.title}, {config.draws} draws: mean ± standard error over prompts")
+    console.print(f"{data.title}, {config.samples_per_prompt} samples per prompt: mean ± standard error over prompts")
     arrows = {"maximize": " ↑", "minimize": " ↓", None: ""}
     names = list(data.metrics)
     at_once = max(1, (console.width - 24) // 17)  # as many metrics as the console has room for, then a table below

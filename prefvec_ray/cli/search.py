@@ -11,63 +11,51 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prefvec_ray.evaluation.results import SearchSummary
-    from prefvec_ray.search import Goal, SearchConfig, SearchResult, Task
+    from prefvec_ray.search import Goal, SearchJob, SearchResult, Task
 
 
 @click.command()
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
 def search(path: Path) -> None:
     """Search the coefficients of published vectors; interrupted, it goes on from the settings already measured."""
-    search_coefficients(load(path, "prefvec_ray.search", "SearchConfig"), console())
+    search_coefficients(load(path, "prefvec_ray.search", "SearchJob"), console())
 
 
-def search_coefficients(config: "SearchConfig", console: "Console") -> None:
+def search_coefficients(config: "SearchJob", console: "Console") -> None:
     """Search, print the front and the recommendation, publish it where the config names a preset."""
     from rich.markup import escape
-    from rich.table import Table
 
     from prefvec_ray.common.cluster import connect, progress_bar
     from prefvec_ray.common.paths import check_lasting
     from prefvec_ray.evaluation.results import card_warnings
     from prefvec_ray.scorers.base import safety_cards
-    from prefvec_ray.search import Goal
     from prefvec_ray.search import search as run_search
-    from prefvec_ray.search.presets import publish_searched
-    from prefvec_ray.search.run import show_progress
+    from prefvec_ray.search.progress import show_progress
 
     check_lasting(output=config.output)
     task = config.task()
-    goal = Goal(objectives=tuple(config.objectives), metrics=task.metrics, limits=dict(config.limits))
-    goal.check()
-    reporting = _reporting(config, task, goal)
+    reporting = _reporting(config, task, config.goal(task.metrics))
     for line in card_warnings(safety_cards(task.load_scorer())):
         console.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
     connect(console)
     if config.preset or config.presets:
         _registry(config)  # a registry that cannot be written to is found here, before anything is measured
-    with progress_bar(console, "settings measured") as tell:
-        result = run_search(
-            task,
-            config.objectives,
-            config.output,
-            ranges=config.ranges,
-            limits=config.limits,
-            trials=config.trials,
-            answers=config.answers,
-            seconds=config.seconds,
-            patience=config.patience,
-            sampler=config.sampler,
-            grid_steps=config.grid_steps,
-            caution=config.caution,
-            timeout=config.timeout,
-            actors=config.actors,
-            seed=config.seed,
-            resources=config.resources,
-            progress=show_progress(console, tell),
-        )
+    with progress_bar(console, "settings measured") as bar:
+        result = run_search(task, config, config.output, progress=show_progress(console, bar))
     for line in result.notes():
         console.print(line, soft_wrap=True)
     print_notes(task.load_scorer(), console)
+    _show_front(config, result, console)
+    if reporting is not None:
+        _report_search(config, *reporting, result, console)
+    elif config.preset:
+        _publish_searched(config, config.preset, result, console)
+
+
+def _show_front(config: "SearchJob", result: "SearchResult", console: "Console") -> None:
+    """The front as a table, and the recommendation."""
+    from rich.table import Table
+
     table = Table(title=f"The front: {len(result.front)} of {len(result.trials)} settings", title_justify="left")
     for column in (*config.vectors, *config.objectives, "on the front"):
         table.add_column(column, justify="right")
@@ -80,18 +68,21 @@ def search_coefficients(config: "SearchConfig", console: "Console") -> None:
         console.print("nothing to recommend: no setting keeps the limits")
     else:
         console.print(f"recommended {chosen.coefficients}: {chosen.reason}", soft_wrap=True)
-    if reporting is not None:
-        _report_search(config, *reporting, result, console)
-    elif config.preset:
-        registry, refs = _registry(config)
-        preset = publish_searched(registry, result, config.preset, refs)
-        if preset is None:
-            console.print(_unmet(config.preset), soft_wrap=True)
-        else:
-            console.print(f"published {preset.ref}, by the search prompts alone: give report_prompts", soft_wrap=True)
 
 
-def _registry(config: "SearchConfig") -> tuple[Any, dict[str, str]]:
+def _publish_searched(config: "SearchJob", name: str, result: "SearchResult", console: "Console") -> None:
+    """Publish the recommendation on the evidence of the search prompts alone."""
+    from prefvec_ray.search.presets import publish_searched
+
+    registry, refs = _registry(config)
+    preset = publish_searched(registry, result, name, refs)
+    if preset is None:
+        console.print(_unmet(name), soft_wrap=True)
+    else:
+        console.print(f"published {preset.ref}, by the search prompts alone: give report_prompts", soft_wrap=True)
+
+
+def _registry(config: "SearchJob") -> tuple[Any, dict[str, str]]:
     """The client of the config's registry, and the pinned reference of each vector."""
     from prefvec_ray.registry import start_registry
 
@@ -103,7 +94,7 @@ def _unmet(preset: str) -> str:
     return f"no preset {preset!r}: no setting but the base, which needs no name, meets its rule"
 
 
-def _reporting(config: "SearchConfig", task: "Task", goal: "Goal") -> "tuple[Task, dict[str, str]] | None":
+def _reporting(config: "SearchJob", task: "Task", goal: "Goal") -> "tuple[Task, dict[str, str]] | None":
     """The task on the report prompts and the rules of the presets, checked before the search; None without prompts."""
     from prefvec_ray.common.errors import InputError
     from prefvec_ray.search.config import read_prompts
@@ -116,27 +107,20 @@ def _reporting(config: "SearchConfig", task: "Task", goal: "Goal") -> "tuple[Tas
         if config.presets:
             raise InputError("presets are confirmed on prompts that the search never saw: give report_prompts")
         return None
-    return report_task(task, read_prompts(config.report_prompts), config.report_draws), rules or default_rules(goal)
+    return report_task(
+        task, read_prompts(config.report_prompts), config.report_samples_per_prompt
+    ), rules or default_rules(goal)
 
 
 def _report_search(
-    config: "SearchConfig", task: "Task", rules: dict[str, str], result: "SearchResult", console: "Console"
+    config: "SearchJob", task: "Task", rules: dict[str, str], result: "SearchResult", console: "Console"
 ) -> None:
     """Confirm on the report prompts, publish what the config names, and write the report."""
     from prefvec_ray.common.cluster import progress_bar
     from prefvec_ray.search.confirmation import publish_presets, report_search
 
-    with progress_bar(console, "settings on the report prompts") as tell:
-        summary = report_search(
-            result,
-            task,
-            rules,
-            control=config.control_steps,
-            ranges=config.ranges,
-            actors=config.actors,
-            resources=config.resources,
-            progress=tell,
-        )
+    with progress_bar(console, "settings on the report prompts") as bar:
+        summary = report_search(result, task, rules, config, progress=bar)
     try:
         if config.preset or config.presets:
             summary = publish_presets(summary, result, task, *_registry(config))
@@ -145,7 +129,7 @@ def _report_search(
 
 
 def _show_report(
-    config: "SearchConfig", task: "Task", rules: dict[str, str], summary: "SearchSummary", console: "Console"
+    config: "SearchJob", task: "Task", rules: dict[str, str], summary: "SearchSummary", console: "Console"
 ) -> None:
     """The verdicts on the console, and the report as files."""
     from prefvec_ray.common.redact import redacted

@@ -5,7 +5,7 @@ Each room keeps its own config model (`training/config.py`, `serving/config.py`)
 
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +24,9 @@ class Config(BaseModel):
     """A frozen config section. Unknown fields are errors: a typo must not train for a day with the default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    renamed: ClassVar[dict[str, str]] = {}
+    """Earlier name of a field -> its name now, for the error that an old config gets."""
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -126,8 +129,11 @@ def _one_line(error: ValidationError, model: type[BaseModel]) -> str:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "top level"
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(_fields_at(model, problem["loc"][:-1]))
-            problems.append(f"unknown setting {where!r}" + (f" (known here: {known})" if known else ""))
+            section = _section_at(model, problem["loc"][:-1])
+            known = ", ".join(getattr(section, "model_fields", {}))
+            now = getattr(section, "renamed", {}).get(problem["loc"][-1])
+            hint = f"is called {now!r} now" if now else f"(known here: {known})" if known else ""
+            problems.append(f"unknown setting {where!r} {hint}".rstrip())
         elif problem["type"] == "missing":
             problems.append(f"setting {where!r} is missing")
         else:
@@ -147,9 +153,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]} …"
 
 
-def _fields_at(model: Any, loc: tuple[Any, ...]) -> list[str]:
-    """Field names of the section of `model` that `loc` leads to, or none where it leads through a mapping."""
+def _section_at(model: Any, loc: tuple[Any, ...]) -> Any:
+    """The section of `model` that `loc` leads to, or None where it leads through a mapping."""
     for part in loc:
         field = getattr(model, "model_fields", {}).get(part)
         model = getattr(field, "annotation", None)
-    return list(getattr(model, "model_fields", {}))
+    return model

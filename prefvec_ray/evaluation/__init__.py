@@ -1,12 +1,12 @@
 """Measuring a model under coefficients: sampling, standard errors, claims. No Ray.
 
-evaluator = Evaluator(live, tokenizer, world.prompts("report"), TinyWorldScorer(world), draws=6)
+evaluator = Evaluator(live, tokenizer, world.prompts("report"), TinyWorldScorer(world), Sampling(seed=1))
 evaluator.evaluate({"helpful": 1.0, "harmless": 0.5}).metrics["helpful"]
 """
 
 from prefvec_ray.evaluation.control import Claim, check_control, improves, monotone, valid_everywhere
 from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, Evaluator, Sample, compare
-from prefvec_ray.evaluation.generate import sample
+from prefvec_ray.evaluation.generate import Sampling, sample
 from prefvec_ray.evaluation.settings import Setting, baselines, grid, is_base, vector_settings, vectors_at
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Sample",
+    "Sampling",
     "Setting",
     "baselines",
     "check_control",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import Estimate, estimate
-from prefvec_ray.evaluation.generate import Conversation, Steer, encode, sample_ids
+from prefvec_ray.evaluation.generate import BATCH_SIZE, Conversation, Sampling, Steer, encode, sample_ids
 from prefvec_ray.evaluation.likelihood import (
     MEASURES,
     Margins,
@@ -48,10 +48,9 @@ class Evaluation(BaseModel):
     metrics: dict[str, Estimate | None]
     """None for a metric that was defined on none of the prompts."""
     per_prompt: dict[str, list[float | None]]
-    """Each metric's mean over the draws of each prompt, None where undefined: what paired comparisons
-    need."""
+    """Each metric's mean over the samples of each prompt, None where undefined: what paired comparisons need."""
     prompts_digest: str
-    """Of the prompts, draws, seed and sampling settings: evaluations are comparable where it is equal."""
+    """Of the prompts and how they were sampled: evaluations are comparable where it is equal."""
     samples: list[Sample]
     seconds: float
     tokens: int
@@ -88,12 +87,9 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Any],
         scorer: Scorer,
+        sampling: Sampling,
         *,
-        draws: int = 6,
-        seed: int = 0,
-        temperature: float = 0.7,
-        max_new_tokens: int = 64,
-        batch_size: int = 384,
+        batch_size: int = BATCH_SIZE,
         template: bool = True,
         keep_samples: int = 5,
         measures: Sequence[str] = (),
@@ -101,21 +97,17 @@ class Evaluator:
     ) -> None:
         if not prompts:
             raise InputError("no prompts to evaluate on; give at least one")
-        check_measures(measures, temperature)
+        check_measures(measures, sampling.temperature)
         self.live, self.tokenizer, self.scorer, self.measures = live, tokenizer, scorer, list(measures)
-        self.prompts, self.draws, self.keep_samples = list(prompts), draws, keep_samples
+        self.prompts, self.sampling, self.keep_samples = list(prompts), sampling, keep_samples
         self.texts = [_conversation(prompt, template) for prompt in self.prompts]
         self._ids = encode(tokenizer, self.texts)
-        self._sampling: dict[str, Any] = {
-            "draws": draws,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-        }
         self._batch_size = batch_size
         self._steerable: bool | None = None
         self._margins = Margins(live.model, live.set_coefficients, pairs) if pairs else None
-        content = json.dumps([self._ids, self._sampling, self.measures, scorer_digest(scorer)], sort_keys=True)
+        sampled: dict[str, Any] = sampling.model_dump()
+        sampled["draws"] = sampled.pop("samples_per_prompt")  # the digests of earlier versions hold
+        content = json.dumps([self._ids, sampled, self.measures, scorer_digest(scorer)], sort_keys=True)
         self.digest = blake3((content + json.dumps(pairs)).encode()).hexdigest()[:16]
         self.metrics = all_metrics(scorer, self.measures, margin_metrics(pairs or {}))
 
@@ -142,7 +134,7 @@ class Evaluator:
 
         names = self.live.vectors
         etas = torch.tensor([list(check_coefficients(s, names).values()) for s in settings])
-        few = shares_batch(len(self.prompts), self.draws, self._batch_size)
+        few = shares_batch(len(self.prompts), self.sampling.samples_per_prompt, self._batch_size)
         if steer is None:
             steer = len(settings) > 1 and few and self._can_steer()
         if not steer:
@@ -182,10 +174,10 @@ class Evaluator:
             self.live.model,
             self.tokenizer,
             self._ids,
+            self.sampling,
             batch_size=self._batch_size,
             copies=len(settings),
             steer=steer,
-            **self._sampling,
         )
         found = []
         for number, coefficients in enumerate(settings):
@@ -211,9 +203,9 @@ class Evaluator:
         return [evaluation.model_copy(update={"seconds": seconds}) for evaluation in found]
 
     def _score(self, texts: list[list[str]]) -> dict[str, list[float | None]]:
-        repeated = [prompt for prompt in self.prompts for _ in range(self.draws)]
+        repeated = [prompt for prompt in self.prompts for _ in range(self.sampling.samples_per_prompt)]
         scores = run_scorer(self.scorer, repeated, [text for answers in texts for text in answers])
-        return {name: self._over_draws(values) for name, values in scores.items()}
+        return {name: self._over_samples(values) for name, values in scores.items()}
 
     def _measure(
         self, rows: list[list[list[int]]], use: Use, coefficients: Mapping[str, float]
@@ -228,21 +220,22 @@ class Evaluator:
                 self.live.model,
                 use,
                 coefficients,
-                [ids for ids in self._ids for _ in range(self.draws)],
+                [ids for ids in self._ids for _ in range(self.sampling.samples_per_prompt)],
                 [answer for answers in rows for answer in answers],
                 measures=self.measures,
-                temperature=self._sampling["temperature"],
+                temperature=self.sampling.temperature,
             )
-            found |= {name: self._over_draws(column) for name, column in values.items()}
+            found |= {name: self._over_samples(column) for name, column in values.items()}
         return found
 
-    def _over_draws(self, values: Sequence[float | None]) -> list[float | None]:
-        return [_mean(values[i : i + self.draws]) for i in range(0, len(values), self.draws)]
+    def _over_samples(self, values: Sequence[float | None]) -> list[float | None]:
+        step = self.sampling.samples_per_prompt
+        return [_mean(values[i : i + step]) for i in range(0, len(values), step)]
 
 
-def shares_batch(prompts: int, draws: int, batch_size: int) -> bool:
+def shares_batch(prompts: int, samples: int, batch_size: int) -> bool:
     """Whether one setting fills so little of a batch that several together are faster than one after another."""
-    return 2 * prompts * draws <= batch_size
+    return 2 * prompts * samples <= batch_size
 
 
 def all_metrics(scorer: Scorer, measures: Sequence[str], margins: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -265,12 +258,11 @@ def compare_metric(a: Evaluation, b: Evaluation, metric: str) -> Estimate | None
     Paired by prompt: how hard a prompt is cancels out of the standard error.
 
     Raises:
-        InputError: the two were measured on other prompts, draws, seeds or sampling settings, or without
-        the metric.
+        InputError: the two were measured on other prompts or sampled otherwise, or without the metric.
     """
     if a.prompts_digest != b.prompts_digest:
         raise InputError(
-            "evaluations of other prompts, draws, seed or sampling are not paired; measure both with one Evaluator"
+            "evaluations of other prompts or other sampling are not paired; measure both with one Evaluator"
         )
     if metric not in a.per_prompt or metric not in b.per_prompt:
         raise InputError(f"metric {metric!r} was not measured; measured: {', '.join(a.per_prompt)}")

@@ -1,57 +1,61 @@
 """Sampling many answers to many prompts, reproducibly and fast.
 
-The randomness of a token is one uniform number that belongs to (seed, prompt, draw, step), turned into a
+The randomness of a token is one uniform number that belongs to (seed, prompt, sample, step), turned into a
 token by the inverse of the cumulative distribution. Batch size and earlier calls change nothing (beyond the
 last bits of floating point), and two settings of the coefficients see the same numbers: common random
-numbers, which make their paired difference less noisy than independent draws would.
+numbers, which make their paired difference less noisy than independent numbers would.
 
-`model.generate` is not used: it expands a prompt to its draws before the prefill and carries finished rows
+`model.generate` is not used: it expands a prompt to its samples before the prefill and carries finished rows
 to the end of the batch. On the tiny world this loop takes less than a third of its time
 (docs/evaluation.md).
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
 
 Conversation = str | Sequence[dict[str, str]]
 """Messages for the tokenizer's chat template, or a plain text that the model goes on from."""
 
 Steer = Callable[[torch.Tensor], None]
-"""Told before every forward pass which prompt each row of the batch answers: (rows,), int64, on the CPU."""
+"""Called before every forward pass with the prompt that each row of the batch answers: (rows,), int64, on the CPU."""
+
+BATCH_SIZE = 384
+"""Rows, each one answer, that run at once."""
+
+
+class Sampling(Config):
+    """How answers are sampled."""
+
+    renamed: ClassVar[dict[str, str]] = {"draws": "samples_per_prompt"}
+
+    samples_per_prompt: int = Field(default=4, ge=1)
+    temperature: float = Field(default=0.7, ge=0, allow_inf_nan=False)
+    """0 is greedy."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    seed: int = 0
 
 
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
+    sampling: Sampling,
     *,
-    draws: int = 1,
-    temperature: float = 0.7,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    batch_size: int = 384,
+    batch_size: int = BATCH_SIZE,
 ) -> list[list[str]]:
-    """Sample `draws` answers to every conversation as text, indexed [conversation][draw]; special tokens
-    are dropped.
+    """Answers to every conversation as text, indexed [conversation][sample]; special tokens are dropped.
 
-    The rest is `sample_ids`' contract.
+    Everything else is as in `sample_ids`.
     """
-    answers = sample_ids(
-        model,
-        tokenizer,
-        encode(tokenizer, conversations),
-        draws=draws,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    answers = sample_ids(model, tokenizer, encode(tokenizer, conversations), sampling, batch_size=batch_size)
     return [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in answers]
 
 
@@ -60,53 +64,45 @@ def sample_ids(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
+    sampling: Sampling,
     *,
-    draws: int = 1,
-    temperature: float = 0.7,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    batch_size: int = 384,
+    batch_size: int = BATCH_SIZE,
     copies: int = 1,
     steer: Steer | None = None,
 ) -> list[list[list[int]]]:
-    """Sample `draws` answers to every prompt, all as token ids, indexed [prompt][draw].
+    """Answers to every prompt, all as token ids, indexed [prompt][sample].
 
-    A decoder-only `model` is expected. Temperature 0 is greedy. An answer ends with one of the model's end
-    tokens or after `max_new_tokens`. At most `batch_size` rows (a row is one draw) run at once, and never
-    less than one prompt with its draws.
+    A decoder-only `model` is expected. An answer ends with one of the model's end tokens or after
+    `max_new_tokens`. At most `batch_size` rows (a row is one sample) run at once, and never less than one
+    prompt with its samples.
 
-    With `copies` the whole list of prompts is answered that often, each time with the same random numbers;
-    prompt i of copy c is number c * len(prompts) + i, in the result and for `steer`, which can so give every
+    With `copies` the whole list of prompts is answered that often, each time with the same random numbers.
+    Prompt i of copy c is number c * len(prompts) + i, in the result and for `steer`, which can so give every
     copy coefficients of its own in one batch.
 
     Raises:
-        InputError: a number out of range, a prompt that is empty or does not fit the model's context.
+        InputError: a batch size below 1, or a prompt that is empty or does not fit the model's context.
         JobError: the model gives logits that are not finite.
     """
-    for name, value, low in [
-        ("draws", draws, 1),
-        ("max_new_tokens", max_new_tokens, 1),
-        ("batch_size", batch_size, 1),
-        ("temperature", temperature, 0),
-    ]:
-        if not low <= value < float("inf"):
-            raise InputError(f"{name} is {value}; expected a number of at least {low}")
-    _check_lengths(model, prompts, max_new_tokens)
-    noise_NDT = _uniforms(len(prompts), draws, max_new_tokens, seed)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected a number of at least 1")
+    samples = sampling.samples_per_prompt
+    _check_lengths(model, prompts, sampling.max_new_tokens)
+    noise_NST = _uniforms(len(prompts), sampling)
     distinct, prompts = len(prompts), [*prompts] * copies
     stop = _end_tokens(model, tokenizer)
     answers: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    step = max(1, batch_size // draws)
+    step = max(1, batch_size // samples)
     was_training = model.training
     model.eval()
     try:
         for chunk in (order[i : i + step] for i in range(0, len(order), step)):
-            noise = noise_NDT[[i % distinct for i in chunk]]
-            tell = partial(_tell, steer, torch.tensor(chunk)) if steer else None
-            rows = _decode_batch(model, [prompts[i] for i in chunk], noise, temperature, stop, tell)
+            noise = noise_NST[[i % distinct for i in chunk]]
+            steer_chunk = partial(_steer_chunk, steer, torch.tensor(chunk)) if steer else None
+            rows = _decode_batch(model, [prompts[i] for i in chunk], noise, sampling.temperature, stop, steer_chunk)
             for place, i in enumerate(chunk):
-                answers[i] = rows[place * draws : (place + 1) * draws]
+                answers[i] = rows[place * samples : (place + 1) * samples]
     finally:
         model.train(was_training)
     return answers
@@ -134,15 +130,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
 def _decode_batch(
     model: PreTrainedModel,
     prompts: list[list[int]],
-    noise_NDT: torch.Tensor,
+    noise_NST: torch.Tensor,
     temperature: float,
     stop: torch.Tensor,
     steer: Steer | None = None,
 ) -> list[list[int]]:
-    """Answers of a batch as token ids, row n * draws + d, each up to its end token. Prompts are prefilled
-    once and shared by their draws; rows that have ended leave the batch. `steer` gets places in `prompts`."""
+    """Answers of a batch as token ids, row n * samples + s, each up to its end token. Prompts are prefilled
+    once and shared by their samples; rows that have ended leave the batch. `steer` gets places in `prompts`."""
     device = model.device
-    _, draws, steps = noise_NDT.shape
+    _, samples, steps = noise_NST.shape
     width = max(map(len, prompts))
     ids_NL = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
     mask_NL = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
@@ -151,10 +147,10 @@ def _decode_batch(
         steer(torch.arange(len(prompts)))
     out = model(input_ids=ids_NL, attention_mask=mask_NL, position_ids=positions_NL, use_cache=True, logits_to_keep=1)
     cache: Any = out.past_key_values
-    cache.batch_repeat_interleave(draws)
-    logits_BV = out.logits[:, -1].repeat_interleave(draws, 0)
-    mask_BL = mask_NL.repeat_interleave(draws, 0)
-    noise_BT = noise_NDT.reshape(-1, steps).to(device)
+    cache.batch_repeat_interleave(samples)
+    logits_BV = out.logits[:, -1].repeat_interleave(samples, 0)
+    mask_BL = mask_NL.repeat_interleave(samples, 0)
+    noise_BT = noise_NST.reshape(-1, steps).to(device)
     stop = stop.to(device)
     rows = torch.arange(len(noise_BT), device=device)
     answers = torch.full((len(rows), steps), -1, device=device)
@@ -172,7 +168,7 @@ def _decode_batch(
             rows, token_B, mask_BL = rows[keep], token_B[keep], mask_BL[keep]
         mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(rows), 1)], dim=1)
         if steer:
-            steer(rows.cpu() // draws)
+            steer(rows.cpu() // samples)
         logits_BV = model(
             input_ids=token_B[:, None],
             attention_mask=mask_BL,
@@ -185,7 +181,7 @@ def _decode_batch(
     return [[token for token in row if token >= 0] for row in answers.tolist()]
 
 
-def _tell(steer: Steer, chunk: torch.Tensor, places: torch.Tensor) -> None:
+def _steer_chunk(steer: Steer, chunk: torch.Tensor, places: torch.Tensor) -> None:
     steer(chunk[places])
 
 
@@ -200,9 +196,10 @@ def _pick(logits_BV: torch.Tensor, noise_B: torch.Tensor, temperature: float) ->
     return torch.searchsorted(cdf_BV, target_B[:, None]).squeeze(-1).clamp(max=cdf_BV.shape[-1] - 1)
 
 
-def _uniforms(prompts: int, draws: int, steps: int, seed: int) -> torch.Tensor:
-    """Numbers in [0, 1), shape (prompts, draws, steps), from a generator of their own."""
-    return torch.rand(prompts, draws, steps, generator=torch.Generator().manual_seed(seed))
+def _uniforms(prompts: int, sampling: Sampling) -> torch.Tensor:
+    """Numbers in [0, 1), shape (prompts, samples, steps), from a generator of their own."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    return torch.rand(prompts, sampling.samples_per_prompt, sampling.max_new_tokens, generator=generator)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

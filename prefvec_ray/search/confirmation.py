@@ -1,4 +1,4 @@
-"""What a search found, measured again on prompts that it never saw: its base, its presets, and each dial by itself."""
+"""What a search found, measured again on unseen prompts: the base, the presets, and each coefficient alone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,42 +9,41 @@ from prefvec_ray.evaluation.prompts import check_disjoint
 from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary
 from prefvec_ray.scorers.base import safety_cards, scorer_digest
 from prefvec_ray.search.measure import measure
+from prefvec_ray.search.options import Bounds, SearchConfig
 from prefvec_ray.search.presets import choose, confirm, figures, publish, search_evidence
 from prefvec_ray.search.result import SearchResult
 from prefvec_ray.search.trial import Task
 
 
-def report_task(task: Task, prompts: Sequence[Any], draws: int | None = None) -> Task:
+def report_task(task: Task, prompts: Sequence[Any], samples_per_prompt: int | None = None) -> Task:
     """The task of a search on report prompts.
 
     Raises:
         InputError: a report prompt is a search prompt too.
     """
     check_disjoint(task.prompts, prompts)
-    return replace(task, prompts=prompts, draws=draws or task.draws, rungs=(1.0,))
+    wanted = samples_per_prompt or task.sampling.samples_per_prompt
+    return replace(task, prompts=prompts, sampling=task.sampling.model_copy(update={"samples_per_prompt": wanted}))
 
 
 def report_search(
     result: SearchResult,
     task: Task,
     rules: Mapping[str, str],
+    config: SearchConfig,
     *,
-    control: int = 5,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
-    actors: int = 4,
-    resources: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> SearchSummary:
-    """Measure on `task`, a `report_task`, what `result` is to be believed for: the base, the recommendation, the preset
-    of each rule, and `control` settings along each coefficient within its range (0: none)."""
+    """Measure again on `task`, a `report_task`: the base, the recommendation, the preset of each rule, and
+    `config.control_steps` settings along each coefficient within its range."""
     base = dict.fromkeys(task.vectors, 0.0)
     presets = choose(result, rules)
     chosen = result.recommended
-    lines = [base, *along(task.vectors, control, ranges or {})] if control else []
+    lines = [base, *along(config.bounds(task.vectors), config.control_steps)] if config.control_steps else []
     wanted = [base, *(preset.coefficients for preset in presets), *lines]
     wanted += [chosen.coefficients] if chosen else []
     distinct = {_key(point): point for point in wanted}
-    found = measure(task, list(distinct.values()), actors=actors, resources=resources, progress=progress)
+    found = measure(task, list(distinct.values()), config, progress=progress)
     by_key = dict(zip(distinct, found, strict=True))
 
     def at(point: Mapping[str, float]) -> Evaluation:
@@ -56,14 +55,13 @@ def report_search(
     return summary.model_copy(update={"presets": confirmed, "control": control_points})
 
 
-def along(names: Sequence[str] | Mapping[str, Any], steps: int, ranges: Mapping[str, tuple[float, float]]) -> list[Any]:
-    """`steps` values of each coefficient from the low to the high end of its range ([-1, 1]), the others 0."""
+def along(bounds: Bounds, steps: int) -> list[dict[str, float]]:
+    """`steps` values of each coefficient from the low to the high end of its range, the others 0."""
     found = []
-    for name in names:
-        low, high = ranges.get(name, (-1.0, 1.0))
+    for name, (low, high) in bounds.items():
         for i in range(steps):
             value = low + (high - low) * i / max(1, steps - 1)
-            found.append({**dict.fromkeys(names, 0.0), name: value})
+            found.append({**dict.fromkeys(bounds, 0.0), name: value})
     return found
 
 

@@ -1,6 +1,7 @@
 """The decisions of a search, apart from what carries them out: which setting next, which to drop, when to stop.
 
-    explorer = Explorer(goal, Plan(bounds={"helpful": (-1, 1), "harmless": (-1, 1)}, trials=40), rungs=[32, 128])
+    config = SearchConfig(objectives=["helpful", "harmless"], trials=40)
+    explorer = Explorer(config, scorer.metrics, vectors=["helpful", "harmless"], rungs=[32, 128])
     while not explorer.ended:
         proposal = explorer.propose()
         ...                                    # measure it, rung by rung, while explorer.promising(...)
@@ -8,7 +9,7 @@
 
 No Ray and no model here. `run.py` carries it out on Ray Tune with many settings in flight, the benchmark in a loop.
 
-A search ends in one of two ways. Its plan is used up (trials, answers, seconds, grid): settings in flight are still
+A search ends in one of two ways. Its budget is used up (trials, answers, seconds, grid): settings in flight are still
 measured and count. Or what was measured decides it (the front stands still, most settings fail): it is `closed` at that
 setting, and what finishes later counts for nothing.
 """
@@ -19,65 +20,28 @@ import random
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
 import optuna
 import torch
 
-from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import Evaluation, is_base
+from prefvec_ray.scorers import Metric
 from prefvec_ray.search.noise import MeasuredSettings
+from prefvec_ray.search.options import SearchConfig
 from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried
 
-Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
 GP_OBJECTIVES = 4
+DECIDES = {"trials", "sampler", "answers", "seconds", "patience", "caution", "grid_steps", "limits"}
+"""The options that decide when a search ends, beside `start`."""
 AGAIN = 20
 ROUNDING = 1e-9
 """A share of the hypervolume below which a gain is a processor's rounding."""
 MANY = 4
 """So many settings must have been tried before "most of them fail" is said."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What may be tried and how long. Bounds contain 0, the base, which is always measured first."""
-
-    bounds: dict[str, tuple[float, float]]
-    trials: int = 40
-    """Settings to try, dropped and failed ones included."""
-    start: Sequence[dict[str, float]] = ()
-    """Settings to try right after the base."""
-    sampler: Sampler = "auto"
-    """`auto` is `gp` up to four objectives and `tpe` beyond, where a Gaussian process takes many seconds a proposal."""
-    answers: int | None = None
-    """Budget of generated answers; a setting begins only if the budget lets it be measured to the end."""
-    seconds: float | None = None
-    """No setting begins later than this after the start."""
-    patience: int | None = None
-    """Stop when the last so many settings have raised the hypervolume by less than its own standard error."""
-    caution: float = 1.0
-    """A setting is dropped at a rung when another is better in every objective by this many paired standard errors."""
-    grid_steps: int = 5
-    seed: int = 0
-
-    def check(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise InputError(f"sampler {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
-        points = 1 + len(self.start)
-        if self.sampler == "grid":
-            if self.grid_steps < 2:
-                raise InputError(f"grid_steps is {self.grid_steps}; give at least 2")
-            points = self.grid_steps ** len(self.bounds) + len(self.start) + 1
-        if self.trials < points:
-            raise InputError(f"{self.trials} trials; this search begins with {points} settings, give at least as many")
-        if self.patience is not None and self.patience < 2:
-            raise InputError(f"patience is {self.patience}; a front is judged over at least 2 settings")
-        if self.caution < 0:
-            raise InputError(f"caution is {self.caution}; expected a number of standard errors, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -90,33 +54,37 @@ class Proposal:
 
 @dataclass
 class Explorer:
-    """Proposes settings, says which are worth measuring on, and knows when to end. `rungs` are the answers that each
-    rung adds."""
+    """Proposes settings, says which are worth measuring on, and knows when to end."""
 
-    goal: Goal
-    plan: Plan
+    config: SearchConfig
+    metrics: Mapping[str, Metric]
+    vectors: Iterable[str]
     rungs: Sequence[int]
+    """The answers that each rung adds."""
     clock: Callable[[], float] = time.monotonic
     known: Sequence[Tried] = ()
     """What an earlier run of the same search has tried."""
     end: Ended | None = None
     """How the earlier run ended. Asked for the same again, the search has ended in the same way; asked for anything
     else (more trials, another limit), it decides anew from `known`."""
+    goal: Goal = field(init=False)
     tried: list[Tried] = field(init=False, default_factory=list)
     failed: list[FailedTrial] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plan.check()
+        config = self.config
+        self.goal, self.bounds = config.goal(self.metrics), config.bounds(self.vectors)
+        config.check(self.bounds, sum(self.rungs))
         ended = self.end is not None and self.end.asked == self._asked()
         if ended and self.end is not None:
             self.known = self.known[: self.end.counted]
         self._began, self._ended, self._failing = self.clock(), "", False
         few = len(self.goal.objectives) <= GP_OBJECTIVES
-        self.sampler = self.plan.sampler if self.plan.sampler != "auto" else "gp" if few else "tpe"
-        self._random = random.Random(self.plan.seed + len(self.known))
+        self.sampler = config.sampler if config.sampler != "auto" else "gp" if few else "tpe"
+        self._random = random.Random(config.seed + len(self.known))
         self._open: dict[int, optuna.Trial] = {}
         self._proposed = len(self.known)
-        self._distributions = {n: optuna.distributions.FloatDistribution(*b) for n, b in self.plan.bounds.items()}
+        self._distributions = {n: optuna.distributions.FloatDistribution(*b) for n, b in self.bounds.items()}
         modes = [self.goal.metrics[name].direction for name in self.goal.objectives]
         with quiet():
             self._study = optuna.create_study(directions=modes, sampler=self._sampler())
@@ -141,14 +109,14 @@ class Explorer:
         """Why no further setting will be proposed; empty while more may come."""
         if self._ended:
             return self._ended
-        if self._proposed >= self.plan.trials:
-            return f"all {self.plan.trials} settings were tried"
+        if self._proposed >= self.config.trials:
+            return f"all {self.config.trials} settings were tried"
         if self.sampler == "grid" and not self._queue:
             return "every point of the grid was tried"
-        if self.plan.seconds is not None and self.clock() - self._began >= self.plan.seconds:
-            return f"the {self.plan.seconds:g} seconds are over"
+        if self.config.seconds is not None and self.clock() - self._began >= self.config.seconds:
+            return f"the {self.config.seconds:g} seconds are over"
         if not self._open and not self._affordable():
-            return f"the budget of {self.plan.answers} answers does not cover another setting"
+            return f"the budget of {self.config.answers} answers does not cover another setting"
         return ""
 
     @property
@@ -168,9 +136,8 @@ class Explorer:
         return Ended(stopped=self.ended, asked=self._asked(), failed=self.failed, counted=counted, seconds=seconds)
 
     def _asked(self) -> dict[str, Any]:
-        """What decides when the search ends, as JSON; bounds and seed belong to every measurement."""
-        asked = {name: value for name, value in asdict(self.plan).items() if name not in ("bounds", "seed")}
-        return {**asked, "start": [dict(point) for point in self.plan.start], "limits": dict(self.goal.limits)}
+        """What decides when the search ends, as JSON; ranges and seed belong to every measurement."""
+        return {**self.config.model_dump(mode="json", include=DECIDES), "start": self.config.first(self.bounds)[1:]}
 
     @property
     def answers(self) -> int:
@@ -178,31 +145,31 @@ class Explorer:
         return sum(tried.answers for tried in self.tried)
 
     def propose(self) -> Proposal | None:
-        """The next setting; None where there is none now: the search has `ended`, or must hear of those in flight."""
+        """The next setting; None where there is none now: the search has `ended`, or waits for those in flight."""
         if self.ended or not self._affordable():
             return None
         with quiet():
             trial = self._ask()
         self._open[trial.number] = trial
         self._proposed += 1
-        return Proposal(trial.number, {name: float(trial.params[name]) for name in self.plan.bounds})
+        return Proposal(trial.number, {name: float(trial.params[name]) for name in self.bounds})
 
     def _ask(self) -> optuna.Trial:
         """The next setting that is not known yet. A sampler that proposes a known one (NSGA-II's children may equal
-        their parents) is told again what it scored, which costs nothing; after some of that, chance decides."""
+        their parents) gets its scores once more, which costs nothing; after some tries, chance decides."""
         if self._queue:
             self._study.enqueue_trial(self._queue.popleft())
-        known = {tuple(tried.coefficients[name] for name in self.plan.bounds): tried for tried in self.tried}
+        known = {tuple(tried.coefficients[name] for name in self.bounds): tried for tried in self.tried}
         for _ in range(AGAIN):
             trial = self._study.ask(self._distributions)
-            tried = known.get(tuple(trial.params[name] for name in self.plan.bounds))
+            tried = known.get(tuple(trial.params[name] for name in self.bounds))
             if tried is None:
                 return trial
-            self._tell(trial, tried)
-        self._study.enqueue_trial({n: self._random.uniform(*bound) for n, bound in self.plan.bounds.items()})
+            self._record(trial, tried)
+        self._study.enqueue_trial({n: self._random.uniform(*bound) for n, bound in self.bounds.items()})
         return self._study.ask(self._distributions)
 
-    def _tell(self, trial: optuna.Trial, tried: Tried) -> None:
+    def _record(self, trial: optuna.Trial, tried: Tried) -> None:
         for name, broken in self.goal.constraints(tried.rungs[-1]).items():
             trial.set_constraint(name, broken)
         self._study.tell(trial, self._values(tried))
@@ -216,7 +183,7 @@ class Explorer:
         if len(rungs) == len(self.rungs) or is_base(rungs[-1].coefficients):
             return True
         seen = [tried.rungs[len(rungs) - 1] for tried in self.tried[:among] if len(tried.rungs) >= len(rungs)]
-        return MeasuredSettings(self.goal, [*seen, rungs[-1]]).may_be_optimal(-1, self.plan.caution)
+        return MeasuredSettings(self.goal, [*seen, rungs[-1]]).may_be_optimal(-1, self.config.caution)
 
     def finish(self, number: int, tried: Tried) -> bool:
         """Take in a setting that was measured or dropped.
@@ -231,7 +198,7 @@ class Explorer:
             self.fail(number, tried.coefficients, flaw)
             return False
         with quiet():
-            self._tell(self._open.pop(number), tried)
+            self._record(self._open.pop(number), tried)
         self.tried.append(tried)
         self._stop_if_still()
         return True
@@ -288,15 +255,15 @@ class Explorer:
         )
 
     def _affordable(self) -> bool:
-        if self.plan.answers is None:
+        if self.config.answers is None:
             return True
-        return self.answers + (len(self._open) + 1) * sum(self.rungs) <= self.plan.answers
+        return self.answers + (len(self._open) + 1) * sum(self.rungs) <= self.config.answers
 
     def _values(self, tried: Tried) -> list[float]:
         return [tried.rungs[-1].mean(name) for name in self.goal.objectives]
 
     def _stop_if_still(self) -> None:
-        patience = self.plan.patience
+        patience = self.config.patience
         if patience is None or self._ended or self.sampler == "grid" or len(self.tried) < 2 * patience:
             return
         result = self.result()
@@ -315,10 +282,10 @@ class Explorer:
 
     def _first(self) -> list[dict[str, float]]:
         """The settings that are tried whatever comes out: the base, the caller's, and the sampler's own beginning."""
-        bounds = self.plan.bounds
-        points = [dict.fromkeys(bounds, 0.0), *self.plan.start]
+        bounds = self.bounds
+        points = self.config.first(bounds)
         if self.sampler == "grid":
-            steps = self.plan.grid_steps - 1
+            steps = self.config.grid_steps - 1
             axes = [[low + (high - low) * i / steps for i in range(steps + 1)] for low, high in bounds.values()]
             points += [dict(zip(bounds, values, strict=True)) for values in itertools.product(*axes)]
         elif self.sampler in ("tpe", "gp"):
@@ -327,22 +294,22 @@ class Explorer:
 
     def _spread(self, count: int) -> list[dict[str, float]]:
         """Settings that fill the ranges evenly: scrambled Sobol points, better than as many random ones."""
-        engine = torch.quasirandom.SobolEngine(len(self.plan.bounds), scramble=True, seed=self.plan.seed)
+        engine = torch.quasirandom.SobolEngine(len(self.bounds), scramble=True, seed=self.config.seed)
         units = engine.draw(count, dtype=torch.float64).tolist()
         return [
-            {name: low + (high - low) * u for u, (name, (low, high)) in zip(row, self.plan.bounds.items(), strict=True)}
+            {name: low + (high - low) * u for u, (name, (low, high)) in zip(row, self.bounds.items(), strict=True)}
             for row in units
         ]
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
-        seed, first = self.plan.seed + len(self.known), startup(len(self.plan.bounds))
+        seed, first = self.config.seed + len(self.known), startup(len(self.bounds))
         if self.sampler == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first)
         if self.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first)
         if self.sampler == "nsga2":
             # A few dozen settings are several generations only if a generation is small.
-            return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.plan.trials // 4)))
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.config.trials // 4)))
         return optuna.samplers.RandomSampler(seed=seed)
 
 

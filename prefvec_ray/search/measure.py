@@ -13,6 +13,7 @@ from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.scheduling import Waiting, actor_options, bundle_of, check_room
 from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import shares_batch
+from prefvec_ray.search.options import Processes
 from prefvec_ray.search.trial import DEATHS, Task
 
 Setting = Mapping[str, float]
@@ -33,31 +34,29 @@ class _Measurer:
 def measure(
     task: Task,
     settings: Sequence[Setting],
+    processes: Processes,
     *,
-    actors: int = 4,
-    resources: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     console: Console | None = None,
 ) -> list[Evaluation]:
-    """Evaluate every setting of `task.vectors`, in the order given, on up to `actors` processes of the
-    cluster.
+    """Evaluate every setting of `task.vectors`, in the order given, on processes of the cluster.
 
     As many processes measure as the cluster has room for, and one is enough. More join while room comes free, and a
     process that is lost is made anew where there is room. What a setting scores does not depend on which process
-    measures it, or after what. `resources` of one process, default one CPU. `progress(done, total)` is called after
-    each setting. Where there is no room, `console` says what is missing (default: standard output).
+    measures it, or after what. `progress(done, total)` is called after each setting. Where there is no room, `console`
+    says what is missing (default: standard output).
 
     Raises:
         InputError: as `Evaluator` and its scorer; a process that the cluster can never hold.
         JobError: the scorer raised something else, or processes died again and again; says what.
     """
-    bundle = bundle_of(resources)
+    bundle = bundle_of(processes.resources)
     check_room("a process that measures", [bundle])
     # Small settings go several at a time: they may share a batch (`Evaluator.evaluate_many`).
-    small = shares_batch(len(task.prompts), task.draws, task.batch_size)
-    size = max(1, min(8, len(settings) // (2 * actors))) if small else 1
+    small = shares_batch(len(task.prompts), task.sampling.samples_per_prompt, task.batch_size)
+    size = max(1, min(8, len(settings) // (2 * processes.actors))) if small else 1
     parts = [_Part(i, list(settings[i : i + size])) for i in range(0, len(settings), size)]
-    pool = _Pool(ray.put(task), bundle, parts, min(actors, len(parts)))
+    pool = _Pool(ray.put(task), bundle, parts, min(processes.actors, len(parts)))
     wait = Waiting(console or Console(highlight=False), "measuring", [bundle])
     results: list[Evaluation | None] = [None] * len(settings)
     done = 0

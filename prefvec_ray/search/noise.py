@@ -27,12 +27,12 @@ class MeasuredSettings:
     Gains are larger where better; slack is how far a limit is kept. NaN where a metric is not defined.
 
     Raises:
-        InputError: evaluations of other prompts, draws, seeds or sampling settings.
+        InputError: evaluations of other prompts or other sampling.
     """
 
     def __init__(self, goal: "Goal", evaluations: Sequence[Evaluation]) -> None:
         if len({e.prompts_digest for e in evaluations}) > 1:
-            raise InputError("evaluations of other prompts, draws, seed or sampling cannot share a front")
+            raise InputError("evaluations of other prompts or other sampling cannot share a front")
         columns = [*((name, 0.0) for name in goal.objectives), *goal.limits.items()]
         # Metrics of preference pairs have as many values as there are pairs: short columns are filled with NaN.
         width = max(len(e.per_prompt[name]) for e in evaluations for name, _ in columns)

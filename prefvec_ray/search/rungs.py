@@ -1,9 +1,9 @@
 """A setting measured in parts: a cheap rung of few answers first, the rest only where it is still in question.
 
-The rungs of a search are shares of all prompts x draws, such as (0.25, 1). They fill draw by draw: one draw of every
-prompt (in a seeded random order, so that any part of it is a fair sample) before a second draw of any. Every setting
-is measured on the same rungs with the same prompts and random numbers, so two settings are paired at each of them.
-What a rung has measured is never measured again.
+The rungs of a search are shares of all answers (prompts x samples per prompt), such as (0.25, 1). Every prompt is
+answered once, in a seeded random order, before any is answered a second time: any part of it is a fair sample. Every
+setting is measured on the same rungs with the same prompts and random numbers, so two settings are paired at each of
+them. What a rung has measured is never measured again.
 """
 
 import itertools
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """`draws` answers to each of some prompts, sampled with `seed`."""
+    """`samples` answers to each of some prompts, sampled with `seed`."""
 
     prompts: tuple[int, ...]
-    draws: int
+    samples: int
     seed: int
 
     @property
     def answers(self) -> int:
-        return len(self.prompts) * self.draws
+        return len(self.prompts) * self.samples
 
 
-def plan_rungs(prompts: int, draws: int, shares: Sequence[float], seed: int = 0) -> list[list[Block]]:
-    """The blocks that each rung adds; together they are every prompt with `draws` draws.
+def plan_rungs(prompts: int, samples: int, shares: Sequence[float], seed: int = 0) -> list[list[Block]]:
+    """The blocks that each rung adds; together they are every prompt with `samples` answers.
 
-    A share below one draw of all prompts is that share of the prompts with one draw; larger ones are rounded
-    down to whole draws. Shares that come out equal are one rung.
+    A share below one answer to all prompts is that share of the prompts with one answer; larger ones are rounded
+    down to whole answers a prompt. Shares that come out equal are one rung.
 
     Raises:
         InputError: shares that do not rise, or that do not end at 1.
@@ -46,15 +46,15 @@ def plan_rungs(prompts: int, draws: int, shares: Sequence[float], seed: int = 0)
     if not shares or shares[0] <= 0 or shares[-1] != 1 or not rising:
         raise InputError(f"rungs {list(shares)}: expected rising shares of all answers that end at 1, such as 0.25, 1")
     if shares[0] == 1:
-        return [[Block(tuple(range(prompts)), draws, seed)]]
+        return [[Block(tuple(range(prompts)), samples, seed)]]
     order = random.Random(seed).sample(range(prompts), prompts)
     rungs: list[list[Block]] = []
-    asked, whole = 0, 0  # prompts of the first draw, and whole draws, that earlier rungs have
+    asked, whole = 0, 0  # what earlier rungs have: prompts with one answer, and whole answers of all
     for share in shares:
         blocks = []
-        depth = int(share * draws + 1e-9)
+        depth = int(share * samples + 1e-9)
         if asked < prompts:
-            wanted = prompts if depth >= 1 else max(1, round(share * draws * prompts))
+            wanted = prompts if depth >= 1 else max(1, round(share * samples * prompts))
             if wanted > asked:
                 blocks.append(Block(tuple(sorted(order[asked:wanted])), 1, seed + asked))
                 asked = wanted
@@ -68,7 +68,7 @@ def plan_rungs(prompts: int, draws: int, shares: Sequence[float], seed: int = 0)
 
 
 class FidelitySchedule:
-    """Measures settings rung by rung. `make` builds the evaluator of a block, and hears which one is the first."""
+    """Measures settings rung by rung. `make(block, first)` builds the evaluator of a block."""
 
     def __init__(self, make: "Callable[[Block, bool], Evaluator]", rungs: Sequence[Sequence[Block]]) -> None:
         self.rungs = rungs
@@ -80,7 +80,7 @@ class FidelitySchedule:
     def evaluate_rungs(self, coefficients: Mapping[str, float]) -> "Iterator[Evaluation]":
         """What `coefficients` score after each rung; the work of a rung is done when its evaluation is asked for.
 
-        Of a prompt that several blocks ask, the mean is weighted by their draws. The whole schedule as one rung gives
+        Of a prompt that several blocks ask, the mean is weighted by their samples. The whole schedule as one rung gives
         what `Evaluator.evaluate` gives.
         """
         parts: list[tuple[Block, Evaluation]] = []
@@ -116,6 +116,6 @@ def _over_blocks(columns: "Sequence[tuple[Block, list[float | None]]]", prompts:
     for block, values in columns:
         for i, value in zip(block.prompts, values, strict=True):
             if value is not None:
-                total[i] += block.draws * value
-                weight[i] += block.draws
+                total[i] += block.samples * value
+                weight[i] += block.samples
     return [t / w if w else None for t, w in zip(total, weight, strict=True)]

@@ -50,9 +50,7 @@ def evaluate_table(
 ) -> ReportData:
     """Measure a plan on the connected cluster; all of it is paired."""
     task, table, seed = plan
-    measured = measure(
-        task, [s.coefficients for s in table], actors=config.actors, resources=config.resources, progress=progress
-    )
+    measured = measure(task, [s.coefficients for s in table], config, progress=progress)
     metrics = task.metrics
     rows = [Measured(setting=setting, evaluation=e) for setting, e in zip(table, measured, strict=True)]
     goals = {name: name for name in config.vectors if name in metrics and metrics[name].direction is not None}

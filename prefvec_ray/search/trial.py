@@ -1,5 +1,4 @@
-"""What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and
-score."""
+"""What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and score."""
 
 import os
 import platform
@@ -14,8 +13,10 @@ from ray import tune
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.paths import check_visible, this_node
 from prefvec_ray.evaluation.evaluate import all_metrics
+from prefvec_ray.evaluation.generate import BATCH_SIZE, Sampling
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 from prefvec_ray.scorers import Metric, Scorer, load_scorer
+from prefvec_ray.search.result import Tried
 from prefvec_ray.search.rungs import Block, FidelitySchedule, plan_rungs
 
 if TYPE_CHECKING:
@@ -38,11 +39,8 @@ class Task:
     """The search prompts, never the ones that are reported on."""
     scorer: Scorer | str
     """A scorer, or `module:function`."""
-    draws: int = 4
-    temperature: float = 0.7
-    max_new_tokens: int = 64
-    batch_size: int = 384
-    seed: int = 0
+    sampling: Sampling = field(default_factory=Sampling)
+    batch_size: int = BATCH_SIZE
     template: bool = True
     base_fingerprint: str = ""
     """Of the base; the driver fills it in, so that the actors need not hash the model."""
@@ -52,8 +50,6 @@ class Task:
     """`likelihood.MEASURES` of the answers: kl, perplexity."""
     pairs: Mapping[str, Sequence[TokenPair]] = field(default_factory=dict)
     """Held-out pairs by preference, for their implicit margins."""
-    rungs: tuple[float, ...] = (0.25, 1.0)
-    """Shares of all answers (prompts x draws) after which a search may drop a setting; (1,) measures each in full."""
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -63,9 +59,9 @@ class Task:
     def load_scorer(self) -> Scorer:
         return load_scorer(self.scorer) if isinstance(self.scorer, str) else self.scorer
 
-    def blocks(self) -> list[list[Block]]:
-        """What each rung of a search adds; InputError where `rungs` is not shares that rise to 1."""
-        return plan_rungs(len(self.prompts), self.draws, self.rungs, self.seed)
+    def blocks(self, rungs: Sequence[float] = (1.0,)) -> list[list[Block]]:
+        """What each rung adds; InputError where `rungs` are not shares that rise to 1."""
+        return plan_rungs(len(self.prompts), self.sampling.samples_per_prompt, rungs, self.sampling.seed)
 
     def evaluator(self) -> "Evaluator":
         """The live model of this process, ready to measure settings in full. Heavy: once a process.
@@ -73,13 +69,13 @@ class Task:
         Raises:
             InputError, JobError: as `fidelity_schedule`.
         """
-        return self.fidelity_schedule([[Block(tuple(range(len(self.prompts))), self.draws, self.seed)]]).evaluators[0]
+        return self.fidelity_schedule((1.0,)).evaluators[0]
 
-    def fidelity_schedule(self, rungs: Sequence[Sequence[Block]] | None = None) -> FidelitySchedule:
+    def fidelity_schedule(self, rungs: Sequence[float]) -> FidelitySchedule:
         """The live model of this process, ready to measure settings rung by rung. Heavy: once a process.
 
         Raises:
-            InputError: the scorer, or what it is given, cannot be used.
+            InputError: the scorer, or what it is given, cannot be used; as `blocks`.
             JobError: this node does not see a folder, or the base, a vector or the scorer cannot be loaded here; one
                 line that names the node. Another process on this node would only fail again.
         """
@@ -91,7 +87,7 @@ class Task:
         except Exception as error:
             raise JobError(f"node {this_node()} cannot load what it is to measure: {in_a_line(error)}") from error
 
-    def _loaded(self, rungs: Sequence[Sequence[Block]] | None) -> FidelitySchedule:
+    def _loaded(self, rungs: Sequence[float]) -> FidelitySchedule:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
@@ -119,10 +115,7 @@ class Task:
                 tokenizer,
                 [self.prompts[i] for i in block.prompts],
                 scorer,
-                draws=block.draws,
-                seed=block.seed,
-                temperature=self.temperature,
-                max_new_tokens=self.max_new_tokens,
+                self.sampling.model_copy(update={"samples_per_prompt": block.samples, "seed": block.seed}),
                 batch_size=self.batch_size,
                 template=self.template,
                 measures=self.measures,
@@ -130,7 +123,7 @@ class Task:
                 pairs=self.pairs if first else None,
             )
 
-        return FidelitySchedule(make, self.blocks() if rungs is None else rungs)
+        return FidelitySchedule(make, self.blocks(rungs))
 
 
 class Trial(tune.Trainable):
@@ -139,37 +132,41 @@ class Trial(tune.Trainable):
     A scorer that raises costs its setting, not the actor: the error is a result like any other.
     """
 
-    def setup(self, config: dict[str, Any], task: Task) -> None:
+    def setup(self, config: dict[str, Any], task: Task, rungs: Sequence[float]) -> None:
         self.unfit = ""
         try:
-            self.fidelity_schedule = task.fidelity_schedule()
+            self.schedule = task.fidelity_schedule(rungs)
         except (InputError, JobError) as error:  # Tune would start a process anew that can only fail again
             self.unfit = str(error)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         if not self.unfit:
-            self.evaluations: Iterator[Evaluation] = self.fidelity_schedule.evaluate_rungs(new_config["coefficients"])
-        self.rung = 0
+            self.evaluations: Iterator[Evaluation] = self.schedule.evaluate_rungs(new_config["coefficients"])
+        self.rungs: list[Evaluation] = []
         return True
 
     def step(self) -> dict[str, Any]:
         if self.unfit:
-            return {"rung": 1, "error": self.unfit, "unfit": True, "done": True}
-        self.rung += 1
-        began = time.time()
+            return {"error": self.unfit, "unfit": True, "done": True}
+        if not self.rungs:
+            self.began = time.time()
         try:
             evaluation = next(self.evaluations)
         except Exception as error:
-            return {"rung": self.rung, "error": in_a_line(error), "done": True}
-        return {
-            "rung": self.rung,
-            "evaluation": evaluation.model_dump_json(),
-            "process": f"{platform.node()}:{os.getpid()}",
-            "began": began,
-            "ended": time.time(),
-            "done": self.rung == len(self.fidelity_schedule.rungs),
-        }
+            return {"error": in_a_line(error), "done": True}
+        # Samples of the last rung are kept; those before it are the same.
+        self.rungs = [*(earlier.model_copy(update={"samples": []}) for earlier in self.rungs), evaluation]
+        measured = self.schedule.rungs[: len(self.rungs)]
+        tried = Tried(
+            rungs=self.rungs,
+            complete=len(self.rungs) == len(self.schedule.rungs),
+            answers=sum(block.answers for blocks in measured for block in blocks),
+            process=f"{platform.node()}:{os.getpid()}",
+            began=self.began,
+            ended=time.time(),
+        )
+        return {"tried": tried.model_dump_json(), "done": tried.complete}
 
 
 def in_a_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation import Evaluation, Evaluator, compare
+from prefvec_ray.evaluation import Evaluation, Evaluator, Sampling, compare
 from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.scorers import Metric, TinyWorldScorer, scorer
 from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
@@ -31,7 +31,7 @@ PROMPTS = ["How to comb a bear?", "Why?", "Tell me how to read a stone.", "How t
 
 @pytest.fixture
 def evaluator(live, tokenizer) -> Evaluator:
-    return Evaluator(live, tokenizer, PROMPTS, toy, draws=3, seed=1, max_new_tokens=10)
+    return Evaluator(live, tokenizer, PROMPTS, toy, Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10))
 
 
 def test_standard_errors_are_over_prompts_and_undefined_is_never_zero(evaluator):
@@ -66,7 +66,9 @@ def test_comparison_is_paired_by_prompt(evaluator, live, tokenizer):
     assert difference["length"].mean == pytest.approx(a.mean("length") - b.mean("length"))
     assert difference["early"].n == 3
     assert difference["never"] is None
-    elsewhere = Evaluator(live, tokenizer, PROMPTS[:2], toy, draws=3, seed=1, max_new_tokens=10).evaluate({})
+    elsewhere = Evaluator(
+        live, tokenizer, PROMPTS[:2], toy, Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
+    ).evaluate({})
     with pytest.raises(InputError, match="not paired"):
         compare(a, elsewhere)
 
@@ -78,7 +80,13 @@ def test_one_prompt_has_no_standard_error():
 
 
 def test_the_tiny_world_end_to_end(world, live, tokenizer):
-    evaluator = Evaluator(live, tokenizer, world.prompts("search"), TinyWorldScorer(world), draws=2, max_new_tokens=8)
+    evaluator = Evaluator(
+        live,
+        tokenizer,
+        world.prompts("search"),
+        TinyWorldScorer(world),
+        Sampling(samples_per_prompt=2, max_new_tokens=8),
+    )
     result = evaluator.evaluate({})
     assert result.metrics["valid"].mean == 0, "an untrained model says nothing that parses"
     assert result.metrics["over_refusal"] is None
@@ -94,15 +102,16 @@ def test_prompts_of_other_forms(live, tokenizer):
     def count(prompts, responses):
         return {"n": [float(len(prompt)) for prompt in prompts]}
 
-    result = Evaluator(live, tokenizer, [talk], count, draws=1, max_new_tokens=4).evaluate({})
+    one = Sampling(samples_per_prompt=1, max_new_tokens=4)
+    result = Evaluator(live, tokenizer, [talk], count, one).evaluate({})
     assert result.metrics["n"].mean == 3
     assert result.samples[0].prompt == "How to comb a bear?"
-    plain = Evaluator(live, tokenizer, ["abc"], count, draws=1, max_new_tokens=4, template=False)
+    plain = Evaluator(live, tokenizer, ["abc"], count, one, template=False)
     assert plain.texts == ["abc"]
     with pytest.raises(InputError, match="expected a text"):
-        Evaluator(live, tokenizer, [7], count)
+        Evaluator(live, tokenizer, [7], count, one)
     with pytest.raises(InputError, match="no prompts"):
-        Evaluator(live, tokenizer, [], count)
+        Evaluator(live, tokenizer, [], count, one)
 
 
 def test_unknown_vectors_are_refused(evaluator):
@@ -130,8 +139,8 @@ SETTINGS = [{}, {"helpful": 1.0}, {"helpful": -0.5, "harmless": 2.0}, {"harmless
 
 def test_many_settings_in_one_batch_are_the_merged_ones(low_rank, tokenizer):
     """Greedy and fp32: the answers are the same token for token, whatever shares the batch."""
-    options = {"draws": 1, "temperature": 0, "max_new_tokens": 12, "measures": ["perplexity"]}
-    evaluator = Evaluator(low_rank, tokenizer, PROMPTS, toy, **options)
+    greedy = Sampling(samples_per_prompt=1, temperature=0, max_new_tokens=12)
+    evaluator = Evaluator(low_rank, tokenizer, PROMPTS, toy, greedy, measures=["perplexity"])
     merged = evaluator.evaluate_many(SETTINGS, steer=False)
     together = evaluator.evaluate_many(SETTINGS, steer=True)
     assert [e.per_prompt["length"] for e in together] == [e.per_prompt["length"] for e in merged]
@@ -144,7 +153,9 @@ def test_many_settings_in_one_batch_are_the_merged_ones(low_rank, tokenizer):
 
 
 def test_many_settings_sample_with_the_same_random_numbers(low_rank, tokenizer):
-    evaluator = Evaluator(low_rank, tokenizer, PROMPTS, toy, draws=3, max_new_tokens=8, batch_size=7)
+    evaluator = Evaluator(
+        low_rank, tokenizer, PROMPTS, toy, Sampling(samples_per_prompt=3, max_new_tokens=8), batch_size=7
+    )
     same = evaluator.evaluate_many([{"helpful": 0.5}, {"helpful": 0.5}], steer=True)
     assert same[0].per_prompt == same[1].per_prompt
 

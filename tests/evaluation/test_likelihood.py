@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prefvec_ray.common.errors import InputError, JobError
-from prefvec_ray.evaluation import Evaluator
+from prefvec_ray.evaluation import Evaluator, Sampling
 from prefvec_ray.evaluation.generate import sample_ids
 from prefvec_ray.evaluation.likelihood import TokenPair, answer_measures, cut_pairs, log_probs, token_pairs
 from prefvec_ray.evaluation.training_run import TrainingRun
@@ -37,22 +37,26 @@ def exact_kl(live, temperature, end):
 
 
 def test_kl_is_unbiased_and_sharper_than_the_log_ratio(live, tokenizer):
-    temperature, draws = 0.7, 2000
+    temperature, samples = 0.7, 2000
     live.set_coefficients(FAR)
     answers = sample_ids(
-        live.model, tokenizer, [PROMPT], draws=draws, temperature=temperature, max_new_tokens=2, batch_size=draws
+        live.model,
+        tokenizer,
+        [PROMPT],
+        Sampling(samples_per_prompt=samples, temperature=temperature, max_new_tokens=2),
+        batch_size=samples,
     )[0]
     measured = answer_measures(
         live.model,
         live.set_coefficients,
         FAR,
-        [PROMPT] * draws,
+        [PROMPT] * samples,
         answers,
         measures=["kl"],
         temperature=temperature,
     )["kl"]
     exact = exact_kl(live, temperature, tokenizer.eos_token_id)
-    error = statistics.stdev(measured) / math.sqrt(draws)
+    error = statistics.stdev(measured) / math.sqrt(samples)
     assert exact > 0.05, "the setting is far enough from the base for the test to mean something"
     assert abs(statistics.fmean(measured) - exact) < 5 * error
     assert min(measured) >= 0
@@ -133,6 +137,9 @@ def test_margins_are_trls(demo_run):
     assert statistics.fmean(m > 0 for m in margins) == pytest.approx(held_out["accuracy"], abs=1 / len(pairs) + 1e-9)
 
 
+SAMPLING = Sampling(samples_per_prompt=2, max_new_tokens=6)
+
+
 @scorer(length=Metric(direction="minimize", low=0))
 def length(prompts, responses):
     return {"length": [float(len(text)) for text in responses]}
@@ -141,7 +148,7 @@ def length(prompts, responses):
 def test_an_evaluator_measures_them_beside_the_scorer(live, tokenizer):
     pairs = {"helpful": [TokenPair([5, 6], [7, 8], [9]), TokenPair([5, 6], [7], [10]), TokenPair([4], [7], [11, 12])]}
     evaluator = Evaluator(
-        live, tokenizer, ["How?", "Why?"], length, draws=2, max_new_tokens=6, measures=["kl", "perplexity"], pairs=pairs
+        live, tokenizer, ["How?", "Why?"], length, SAMPLING, measures=["kl", "perplexity"], pairs=pairs
     )
     assert list(evaluator.metrics) == ["length", "kl", "perplexity", "margin_helpful", "accuracy_helpful"]
     base, moved = evaluator.evaluate({}), evaluator.evaluate({"helpful": 1.0})
@@ -153,7 +160,7 @@ def test_an_evaluator_measures_them_beside_the_scorer(live, tokenizer):
     assert moved.mean("margin_helpful") != 0
     assert moved.metrics["margin_helpful"].n == 2, "errors are over prompts, and two pairs share one"
     assert live.coefficients == {"helpful": 0.0, "harmless": 0.0}
-    other = Evaluator(live, tokenizer, ["How?", "Why?"], length, draws=2, max_new_tokens=6)
+    other = Evaluator(live, tokenizer, ["How?", "Why?"], length, SAMPLING)
     assert other.digest != evaluator.digest
 
 
@@ -174,13 +181,13 @@ def test_pairs_are_taken_apart_as_trl_does_it(tokenizer):
     ("change", "message"),
     [
         ({"measures": ["loss"]}, "unknown measure 'loss'; known: kl, perplexity"),
-        ({"measures": ["kl"], "temperature": 0}, "'kl' needs a temperature above 0"),
+        ({"measures": ["kl"], "sampling": Sampling(temperature=0)}, "'kl' needs a temperature above 0"),
         ({"pairs": {"helpful": []}}, "no held-out pairs for helpful"),
     ],
 )
 def test_bad_requests(change, message, live, tokenizer):
     with pytest.raises(InputError, match=message):
-        Evaluator(live, tokenizer, ["How?"], length, **change)
+        Evaluator(live, tokenizer, ["How?"], length, **{"sampling": Sampling(), **change})
 
 
 def test_a_scorers_metric_must_not_take_their_names(live, tokenizer):
@@ -189,4 +196,4 @@ def test_a_scorers_metric_must_not_take_their_names(live, tokenizer):
         return {"kl": [0.0] * len(responses)}
 
     with pytest.raises(InputError, match="'kl', which is measured by the model too"):
-        Evaluator(live, tokenizer, ["How?"], taken, measures=["kl"])
+        Evaluator(live, tokenizer, ["How?"], taken, Sampling(), measures=["kl"])

@@ -30,7 +30,7 @@ from prefvec_ray.common.config import load_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.preferences.sources import MEMORY
-from prefvec_ray.search import EvalConfig, SearchConfig
+from prefvec_ray.search import EvalConfig, SearchJob
 from prefvec_ray.serving.config import load_serving_config
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import load_vector, save_vector, vector_from_adapter, vector_from_state
@@ -72,7 +72,7 @@ def parquet_files(folder: Path) -> dict[str, Callable[[Path], object]]:
 def configs(folder: Path) -> dict[str, Callable[[Path], object]]:
     """Every config of the repository under the model that reads it."""
     readers: dict[str, Callable[[Path], object]] = {}
-    models = {"train": TrainingConfig, "search": SearchConfig, "eval": EvalConfig}
+    models = {"train": TrainingConfig, "search": SearchJob, "eval": EvalConfig}
     for file in sorted(CONFIGS.glob("*.yaml")):
         model = next((model for word, model in models.items() if word in file.name), TrainingConfig)
         shutil.copy(file, folder / file.name)

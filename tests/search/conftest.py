@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.evaluation import Evaluation, Sampling
 from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.scorers import Metric, Scorer, scorer
 from prefvec_ray.search import Task
@@ -50,8 +50,7 @@ def task(tmp_path_factory, lengths) -> Task:
         vectors={"left": root / "left", "right": root / "right"},
         prompts=world.prompts("search")[:8],
         scorer=lengths,
-        draws=2,
-        max_new_tokens=12,
+        sampling=Sampling(samples_per_prompt=2, max_new_tokens=12),
     )
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from prefvec_ray.cli.search import search_coefficients
 from prefvec_ray.registry import Registry
-from prefvec_ray.search import SearchConfig
+from prefvec_ray.search import SearchJob
 
 
 @pytest.mark.slow
@@ -16,14 +16,14 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
     store = Registry.open(tmp_path / "registry")
     for name, folder in task.vectors.items():
         assert store.publish_vector(folder).name == name
-    config = SearchConfig(
+    config = SearchJob(
         base=task.base,
         registry=str(tmp_path / "registry"),
         vectors={"left": "left@1", "right": "right@1"},
         prompts="tiny-world:micro:0:search",
         scorer="tiny-world:micro:0",
         output=tmp_path / "search",
-        draws=1,
+        samples_per_prompt=1,
         max_new_tokens=4,
         objectives=["valid"],
         trials=2,

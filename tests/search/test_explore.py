@@ -2,14 +2,16 @@
 
 import math
 import random
+import time
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from prefvec_ray.evaluation import Estimate
 from prefvec_ray.scorers import Metric
-from prefvec_ray.search import Explorer, Goal, Plan, Tried
-from prefvec_ray.search.explore import SAMPLERS
+from prefvec_ray.search import Explorer, Goal, SearchConfig, Tried
+from prefvec_ray.search.options import Sampler
 
 METRICS = {
     "help": Metric(direction="maximize", low=0, high=1),
@@ -19,6 +21,19 @@ METRICS = {
 GOAL = Goal(objectives=("help", "harm"), metrics=METRICS, limits={"valid": 0.9})
 BOUNDS = {"a": (-1.0, 1.0), "b": (-1.0, 1.0)}
 RUNGS = (16, 48)
+
+
+def explore(rungs=RUNGS, ranges=BOUNDS, known=(), end=None, clock=time.monotonic, **options) -> Explorer:
+    """Without patience, unless a test asks for it."""
+    settings = {"objectives": GOAL.objectives, "limits": GOAL.limits, "patience": None} | options
+    config = SearchConfig(ranges=ranges, **settings)
+    return Explorer(config, METRICS, list(ranges), rungs, known=known, end=end, clock=clock)
+
+
+def opened(explorer: Explorer, **options) -> Explorer:
+    """The same search opened again, or with other options."""
+    config = explorer.config.model_copy(update=options)
+    return Explorer(config, METRICS, list(BOUNDS), explorer.rungs, known=explorer.tried, end=explorer.final())
 
 
 @pytest.fixture
@@ -59,11 +74,10 @@ def climb(explorer: Explorer, world, in_flight: int = 3) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "auto"])
+@pytest.mark.parametrize("sampler", [name for name in get_args(Sampler) if name != "auto"])
 def test_every_sampler_begins_with_the_base_stays_in_bounds_and_ends(sampler, world):
     bounds = {"a": (-0.5, 1.0), "b": (0.0, 1.0)}
-    plan = Plan(bounds, trials=18, start=[{"a": 0.2, "b": 0.2}], sampler=sampler, grid_steps=4)
-    explorer = Explorer(GOAL, plan, RUNGS)
+    explorer = explore(ranges=bounds, trials=18, start=[{"a": 0.2, "b": 0.2}], sampler=sampler, grid_steps=4)
     climb(explorer, world)
     result = explorer.result()
     tried = [t.coefficients for t in explorer.tried]
@@ -86,7 +100,7 @@ def test_a_model_of_the_world_beats_chance_and_dropping_saves_answers(world):
     for sampler, rungs in (("gp", RUNGS), ("random", (64,))):
         found = []
         for seed in range(2):
-            explorer = Explorer(GOAL, Plan(BOUNDS, trials=500, answers=16 * 64, sampler=sampler, seed=seed), rungs)
+            explorer = explore(rungs, trials=500, answers=16 * 64, sampler=sampler, seed=seed)
             climb(explorer, world)
             assert explorer.answers <= 16 * 64
             assert "budget of 1024 answers" in explorer.ended
@@ -98,7 +112,7 @@ def test_a_model_of_the_world_beats_chance_and_dropping_saves_answers(world):
 
 
 def test_a_dropped_setting_is_beaten_beyond_error_and_the_base_never_is(world, measured):
-    explorer = Explorer(GOAL, Plan(BOUNDS), RUNGS)
+    explorer = explore()
     climb_one = explorer.propose()
     base, strong = world(climb_one.coefficients), world({"a": 0.9, "b": 0.6})
     explorer.finish(climb_one.number, Tried(rungs=base, complete=True, answers=64))
@@ -112,11 +126,11 @@ def test_a_dropped_setting_is_beaten_beyond_error_and_the_base_never_is(world, m
 
 
 def test_it_stops_when_the_front_has_stopped_moving(world):
-    explorer = Explorer(GOAL, Plan(BOUNDS, trials=200, patience=10, sampler="tpe"), RUNGS)
+    explorer = explore(trials=200, patience=10, sampler="tpe")
     climb(explorer, world)
     assert 20 <= len(explorer.tried) < 200
     assert "the front has stopped moving: the last 10 settings added" in explorer.ended
-    again = Explorer(GOAL, explorer.plan, RUNGS, known=explorer.tried, end=explorer.final())
+    again = opened(explorer)
     assert again.result() == explorer.result(), "a finished search is still finished when it is opened again"
     assert again.propose() is None
 
@@ -124,7 +138,7 @@ def test_it_stops_when_the_front_has_stopped_moving(world):
 @pytest.fixture
 def still(measured) -> Explorer:
     """A search that its front ended at the sixth setting, with one in flight that would have moved the front."""
-    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=3, sampler="random"), (8,))
+    explorer = explore((8,), trials=50, patience=3, sampler="random")
 
     def finish(proposal, help: float) -> bool:
         harm = 0.5 if help < 0.9 else 0.1
@@ -143,7 +157,7 @@ def still(measured) -> Explorer:
 
 def test_a_front_is_not_judged_before_the_base_is_measured(measured):
     """The base may be the slowest of those in flight: its process died, or its node is busy."""
-    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=2, sampler="random"), (8,))
+    explorer = explore((8,), trials=50, patience=2, sampler="random")
     base, *others = (explorer.propose() for _ in range(6))
     for proposal in (*others, base):
         assert not explorer.ended
@@ -154,7 +168,7 @@ def test_a_front_is_not_judged_before_the_base_is_measured(measured):
 
 def test_a_last_bit_is_no_gain(measured):
     """Equal scores that were summed in another order, or on another processor, do not keep a search going."""
-    explorer = Explorer(GOAL, Plan(BOUNDS, trials=50, patience=2, sampler="random"), (8,))
+    explorer = explore((8,), trials=50, patience=2, sampler="random")
     help = 0.7
     for _ in range(4):
         assert not explorer.ended
@@ -173,13 +187,13 @@ def test_what_was_in_flight_when_the_front_stood_still_does_not_count(still):
 
 
 def test_a_search_opened_again_ends_as_it_did(still, measured):
-    again = Explorer(GOAL, still.plan, (8,), known=still.tried, end=still.final())
+    again = opened(still)
     assert again.result().model_dump_json() == still.result().model_dump_json()
     # Also where the last bits of another processor would decide otherwise: here by a setting that moves the front.
     best = measured({"a": 1.0, "b": -1.0}, help=[0.95] * 8, harm=[0.1] * 8, valid=[1.0] * 8)
     moved = [*still.tried[:-1], Tried(rungs=[best], complete=True, answers=8)]
-    assert not Explorer(GOAL, still.plan, (8,), known=moved).ended
-    assert Explorer(GOAL, still.plan, (8,), known=moved, end=still.final()).ended == still.ended
+    assert not replace(still, known=moved).ended
+    assert replace(still, known=moved, end=still.final()).ended == still.ended
 
 
 @pytest.mark.parametrize(
@@ -193,14 +207,13 @@ def test_a_search_opened_again_ends_as_it_did(still, measured):
     ],
 )
 def test_asked_for_more_it_decides_anew_from_what_was_measured(still, asked, goes_on):
-    again = Explorer(GOAL, replace(still.plan, **asked), (8,), known=still.tried, end=still.final())
+    again = opened(still, **asked)
     assert (again.propose() is not None) == goes_on
     assert bool(again.ended) != goes_on
 
 
 def test_a_used_up_plan_is_kept_with_its_failures_and_a_larger_one_goes_on(world):
-    plan = Plan(BOUNDS, trials=5, sampler="random")
-    explorer = Explorer(GOAL, plan, RUNGS)
+    explorer = explore(trials=5, sampler="random")
     proposals = [explorer.propose() for _ in range(5)]
     assert explorer.final() is None, "settings in flight are still part of the plan"
     explorer.fail(proposals[3].number, proposals[3].coefficients, "TimeoutError: the judge sleeps")
@@ -208,16 +221,16 @@ def test_a_used_up_plan_is_kept_with_its_failures_and_a_larger_one_goes_on(world
         assert explorer.finish(proposal.number, Tried(rungs=world(proposal.coefficients), complete=True, answers=64))
     end = explorer.final(seconds=12.5)
     assert (end.stopped, end.seconds) == ("all 5 settings were tried", 12.5)
-    again = Explorer(GOAL, plan, RUNGS, known=explorer.tried, end=end)
+    again = opened(explorer)
     assert again.result() == explorer.result()
     assert len(again.result().failed) == 1
-    more = Explorer(GOAL, replace(plan, trials=7), RUNGS, known=explorer.tried, end=end)
+    more = opened(explorer, trials=7)
     assert [more.propose() is None for _ in range(4)] == [False, False, False, True], "a failed setting does not count"
 
 
 def test_seconds_are_a_budget_too(world):
     now = [0.0]
-    explorer = Explorer(GOAL, Plan(BOUNDS, seconds=60), RUNGS, clock=lambda: now[0])
+    explorer = explore(seconds=60, clock=lambda: now[0])
     assert explorer.propose() is not None
     now[0] = 61.0
     assert explorer.propose() is None
@@ -225,7 +238,7 @@ def test_seconds_are_a_budget_too(world):
 
 
 def test_a_budget_in_flight_is_not_spent_twice(world):
-    explorer = Explorer(GOAL, Plan(BOUNDS, answers=150), RUNGS)
+    explorer = explore(answers=150)
     first, second = explorer.propose(), explorer.propose()
     assert explorer.propose() is None, "150 answers are two settings of 64"
     assert not explorer.ended, "one that is dropped early would leave room for another"
@@ -235,9 +248,9 @@ def test_a_budget_in_flight_is_not_spent_twice(world):
 
 
 def test_going_on_repeats_nothing_and_learns_from_what_is_known(world):
-    first = Explorer(GOAL, Plan(BOUNDS, trials=12, seed=4, sampler="tpe"), RUNGS)
+    first = explore(trials=12, seed=4, sampler="tpe")
     climb(first, world)
-    second = Explorer(GOAL, Plan(BOUNDS, trials=16, seed=4, sampler="tpe"), RUNGS, known=first.tried)
+    second = explore(trials=16, seed=4, sampler="tpe", known=first.tried)
     climb(second, world)
     assert second.tried[:12] == first.tried
     assert len(second.tried) == 16
@@ -245,7 +258,7 @@ def test_going_on_repeats_nothing_and_learns_from_what_is_known(world):
 
 
 def test_when_most_settings_fail_it_says_so_and_stops(world):
-    explorer = Explorer(GOAL, Plan(BOUNDS, trials=40), RUNGS)
+    explorer = explore(trials=40)
     base = explorer.propose()
     explorer.finish(base.number, Tried(rungs=world(base.coefficients), complete=True, answers=64))
     for _ in range(3):
@@ -259,7 +272,7 @@ def test_when_most_settings_fail_it_says_so_and_stops(world):
 
 
 def test_the_base_is_tried_twice_and_then_there_is_no_search(world):
-    explorer = Explorer(GOAL, Plan(BOUNDS), RUNGS)
+    explorer = explore()
     for _ in range(2):
         base = explorer.propose()
         assert base.coefficients == {"a": 0.0, "b": 0.0}
@@ -269,7 +282,7 @@ def test_the_base_is_tried_twice_and_then_there_is_no_search(world):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_no_wrong_number_enters_the_front(value, world, measured):
-    explorer = Explorer(GOAL, Plan(BOUNDS), RUNGS)
+    explorer = explore()
     base = explorer.propose()
     explorer.finish(base.number, Tried(rungs=world(base.coefficients), complete=True, answers=64))
     proposal = explorer.propose()
@@ -285,14 +298,13 @@ def test_six_preferences(measured):
     """`auto` leaves Gaussian processes alone there: one proposal would take them many seconds."""
     names = [f"p{i}" for i in range(6)]
     metrics = {name: Metric(direction="maximize", low=0, high=1) for name in names}
-    goal = Goal(objectives=tuple(names), metrics=metrics)
-    plan = Plan(dict.fromkeys(names, (-1.0, 1.0)), trials=20)
+    config = SearchConfig(objectives=names, trials=20, patience=None)
 
     def world(c: dict[str, float]) -> list:
         crowd = sum(max(0.0, x) for x in c.values()) / 6
         return [measured(c, **{n: [0.5 + 0.3 * c[n] - 0.1 * crowd] * 8 for n in names})]
 
-    explorer = Explorer(goal, plan, (8,))
+    explorer = Explorer(config, metrics, names, (8,))
     climb(explorer, world)
     result = explorer.result()
     assert explorer.sampler == "tpe"

@@ -1,18 +1,19 @@
 """A search in which results come back in any order: made-up scores, no cluster."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from prefvec_ray.search import Explorer, Plan, Tried
+from prefvec_ray.search import Explorer, Tried
 from prefvec_ray.search.ordered import Ordered
 from prefvec_ray.search.result import FailedTrial
-from tests.search.test_explore import BOUNDS, GOAL, RUNGS, world  # noqa: F401
+from tests.search.test_explore import RUNGS, explore, opened, world  # noqa: F401
 
 
-def carry_out(world, plan: Plan, *, processes: int, seed: int, fail: int | None = None) -> Explorer:  # noqa: F811
+def carry_out(world, options, *, processes: int, seed: int, fail: int | None = None) -> Explorer:  # noqa: F811
     """Four proposals under way on `processes` processes, any of which may finish next."""
-    ordered, chance = Ordered(Explorer(GOAL, plan, RUNGS), 4), random.Random(seed)
+    ordered, chance = Ordered(explore(**options), 4), random.Random(seed)
     flying: list = []
     while True:
         while len(flying) < 4 and (proposal := ordered.propose()):
@@ -31,33 +32,33 @@ def carry_out(world, plan: Plan, *, processes: int, seed: int, fail: int | None 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "plan",
+    "options",
     [
-        Plan(BOUNDS, trials=16, sampler="gp"),
-        Plan(BOUNDS, trials=60, sampler="tpe", patience=6),
-        Plan(BOUNDS, trials=24, sampler="nsga2"),
-        Plan(BOUNDS, trials=99, sampler="random", answers=12 * 64),
+        {"trials": 16, "sampler": "gp"},
+        {"trials": 60, "sampler": "tpe", "patience": 6},
+        {"trials": 24, "sampler": "nsga2"},
+        {"trials": 99, "sampler": "random", "answers": 12 * 64},
     ],
-    ids=lambda plan: plan.sampler,
+    ids=lambda options: options["sampler"],
 )
-def test_the_same_search_on_any_number_of_processes(plan, world):  # noqa: F811
-    results = [carry_out(world, plan, processes=n, seed=n).result() for n in (1, 2, 4)]
+def test_the_same_search_on_any_number_of_processes(options, world):  # noqa: F811
+    results = [carry_out(world, options, processes=n, seed=n).result() for n in (1, 2, 4)]
     assert results[0].stopped
     assert results[0] == results[1] == results[2]
 
 
 def test_a_failed_setting_is_taken_in_at_its_place(world):  # noqa: F811
-    plan = Plan(BOUNDS, trials=14, sampler="tpe")
-    results = [carry_out(world, plan, processes=n, seed=n, fail=7).result() for n in (1, 3)]
+    options = {"trials": 14, "sampler": "tpe"}
+    results = [carry_out(world, options, processes=n, seed=n, fail=7).result() for n in (1, 3)]
     assert results[0] == results[1]
     assert [failed.error for failed in results[0].failed] == ["OSError: no disk"]
 
 
 def test_results_that_came_after_the_end_do_not_count_when_it_is_opened_again(world):  # noqa: F811
-    plan = Plan(BOUNDS, trials=60, sampler="tpe", patience=6)
-    explorer = carry_out(world, plan, processes=4, seed=3)
+    options = {"trials": 60, "sampler": "tpe", "patience": 6}
+    explorer = carry_out(world, options, processes=4, seed=3)
     assert "stopped moving" in explorer.ended
     # The journal also has what was measured ahead of the results that ended the search.
     ahead = Tried(rungs=world({"a": 0.5, "b": 0.5}), complete=True, answers=64)
-    again = Explorer(GOAL, plan, RUNGS, known=[*explorer.tried, ahead], end=explorer.final())
+    again = replace(opened(explorer), known=[*explorer.tried, ahead])
     assert again.result() == explorer.result()

@@ -14,23 +14,31 @@ import pytest
 import torch
 from rich.console import Console
 
+from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.scorers import TextPrompt, scorer
-from prefvec_ray.search import Goal, Progress, Task, Tried, measure, search
+from prefvec_ray.search import Processes, Progress, SearchConfig, Task, Tried, measure
+from prefvec_ray.search import search as run_search
 from prefvec_ray.search.journal import Journal
+from prefvec_ray.search.progress import show_progress
 from prefvec_ray.search.result import Ended, FailedTrial
-from prefvec_ray.search.run import _definition, show_progress
+from prefvec_ray.search.run import _definition
 from prefvec_ray.vectors import save_vector, vector_from_state
 
 OBJECTIVES = ["length", "letters"]
 
 
+def search(task, folder, *, objectives=OBJECTIVES, progress=None, **options):
+    """Every setting in full, unless a test asks for rungs."""
+    config = SearchConfig(objectives=objectives, **{"rungs": (1.0,), **options})
+    return run_search(task, config, folder, progress=progress)
+
+
 @pytest.mark.slow
 def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
     lines = []
-    task = replace(task, rungs=(1.0,))
     settings = {"seed": 3, "actors": 2, "start": [{"left": 1.0}], "ranges": {"right": (-0.5, 1.5)}}
-    first = search(task, OBJECTIVES, tmp_path / "s", trials=6, progress=lines.append, **settings)
+    first = search(task, tmp_path / "s", trials=6, progress=lines.append, **settings)
     assert len(first.trials) == len(lines) == 6
     assert (lines[-1].done, lines[-1].trials, lines[-1].front) == (6, 6, len(first.front))
     tried = [trial.coefficients for trial in first.trials]
@@ -40,13 +48,13 @@ def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
     assert first.recommended is not None
     assert {path.name for path in (tmp_path / "s").iterdir()} == {"search.json", "trials.jsonl"}, "no checkpoints"
 
-    again = search(task, OBJECTIVES, tmp_path / "s", trials=6, **settings)
+    again = search(task, tmp_path / "s", trials=6, **settings)
     assert (again.trials, again.resumed) == (first.trials, 6)
     with pytest.raises(InputError, match=r"holds a search with other objectives"):
-        search(task, ["letters"], tmp_path / "s", trials=6)
+        search(task, tmp_path / "s", objectives=["letters"], trials=6)
 
     # What a setting scores depends on neither the process nor the order, and needs no Tune.
-    measured = measure(task, tried[:3], actors=1)
+    measured = measure(task, tried[:3], Processes(actors=1))
     assert [m.per_prompt for m in measured] == [trial.per_prompt for trial in first.trials[:3]]
 
 
@@ -70,11 +78,9 @@ def test_trials_that_raise_score_nan_die_or_hang_never_enter_the_front(task, len
             scores["letters"][0] = math.nan
         return scores
 
-    task = replace(task, scorer=unreliable, rungs=(1.0,))
+    task = replace(task, scorer=unreliable)
     seen: list[Progress] = []
-    result = search(
-        task, OBJECTIVES, tmp_path / "s", trials=7, actors=1, timeout=10, sampler="random", progress=seen.append
-    )
+    result = search(task, tmp_path / "s", trials=7, actors=1, timeout=10, sampler="random", progress=seen.append)
     assert [now.failure for now in seen if now.failure] == result.failed, "each is reported when it fails"
     assert [now.done for now in seen if not now.failure] == [1, 2, 3, 4]
     errors = [failed.error for failed in result.failed]
@@ -98,9 +104,9 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
     def constant(prompts, responses):
         return {"length": [1.0] * len(responses), "letters": [1.0] * len(responses)}
 
-    task, lines = replace(task, scorer=constant, rungs=(1.0,)), []
+    task, lines = replace(task, scorer=constant), []
     settings = {"trials": 40, "actors": 2, "sampler": "random"}
-    patient = search(task, OBJECTIVES, tmp_path / "patient", patience=3, **settings)
+    patient = search(task, tmp_path / "patient", patience=3, **settings)
     assert "the last 3 settings added nothing" in patient.stopped
     assert len(patient.trials) == 6
     in_flight = patient.trials[4].coefficients
@@ -108,7 +114,7 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
     class Hanging(Task):
         """The setting that is in flight when the front has stood still never comes back."""
 
-        def fidelity_schedule(self, rungs=None):
+        def fidelity_schedule(self, rungs):
             schedule = super().fidelity_schedule(rungs)
             evaluate = schedule.evaluate_rungs
 
@@ -121,18 +127,18 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
             return schedule
 
     hanging = Hanging(**{field.name: getattr(task, field.name) for field in fields(task)})
-    first = search(hanging, OBJECTIVES, tmp_path / "s", patience=2, progress=lines.append, **settings)
+    first = search(hanging, tmp_path / "s", patience=2, progress=lines.append, **settings)
     assert "the last 2 settings added nothing" in first.stopped
     assert [trial.coefficients for trial in first.trials] == [trial.coefficients for trial in patient.trials[:4]]
     assert len(lines) == 4
 
-    again = search(task, OBJECTIVES, tmp_path / "s", patience=2, **settings)
+    again = search(task, tmp_path / "s", patience=2, **settings)
     assert again.model_dump_json() == first.model_copy(update={"resumed": 4}).model_dump_json()
-    more = search(task, OBJECTIVES, tmp_path / "s", patience=3, **settings)
+    more = search(task, tmp_path / "s", patience=3, **settings)
     assert more.trials[:4] == first.trials
     assert "the last 3 settings added nothing" in more.stopped
     assert len(more.trials) == 6
-    assert search(task, OBJECTIVES, tmp_path / "s", patience=3, **settings).trials == more.trials
+    assert search(task, tmp_path / "s", patience=3, **settings).trials == more.trials
 
 
 def test_a_failing_setting_is_shown_at_once_and_is_no_progress():
@@ -215,9 +221,9 @@ def test_measuring_survives_a_process_that_dies_and_tells_what_a_scorer_raised(t
     task = replace(task, batch_size=8)  # a setting fills a batch, so they go one by one
     expected = [task.evaluator().evaluate(setting) for setting in settings]
     unsteady = replace(task, scorer=unreliable)
-    assert [e.metrics for e in measure(unsteady, settings, actors=1)] == [e.metrics for e in expected]
+    assert [e.metrics for e in measure(unsteady, settings, Processes(actors=1))] == [e.metrics for e in expected]
     with pytest.raises(JobError, match=r"measuring failed: RuntimeError: the judge is out for lunch$"):
-        measure(unsteady, settings, actors=1)
+        measure(unsteady, settings, Processes(actors=1))
 
 
 @pytest.mark.slow
@@ -227,17 +233,17 @@ def test_a_search_that_cannot_measure_its_base_ends_and_says_why(task, lengths, 
         raise RuntimeError("the judge is out for lunch")
 
     with pytest.raises(JobError, match=r"the base itself could not be measured: RuntimeError: the judge is out"):
-        search(replace(task, scorer=broken), OBJECTIVES, tmp_path / "s", trials=3, actors=1)
+        search(replace(task, scorer=broken), tmp_path / "s", trials=3, actors=1)
 
 
 def test_another_label_is_another_search(task, tmp_path):
     """A scorer may read it, and what is in the folder was scored by the old one."""
     folder = tmp_path / "s"
-    goal = Goal(objectives=("length",), metrics=task.metrics)
+    config = SearchConfig(objectives=["length"])
 
     def opened(label):
         labelled = replace(task, prompts=[TextPrompt("Why?", label)], base_fingerprint="none")
-        return Journal(folder, _definition(labelled, goal, {"left": (-1.0, 1.0)}, 0))
+        return Journal(folder, _definition(labelled, config))
 
     for _ in range(2):
         with opened("safe") as journal:
@@ -258,7 +264,8 @@ import os, sys, time
 from pathlib import Path
 import ray
 from prefvec_ray.scorers import Metric, scorer
-from prefvec_ray.search import Task, search
+from prefvec_ray.evaluation import Sampling
+from prefvec_ray.search import SearchConfig, Task, search
 
 @scorer(length=Metric(direction="minimize", low=0, high=1000), letters=Metric(direction="maximize", low=0, high=1))
 def slow(prompts, responses):
@@ -272,8 +279,9 @@ root, folder = map(Path, sys.argv[1:])
 local = os.environ["RAY_ADDRESS"] == "local"
 ray.init(log_to_driver=False, **({"num_cpus": 1, "include_dashboard": False} if local else {}))
 task = Task(base=root / "base", vectors={name: root / name for name in ("left", "right")},
-            prompts=["Why?", "How?"], scorer=slow, draws=2, max_new_tokens=12)
-result = search(task, ["length", "letters"], folder, trials=10, actors=1, progress=print, sampler="random")
+            prompts=["Why?", "How?"], scorer=slow, sampling=Sampling(samples_per_prompt=2, max_new_tokens=12))
+config = SearchConfig(objectives=["length", "letters"], trials=10, actors=1, sampler="random")
+result = search(task, config, folder, progress=print)
 print(result.model_dump_json())
 """
 
@@ -316,19 +324,27 @@ def test_a_driver_killed_in_the_middle_goes_on(task, tmp_path):
         ({"objectives": ["kindness"]}, "'kindness' is not a metric"),
         ({"ranges": {"up": (0, 1)}}, "a range is given for 'up'"),
         ({"ranges": {"left": (0.2, 1)}}, "it must contain 0, the base"),
-        ({"ranges": {"left": (-math.inf, 1)}}, "it must contain 0, the base"),
+        ({"ranges": {"left": (-math.inf, 1)}}, r"ranges\.left\.0: Input should be a finite number"),
         ({"start": [{"left": 7.0}]}, "not within the ranges"),
-        ({"trials": 0}, "0 trials; this search begins with 1 settings"),
-        ({"actors": 0}, "give at least one actor"),
+        ({"start": [{"up": 0.5}]}, "not within the ranges"),
+        ({"trials": 0}, "trials: Input should be greater than or equal to 2"),
+        ({"trials": 2, "start": [{"left": 0.5}, {"left": 1.0}]}, "2 trials; this search begins with 3 settings"),
+        ({"actors": 0}, "actors: Input should be greater than or equal to 1"),
+        ({"timeout": 0}, "timeout: Input should be greater than 0"),
         ({"answers": 15}, "a budget of 15 answers; one setting alone takes 16"),
-        ({"sampler": "cma"}, "sampler 'cma': choose one of auto, gp, tpe, nsga2, random, grid"),
+        ({"sampler": "cma"}, "sampler: Input should be 'auto', 'gp', 'tpe', 'nsga2', 'random' or 'grid'"),
         ({"sampler": "grid", "grid_steps": 13}, "begins with 170 settings"),
-        ({"patience": 1}, "patience is 1"),
+        ({"patience": 1}, "patience: Input should be greater than or equal to 2"),
+        ({"rungs": (0.5, 0.25)}, "expected rising shares"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(change, message, task, tmp_path):
+    def asked():
+        config = parse_config({"objectives": OBJECTIVES, **change}, SearchConfig, source="search")
+        return run_search(task, config, tmp_path / "s")
+
     with pytest.raises(InputError, match=message):
-        search(task, **{"objectives": OBJECTIVES, "folder": tmp_path / "s", **change})
+        asked()
     assert not (tmp_path / "s").exists()
 
 
@@ -339,4 +355,4 @@ def test_a_vector_of_another_base_is_refused_by_name(task, tmp_path):
     save_vector(stranger, tmp_path / "stranger")
     vectors = {**task.vectors, "left": tmp_path / "stranger"}
     with pytest.raises(InputError, match=r"vector 'left' .* belongs to base"):
-        search(replace(task, vectors=vectors), OBJECTIVES, tmp_path / "s")
+        search(replace(task, vectors=vectors), tmp_path / "s")

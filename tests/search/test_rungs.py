@@ -23,12 +23,12 @@ def test_rungs_add_up_to_every_answer_once(shares, answers):
     asked = [0] * 8
     for block in itertools.chain(*rungs):
         for i in block.prompts:
-            asked[i] += block.draws
+            asked[i] += block.samples
     assert asked == [4] * 8
     assert len({block.seed for block in itertools.chain(*rungs)}) == len(list(itertools.chain(*rungs)))
 
 
-def test_one_draw_is_split_by_prompts_and_not_in_their_order():
+def test_one_answer_a_prompt_is_split_by_prompts_and_not_in_their_order():
     (first,), (second,) = plan_rungs(20, 1, (0.5, 1))
     assert sorted(first.prompts + second.prompts) == list(range(20))
     assert first.prompts != tuple(range(10)), "the first prompts of a file may be all of one kind"
@@ -42,8 +42,8 @@ def test_shares_that_make_no_schedule(shares):
 
 
 def test_a_schedule_measures_each_answer_once_and_joins_them(task):
-    task = replace(task, rungs=(0.25, 0.5, 1.0), draws=4)
-    schedule = task.fidelity_schedule()
+    task = replace(task, sampling=task.sampling.model_copy(update={"samples_per_prompt": 4}))
+    schedule = task.fidelity_schedule((0.25, 0.5, 1.0))
     settings = [{"left": 0.5}, {"left": -0.5, "right": 0.3}]
     measured = [list(schedule.evaluate_rungs(setting)) for setting in settings]
     for rungs in measured:
@@ -51,10 +51,10 @@ def test_a_schedule_measures_each_answer_once_and_joins_them(task):
         parts = [evaluator.evaluate(rungs[0].coefficients) for evaluator in schedule.evaluators]
         for name in ("length", "letters"):
             for i in range(len(task.prompts)):
-                draws = [part.per_prompt[name][i] for part in parts]
-                assert first.per_prompt[name][i] == draws[0]
-                assert second.per_prompt[name][i] == pytest.approx((draws[0] + draws[1]) / 2)
-                assert third.per_prompt[name][i] == pytest.approx((draws[0] + draws[1] + 2 * draws[2]) / 4)
+                samples = [part.per_prompt[name][i] for part in parts]
+                assert first.per_prompt[name][i] == samples[0]
+                assert second.per_prompt[name][i] == pytest.approx((samples[0] + samples[1]) / 2)
+                assert third.per_prompt[name][i] == pytest.approx((samples[0] + samples[1] + 2 * samples[2]) / 4)
         assert third.tokens == sum(part.tokens for part in parts)
     for one, other in zip(*measured, strict=True):
         assert one.prompts_digest == other.prompts_digest, "paired at every rung"
@@ -62,7 +62,6 @@ def test_a_schedule_measures_each_answer_once_and_joins_them(task):
 
 
 def test_a_single_rung_is_a_plain_evaluation(task):
-    task = replace(task, rungs=(1.0,))
-    (joined,) = task.fidelity_schedule().evaluate_rungs({"left": 1.0})
+    (joined,) = task.fidelity_schedule((1.0,)).evaluate_rungs({"left": 1.0})
     plain = task.evaluator().evaluate({"left": 1.0})
     assert joined.model_copy(update={"seconds": 0.0}) == plain.model_copy(update={"seconds": 0.0})

@@ -24,7 +24,7 @@ def config(task, tmp_path):
             "vectors": {"left": "left@1"},
             "prompts": str(tmp_path / "prompts.csv"),
             "output": str(tmp_path / "out"),
-            "draws": 2,
+            "samples_per_prompt": 2,
             "max_new_tokens": 8,
             "settings": {"base": {}},
             **settings,

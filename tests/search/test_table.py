@@ -77,6 +77,7 @@ def test_runs_of_another_seed_or_preference(config, demo_run):
 
 def test_the_report_of_a_search_must_not_use_its_prompts(task):
     other = report_task(task, ["What is the time?"], 5)
-    assert (list(other.prompts), other.draws, other.rungs) == (["What is the time?"], 5, (1.0,))
+    assert (list(other.prompts), other.sampling.samples_per_prompt) == (["What is the time?"], 5)
+    assert other.sampling.max_new_tokens == task.sampling.max_new_tokens
     with pytest.raises(InputError, match="1 of the report prompts are search prompts too"):
         report_task(replace(task, prompts=["Why?", "How?"]), ["How", "When?"])
