@@ -57,6 +57,25 @@ def test_a_config_is_read_by_its_model_and_by_no_other(path, environment):
             load_config(path, other)
 
 
+@pytest.mark.parametrize(
+    ("model", "old", "new"),
+    [
+        (EvalConfig, "draws", "samples_per_prompt"),
+        (SearchJob, "draws", "samples_per_prompt"),
+        (SearchJob, "report_draws", "report_samples_per_prompt"),
+        (PipelineConfig, "draws", "samples_per_prompt"),
+        (PipelineConfig, "search_draws", "search_samples_per_prompt"),
+    ],
+)
+def test_the_old_name_of_a_field_leads_to_the_new_one(model, old, new, tmp_path):
+    (tmp_path / "old.yaml").write_text(f"{old}: 2")
+    with pytest.raises(InputError) as caught:
+        load_config(tmp_path / "old.yaml", model)
+    assert f"unknown setting {old!r} is called {new!r} now" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert new in model.model_fields
+
+
 def test_an_unset_variable_is_named(monkeypatch):
     monkeypatch.delenv("PREFVEC_SHARED", raising=False)
     with pytest.raises(InputError, match=r"\$\{PREFVEC_SHARED\}.*is not set"):

@@ -23,7 +23,7 @@ class Estimate(BaseModel):
 def estimate(per_prompt: Sequence[float | None]) -> Estimate | None:
     """Mean and standard error over the prompts where the metric is defined; None where it is defined on none.
 
-    Draws of one prompt are not independent of each other, prompts are: so the error is taken over prompts.
+    Samples of one prompt are not independent of each other, prompts are: so the error is taken over prompts.
     """
     values = [value for value in per_prompt if value is not None]
     if not values:

@@ -57,7 +57,7 @@ class Metric(BaseModel):
 @runtime_checkable
 class Scorer(Protocol):
     """Scores answers. Called with prompts and answers of equal length, a prompt repeated for each of its
-    draws."""
+    samples."""
 
     @property
     def metrics(self) -> Mapping[str, Metric]: ...
