@@ -206,8 +206,8 @@ def publish(training: "TrainingConfig", runs: dict[str, Any], console: Console) 
 
 def evaluate(config: PipelineConfig, world: "TinyWorld", folder: Path, console: Console) -> dict[str, Any]:
     """Every baseline and the whole grid on the report prompts, for each DPO seed, into `evaluation/`."""
+    from prefvec_ray.artifacts.evaluation import Measured, SeedResults
     from prefvec_ray.evaluation import baselines, grid, vector_settings
-    from prefvec_ray.evaluation.results import Measured, SeedResults
     from prefvec_ray.evaluation.training_run import TrainingRun
     from prefvec_ray.search import Processes, measure
 
@@ -357,7 +357,8 @@ def _ask(
 
 def report(config: PipelineConfig, folder: Path, stages: Stages, console: Console) -> Path:
     """Draw the report from what the stages left; it can be drawn again at any time."""
-    from prefvec_ray.evaluation.results import Curve, ReportData, SearchSummary, SeedResults
+    from prefvec_ray.artifacts.evaluation import Curve, ReportData, SearchSummary, SeedResults
+    from prefvec_ray.evaluation.control import check_claims
     from prefvec_ray.reports.report import write_report
     from prefvec_ray.scorers import TinyWorldScorer
     from prefvec_ray.scorers.base import safety_cards
@@ -393,7 +394,7 @@ def report(config: PipelineConfig, folder: Path, stages: Stages, console: Consol
         config=redacted(config.model_dump()),
     )
     write_report(folder, data)
-    claims = data.claims()
+    claims = check_claims(data)
     failing = [f"seed {seed}: {claim.text} ({claim.evidence})" for seed, claim in claims if not claim.holds]
     console.print(
         f"{len(claims) - len(failing)} of {len(claims)} claims hold; {sum(stages.seconds.values()):.0f} s in all"

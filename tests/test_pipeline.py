@@ -5,8 +5,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from prefvec_ray.artifacts.evaluation import SeedResults
 from prefvec_ray.demo import MICRO, PREFERENCES
-from prefvec_ray.evaluation.results import SeedResults
 from prefvec_ray.registry import Registry
 
 STAGES = ["world", "base", "training", "vectors", "evaluation", "search", "serving"]

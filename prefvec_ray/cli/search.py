@@ -10,7 +10,7 @@ from prefvec_ray.cli.shared import console, load, print_notes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prefvec_ray.evaluation.results import SearchSummary
+    from prefvec_ray.artifacts.evaluation import SearchSummary
     from prefvec_ray.search import Goal, SearchJob, SearchResult, Task
 
 
@@ -25,9 +25,9 @@ def search_coefficients(config: "SearchJob", console: "Console") -> None:
     """Search, print the front and the recommendation, publish it where the config names a preset."""
     from rich.markup import escape
 
+    from prefvec_ray.artifacts.evaluation import card_warnings
     from prefvec_ray.common.cluster import connect, progress_bar
     from prefvec_ray.common.paths import check_lasting
-    from prefvec_ray.evaluation.results import card_warnings
     from prefvec_ray.scorers.base import safety_cards
     from prefvec_ray.search import search as run_search
     from prefvec_ray.search.progress import show_progress

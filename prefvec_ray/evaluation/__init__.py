@@ -4,10 +4,12 @@ evaluator = Evaluator(live, tokenizer, world.prompts("report"), TinyWorldScorer(
 evaluator.evaluate({"helpful": 1.0, "harmless": 0.5}).metrics["helpful"]
 """
 
-from prefvec_ray.evaluation.control import Claim, check_control, improves, monotone, valid_everywhere
-from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, Evaluator, Sample, compare
+from prefvec_ray.artifacts.evaluation import Claim, Evaluation, Sample, Setting
+from prefvec_ray.common.estimates import Estimate
+from prefvec_ray.evaluation.control import check_control, improves, monotone, valid_everywhere
+from prefvec_ray.evaluation.evaluate import Evaluator, compare
 from prefvec_ray.evaluation.generate import Sampling, sample
-from prefvec_ray.evaluation.settings import Setting, baselines, grid, is_base, vector_settings, vectors_at
+from prefvec_ray.evaluation.settings import baselines, grid, is_base, vector_settings, vectors_at
 
 __all__ = [
     "Claim",

@@ -7,11 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
+from prefvec_ray.artifacts.evaluation import Claim, Effect, Evaluation, Metric, ReportData
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, better, compare_metric, estimate
-from prefvec_ray.scorers.base import Metric
+from prefvec_ray.common.estimates import estimate
+from prefvec_ray.evaluation.evaluate import better, compare_metric
+from prefvec_ray.evaluation.settings import together_name
 
 TOLERANCE = 0.02
 """How far a metric may fall from one coefficient to the next and still be called monotone; sampling noise
@@ -19,16 +20,6 @@ is about this."""
 
 ERRORS = 2.0
 """How many paired standard errors an improvement must exceed to be called one."""
-
-
-class Claim(BaseModel):
-    """A statement about the measurements, whether it holds, and the numbers that say so."""
-
-    model_config = ConfigDict(frozen=True)
-
-    text: str
-    holds: bool
-    evidence: str
 
 
 def lines(grid: Sequence[Evaluation], preference: str) -> list[list[Evaluation]]:
@@ -137,16 +128,6 @@ def improves(
     )
 
 
-class Effect(BaseModel):
-    """What one coefficient does to one metric: d metric / d coefficient, on average over the settings measured."""
-
-    model_config = ConfigDict(frozen=True)
-
-    preference: str
-    metric: str
-    slope: Estimate
-
-
 def coupling(settings: Sequence[Evaluation], metrics: Sequence[str]) -> list[Effect]:
     """The coupling matrix d metric_q / d eta_p of settings that were measured on the same prompts.
 
@@ -197,6 +178,27 @@ def check_control(
         for claim in monotone(grid, preference, metric, metrics, tolerance=tolerance)
     ]
     return claims if valid is None else [*claims, valid_everywhere(grid, valid, floor=floor)]
+
+
+def check_claims(data: ReportData) -> list[tuple[int, Claim]]:
+    """Every claim with the DPO seed that it was checked on, as far as the settings were measured: all vectors at 1
+    above the base in every objective, monotone control, validity."""
+    found = []
+    together = together_name(len(data.objectives))
+    for results in data.seeds:
+        rows = {measured.setting.name: measured.evaluation for measured in results.table}
+        claims: list[Claim] = []
+        if {together, "base"} <= set(rows):
+            claims += [
+                improves(rows[together], rows["base"], metric, data.metrics, names=(together, "base"))
+                for metric in data.objectives.values()
+            ]
+        if results.grid and data.objectives:
+            claims += check_control(
+                results.grid, data.objectives, data.metrics, valid=data.validity, floor=data.validity_floor
+            )
+        found += [(results.seed, claim) for claim in claims]
+    return found
 
 
 def _point(evaluation: Evaluation) -> str:

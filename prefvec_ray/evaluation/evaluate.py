@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from prefvec_ray.artifacts.evaluation import Evaluation, Metric, Sample
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import Estimate, estimate
 from prefvec_ray.evaluation.generate import BATCH_SIZE, Conversation, Sampling, Steer, encode, sample_ids
@@ -23,49 +23,11 @@ from prefvec_ray.evaluation.likelihood import (
     check_measures,
     margin_metrics,
 )
-from prefvec_ray.scorers.base import Metric, Scorer, run_scorer, scorer_digest
+from prefvec_ray.scorers.base import Scorer, run_scorer, scorer_digest
 from prefvec_ray.scorers.prompts import prompt_messages
 
 if TYPE_CHECKING:
     from prefvec_ray.vectors import LiveModel, Steering
-
-
-class Sample(BaseModel):
-    """A prompt and one answer to it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    prompt: str
-    answer: str
-
-
-class Evaluation(BaseModel):
-    """What one setting scored. Plain data: JSON both ways."""
-
-    model_config = ConfigDict(frozen=True)
-
-    coefficients: dict[str, float]
-    metrics: dict[str, Estimate | None]
-    """None for a metric that was defined on none of the prompts."""
-    per_prompt: dict[str, list[float | None]]
-    """Each metric's mean over the samples of each prompt, None where undefined: what paired comparisons need."""
-    prompts_digest: str
-    """Of the prompts and how they were sampled: evaluations are comparable where it is equal."""
-    samples: list[Sample]
-    seconds: float
-    tokens: int
-
-    def mean(self, metric: str) -> float:
-        """The mean of `metric`.
-
-        Raises:
-            InputError: there is no such metric, or it was defined on none of the prompts.
-        """
-        estimate = self.metrics.get(metric)
-        if estimate is None:
-            known = ", ".join(name for name, value in self.metrics.items() if value is not None)
-            raise InputError(f"metric {metric!r} was not measured here; measured: {known}")
-        return estimate.mean
 
 
 class Evaluator:

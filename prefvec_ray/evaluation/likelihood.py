@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.evaluation.generate import encode
-from prefvec_ray.scorers.base import Metric
 
 Use = Callable[[Mapping[str, float]], None]
 

@@ -7,26 +7,12 @@ is then a setting of coefficients, and one model measures all of them.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from prefvec_ray.artifacts.evaluation import Setting
 from prefvec_ray.common.errors import InputError
 
 MIXED = "mixed"
 MAX_PREFERENCES = 6
-
-Kind = Literal["base", "single", "mixed", "control", "soup", "vectors"]
-
-
-class Setting(BaseModel):
-    """A named point of the comparison table. Names that `coefficients` leaves out are 0."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    kind: Kind
-    coefficients: dict[str, float]
 
 
 def is_base(coefficients: Mapping[str, float]) -> bool:
@@ -71,6 +57,11 @@ def vectors_at(coefficients: dict[str, float]) -> Setting:
     """The vectors at these coefficients, named by them: `vectors (1, 0.5)`."""
     values = ", ".join(f"{value:g}" for value in coefficients.values())
     return Setting(name=f"vectors ({values})", kind="vectors", coefficients=coefficients)
+
+
+def together_name(preferences: int) -> str:
+    """The name of the setting with every vector at 1."""
+    return f"vectors ({', '.join(['1'] * preferences)})"
 
 
 def grid(preferences: Sequence[str], *, steps: int = 5, low: float = -1.0, high: float = 1.0) -> list[dict[str, float]]:

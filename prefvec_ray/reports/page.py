@@ -9,12 +9,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefvec_ray.artifacts.evaluation import Effect, Evaluation, Metric, Preset, ReportData, SearchSummary, SeedResults
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation.control import Effect, coupling, lines
-from prefvec_ray.evaluation.evaluate import Estimate, Evaluation, compare, compare_metric, estimate
-from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary, SeedResults, together_name
-from prefvec_ray.evaluation.settings import is_base
-from prefvec_ray.scorers.base import Metric
+from prefvec_ray.common.estimates import Estimate, estimate
+from prefvec_ray.evaluation.control import check_claims, coupling, lines
+from prefvec_ray.evaluation.evaluate import compare, compare_metric
+from prefvec_ray.evaluation.settings import is_base, together_name
 
 SAMPLED = 200
 """Points beyond the front that keep their sample answers: a search of thousands must not make a page of gigabytes."""
@@ -78,7 +78,7 @@ def summary(data: ReportData) -> list[str]:
     costs = _costs(effects(data), data)
     if costs:
         found.append(costs)
-    claims = data.claims()
+    claims = check_claims(data)
     if claims:
         held = sum(claim.holds for _, claim in claims)
         found.append(

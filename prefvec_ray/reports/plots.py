@@ -12,11 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from prefvec_ray.artifacts.evaluation import Curve, Evaluation, Metric, SearchSummary, SeedResults
 from prefvec_ray.evaluation.control import mean_path
-from prefvec_ray.evaluation.evaluate import Evaluation
-from prefvec_ray.evaluation.results import Curve, SearchSummary, SeedResults
 from prefvec_ray.evaluation.settings import MIXED
-from prefvec_ray.scorers.base import Metric
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999",

@@ -15,9 +15,10 @@ import jinja2
 import markdown
 from markupsafe import Markup
 
-from prefvec_ray.evaluation.control import ERRORS, Effect
-from prefvec_ray.evaluation.evaluate import Evaluation, compare
-from prefvec_ray.evaluation.results import ReportData, SearchSummary, together_name
+from prefvec_ray.artifacts.evaluation import Effect, Evaluation, ReportData, SearchSummary
+from prefvec_ray.evaluation.control import ERRORS, check_claims
+from prefvec_ray.evaluation.evaluate import compare
+from prefvec_ray.evaluation.settings import together_name
 from prefvec_ray.reports import page, plots
 
 MAX_PAIRS = 3
@@ -112,7 +113,7 @@ def _draw(folder: Path, data: ReportData) -> list[str]:
 
 def _facts(data: ReportData) -> dict[str, Any]:
     """What the template needs: the data, and every table as Markdown."""
-    claims = data.claims()
+    claims = check_claims(data)
     settings = {answer.setting: answer.coefficients for answer in data.served}
     answers: dict[str, dict[str, str]] = {}
     for answer in data.served:

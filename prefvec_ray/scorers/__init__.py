@@ -3,9 +3,9 @@
 load_scorer({"type": "refusal"})(prompts, responses)      # {metric: one number an answer}
 """
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.scorers.base import (
     LengthScorer,
-    Metric,
     Scorer,
     ScorerError,
     ScorerTimeoutError,

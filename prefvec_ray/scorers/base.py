@@ -16,42 +16,17 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict
 
+from prefvec_ray.artifacts.evaluation import Direction, Metric, ScorerCard
+from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.tiny_world import METRICS, TinyWorld
 
-Direction = Literal["maximize", "minimize"]
 Scores = dict[str, list[float | None]]
 """Metric -> one value per answer; None where the metric is not defined for that prompt or answer."""
-
-
-class Metric(BaseModel):
-    """How to read a score. `direction` None: neither way is better in itself. `low`, `high` None: unbounded
-    there."""
-
-    model_config = ConfigDict(frozen=True)
-
-    direction: Direction | None
-    low: float | None = None
-    high: float | None = None
-    meaning: str = ""
-    safety: bool = False
-    """This metric decides harmlessness: a report shows the card of its scorer, and warns where none passes."""
-
-    @property
-    def worst(self) -> float | None:
-        """The worst value that the range allows, where there is one."""
-        return {"maximize": self.low, "minimize": self.high}[self.direction] if self.direction else None
-
-    def gain(self, value: float, over: float) -> float:
-        """How much better `value` is than `over`: positive is better, whatever the direction."""
-        if self.direction is None:
-            raise InputError("a metric without a direction has no gain; choose one that is maximized or minimized")
-        return value - over if self.direction == "maximize" else over - value
 
 
 @runtime_checkable
@@ -223,14 +198,19 @@ def scorer_notes(scorer: Scorer) -> list[str]:
     return notes() if callable(notes) else []
 
 
-def safety_cards(scorer: Scorer) -> dict[str, dict[str, Any] | None]:
-    """Each metric that decides harmlessness -> the card of the scorer that measures it, None where it has none."""
-    cards: dict[str, dict[str, Any] | None] = {}
+def safety_cards(scorer: Scorer) -> dict[str, ScorerCard | None]:
+    """Each metric that decides harmlessness -> the card of the scorer that measures it, None where it has none.
+
+    Raises:
+        InputError: a card whose fields have other types.
+    """
+    cards: dict[str, ScorerCard | None] = {}
     for part in getattr(scorer, "parts", [scorer]):
         card = getattr(part, "card", None)
         for name, metric in part.metrics.items():
             if metric.safety:
-                cards[name] = dict(card) if card else None
+                source = f"the card of the scorer of {name!r}"
+                cards[name] = parse_config(dict(card), ScorerCard, source=source) if card else None
     return cards
 
 

@@ -17,9 +17,10 @@ from typing import Any
 from blake3 import blake3
 from pydantic import BaseModel
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import parse_json
-from prefvec_ray.scorers.base import Metric, Scorer, Scores, run_scorer, scorer_digest, scorer_notes
+from prefvec_ray.scorers.base import Scorer, Scores, run_scorer, scorer_digest, scorer_notes
 
 MAX_ENTRIES = 2_000_000
 BATCH = 500

@@ -14,11 +14,12 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from prefvec_ray.artifacts.evaluation import Direction, Metric
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.pretrained import from_pretrained
-from prefvec_ray.scorers.base import Direction, Metric, Scores, content_digest
+from prefvec_ray.scorers.base import Scores, content_digest
 from prefvec_ray.scorers.prompts import prompt_messages, prompt_text
 
 Encoding = Literal["chat", "pair", "response"]

@@ -6,17 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from prefvec_ray.artifacts.evaluation import Direction
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.scorers.base import (
-    Direction,
-    LengthScorer,
-    Scorer,
-    TinyWorldScorer,
-    combine,
-    load_scorer,
-    scorer_digest,
-)
+from prefvec_ray.scorers.base import LengthScorer, Scorer, TinyWorldScorer, combine, load_scorer, scorer_digest
 from prefvec_ray.scorers.cache import CachedScorer, ScoreCache
 from prefvec_ray.scorers.classifiers import ClassifierScorer, Encoding
 from prefvec_ray.scorers.isolated import IsolatedScorer

@@ -12,16 +12,9 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.scorers.base import (
-    Metric,
-    Scorer,
-    ScorerError,
-    ScorerTimeoutError,
-    Scores,
-    load_scorer,
-    scorer_digest,
-)
+from prefvec_ray.scorers.base import Scorer, ScorerError, ScorerTimeoutError, Scores, load_scorer, scorer_digest
 
 STARTING = 120.0
 """Seconds that a child may take for its imports."""

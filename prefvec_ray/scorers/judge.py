@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.scorers.base import Metric, ScorerError, Scores, content_digest
+from prefvec_ray.scorers.base import ScorerError, Scores, content_digest
 from prefvec_ray.scorers.cache import ScoreCache, score_key
 from prefvec_ray.scorers.judge_config import AGAIN, JudgeConfig, load_baseline, load_template, marks, read_verdict
 from prefvec_ray.scorers.prompts import prompt_text

@@ -9,17 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.patterns import compile_pattern
-from prefvec_ray.scorers.base import (
-    Metric,
-    Scorer,
-    Scores,
-    content_digest,
-    run_scorer,
-    scorer_digest,
-    scorer_notes,
-)
+from prefvec_ray.scorers.base import Scorer, Scores, content_digest, run_scorer, scorer_digest, scorer_notes
 
 LABELS = ("safe", "unsafe")
 READ = 400

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.artifacts.evaluation import Evaluation, Preset, ReportData, SearchSummary
 from prefvec_ray.evaluation.prompts import check_disjoint
-from prefvec_ray.evaluation.results import Preset, ReportData, SearchSummary
 from prefvec_ray.scorers.base import safety_cards, scorer_digest
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.options import Bounds, SearchConfig

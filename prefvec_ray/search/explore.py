@@ -28,8 +28,8 @@ from typing import Any
 import optuna
 import torch
 
-from prefvec_ray.evaluation import Evaluation, is_base
-from prefvec_ray.scorers import Metric
+from prefvec_ray.artifacts.evaluation import Evaluation, Metric
+from prefvec_ray.evaluation import is_base
 from prefvec_ray.search.noise import MeasuredSettings
 from prefvec_ray.search.options import SearchConfig
 from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried

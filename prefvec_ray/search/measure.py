@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from rich.console import Console
 
+from prefvec_ray.artifacts.evaluation import Evaluation
 from prefvec_ray.common.cluster import reason
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.scheduling import Waiting, actor_options, bundle_of, check_room
-from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import shares_batch
 from prefvec_ray.search.options import Processes
 from prefvec_ray.search.trial import DEATHS, Task

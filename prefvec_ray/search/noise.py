@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from prefvec_ray.artifacts.evaluation import Evaluation
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from prefvec_ray.search.result import Goal

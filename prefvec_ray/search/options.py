@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.scorers import Metric
 from prefvec_ray.search.result import Goal
 
 FULL_RANGE = (-1.0, 1.0)

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.artifacts.evaluation import Evaluation
 from prefvec_ray.search.explore import Explorer, Proposal
 from prefvec_ray.search.result import FailedTrial, Tried
 

@@ -7,11 +7,11 @@ publish(registry, preset, {"helpful": "helpful@1"}, evidence(...))
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prefvec_ray.artifacts.evaluation import Evaluation, Preset, ScorerCard
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation import Evaluation, is_base
+from prefvec_ray.evaluation import is_base
 from prefvec_ray.evaluation.control import ERRORS
 from prefvec_ray.evaluation.evaluate import compare_metric
-from prefvec_ray.evaluation.results import Preset
 from prefvec_ray.search.result import Goal, SearchResult
 
 if TYPE_CHECKING:
@@ -131,7 +131,9 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
     return {name: value.model_dump() for name, value in evaluation.metrics.items() if value is not None}
 
 
-def search_evidence(result: SearchResult, *, scorer: str | None, cards: Mapping[str, Any]) -> dict[str, Any]:
+def search_evidence(
+    result: SearchResult, *, scorer: str | None, cards: Mapping[str, ScorerCard | None]
+) -> dict[str, Any]:
     """The lineage of a search, for `publish`: what was searched, and with which scorer and cards."""
     return {
         "search": {
@@ -143,7 +145,7 @@ def search_evidence(result: SearchResult, *, scorer: str | None, cards: Mapping[
             "ended": result.stopped,
         },
         "scorer": scorer,
-        "cards": {name: dict(card) if card else None for name, card in cards.items()},
+        "cards": {name: card.model_dump(exclude_unset=True) if card else None for name, card in cards.items()},
     }
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from prefvec_ray.artifacts.evaluation import Evaluation, Metric, SearchSummary
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation import Evaluation, is_base
-from prefvec_ray.evaluation.results import SearchSummary
-from prefvec_ray.scorers import Metric
+from prefvec_ray.evaluation import is_base
 from prefvec_ray.search.noise import MeasuredSettings
 from prefvec_ray.search.pareto import Point, Volume
 

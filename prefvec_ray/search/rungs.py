@@ -17,7 +17,8 @@ from blake3 import blake3
 from prefvec_ray.common.errors import InputError
 
 if TYPE_CHECKING:
-    from prefvec_ray.evaluation import Evaluation, Evaluator
+    from prefvec_ray.artifacts.evaluation import Evaluation
+    from prefvec_ray.evaluation import Evaluator
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class FidelitySchedule:
 
 
 def _joined(parts: "Sequence[tuple[Block, Evaluation]]", prompts: int, of_pairs: set[str]) -> "Evaluation":
-    from prefvec_ray.evaluation.evaluate import estimate
+    from prefvec_ray.common.estimates import estimate
 
     first = parts[0][1]
     per_prompt = {

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from prefvec_ray.artifacts.evaluation import Measured, ReportData, SeedResults, Setting
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.redact import redacted
-from prefvec_ray.evaluation import Setting, baselines, vector_settings
-from prefvec_ray.evaluation.results import Measured, ReportData, SeedResults
+from prefvec_ray.evaluation import baselines, vector_settings
 from prefvec_ray.scorers.base import safety_cards
 from prefvec_ray.search.config import EvalConfig
 from prefvec_ray.search.measure import measure

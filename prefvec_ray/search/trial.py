@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
+from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.paths import check_visible, this_node
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.generate import BATCH_SIZE, Sampling
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
-from prefvec_ray.scorers import Metric, Scorer, load_scorer
+from prefvec_ray.scorers import Scorer, load_scorer
 from prefvec_ray.search.result import Tried
 from prefvec_ray.search.rungs import Block, FidelitySchedule, plan_rungs
 
 if TYPE_CHECKING:
-    from prefvec_ray.evaluation import Evaluation, Evaluator
+    from prefvec_ray.artifacts.evaluation import Evaluation
+    from prefvec_ray.evaluation import Evaluator
 
 
 DEATHS = 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Sample
-from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 from prefvec_ray.vectors import LiveModel, PreferenceVector, fingerprint, vector_from_state
 

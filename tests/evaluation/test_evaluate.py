@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Evaluator, Sampling, compare
-from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.scorers import Metric, TinyWorldScorer, scorer
 from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
 

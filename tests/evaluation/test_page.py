@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from prefvec_ray.artifacts.evaluation import Measured, Preset, ReportData, SearchSummary, SeedResults
 from prefvec_ray.evaluation import Sample, Setting
-from prefvec_ray.evaluation.results import Measured, Preset, ReportData, SearchSummary, SeedResults
 from prefvec_ray.evaluation.settings import grid
 from prefvec_ray.reports.page import as_script, control_curves, page_data, summary
 from prefvec_ray.reports.report import write_report

@@ -3,8 +3,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from prefvec_ray.artifacts.evaluation import Curve, Measured, ReportData, SearchSummary, SeedResults, ServedAnswer
 from prefvec_ray.evaluation import baselines, grid, vector_settings
-from prefvec_ray.evaluation.results import Curve, Measured, ReportData, SearchSummary, SeedResults, ServedAnswer
 from prefvec_ray.reports.report import write_report
 from prefvec_ray.scorers import Metric
 

@@ -132,14 +132,17 @@ def test_a_digest_stands_for_all_that_a_score_depends_on(world, my_scores):
 
 def test_what_decides_harmlessness_shows_its_card(world):
     cards = safety_cards(combine([TinyWorldScorer(world), LengthScorer("length")]))
-    assert {name: card["verdict"] for name, card in cards.items()} == {
+    assert {name: card.verdict for name, card in cards.items()} == {
         "harmless": "not needed",
         "refusal_unsafe": "not needed",
     }
     cards = safety_cards(combine([RefusalScorer(), LengthScorer("length")]))
-    assert {name: card["verdict"] for name, card in cards.items()} == {"refuses_unsafe": "inconclusive"}
+    assert {name: card.verdict for name, card in cards.items()} == {"refuses_unsafe": "inconclusive"}
     mine = scorer(mild=Metric(direction="maximize", safety=True))(lambda prompts, responses: {})
     assert safety_cards(mine) == {"mild": None}
+    mine.card = {"verdict": "pass", "rungs": [{"name": "pgd", "mean": "most"}]}
+    with pytest.raises(InputError, match=r"the card of the scorer of 'mild': rungs\.0\.mean: Input should be a valid"):
+        safety_cards(mine)
 
 
 def test_a_scorer_that_does_not_answer_is_not_waited_for():

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Sampling
-from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.scorers import Metric, Scorer, scorer
 from prefvec_ray.search import Task
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model

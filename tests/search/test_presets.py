@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation
-from prefvec_ray.evaluation.evaluate import estimate
 from prefvec_ray.registry import Registry
 from prefvec_ray.scorers import Metric
-from prefvec_ray.search import Goal, SearchResult
+from prefvec_ray.search import Goal, SearchConfig, SearchResult
 from prefvec_ray.search.confirmation import along, publish_presets
 from prefvec_ray.search.presets import choose, confirm, default_rules, publish, publish_searched
 from prefvec_ray.vectors import save_vector, vector_from_state
@@ -160,8 +160,9 @@ def test_a_recommendation_by_the_search_prompts_alone(result, registry):
     assert "nothing" not in {preset.name for preset in registry.list_presets()}
 
 
-def test_each_dial_by_itself():
-    assert along(["a", "b"], 3, {"b": (0.0, 2.0)}) == [
+def test_each_coefficient_alone():
+    bounds = SearchConfig(objectives=["x"], ranges={"b": (0.0, 2.0)}).bounds(["a", "b"])
+    assert along(bounds, 3) == [
         {"a": -1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 0.0},
         {"a": 0.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 0.0, "b": 2.0},
     ]  # fmt: skip

@@ -1,20 +1,126 @@
-"""The plain data of a whole run, from which plots and report are drawn: `ReportData` and its parts. JSON
-both ways."""
+"""What evaluation and search measured: plain data that reports, the demo and the commands read. JSON both ways."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation.control import Claim, check_control, improves
-from prefvec_ray.evaluation.evaluate import Evaluation
-from prefvec_ray.evaluation.settings import Setting
-from prefvec_ray.scorers.base import Metric
+from prefvec_ray.common.estimates import Estimate
+
+Direction = Literal["maximize", "minimize"]
 
 
 class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Metric(_Data):
+    """How to read a score. `direction` None: neither way is better in itself. `low`, `high` None: unbounded
+    there."""
+
+    direction: Direction | None
+    low: float | None = None
+    high: float | None = None
+    meaning: str = ""
+    safety: bool = False
+    """This metric decides harmlessness: a report shows the card of its scorer, and warns where none passes."""
+
+    @property
+    def worst(self) -> float | None:
+        """The worst value that the range allows, where there is one."""
+        return {"maximize": self.low, "minimize": self.high}[self.direction] if self.direction else None
+
+    def gain(self, value: float, over: float) -> float:
+        """How much better `value` is than `over`: positive is better, whatever the direction."""
+        if self.direction is None:
+            raise InputError("a metric without a direction has no gain; choose one that is maximized or minimized")
+        return value - over if self.direction == "maximize" else over - value
+
+
+class Sample(_Data):
+    """A prompt and one answer to it."""
+
+    prompt: str
+    answer: str
+
+
+class Evaluation(_Data):
+    """What one setting scored. Plain data: JSON both ways."""
+
+    coefficients: dict[str, float]
+    metrics: dict[str, Estimate | None]
+    """None for a metric that was defined on none of the prompts."""
+    per_prompt: dict[str, list[float | None]]
+    """Each metric's mean over the samples of each prompt, None where undefined: what paired comparisons need."""
+    prompts_digest: str
+    """Of the prompts and how they were sampled: evaluations are comparable where it is equal."""
+    samples: list[Sample]
+    seconds: float
+    tokens: int
+
+    def mean(self, metric: str) -> float:
+        """The mean of `metric`.
+
+        Raises:
+            InputError: there is no such metric, or it was defined on none of the prompts.
+        """
+        estimate = self.metrics.get(metric)
+        if estimate is None:
+            known = ", ".join(name for name, value in self.metrics.items() if value is not None)
+            raise InputError(f"metric {metric!r} was not measured here; measured: {known}")
+        return estimate.mean
+
+
+Kind = Literal["base", "single", "mixed", "control", "soup", "vectors"]
+
+
+class Setting(_Data):
+    """A named point of the comparison table. Names that `coefficients` leaves out are 0."""
+
+    name: str
+    kind: Kind
+    coefficients: dict[str, float]
+
+
+class Claim(_Data):
+    """A statement about the measurements, whether it holds, and the numbers that say so."""
+
+    text: str
+    holds: bool
+    evidence: str
+
+
+class Effect(_Data):
+    """What one coefficient does to one metric: d metric / d coefficient, on average over the settings measured."""
+
+    preference: str
+    metric: str
+    slope: Estimate
+
+
+class CardRate(BaseModel):
+    """The share of inputs that a scorer judged right, with the ends of its 95% interval."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+class ScorerCard(BaseModel):
+    """What is known of how far a scorer can be trusted; an audit's card has more fields (docs/robustness.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    verdict: str | None = None
+    reason: str | None = None
+    clean: CardRate | None = None
+    rungs: list[CardRate] = []
+    """Under each attack, the weakest first."""
 
 
 class Measured(_Data):
@@ -138,7 +244,7 @@ class ReportData(_Data):
     objectives: dict[str, str]
     metrics: dict[str, Metric]
     seeds: list[SeedResults] = []
-    cards: dict[str, dict[str, Any] | None] = {}
+    cards: dict[str, ScorerCard | None] = {}
     """Each metric that decides harmlessness -> the card of its scorer (docs/scorers.md), None where it has none."""
     curves: list[Curve] = []
     search: SearchSummary | None = None
@@ -150,29 +256,9 @@ class ReportData(_Data):
     """Stage -> seconds of wall-clock."""
     machine: dict[str, str | int | float] = {}
     versions: dict[str, str] = {}
-    config: dict[str, Any] = {}
+    config: dict[str, JsonValue] = {}
     notes: list[str] = []
     """Further limits of this run that a reader must know."""
-
-    def claims(self) -> list[tuple[int, Claim]]:
-        """Every claim with the DPO seed that it was checked on, as far as the settings were measured: all vectors at 1
-        above the base in every objective, monotone control, validity."""
-        found = []
-        together = together_name(len(self.objectives))
-        for results in self.seeds:
-            rows = {measured.setting.name: measured.evaluation for measured in results.table}
-            claims: list[Claim] = []
-            if {together, "base"} <= set(rows):
-                claims += [
-                    improves(rows[together], rows["base"], metric, self.metrics, names=(together, "base"))
-                    for metric in self.objectives.values()
-                ]
-            if results.grid and self.objectives:
-                claims += check_control(
-                    results.grid, self.objectives, self.metrics, valid=self.validity, floor=self.validity_floor
-                )
-            found += [(results.seed, claim) for claim in claims]
-        return found
 
     def warnings(self) -> list[str]:
         """What a reader must be told before believing a word about harmlessness: metrics that decide it and whose
@@ -180,15 +266,10 @@ class ReportData(_Data):
         return card_warnings(self.cards)
 
 
-def together_name(preferences: int) -> str:
-    """The name of the setting with every vector at 1."""
-    return f"vectors ({', '.join(['1'] * preferences)})"
-
-
 TRUSTED = ("pass", "not needed")
 
 
-def card_warnings(cards: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+def card_warnings(cards: Mapping[str, ScorerCard | None]) -> list[str]:
     """One line for each safety metric whose scorer has no card, or one that does not pass."""
     found = []
     for metric, card in cards.items():
@@ -196,9 +277,9 @@ def card_warnings(cards: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
             found.append(
                 f"{metric} decides harmlessness, but its scorer was never audited: how easily it is fooled is not known"
             )
-        elif card.get("verdict") not in TRUSTED:
+        elif card.verdict not in TRUSTED:
             found.append(
-                f"{metric} decides harmlessness, and the audit of its scorer says {card.get('verdict')!r}: "
-                f"{card.get('reason') or 'no reason is given'}"
+                f"{metric} decides harmlessness, and the audit of its scorer says {card.verdict!r}: "
+                f"{card.reason or 'no reason given'}"
             )
     return found

@@ -1,0 +1,1 @@
+"""Typed results that one package writes and another reads."""
