@@ -60,10 +60,11 @@ def drive(measured: Meter, config: SearchConfig, halving: bool) -> SearchResult:
 
 def best_points(result: SearchResult) -> list[dict[str, float]]:
     """The settings whose means no other one's dominate, within the limits."""
-    from prefvec_ray.search import non_dominated
+    from moocore import is_nondominated
 
     kept = [trial for trial in result.trials if result.goal.keeps_limits(trial)]
-    return [kept[i].coefficients for i in non_dominated([result.goal.point(trial) for trial in kept])]
+    on = is_nondominated([result.goal.point(trial) for trial in kept], maximise=True)
+    return [trial.coefficients for trial, is_on in zip(kept, on, strict=True) if is_on]
 
 
 def volume_on(measured: Meter, goal: Goal, settings: Sequence[dict[str, float]], over_base: bool = False) -> float:

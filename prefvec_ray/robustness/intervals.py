@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
-import torch
 from pydantic import BaseModel, ConfigDict
+from scipy.stats import binomtest, norm, sem, t
 from torch import Tensor
 
-Z = 1.959964
+CONFIDENCE = 0.95
 
 
 class _Interval(BaseModel):
@@ -31,10 +32,8 @@ class Rate(_Interval):
 
     @classmethod
     def counted(cls, name: str, k: int, n: int) -> "Rate":
-        p, zz = k / n, Z * Z
-        centre = (p + zz / (2 * n)) / (1 + zz / n)
-        half = Z / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-        return cls(name=name, mean=p, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+        ends = binomtest(k, n).proportion_ci(CONFIDENCE, method="wilson")
+        return cls(name=name, mean=k / n, low=float(ends.low), high=float(ends.high), n=n)
 
     def __str__(self) -> str:
         return f"{100 * self.mean:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
@@ -50,18 +49,15 @@ class Gap(_Interval):
         n = len(first)
         only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
         a, b = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-        half = Z * math.sqrt((a + b - (a - b) ** 2) / (n + 2))
+        low, high = norm.interval(CONFIDENCE, loc=a - b, scale=math.sqrt((a + b - (a - b) ** 2) / (n + 2)))
         mean = (only_first - only_second) / n
-        return cls(name=name, mean=mean, low=max(-1.0, a - b - half), high=min(1.0, a - b + half), n=n)
+        return cls(name=name, mean=mean, low=max(-1.0, float(low)), high=min(1.0, float(high)), n=n)
 
     @classmethod
     def over_runs(cls, name: str, values: Sequence[float]) -> "Gap":
         """Mean over training runs with Student's t interval; one run has no interval (-inf to inf)."""
-        from scipy.stats import t  # type: ignore[import-untyped]
-
-        data = torch.tensor(list(values), dtype=torch.float64)
-        n, mean = len(data), float(data.mean())
-        half = float(t.ppf(0.975, n - 1)) * float(data.std()) / math.sqrt(n) if n > 1 else math.inf
+        n, mean = len(values), fmean(values)
+        half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * sem(values)) if n > 1 else math.inf
         return cls(name=name, mean=mean, low=mean - half, high=mean + half, n=n)
 
     def __str__(self) -> str:

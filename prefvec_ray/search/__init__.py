@@ -10,7 +10,7 @@ from prefvec_ray.search.config import EvalConfig, SearchJob
 from prefvec_ray.search.explore import Explorer
 from prefvec_ray.search.measure import measure
 from prefvec_ray.search.options import Processes, SearchConfig
-from prefvec_ray.search.pareto import compromise, hypervolume, non_dominated
+from prefvec_ray.search.pareto import hypervolume
 from prefvec_ray.search.progress import Progress
 from prefvec_ray.search.result import FailedTrial, Goal, Recommendation, SearchResult, Tried
 from prefvec_ray.search.run import search
@@ -29,9 +29,7 @@ __all__ = [
     "SearchResult",
     "Task",
     "Tried",
-    "compromise",
     "hypervolume",
     "measure",
-    "non_dominated",
     "search",
 ]

@@ -12,7 +12,7 @@ from prefvec_ray.artifacts.evaluation import Evaluation, Metric, SearchSummary
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation import is_base
 from prefvec_ray.search.noise import MeasuredSettings
-from prefvec_ray.search.pareto import Point, Volume
+from prefvec_ray.search.pareto import Point, hypervolume
 
 
 class FailedTrial(BaseModel):
@@ -192,19 +192,24 @@ class SearchResult(BaseModel):
     @cached_property
     def hypervolume_history(self) -> list[float]:
         """The hypervolume after each trial."""
-        volume = Volume(self.goal.reference(self.base))
-        return [
-            volume.add(self.goal.point(trial)) if self.goal.keeps_limits(trial) else volume.value
-            for trial in self.trials
-        ]
+        reference, kept, volumes = self.goal.reference(self.base), list[Point](), list[float]()
+        for trial in self.trials:
+            if self.goal.keeps_limits(trial):
+                kept.append(self.goal.point(trial))
+            volumes.append(hypervolume(kept, reference))
+        return [float(x) for x in np.maximum.accumulate(volumes)]  # a last bit is no loss
 
     @cached_property
     def recommended(self) -> Recommendation | None:
         """The front's compromise between the objectives; None where the front is empty.
 
-        The compromise (see `pareto.compromise`) is judged on bootstrap resamples of the prompts, and the setting that
-        does best on average is taken: one that owes its place to a few lucky prompts falls back on the resamples
-        without them. What is left of its luck is stated as `optimism`; confirm it on prompts the search never saw.
+        It is the setting whose least gain over the base is largest, each gain in units of the best gain that any
+        setting has in that objective: the Kalai-Smorodinsky solution (Econometrica 43, 1975) with the base as what each
+        objective falls back to. It needs no weights and does not change when an objective is rescaled.
+
+        It is judged on bootstrap resamples of the prompts, and the setting that does best on average is taken: one that
+        owes its place to a few lucky prompts loses it on the resamples without them. What is left of its luck is stated
+        as `optimism`; confirm it on prompts that the search never saw.
         """
         if not self._front:
             return None
@@ -296,6 +301,6 @@ class SearchResult(BaseModel):
 
 
 def _shares(gains_BSO: np.ndarray) -> np.ndarray:
-    """Gains in units of the best gain any setting has there; plain gains where none has one (as `compromise`)."""
+    """Gains in units of the best gain any setting has there; plain gains where none has one."""
     best = gains_BSO.max(axis=1, keepdims=True)
     return gains_BSO / np.where(best > 0, best, 1.0)

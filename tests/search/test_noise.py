@@ -3,11 +3,12 @@ import random
 
 import numpy as np
 import pytest
+from moocore import is_nondominated
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.evaluate import compare_metric
 from prefvec_ray.scorers import Metric
-from prefvec_ray.search import Goal, SearchResult, non_dominated
+from prefvec_ray.search import Goal, SearchResult
 from prefvec_ray.search.noise import MeasuredSettings
 
 METRICS = {
@@ -43,7 +44,7 @@ def test_the_plain_front_always_survives(measured):
         for i in range(40)
     ]
     front = MeasuredSettings(GOAL, trials).front()
-    assert all(front[i] for i in non_dominated([GOAL.point(trial) for trial in trials]))
+    assert all(front[is_nondominated([GOAL.point(trial) for trial in trials], maximise=True)])
 
 
 def test_paired_errors_are_those_of_compare(measured):
