@@ -147,7 +147,6 @@ def run_training(
 ) -> None:
     """Train a harm classifier on labelled texts."""
     from prefvec_ray.common.cluster import progress_bar
-    from prefvec_ray.robustness.intervals import Rate
     from prefvec_ray.robustness.scorer import train_scorer
     from prefvec_ray.robustness.texts import load_texts
 
@@ -157,9 +156,8 @@ def run_training(
     console.print(f"{len(train.rows)} texts, {len(held.rows)} held out; labels: {', '.join(train.names)}")
     with progress_bar(console, "steps") as tell:
         about = train_scorer(train, held, recipe, out, seed=seed, progress=tell)
-    accuracy = Rate.model_validate(about["held_out_accuracy"])
-    largest = f"always the largest class: {100 * about['largest_class']:.1f}%"
-    console.print(f"held-out accuracy {accuracy}; {largest}", soft_wrap=True)
+    largest = f"always the largest class: {100 * about.largest_class:.1f}%"
+    console.print(f"held-out accuracy {about.held_out_accuracy}; {largest}", soft_wrap=True)
     console.print(f"{out}: audit it with `prefvec robustness audit {out} --data {data}`", soft_wrap=True)
 
 

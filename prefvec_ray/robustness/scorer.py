@@ -1,5 +1,5 @@
 """A harm classifier trained with TRADES in embedding space, and its audit. The folder is a Hugging Face sequence
-classifier with `scorer.json`, as `evaluation.ClassifierScorer` reads it; the audit puts `audit.json` beside it.
+classifier with `scorer.json`, as `scorers.classifiers.ClassifierScorer` reads it; the audit adds `audit.json`.
 
 Epsilon counts in units of the root mean square of the embedding table, so a model gains nothing from growing its
 embeddings.
@@ -26,7 +26,7 @@ from prefvec_ray.robustness.texts import SAFE, Texts
 from prefvec_ray.robustness.threat import Ball
 from prefvec_ray.robustness.train import Recipe, robust_loss
 from prefvec_ray.robustness.words import WordAttack, attack_words
-from prefvec_ray.scorers.classifiers import AUDIT_FILE, SCORER_FILE, classifier_folder, model_digest
+from prefvec_ray.scorers.classifiers import AUDIT_FILE, SCORER_FILE, ScorerFile, classifier_folder, model_digest
 
 MARK = 64.0
 """What the two side channels hold, plus or minus: far out of reach of any epsilon, so an attack cannot touch the
@@ -119,6 +119,22 @@ class Encoder:
         return ids.to(device), mask.to(device), types.to(device)
 
 
+class HarmScorerFile(ScorerFile):
+    """`scorer.json` of a harm classifier."""
+
+    recipe: ScorerRecipe
+    seed: int
+    data_digest: str
+    held_out_digest: str
+    rows: int
+    """Texts that it was trained on."""
+    held_out_accuracy: Rate
+    largest_class: float
+    """The accuracy of an answer that is always the largest class."""
+    curve: list[dict[str, int | float]]
+    """The last loss of every epoch, and a `Probe` of 128 training texts."""
+
+
 @torch.random.fork_rng()
 def train_scorer(
     train: Texts,
@@ -128,7 +144,7 @@ def train_scorer(
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> HarmScorerFile:
     """Train a harm classifier and write it to the folder `out`: weights, tokenizer and `scorer.json`, which is also
     returned.
 
@@ -144,19 +160,52 @@ def train_scorer(
     names = train.names
     safe = recipe.safe or tuple(name for name in names if name in SAFE)
     _check_labels(names, held, safe)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)  # of new weights, and of an encoder's dropout
     model, tokenizer = _build(train, recipe, names)
-    encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(device))
-    view.eval().check(*encoder(train.rows[:16], device))
-    y = torch.tensor([names.index(label) for label in train.labels], device=device)
+    encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(_device()))
+    view.eval().check(*encoder(train.rows[:16], _device()))
+    curve = _fit(view, encoder, train, recipe, seed, progress)
+    about = HarmScorerFile(
+        kind="classifier",
+        metric=recipe.metric,
+        direction="maximize",
+        encoding=train.encoding,
+        labels=safe,
+        safety=True,
+        max_length=recipe.max_length,
+        recipe=recipe,
+        seed=seed,
+        data_digest=train.digest,
+        held_out_digest=held.digest,
+        rows=len(train.rows),
+        held_out_accuracy=Rate.of("clean", _right(view, encoder, held, names)),
+        largest_class=_largest_class(held, names),
+        curve=curve,
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / SCORER_FILE).write_text(json.dumps(about.model_dump(mode="json"), indent=2) + "\n")
+    return about
+
+
+def _fit(
+    view: EmbeddingClassifier,
+    encoder: Encoder,
+    train: Texts,
+    recipe: ScorerRecipe,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[dict[str, int | float]]:
+    """Train `view` in place; its curve, see `HarmScorerFile`."""
+    device, model = _device(), view.model
+    y = _targets(train, train.names).to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)
     steps = recipe.epochs * math.ceil(len(y) / recipe.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps + 1), (steps - step) / steps)
     )
-    step, losses, curve = 0, list[float](), list[dict[str, float]]()
+    step, loss_now, curve = 0, 0.0, list[dict[str, int | float]]()
     watched = torch.randperm(len(y), generator=generator)[:128]
     for epoch in range(1, recipe.epochs + 1):
         model.train()
@@ -169,38 +218,16 @@ def train_scorer(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            step += 1
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise JobError(f"the loss is {losses[-1]} at step {step}; lower the learning rate {recipe.lr}")
+            step, loss_now = step + 1, float(loss.detach())
+            if not math.isfinite(loss_now):
+                raise JobError(f"the loss is {loss_now} at step {step}; lower the learning rate {recipe.lr}")
             if progress:
                 progress(step, steps)
         with torch.no_grad():
             x = view.embed(*encoder([train.rows[i] for i in watched.tolist()], device))
         seen = probe(view, x, y[watched], Ball(recipe.epsilon, None, None), seed=seed)
-        curve.append({"epoch": epoch, "loss": losses[-1], **{k: round(v, 5) for k, v in vars(seen).items()}})
-    right = _right(view, encoder, held, names, device)
-    about = {
-        "kind": "classifier",
-        "metric": recipe.metric,
-        "direction": "maximize",
-        "encoding": train.encoding,
-        "labels": list(safe),
-        "safety": True,
-        "max_length": recipe.max_length,
-        "recipe": recipe.model_dump(),
-        "seed": seed,
-        "data_digest": train.digest,
-        "held_out_digest": held.digest,
-        "rows": len(train.rows),
-        "held_out_accuracy": Rate.of("clean", right).model_dump(),
-        "largest_class": max(held.labels.count(name) for name in names) / len(held.labels),
-        "curve": curve,
-    }
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / SCORER_FILE).write_text(json.dumps(about, indent=2) + "\n")
-    return about
+        curve.append({"epoch": epoch, "loss": loss_now, **{k: round(v, 5) for k, v in vars(seen).items()}})
+    return curve
 
 
 def audit_scorer(
@@ -223,41 +250,23 @@ def audit_scorer(
         InputError: not a classifier folder; one that reads other texts (answers alone, or chats); a label that it does
             not know; no epsilon; as `check_data`.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     folder = classifier_folder(folder)
     stated = read_json(folder / SCORER_FILE, "train it again") if (folder / SCORER_FILE).is_file() else {}
     if stated.get("encoding", texts.encoding) != texts.encoding:
         raise InputError(f"{folder} reads texts as {stated['encoding']!r}, these are of kind {texts.encoding!r}")
-    epsilon = epsilon if epsilon is not None else stated.get("recipe", {}).get("epsilon")
-    if epsilon is None:
-        raise InputError(f"{folder} does not say which epsilon it was trained with; give one, in {SPACE}")
-    if epsilon >= MARK:
-        raise InputError(f"epsilon {epsilon}: expected less than {MARK:g} {SPACE}")
-    ball = Ball(epsilon, None, None)
-    model = from_pretrained(
-        AutoModelForSequenceClassification, folder, what="scorer", use_safetensors=True, dtype=torch.float32
-    )
-    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
-    unknown = sorted(set(texts.labels) - set(names))
-    if unknown:
-        raise InputError(f"texts labelled {', '.join(unknown)}: {folder.name} knows only {', '.join(names)}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    view = EmbeddingClassifier(model.to(device)).eval()
-    length = stated.get("max_length") or min(512, getattr(model.config, "max_position_embeddings", 512))
-    encoder = Encoder(from_pretrained(AutoTokenizer, folder, what="scorer", truncation_side="left"), length)
-    y = torch.tensor([names.index(label) for label in texts.labels], device=device)
-    tokens = encoder(texts.rows, device)
+    ball = Ball(_epsilon(folder, stated, epsilon), None, None)
+    view, encoder, names = _load(folder, stated, texts)
+    y = _targets(texts, names).to(_device())
+    tokens = encoder(texts.rows, _device())
     view.check(*(part[:16] for part in tokens))
     with torch.no_grad():
         x = view.embed(*tokens)
     ladder = ladder or Ladder()
     if ladder.floor is None:
-        largest = max(texts.labels.count(name) for name in names) / len(texts.labels)
-        ladder = ladder.model_copy(update={"floor": largest})
+        ladder = ladder.model_copy(update={"floor": _largest_class(texts, names)})
     card = audit(view, x, y, ball, ladder, space=SPACE, seed=seed, progress=progress)
     found = attack_words(
-        lambda rows: _logits(view, encoder, rows, device), texts.rows, y.cpu(), words or WordAttack(), seed=seed
+        lambda rows: _logits(view, encoder, rows), texts.rows, y.cpu(), words or WordAttack(), seed=seed
     )
     card = card.model_copy(
         update={"words": found, "model_digest": model_digest(folder), "curve": tuple(stated.get("curve", ()))}
@@ -266,6 +275,45 @@ def audit_scorer(
     partial.write_text(card.model_dump_json(indent=2) + "\n")
     partial.replace(folder / AUDIT_FILE)
     return card
+
+
+def _epsilon(folder: Path, stated: dict[str, Any], given: float | None) -> float:
+    """The one that is given, else the one that the scorer was trained with."""
+    epsilon = given if given is not None else stated.get("recipe", {}).get("epsilon")
+    if epsilon is None:
+        raise InputError(f"{folder} does not say which epsilon it was trained with; give one, in {SPACE}")
+    if epsilon >= MARK:
+        raise InputError(f"epsilon {epsilon}: expected less than {MARK:g} {SPACE}")
+    return float(epsilon)
+
+
+def _load(folder: Path, stated: dict[str, Any], texts: Texts) -> tuple[EmbeddingClassifier, Encoder, tuple[str, ...]]:
+    """The classifier in `folder`, its encoder, and its labels; InputError where `texts` have others."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = from_pretrained(
+        AutoModelForSequenceClassification, folder, what="scorer", use_safetensors=True, dtype=torch.float32
+    )
+    names = tuple(model.config.id2label[i] for i in range(model.config.num_labels))
+    unknown = sorted(set(texts.labels) - set(names))
+    if unknown:
+        raise InputError(f"texts labelled {', '.join(unknown)}: {folder.name} knows only {', '.join(names)}")
+    length = stated.get("max_length") or min(512, getattr(model.config, "max_position_embeddings", 512))
+    encoder = Encoder(from_pretrained(AutoTokenizer, folder, what="scorer", truncation_side="left"), length)
+    return EmbeddingClassifier(model.to(_device())).eval(), encoder, names
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _targets(texts: Texts, names: tuple[str, ...]) -> Tensor:
+    return torch.tensor([names.index(label) for label in texts.labels])
+
+
+def _largest_class(texts: Texts, names: tuple[str, ...]) -> float:
+    """The accuracy of an answer that is always the largest class."""
+    return max(texts.labels.count(name) for name in names) / len(texts.labels)
 
 
 def _check_labels(names: tuple[str, ...], held: Texts, safe: tuple[str, ...]) -> None:
@@ -330,16 +378,11 @@ def _loss(
 
 
 @torch.no_grad()
-def _logits(
-    view: EmbeddingClassifier, encoder: Encoder, rows: Sequence[tuple[str, ...]], device: torch.device
-) -> Tensor:
-    parts = [view(view.embed(*encoder(rows[i : i + 256], device))).cpu() for i in range(0, len(rows), 256)]
+def _logits(view: EmbeddingClassifier, encoder: Encoder, rows: Sequence[tuple[str, ...]]) -> Tensor:
+    parts = [view(view.embed(*encoder(rows[i : i + 256], _device()))).cpu() for i in range(0, len(rows), 256)]
     return torch.cat(parts)
 
 
-def _right(
-    view: EmbeddingClassifier, encoder: Encoder, texts: Texts, names: tuple[str, ...], device: torch.device
-) -> Tensor:
-    y = torch.tensor([names.index(label) for label in texts.labels])
+def _right(view: EmbeddingClassifier, encoder: Encoder, texts: Texts, names: tuple[str, ...]) -> Tensor:
     view.eval()
-    return _logits(view, encoder, texts.rows, device).argmax(1) == y
+    return _logits(view, encoder, texts.rows).argmax(1) == _targets(texts, names)

@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences.sources import few, read_rows
+from prefvec_ray.scorers.classifiers import Encoding
 from prefvec_ray.tiny_world import Prompt, TinyWorld
 
 CATEGORIES = ("fine", "over-refusal", "declined", "harmful")
@@ -34,7 +35,7 @@ class Texts:
             raise InputError("no labelled texts: expected rows with a text and a label")
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> Encoding:
         """As a scorer reads them: `pair`, or `response` for a text alone."""
         return "pair" if len(self.rows[0]) == 2 else "response"
 

@@ -90,7 +90,7 @@ def train_classifier(
 ) -> list[Moment]:
     """Train `model` in place by SGD on `train`; measure every epoch on `watch`. `ball` defaults to images in [0, 1].
 
-    The gap of a moment is PGD-10 minus a short strong attack (targeted APGD, then Square), a cheap look at what the
+    The gap of a moment is PGD-10 minus a short strong attack (targeted APGD, then Square), a cheap estimate of what the
     audit measures at the end.
 
     Raises:
@@ -113,34 +113,49 @@ def train_classifier(
     curve: list[Moment] = []
     noisy = False
     for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        losses = []
-        order = torch.randperm(len(x), generator=generator)
-        # A rest of one input would leave batch normalization without a variance.
-        for rows in [part for part in order.split(recipe.batch) if len(part) > 1]:
-            part = _moved(x[rows], generator) if recipe.augment else x[rows]
-            if noisy and recipe.remedy:
-                noise = torch.randn(part.shape, generator=generator).to(part)
-                part = part + recipe.remedy.sigma * noise
-                part = part if ball.low is None else part.clamp(ball.low, ball.high)
-            loss = robust_loss(model, part, y[rows], ball, recipe, generator)
-            optimizer.zero_grad()
-            loss.total.backward()
-            optimizer.step()
-            losses.append((loss.natural, loss.robust))
-        natural, robust = (sum(values) / len(losses) for values in zip(*losses, strict=True))
-        if not math.isfinite(robust):
+        losses = _epoch(model, x, y, ball, recipe, optimizer, generator, noisy=noisy)
+        if not math.isfinite(losses[1]):
             raise JobError(
-                f"the loss is {robust} in epoch {epoch}: the run diverged; lower the learning rate {recipe.lr}"
+                f"the loss is {losses[1]} in epoch {epoch}: the run diverged; lower the learning rate {recipe.lr}"
             )
         schedule.step()
-        last = epoch == recipe.epochs
-        looked = epoch % recipe.watch_every == 0 or last
-        curve.append(_look(model, *watch, ball, classes, epoch, (natural, robust), noisy, gap=looked, seed=seed))
+        gap = epoch % recipe.watch_every == 0 or epoch == recipe.epochs
+        curve.append(_watched(model, *watch, ball, classes, epoch, losses, noisy, gap=gap, seed=seed))
         noisy = recipe.remedy is not None and curve[-1].fosc > recipe.remedy.threshold
         if progress:
             progress(curve[-1])
     return curve
+
+
+def _epoch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    *,
+    noisy: bool,
+) -> tuple[float, float]:
+    """One pass over `x` in random order; the means of the natural and of the robust loss over its batches."""
+    model.train()
+    losses = []
+    order = torch.randperm(len(x), generator=generator)
+    # A rest of one input would leave batch normalization without a variance.
+    for rows in [part for part in order.split(recipe.batch) if len(part) > 1]:
+        part = _moved(x[rows], generator) if recipe.augment else x[rows]
+        if noisy and recipe.remedy:
+            noise = torch.randn(part.shape, generator=generator).to(part)
+            part = part + recipe.remedy.sigma * noise
+            part = part if ball.low is None else part.clamp(ball.low, ball.high)
+        loss = robust_loss(model, part, y[rows], ball, recipe, generator)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        losses.append((loss.natural, loss.robust))
+    natural, robust = (sum(values) / len(losses) for values in zip(*losses, strict=True))
+    return natural, robust
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,7 +168,7 @@ def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([part.flip(2) if flip else part for part, flip in zip(parts, mirrored, strict=True)])
 
 
-def _look(
+def _watched(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -166,6 +181,7 @@ def _look(
     gap: bool,
     seed: int,
 ) -> Moment:
+    """The model on the watched images after an epoch; with `gap`, also under the two attacks."""
     measured = probe(model, x, y, ball, seed=seed)
     right = correct(model, x, y)
     moment = Moment(

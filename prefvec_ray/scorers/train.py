@@ -85,22 +85,14 @@ def train_scorer(config: ScorerTrainingConfig, progress: Progress | None = None)
     if config.output.exists():
         raise InputError(f"output {config.output}: exists already; name a new folder, or delete it")
     tokenizer = _tokenizer(config)
-    train, test, notes = _pairs(config, tokenizer)
+    train, test, notes = _pairs(config)
     max_length = config.max_length or min(1024, _context(config.base, tokenizer))
-    parts = {"training": train, "held-out": test}
-    fitting = {name: _fitting(part, tokenizer, max_length) for name, part in parts.items()}
-    for name, part in fitting.items():
-        if not len(part):
-            raise InputError(f"{config.data}: no {name} pair fits in {max_length} tokens; raise max_length")
-        if len(part) < len(parts[name]):
-            notes.append(
-                f"{len(parts[name]) - len(part)} of {len(parts[name])} {name} pairs left out, longer than {max_length}"
-            )
-    train, test = fitting["training"], fitting["held-out"]
+    train = _fitting(config, train, "training", tokenizer, max_length, notes)
+    test = _fitting(config, test, "held-out", tokenizer, max_length, notes)
     longer_wins = sum(math.copysign(1, c - r) for c, r in _lengths(train) if c != r) >= 0
     if config.balance_length:
-        train = _balanced(train, config.seed)
-        notes.append(f"{len(train)} of {len(fitting['training'])} training pairs kept, balanced by length")
+        before, train = len(train), _balanced(train, config.seed)
+        notes.append(f"{len(train)} of {before} training pairs kept, balanced by length")
 
     began = time.perf_counter()
     partial = config.output.with_name(f".{config.output.name}.partial")
@@ -224,7 +216,7 @@ def _recipe(config: ScorerTrainingConfig, max_length: int, folder: Path) -> Rewa
 def _tokenizer(config: ScorerTrainingConfig) -> PreTrainedTokenizerBase:
     if not (config.base / "config.json").is_file() or not any(config.base.glob("*.safetensors")):
         raise InputError(f"base {config.base}: expected the folder of a Hugging Face model, with safetensors")
-    _recipe(config, 8, config.output)  # a mistake there is told before the data is read
+    _recipe(config, 8, config.output)  # a mistake there is found before the data is read
     tokenizer = from_pretrained(AutoTokenizer, config.base)
     if config.chat_template is not None:
         tokenizer.chat_template = read_template(config.chat_template)
@@ -235,7 +227,7 @@ def _tokenizer(config: ScorerTrainingConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _pairs(config: ScorerTrainingConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset, list[str]]:
+def _pairs(config: ScorerTrainingConfig) -> tuple[Dataset, Dataset, list[str]]:
     """Training and held-out pairs as conversations, and what was left out."""
     loaded = load_preferences(config.data, preference=config.label, format=config.format, rows=config.rows)
     notes = list(loaded.notes)
@@ -259,14 +251,27 @@ def _as_chat(dataset: Dataset) -> Dataset:
     )
 
 
-def _fitting(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def _fitting(
+    config: ScorerTrainingConfig,
+    pairs: Dataset,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    notes: list[str],
+) -> Dataset:
+    """The pairs whose texts fit in `max_length` tokens; how many are left out goes into `notes`."""
     texts = [
         tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False)
         for row in pairs
         for side in ("chosen", "rejected")
     ]
     sizes = [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
-    return pairs.select([i for i in range(len(pairs)) if max(sizes[2 * i : 2 * i + 2]) <= max_length])
+    kept = [i for i in range(len(pairs)) if max(sizes[2 * i : 2 * i + 2]) <= max_length]
+    if not kept:
+        raise InputError(f"{config.data}: no {kind} pair fits in {max_length} tokens; raise max_length")
+    if len(kept) < len(pairs):
+        notes.append(f"{len(pairs) - len(kept)} of {len(pairs)} {kind} pairs left out, longer than {max_length}")
+    return pairs.select(kept)
 
 
 def _balanced(pairs: Dataset, seed: int) -> Dataset:
@@ -317,7 +322,7 @@ def _context(base: Path, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class _Watch(TrainerCallback):
-    """Tells the step, and ends a run whose loss is not finite."""
+    """Reports the step, and ends a run whose loss is not finite."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress

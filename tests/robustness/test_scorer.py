@@ -73,7 +73,7 @@ def test_an_encoder_with_dropout_is_trained_the_same_by_the_same_seed(folder, tm
     curves = []
     for name in ("first", "again"):
         torch.rand(1)  # the random state that it is called in is not the same
-        curves.append(train_scorer(*few, recipe, tmp_path / name, seed=3)["curve"])
+        curves.append(train_scorer(*few, recipe, tmp_path / name, seed=3).curve)
     assert curves[0] == curves[1]
 
 
@@ -142,7 +142,7 @@ def test_a_decoder_is_refused_and_an_encoder_with_text_types_taken(folder, tmp_p
         train_scorer(train, held, short, tmp_path / "a")
     short = short.model_copy(update={"encoder": str(tmp_path / "encoder")})
     about = train_scorer(train, held, short, tmp_path / "b")
-    assert about["held_out_accuracy"]["n"] == 40
+    assert about.held_out_accuracy.n == 40
     assert audit_scorer(tmp_path / "b", held, ladder=LADDER).epsilon == RECIPE.epsilon
 
 
