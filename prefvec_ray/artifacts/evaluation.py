@@ -84,7 +84,7 @@ class Setting(_Data):
 
 
 class Claim(_Data):
-    """A statement about the measurements, whether it holds, and the numbers that say so."""
+    """A statement about the measurements, whether it holds, and the numbers behind it."""
 
     text: str
     holds: bool
@@ -163,7 +163,7 @@ Verdict = Literal["confirmed", "unclear", "refuted"]
 
 
 class Preset(_Data):
-    """A setting that a search chose by a stated rule, and what prompts that it never saw said about it."""
+    """A setting that a search chose by a stated rule, and its verdict on prompts that it never saw."""
 
     name: str
     rule: str
@@ -174,7 +174,7 @@ class Preset(_Data):
     """Objectives that its rule asks to be at least the base's."""
     reason: str
     searched: Evaluation
-    """On the search prompts, where it was chosen and so looks better than it is."""
+    """On the search prompts, where it was chosen, so it is overestimated."""
     reported: Evaluation | None = None
     """On the report prompts."""
     verdict: Verdict | None = None
@@ -203,7 +203,7 @@ class SearchSummary(_Data):
     spent: list[int] = []
     """How many answers had been generated when each of `trials` finished."""
     notes: list[str] = []
-    """What the search says about itself: why it ended, what it cost."""
+    """Why the search ended, and what it cost."""
     front_probability: list[float] = []
     """Of each setting of `front`: the share of resamples of the prompts in which it is on the front."""
     seconds: float | None = None
@@ -237,8 +237,8 @@ class ServedAnswer(_Data):
 
 
 class ReportData(_Data):
-    """Everything that the report says. `objectives` maps each preference to the metric it should improve; it is empty
-    where nothing says which. A run may have a comparison (`seeds`), a search, or both."""
+    """Everything in the report. `objectives` maps each preference to the metric it should improve; it is empty where
+    that is not known. A run may have a comparison (`seeds`), a search, or both."""
 
     title: str
     objectives: dict[str, str]
@@ -250,7 +250,7 @@ class ReportData(_Data):
     search: SearchSummary | None = None
     served: list[ServedAnswer] = []
     validity: str | None = "valid"
-    """The metric that says whether an answer is well-formed, where the scorer has one."""
+    """Whether an answer is well-formed, where the scorer has one."""
     validity_floor: float = 0.9
     stages: dict[str, float] = {}
     """Stage -> seconds of wall-clock."""
@@ -261,7 +261,7 @@ class ReportData(_Data):
     """Further limits of this run that a reader must know."""
 
     def warnings(self) -> list[str]:
-        """What a reader must be told before believing a word about harmlessness: metrics that decide it and whose
+        """What a reader must know before trusting any result on harmlessness: metrics that decide it and whose
         scorer was not shown to be hard to fool."""
         return card_warnings(self.cards)
 

@@ -78,7 +78,7 @@ def audit_scorer(
 def robustness_study(
     preset: str | None, path: Path | None, data: str | None, output: Path, out: Path | None, workers: int
 ) -> None:
-    """How often TRADES overestimates robustness, beyond plain adversarial training. Interrupted, it goes on."""
+    """How often TRADES overestimates robustness, beyond plain adversarial training. Resumable."""
     run_robustness_study(console(), preset=preset, config=path, data=data, output=output, out=out, workers=workers)
 
 
@@ -125,8 +125,8 @@ def run_robustness_study(
     failed: dict[str, str] = {}
     if found.missing:
         connect(console)
-        with progress_bar(console, "runs") as tell:
-            failed = run_study(found, workers=workers, progress=tell)
+        with progress_bar(console, "runs") as bar:
+            failed = run_study(found, workers=workers, progress=bar)
     path = out or output / "robustness.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_study(found, path)
@@ -154,8 +154,8 @@ def run_training(
         _one_thread()
     train, held = load_texts(data, label)
     console.print(f"{len(train.rows)} texts, {len(held.rows)} held out; labels: {', '.join(train.names)}")
-    with progress_bar(console, "steps") as tell:
-        about = train_scorer(train, held, recipe, out, seed=seed, progress=tell)
+    with progress_bar(console, "steps") as bar:
+        about = train_scorer(train, held, recipe, out, seed=seed, progress=bar)
     largest = f"always the largest class: {100 * about.largest_class:.1f}%"
     console.print(f"held-out accuracy {about.held_out_accuracy}; {largest}", soft_wrap=True)
     console.print(f"{out}: audit it with `prefvec robustness audit {out} --data {data}`", soft_wrap=True)
@@ -186,8 +186,8 @@ def run_audit(
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL:
         _one_thread()
     _, held = load_texts(data, label)
-    with progress_bar(console, "rungs") as tell:
-        card = audit_scorer(folder, held.sample(count, seed), epsilon=epsilon, ladder=ladder, seed=seed, progress=tell)
+    with progress_bar(console, "rungs") as bar:
+        card = audit_scorer(folder, held.sample(count, seed), epsilon=epsilon, ladder=ladder, seed=seed, progress=bar)
     table = Table(title=f"{folder.name} under attack, epsilon {card.epsilon:g} ({card.space})", title_justify="left")
     table.add_column("rung")
     table.add_column("accuracy [95%]", justify="right")

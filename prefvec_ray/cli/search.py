@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
 def search(path: Path) -> None:
-    """Search the coefficients of published vectors; interrupted, it goes on from the settings already measured."""
+    """Search the coefficients of published vectors; an interrupted search is resumed."""
     search_coefficients(load(path, "prefvec_ray.search", "SearchJob"), console())
 
 

@@ -22,7 +22,7 @@ from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
 
 Conversation = str | Sequence[dict[str, str]]
-"""Messages for the tokenizer's chat template, or a plain text that the model goes on from."""
+"""Messages for the tokenizer's chat template, or a plain text that the model continues."""
 
 Steer = Callable[[torch.Tensor], None]
 """Called before every forward pass with the prompt that each row of the batch answers: (rows,), int64, on the CPU."""

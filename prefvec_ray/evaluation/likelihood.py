@@ -133,7 +133,7 @@ class Margins:
     in nats, as metric `margin_<preference>`, and the share of pairs with a margin above 0 as `accuracy_<preference>`
     (a margin of exactly 0, as the base has, counts half). A value is the mean over the pairs of one prompt.
 
-    The cheap fidelity of a search: one pass over fixed texts. It says how probabilities moved, not how answers are.
+    The cheap fidelity of a search: one pass over fixed texts. It measures how probabilities moved, not the answers.
     """
 
     def __init__(self, model: PreTrainedModel, use: Use, pairs: Mapping[str, Sequence[TokenPair]]) -> None:

@@ -1,1 +1,1 @@
-"""What people look at: the Markdown report, the page, the plots."""
+"""The Markdown report, the HTML page and the plots."""

@@ -317,7 +317,7 @@ def _changes(e: Evaluation, base: Evaluation, names: Sequence[str], metrics: Map
 
 
 def _costs(found: Sequence[Effect], data: ReportData) -> str:
-    """What turning one dial up does to the goals of the others, where it does harm beyond noise."""
+    """How raising one coefficient harms the goals of the others, where the harm is beyond noise."""
     parts = []
     for effect in found:
         own = data.objectives.get(effect.preference)

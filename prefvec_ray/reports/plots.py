@@ -1,5 +1,5 @@
-"""The report's pictures. Colours are Okabe and Ito's, told apart by the colour-blind; shapes and labels
-repeat what they say."""
+"""The report's pictures. The colours are Okabe and Ito's, safe for the colour-blind; shapes and labels
+repeat them."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -137,7 +137,7 @@ class _Frame:
 
 
 class _Viewed(nn.Module):
-    """The model over framed images. The parameter tells the library the device."""
+    """The model over framed images. The library reads the device from the parameter."""
 
     def __init__(self, model: nn.Module, frame: _Frame, device: torch.device) -> None:
         super().__init__()

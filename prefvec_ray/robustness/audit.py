@@ -1,9 +1,9 @@
-"""The audit: a ladder of attacks that tells a weak attack from masked gradients, and the card that says what it found.
+"""The audit: a ladder of attacks that separates a weak attack from masked gradients, and the card with its findings.
 
     PGD-10  ->  PGD-100 with restarts  ->  black box alone  ->  full ensemble
 
 Where PGD-100 closes the gap, PGD-10 was weak. Where an attack without gradients beats PGD-100 with restarts, the
-gradients lie.
+gradients are masked.
 """
 
 import time
@@ -89,7 +89,7 @@ CLEAN, PGD, STRONG, BLACK_BOX, ENSEMBLE = "clean", "pgd", "pgd restarts", "black
 OVERESTIMATE, WEAKNESS, MASKING = "pgd - ensemble", "pgd - pgd restarts", "pgd restarts - black box"
 
 
-def climb(
+def run_attacks(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -106,9 +106,9 @@ def climb(
     """
     classes = count_classes(model, x)
     check_data(x, y, ball, classes)
-    told = progress or (lambda done, total: None)
+    report = progress or (lambda done, total: None)
     standing = {CLEAN: correct(model, x, y, ladder.batch)}
-    told(1, 5)
+    report(1, 5)
 
     def take(rows: Tensor, attack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         left, index = rows.clone(), rows.nonzero().flatten()
@@ -123,16 +123,16 @@ def climb(
         )
 
     standing[PGD] = take(standing[CLEAN], white(ladder.pgd_steps, ladder.pgd_step_size, 1))
-    told(2, 5)
+    report(2, 5)
     standing[STRONG] = take(standing[PGD], white(ladder.strong_steps, ladder.strong_step_size, ladder.restarts))
-    told(3, 5)
+    report(3, 5)
     standing[BLACK_BOX] = take(
         standing[CLEAN],
         lambda a, b: strong_attack(
             "square", model, a, b, ball, classes=classes, steps=ladder.square_queries, seed=seed, batch=ladder.batch
         ),
     )
-    told(4, 5)
+    report(4, 5)
     left = standing[STRONG] & standing[BLACK_BOX]
     rows = left.nonzero().flatten()
     if len(rows):
@@ -141,7 +141,7 @@ def climb(
             classes=classes, steps=ladder.apgd_steps, fab_steps=ladder.fab_steps, seed=seed, batch=ladder.batch,
         )  # fmt: skip
     standing[ENSEMBLE] = left
-    told(5, 5)
+    report(5, 5)
     return standing
 
 
@@ -156,7 +156,7 @@ def audit(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Audit:
-    """Climb the ladder and judge. The same seed and device give the same card, but for its times.
+    """Run the ladder of attacks and judge. The same seed and device give the same card, but for its times.
 
     Args:
         x, y: inputs (N, ...) and labels (N,), held out from training; some hundreds, since the intervals decide.
@@ -166,7 +166,7 @@ def audit(
         InputError: as `check_data`.
     """
     ladder, started = ladder or Ladder(), time.monotonic()
-    standing = climb(model, x, y, ball, ladder, seed=seed, progress=progress)
+    standing = run_attacks(model, x, y, ball, ladder, seed=seed, progress=progress)
     gaps = (
         Gap.paired(OVERESTIMATE, standing[PGD], standing[ENSEMBLE]),
         Gap.paired(WEAKNESS, standing[PGD], standing[STRONG]),
@@ -205,7 +205,7 @@ def judge(rates: list[Rate], gaps: tuple[Gap, Gap, Gap], ladder: Ladder) -> tupl
         )  # fmt: skip
     if over.low > ladder.tolerance:
         words = f"{ladder.weak} reads {weak_pgd}, the ensemble leaves {full}: overestimated by {over} points"
-        # Most of the gap is what more steps and restarts take: the attack was weak, the gradients are not shown to lie.
+        # Most of the gap is what more steps and restarts take: the attack was weak, masked gradients are not shown.
         if weak.mean >= over.mean / 2:
             return "fail", "weak attack", f"{words}, {100 * weak.mean:.1f} of them closed by {ladder.strong}"
         return "fail", "overestimated", f"{words}, and {ladder.strong} closes only {100 * weak.mean:.1f}"

@@ -1,4 +1,4 @@
-"""What the inner maximization looks like from where it ended: FOSC, SGCS and the maximum itself.
+"""How well the inner maximization has converged: FOSC, SGCS and the maximum itself.
 
 FOSC is from "On the Convergence and Robustness of Adversarial Training" (Wang et al., ICML 2019), SGCS from
 "Adversarial Robustness Overestimation and Instability in TRADES" (arXiv 2410.07675).

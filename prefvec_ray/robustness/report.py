@@ -1,4 +1,4 @@
-"""The study as tables and plots. What it says is computed from the runs, whatever they show."""
+"""The study as tables and plots, all computed from the runs."""
 
 import math
 import re
@@ -228,7 +228,7 @@ def _remedy(runs: Runs) -> str:
 
 
 def _signals(runs: Runs) -> str:
-    """Does what can be measured cheaply tell which runs are overestimated?"""
+    """Whether what can be measured cheaply predicts which runs are overestimated."""
     rows = []
     epsilons = sorted({cell.recipe.epsilon for cell in runs})
     for epsilon in epsilons:

@@ -2,7 +2,7 @@
 on Ray.
 
 A run is one cell and one seed, with its own curve and its own audit. Finished runs are lines of `runs.jsonl`: the
-same command goes on from them.
+same command resumes from them.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from prefvec_ray.robustness.train import Method, Moment, Recipe, Remedy
 
 
 class Cell(Config):
-    """One point of the study: a recipe and how many classes it is to tell apart."""
+    """One point of the study: a recipe and how many classes it distinguishes."""
 
     recipe: Recipe
     classes: int = 10
@@ -194,7 +194,7 @@ ADVICE = "give another folder, or delete this one"
 
 
 class Study:
-    """The finished runs of one study in a folder: `study.json` says what it is, `runs.jsonl` holds a line a run.
+    """The finished runs of one study in a folder: `study.json` describes it, `runs.jsonl` holds a line a run.
 
     A study may grow: grids with more cells or seeds keep what is finished. Runs that its grids no longer ask for stay
     in the file, and out of `runs`.
@@ -289,7 +289,7 @@ def by_cell(study: Study) -> dict[Cell, list[Run]]:
 
 
 def learned(run: Run) -> bool:
-    """Better than chance without an attack. The gap of a run that collapsed is 0, and says nothing."""
+    """Better than chance without an attack. The gap of a run that collapsed is 0, and means nothing."""
     return run.audit.clean.low > 1 / run.cell.classes
 
 

@@ -1,6 +1,6 @@
 """The threat model: an L-infinity ball, perhaps inside a box of allowed values; and what may enter it.
 
-Everything in this room works on a *classifier*: a `torch.nn.Module` that turns inputs of any shape (N, ...) into
+Everything in this package works on a *classifier*: a `torch.nn.Module` that turns inputs of any shape (N, ...) into
 logits (N, classes). Images, features and token embeddings differ in their ball alone.
 """
 
@@ -74,7 +74,7 @@ def check_data(x: Tensor, y: Tensor, ball: Ball, classes: int) -> None:
         wrong = low if low < 0 else high
         raise InputError(f"label {wrong} is out of range: the classifier knows 0 to {classes - 1}")
     if low == high:
-        raise InputError(f"all labels are {low}: a single class cannot be told apart; give inputs of two or more")
+        raise InputError(f"all labels are {low}: a single class cannot be classified; give inputs of two or more")
 
 
 def _check_inputs(x: Tensor) -> None:

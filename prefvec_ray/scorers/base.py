@@ -1,6 +1,6 @@
 """What an answer is worth: the scorer protocol, the tiny world's exact scorer, length, and a user's own.
 
-A scorer says in which direction each of its metrics is better and in which range it lies, so that no sign
+A scorer states in which direction each of its metrics is better and in which range it lies, so that no sign
 is ever flipped on the way to a report and no wrong number enters an average.
 
 Beside the protocol a scorer may have
@@ -193,7 +193,7 @@ def scorer_digest(scorer: Scorer) -> str | None:
 
 
 def scorer_notes(scorer: Scorer) -> list[str]:
-    """What the scorer has to say about its work so far, in this process."""
+    """The scorer's notes on its work so far, in this process."""
     notes = getattr(scorer, "notes", None)
     return notes() if callable(notes) else []
 
@@ -224,7 +224,7 @@ def run_scorer(
 ) -> Scores:
     """Score the answers and check every value.
 
-    `timeout` in seconds bounds the waiting, not the work: a thread cannot be ended, so a scorer that hangs goes on in
+    `timeout` in seconds bounds the waiting, not the work: a thread cannot be ended, so a scorer that hangs runs on in
     the background until its process ends. `IsolatedScorer` ends one for good.
 
     Raises:

@@ -96,8 +96,8 @@ class ScoreCache:
     def hit_rate(self) -> float | None:
         """Share of the look-ups that were known, of all processes since the file was made; None before the first."""
         counts = self.counts()
-        looked = counts.get("hits", 0) + counts.get("misses", 0)
-        return counts["hits"] / looked if looked else None
+        asked = counts.get("hits", 0) + counts.get("misses", 0)
+        return counts["hits"] / asked if asked else None
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None or self._owner != os.getpid():  # a connection must not be used across a fork
@@ -137,7 +137,7 @@ class CachedScorer:
     failure nor a wrong number is ever remembered.
 
     Raises:
-        InputError: `scorer` has no digest: nobody could tell whether what is on disk is still what it would say.
+        InputError: `scorer` has no digest, so it is not known whether the scores on disk are still its own.
     """
 
     def __init__(self, scorer: Scorer, cache: ScoreCache) -> None:
@@ -162,8 +162,8 @@ class CachedScorer:
 
     def notes(self) -> list[str]:
         rate = self.cache.hit_rate
-        told = [] if rate is None else [f"score cache {self.cache.path}: {rate:.0%} of all look-ups were known"]
-        return told + scorer_notes(self.scorer)
+        notes = [] if rate is None else [f"score cache {self.cache.path}: {rate:.0%} of all look-ups were known"]
+        return notes + scorer_notes(self.scorer)
 
 
 def score_key(digest: str, *content: Any) -> bytes:

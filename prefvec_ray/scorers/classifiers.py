@@ -32,7 +32,7 @@ INPUT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_t
 
 
 class ScorerFile(BaseModel):
-    """`scorer.json`: what the classifier in this folder measures. Further fields tell where it comes from."""
+    """`scorer.json`: what the classifier in this folder measures. Further fields record where it comes from."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -53,7 +53,7 @@ class ClassifierScorer:
     is read from `scorer.json`; what that file states about direction, encoding and labels cannot be overruled.
 
     A text of more than `max_length` tokens (default: what tokenizer and model allow) loses its beginning, so that the
-    answer is kept; `notes()` says how many did. The model is loaded at the first call, in the process that scores;
+    answer is kept; `notes()` counts them. The model is loaded at the first call, in the process that scores;
     scores then depend on nothing but model, prompt and answer, up to the last bits that padding moves.
 
     Raises:
@@ -275,7 +275,7 @@ def read_scorer_file(folder: Path) -> ScorerFile | None:
 def read_card(folder: Path) -> dict[str, Any] | None:
     """The card in `audit.json`, None where there is none.
 
-    A card of other weights says nothing about these: it comes back as `{"verdict": "stale", "reason": ...}`.
+    A card of other weights does not apply to these: it comes back as `{"verdict": "stale", "reason": ...}`.
     """
     path = folder / AUDIT_FILE
     if not path.is_file():

@@ -52,7 +52,7 @@ class HeldOut(BaseModel):
 def held_out_report(
     margins: Sequence[float], prompts: Sequence[str], lengths: Sequence[tuple[int, int]], *, longer_wins: bool
 ) -> HeldOut:
-    """What `margins` (reward of the chosen answer less that of the rejected one) say, a tie counting as half right.
+    """What `margins` (reward of the chosen answer less that of the rejected one) show; a tie counts as half right.
 
     Args:
         prompts: of each pair; pairs of one prompt are not independent, so errors are over prompts.

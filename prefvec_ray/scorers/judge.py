@@ -82,15 +82,15 @@ class JudgeScorer:
         if self.cache is not None:  # of all processes
             mine = f"{self.digest} "
             count = Counter({n.removeprefix(mine): v for n, v in self.cache.counts().items() if n.startswith(mine)})
-        told = (
+        note = (
             f"judge {self.config.model}: {count['asked']} verdicts asked for, {count['known']} known; "
             f"{count['unread']} replies could not be read, {count['failed']} calls failed for good, "
             f"{count['missing']} verdicts are missing; {count['input_tokens']} tokens read, "
             f"{count['output_tokens']} written"
         )
         if self.config.mode == "pairwise":
-            told += f"; {count['disagreed']} of {count['pairs']} pairs were judged otherwise in the other order"
-        return [told]
+            note += f"; {count['disagreed']} of {count['pairs']} pairs were judged otherwise in the other order"
+        return [note]
 
     def _questions(self, prompt: Any, response: str) -> tuple[str, ...]:
         """What the judge is asked about one answer: one text, two in both orders, or nothing."""

@@ -1,4 +1,4 @@
-"""Prompts from a file, with what the file says about each: a label, a type, any other column."""
+"""Prompts from a file, with each one's label, a type, any other column."""
 
 import json
 from collections.abc import Mapping, Sequence

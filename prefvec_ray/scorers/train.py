@@ -153,9 +153,9 @@ def show(held_out: HeldOut, config: ScorerTrainingConfig, console: Console) -> N
     for note in read_json(config.output / SCORER_FILE, "train it again")["notes"]:
         console.print(note, soft_wrap=True)
     if low <= 0.5:
-        console.print("not told apart from chance: a search should not follow this scorer", soft_wrap=True)
+        console.print("not distinguishable from chance: a search should not follow this scorer", soft_wrap=True)
     elif held_out.balanced and held_out.balanced.mean - 2 * (held_out.balanced.stderr or 0) <= 0.5:
-        console.print("not told apart from a measure of length: try balance_length, and score length beside it")
+        console.print("not distinguishable from a measure of length: try balance_length, and score length beside it")
     console.print(f"scorer: {config.output}", soft_wrap=True)
 
 

@@ -47,7 +47,7 @@ def run_trials(
             tune.with_resources(trial, config.resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposer(monitor.ordered),
-                num_samples=-1,  # the explorer says when it is enough
+                num_samples=-1,  # the explorer decides when it is enough
                 max_concurrent_trials=config.actors,
                 reuse_actors=True,
             ),
@@ -66,7 +66,7 @@ def run_trials(
         kept = len(explorer.tried)
         raise JobError(
             f"a trial process could not be set up: {monitor.unfit}; {kept} measured settings are kept in "
-            f"{journal.folder}, the same command goes on from them"
+            f"{journal.folder}, the same command resumes from them"
         )
 
 
@@ -209,7 +209,7 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    # Tune's handler would make a search that Ctrl-C stopped look like one that ended.
+    # Tune's handler would report a search that Ctrl-C stopped as one that ended.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Snapshots that nothing restores.
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",

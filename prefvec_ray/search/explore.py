@@ -41,7 +41,7 @@ AGAIN = 20
 ROUNDING = 1e-9
 """A share of the hypervolume below which a gain is a processor's rounding."""
 MANY = 4
-"""So many settings must have been tried before "most of them fail" is said."""
+"""So many settings must have been tried before most of them can be said to fail."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Proposal:
 
 @dataclass
 class Explorer:
-    """Proposes settings, says which are worth measuring on, and knows when to end."""
+    """Proposes settings, decides which are worth measuring on, and when to end."""
 
     config: SearchConfig
     metrics: Mapping[str, Metric]
@@ -231,7 +231,7 @@ class Explorer:
             self.give_up(f"most settings fail, {len(self.failed)} of {attempts}; the last one with: {error}")
 
     def give_up(self, reason: str) -> None:
-        """End the search for a failure. The journal does not keep that: opened again, the search goes on."""
+        """End the search for a failure. The journal does not keep that: opened again, the search is resumed."""
         if not self.closed:
             self._ended, self._failing = reason, True
 

@@ -10,7 +10,7 @@ from prefvec_ray.common.lines import LineWriter
 from prefvec_ray.search.result import Ended, Tried
 
 END = b'{"end": '
-"""How the line begins that says how the search ended."""
+"""The beginning of the line that records how the search ended."""
 
 ADVICE = "give another folder, or delete this one"
 
@@ -18,8 +18,8 @@ ADVICE = "give another folder, or delete this one"
 class Journal:
     """The settings that one search has measured or dropped, one JSON line each, in `trials.jsonl`; then how it ended.
 
-    `done` are the settings. `end` is the record of the end, None while no search has ended here, or where one went on
-    after it: only a record in the last line counts. Journals of earlier versions have none.
+    `done` are the settings. `end` is the record of the end, None while no search has ended here, or where one was
+    resumed after it: only a record in the last line counts. Journals of earlier versions have none.
 
     A context manager: until it is closed, or its process ends, no other search can open the folder.
 

@@ -41,14 +41,14 @@ def measure(
 ) -> list[Evaluation]:
     """Evaluate every setting of `task.vectors`, in the order given, on processes of the cluster.
 
-    As many processes measure as the cluster has room for, and one is enough. More join while room comes free, and a
-    process that is lost is made anew where there is room. What a setting scores does not depend on which process
+    As many processes measure as the cluster has room for, and one is enough. More start as room comes free, and a
+    process that is lost is replaced where there is room. What a setting scores does not depend on which process
     measures it, or after what. `progress(done, total)` is called after each setting. Where there is no room, `console`
     says what is missing (default: standard output).
 
     Raises:
         InputError: as `Evaluator` and its scorer; a process that the cluster can never hold.
-        JobError: the scorer raised something else, or processes died again and again; says what.
+        JobError: the scorer raised something else, or processes died again and again.
     """
     bundle = bundle_of(processes.resources)
     check_room("a process that measures", [bundle])
@@ -90,7 +90,7 @@ class _Part:
 
 
 class _Pool:
-    """Actors that take parts from a queue once they are up; one without room stays out until there is some."""
+    """Actors that take parts from a queue once they are up; one without room waits until there is some."""
 
     def __init__(self, task: Any, bundle: Mapping[str, float], parts: Sequence[_Part], actors: int) -> None:
         # An actor that dies is replaced here, not by Ray, whose restart would hold its part until there is room again.

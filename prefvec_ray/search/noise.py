@@ -1,4 +1,4 @@
-"""What can be said of a front whose points are measured with error. NumPy only.
+"""Fronts whose points are measured with error. NumPy only.
 
 Settings of one search are measured on the same prompts with the same random numbers, so two of them differ by far less
 error than each has alone: everything here compares them in pairs, prompt by prompt.
@@ -48,7 +48,7 @@ class MeasuredSettings:
         """Which settings no other one beats, where beating means: no worse in any objective, and better in one by more
         than `errors` paired standard errors. Only settings that keep the limits (by their means) count.
 
-        A setting that looks a little worse than another within the error of looking is still on the front.
+        A setting that is worse than another by less than the error of measuring is still on the front.
         """
         mean_SO, kept = _mean(self.gains_SOP), self.kept
         difference, error = _paired(self.gains_SOP, self.gains_SOP)
@@ -75,7 +75,7 @@ class MeasuredSettings:
         """Bootstrap over prompts: means of the gains (B, S, O), which settings keep the limits (B, S), and how often
         each prompt was drawn (B, P).
 
-        A resample without any of the prompts on which a metric is defined says nothing of a setting that keeps the
+        A resample without any of the prompts on which a metric is defined gives no value for a setting that keeps the
         limits, and is left out; where that leaves none, the prompts as they are stand for all.
         """
         prompts = self.gains_SOP.shape[-1]
@@ -141,7 +141,7 @@ def _error(values: Array) -> Array:
 def _paired(a_SOP: Array, b_TOP: Array) -> tuple[Array, Array]:
     """Mean and standard error of a - b over the prompts where both are defined: (S, T, O) each.
 
-    Where fewer than two prompts say something, the error is 0, as in `evaluation.compare_metric`.
+    With fewer than two such prompts the error is 0, as in `evaluation.compare_metric`.
     """
     # Centred first: the squares below would lose a small difference of large numbers.
     centre = np.nan_to_num(_mean(np.concatenate([a_SOP, b_TOP]).transpose(1, 0, 2).reshape(a_SOP.shape[1], -1)))

@@ -55,7 +55,7 @@ def choose(result: SearchResult, rules: Mapping[str, str]) -> list[Preset]:
 
 
 def confirm(preset: Preset, base: Evaluation, measured: Evaluation, goal: Goal) -> Preset:
-    """`preset` with what the report prompts say: `measured` is its setting there, `base` the base's.
+    """`preset` with its verdict: `measured` is its setting on the report prompts, `base` the base there.
 
     Refuted: by more than two paired standard errors, an objective that it was chosen to keep or to raise is below the
     base, or a limit is broken. Confirmed: not refuted, it raised some objective on the search prompts and every such
@@ -101,7 +101,7 @@ def publish(
     """
     if preset.reported is None or preset.verdict in (None, "refuted"):
         return None
-    told = {
+    stated = {
         "verdict": preset.verdict,
         "numbers": preset.evidence,
         "rule": preset.rule,
@@ -109,14 +109,16 @@ def publish(
         "search_prompts": preset.searched.prompts_digest,
         **evidence,
     }
-    return _publish(registry, preset, vectors, {**figures(preset.reported), "evidence": told})
+    return _publish(registry, preset, vectors, {**figures(preset.reported), "evidence": stated})
 
 
 def publish_searched(
     registry: Any, result: SearchResult, name: str, vectors: Mapping[str, str]
 ) -> "PresetVersion | None":
-    """Publish the recommendation as `name`, on the word of the search prompts alone; None where it is the base, which
-    needs no name, or where there is none."""
+    """Publish the recommendation as `name`, on the evidence of the search prompts alone.
+
+    None where it is the base, which needs no name, or where there is none.
+    """
     found = choose(result, {name: COMPROMISE})
     return _publish(registry, found[0], vectors, figures(found[0].searched)) if found else None
 

@@ -128,7 +128,7 @@ class Goal(BaseModel):
 
 
 MIN_PROMPTS = 8
-"""Below this many prompts a bootstrap over them says nothing that could be believed."""
+"""Below this many prompts a bootstrap over them is meaningless."""
 RESAMPLES = 200
 
 

@@ -41,9 +41,9 @@ def search(
     A setting fails where the scorer raises, or scores NaN, where a rung takes longer than `timeout` (its process is
     killed), or where its process dies more than twice; it is listed in `failed`.
 
-    `folder` keeps the trials and how the search ended. A search that was interrupted goes on. One that ended returns
-    the same result at once, unless it is asked for something else (more trials, another patience, other limits): then
-    it decides anew from what was measured, and goes on or not. One that failures ended is tried again.
+    `folder` keeps the trials and how the search ended. An interrupted search is resumed. One that ended returns the
+    same result at once, unless it is asked for something else (more trials, another patience, other limits): then it
+    decides anew from what was measured whether to continue. One that failures ended is tried again.
     The same seed and number of `actors` give the same search, however many of them the cluster has room for and
     whichever finishes first (`Ordered`); one that was interrupted may propose other settings after that. An active Ray
     connection is used, else Ray is started.
