@@ -178,7 +178,6 @@ def run_audit(
 
     from prefvec_ray.common.cluster import progress_bar
     from prefvec_ray.reports.plots import STYLE
-    from prefvec_ray.robustness.intervals import Rate
     from prefvec_ray.robustness.plots import ladder_plot
     from prefvec_ray.robustness.scorer import audit_scorer
     from prefvec_ray.robustness.texts import load_texts
@@ -193,10 +192,10 @@ def run_audit(
     table.add_column("accuracy [95%]", justify="right")
     rates = [card.clean, *card.rungs]
     if card.words:
-        edits = f"{card.words['edits']} words"
+        edits = f"{card.words.edits} words"
         rates += [
-            Rate(name=f"{edits}, random slips", **card.words["random"]),
-            Rate(name=f"{edits}, greedy", **{key: card.words[key] for key in ("mean", "low", "high", "n")}),
+            card.words.random.named(f"{edits}, random slips"),
+            card.words.named(f"{edits}, greedy"),
         ]
     for rate in rates:
         table.add_row(rate.name, str(rate))

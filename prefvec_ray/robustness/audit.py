@@ -9,7 +9,7 @@ gradients are masked.
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.losses import pgd
 from prefvec_ray.robustness.metrics import probe
 from prefvec_ray.robustness.threat import Ball, check_data, correct, count_classes
+from prefvec_ray.robustness.words import WordAudit
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 Finding = Literal["sound", "masked gradients", "weak attack", "overestimated", "not robust", "undecided"]
@@ -71,7 +72,7 @@ class Audit(Config):
     gaps: tuple[Gap, ...]
     """Paired, over the same inputs: `pgd - ensemble`, `pgd - pgd restarts`, `pgd restarts - black box`."""
     probe: dict[str, float]
-    words: dict[str, Any] | None = None
+    words: WordAudit | None = None
     curve: tuple[dict[str, float], ...] = ()
     """FOSC, SGCS and the inner maximum after each epoch of a scorer's training, on 128 of its texts."""
     ladder: Ladder

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from prefvec_ray.reports.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, Audit
-from prefvec_ray.robustness.intervals import Gap, Rate
+from prefvec_ray.robustness.intervals import Gap
 from prefvec_ray.robustness.study import Cell, Runs, Study, gap_of
 from prefvec_ray.robustness.train import Moment
 
@@ -68,8 +68,7 @@ def ladder_plot(card: Audit, title: str) -> Figure:
     """The rungs of one audit with their intervals; words at the end where they were attacked."""
     rates = [card.clean, *card.rungs]
     if card.words:
-        for name, found in (("words, random", card.words["random"]), ("words, greedy", card.words)):
-            rates.append(Rate(name=name, **{key: found[key] for key in ("mean", "low", "high", "n")}))
+        rates += [card.words.random.named("words, random"), card.words.named("words, greedy")]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     panel = figure.subplots()
     colours = {BLACK_BOX: ORANGE, ENSEMBLE: RED, CLEAN: BLACK}

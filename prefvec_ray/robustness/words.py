@@ -7,7 +7,7 @@ would be another judgement.
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Self
 
 import torch
 from pydantic import Field
@@ -38,6 +38,35 @@ class WordAttack(Config):
     """Only so many words, those that matter most, are tried in a text."""
 
 
+class WordRate(Config):
+    """A share of `n` texts that are still classified rightly, with the ends of its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, standing: Tensor) -> Self:
+        return cls(**Rate.of("words", standing).model_dump(exclude={"name"}))
+
+    def named(self, name: str) -> Rate:
+        return Rate(name=name, mean=self.mean, low=self.low, high=self.high, n=self.n)
+
+
+class WordAudit(WordRate):
+    """The accuracy under the greedy attack, and beside it:"""
+
+    random: WordRate
+    """The same under the control, as many random words with random slips."""
+    edits: int
+    drops: bool
+    queries: float
+    """Mean number of texts asked for per attacked row."""
+    examples: list[dict[str, str]]
+    """Up to three that fell: `text` and `attacked`."""
+
+
 def perturbations(word: str, rng: random.Random, *, drops: bool = True) -> list[str]:
     """What a slip of the finger makes of `word`: two letters swapped, one left out, doubled, or replaced by its
     neighbour on the keyboard; and "", the word left out. The first letter stays, as readers need it."""
@@ -52,16 +81,12 @@ def perturbations(word: str, rng: random.Random, *, drops: bool = True) -> list[
 
 def attack_words(
     classify: Classify, rows: Sequence[tuple[str, ...]], y: Tensor, attack: WordAttack, *, seed: int = 0
-) -> dict[str, Any]:
+) -> WordAudit:
     """Attack the last text of every row that is classified rightly; the others count as fallen.
 
     Greedy: words are ranked by what leaving each out does to the margin of the label; then, from the most important
     on, each is replaced by its worst perturbation while that lowers the margin, until the label falls or
-    `attack.edits` words are touched. `random` is the control: as many random words with random slips.
-
-    Returns:
-        {"mean", "low", "high", "n": accuracy under the greedy attack; "random": the same under the control; "edits",
-        "drops", "queries": mean number of texts asked for per attacked row; "examples": up to three that fell}.
+    `attack.edits` words are touched.
     """
     if len(rows) != len(y):
         raise InputError(f"{len(rows)} texts and {len(y)} labels: expected one each")
@@ -77,15 +102,14 @@ def attack_words(
             standing[i] = False
             if len(examples) < 3:
                 examples.append({"text": rows[i][-1][:300], "attacked": text[:300]})
-    greedy = Rate.of("words, greedy", standing).model_dump(exclude={"name"})
-    return {
-        **greedy,
-        "random": Rate.of("words, random", control).model_dump(exclude={"name"}),
-        "edits": attack.edits,
-        "drops": attack.drops,
-        "queries": round(queries / max(1, int(clean.sum())), 1),
-        "examples": examples,
-    }
+    return WordAudit(
+        **WordRate.of(standing).model_dump(),
+        random=WordRate.of(control),
+        edits=attack.edits,
+        drops=attack.drops,
+        queries=round(queries / max(1, int(clean.sum())), 1),
+        examples=examples,
+    )
 
 
 def _greedy(

@@ -99,11 +99,11 @@ def test_the_card_of_a_scorer(card, folder):
     assert card.model_digest == read_card(folder)["model_digest"]
     assert card.epsilon == RECIPE.epsilon
     assert card.ladder.floor == pytest.approx(0.45, abs=0.15), "the share of the largest class"
-    assert card.words["mean"] <= card.words["random"]["mean"] <= card.clean.mean
-    assert card.words["edits"] == 2
+    assert card.words.mean <= card.words.random.mean <= card.clean.mean
+    assert card.words.edits == 2
     assert [moment["epoch"] for moment in card.curve] == [1, 2]
     assert all({"fosc", "fosc_relative", "sgcs", "inner_gain", "loss"} <= set(moment) for moment in card.curve)
-    assert set(card.words["random"]) == {"mean", "low", "high", "n"}
+    assert set(card.words.random.model_dump()) == {"mean", "low", "high", "n"}
 
 
 def test_the_commands(folder, tmp_path, capsys):

@@ -35,11 +35,11 @@ def test_greedy_finds_the_word_that_matters_and_random_slips_mostly_do_not():
     rows = [("a prompt", f"{filler} poison {filler}")] * 20 + [("a prompt", filler)] * 20
     y = torch.tensor([1] * 20 + [0] * 20)
     found = attack_words(looks_for("poison"), rows, y, WordAttack(edits=1))
-    assert found["mean"] == 0.5, "the class without the word has nothing to lose"
-    assert found["random"]["mean"] > 0.9
-    assert found["n"] == 40
-    assert "poison" not in found["examples"][0]["attacked"].split()
-    assert filler in found["examples"][0]["attacked"], "one word is touched, and no other"
+    assert found.mean == 0.5, "the class without the word has nothing to lose"
+    assert found.random.mean > 0.9
+    assert found.n == 40
+    assert "poison" not in found.examples[0]["attacked"].split()
+    assert filler in found.examples[0]["attacked"], "one word is touched, and no other"
 
 
 def test_an_edit_that_makes_the_label_surer_is_not_made():
@@ -54,27 +54,27 @@ def test_an_edit_that_makes_the_label_surer_is_not_made():
         return torch.stack([-surer, surer], dim=1)
 
     found = attack_words(classify, [("poison garden",)], torch.tensor([1]), WordAttack(edits=1, drops=False))
-    assert found["mean"] == 0.0
-    assert found["examples"][0]["attacked"].startswith("poison g")
+    assert found.mean == 0.0
+    assert found.examples[0]["attacked"].startswith("poison g")
 
 
 def test_the_budget_holds():
     rows, y = [("poison curse steal",)], torch.tensor([1])
     classify = looks_for("poison", "curse", "steal")
-    assert attack_words(classify, rows, y, WordAttack(edits=2))["mean"] == 1.0
-    assert attack_words(classify, rows, y, WordAttack(edits=3))["mean"] == 0.0
+    assert attack_words(classify, rows, y, WordAttack(edits=2)).mean == 1.0
+    assert attack_words(classify, rows, y, WordAttack(edits=3)).mean == 0.0
 
 
 def test_what_is_wrong_already_counts_as_fallen_and_costs_nothing():
     found = attack_words(looks_for("poison"), [("tea",), ("tea",)], torch.tensor([1, 0]), WordAttack())
-    assert (found["mean"], found["n"]) == (0.5, 2)
+    assert (found.mean, found.n) == (0.5, 2)
     wrong = attack_words(looks_for("poison"), [("tea",)], torch.tensor([1]), WordAttack())
-    assert (wrong["mean"], wrong["queries"]) == (0.0, 0.0)
+    assert (wrong.mean, wrong.queries) == (0.0, 0.0)
 
 
 def test_texts_without_words_stand():
     found = attack_words(looks_for("poison"), [("?!",), ("",)], torch.tensor([0, 0]), WordAttack())
-    assert found["mean"] == 1.0
+    assert found.mean == 1.0
 
 
 def test_labels_and_texts_are_counted():
