@@ -96,71 +96,49 @@ class _Pool:
         # An actor that dies is replaced here, not by Ray, whose restart would hold its part until there is room again.
         self._make = lambda: ray.remote(_Measurer).options(**actor_options(bundle), max_restarts=0).remote(task)
         self._queue = deque(parts)
-        self._starting: dict[Any, Any] = {}
-        self._busy: dict[Any, tuple[Any, _Part]] = {}
-        self._start_deaths = 0
+        self._loading = _Part(-1, [])
+        self._running: dict[Any, tuple[Any, _Part]] = {}
         for _ in range(actors):
             self._start()
 
     @property
-    def unfinished(self) -> bool:
-        return bool(self._queue or self._busy)
+    def working(self) -> bool:
+        return any(part is not self._loading for _, part in self._running.values())
 
     @property
-    def working(self) -> bool:
-        return bool(self._busy)
+    def unfinished(self) -> bool:
+        return bool(self._queue) or self.working
 
     def step(self) -> list[tuple[_Part, list[str]]]:
         """Wait up to half a second; what has been measured since."""
         found = []
-        ready, _ = ray.wait([*self._starting, *self._busy], timeout=0.5)
+        ready, _ = ray.wait(list(self._running), timeout=0.5)
         for reference in ready:
-            if reference in self._starting:
-                actor = self._starting.pop(reference)
-                self._ready(actor, reference)
+            actor, part = self._running.pop(reference)
+            try:
+                texts = ray.get(reference)
+            except ray.exceptions.RayActorError:  # its process or node was lost
+                part.deaths += 1
+                if part.deaths > DEATHS:
+                    raise
+                if part is not self._loading:
+                    self._queue.appendleft(part)
+                self._start()
+                continue
+            if part is not self._loading:
+                found.append((part, texts))
+            if self._queue:
+                part = self._queue.popleft()
+                self._running[actor.measure.remote(part.settings)] = actor, part
             else:
-                actor, part = self._busy.pop(reference)
-                texts = self._result(actor, part, reference)
-                if texts is not None:
-                    found.append((part, texts))
+                ray.kill(actor)
         return found
 
     def stop(self) -> None:
         """End the actors; also those that never found room."""
-        for actor in [*self._starting.values(), *(actor for actor, _ in self._busy.values())]:
+        for actor, _ in self._running.values():
             ray.kill(actor)
 
     def _start(self) -> None:
         actor = self._make()
-        self._starting[actor.load.remote()] = actor
-
-    def _ready(self, actor: Any, reference: Any) -> None:
-        try:
-            ray.get(reference)
-        except ray.exceptions.RayActorError:  # its process or node was lost
-            self._start_deaths += 1
-            if self._start_deaths > DEATHS:
-                raise
-            self._start()
-            return
-        self._give(actor)
-
-    def _give(self, actor: Any) -> None:
-        if self._queue:
-            part = self._queue.popleft()
-            self._busy[actor.measure.remote(part.settings)] = actor, part
-        else:
-            ray.kill(actor)
-
-    def _result(self, actor: Any, part: _Part, reference: Any) -> list[str] | None:
-        try:
-            texts: list[str] = ray.get(reference)
-        except ray.exceptions.RayActorError:
-            part.deaths += 1
-            if part.deaths > DEATHS:
-                raise
-            self._queue.appendleft(part)
-            self._start()
-            return None
-        self._give(actor)
-        return texts
+        self._running[actor.load.remote()] = actor, self._loading
