@@ -248,7 +248,7 @@ def classifier_folder(model: str | Path) -> Path:
     folder = Path(model)
     if not folder.is_dir():
         folder = _fetch(str(model))
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     kinds = config.get("architectures") or []
     if not any(str(kind).endswith("ForSequenceClassification") for kind in kinds):
         raise InputError(f"scorer {folder}: a {', '.join(kinds) or 'model of unknown kind'}, no sequence classifier")
@@ -265,7 +265,7 @@ def read_scorer_file(folder: Path) -> ScorerFile | None:
     if not path.is_file():
         return None
     try:
-        return ScorerFile.model_validate(_read_json(path))
+        return ScorerFile.model_validate(read_json(path))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
@@ -281,7 +281,7 @@ def read_card(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        card = _read_json(path)
+        card = read_json(path)
     except InputError as error:
         return {"verdict": "stale", "reason": f"the card cannot be read: {error}"}
     if card.get("format") != 1 or card.get("verdict") not in VERDICTS:
@@ -315,7 +315,3 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # the hub's many errors: bad name, no network, no such model, no access
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"scorer {name}: no such folder, and it cannot be had from the hub: {problem}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path)
