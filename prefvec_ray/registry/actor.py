@@ -26,7 +26,7 @@ from prefvec_ray.common.cluster import NAMESPACE, raise_cause
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry.cache import NodeCache
 from prefvec_ray.registry.catalog import Catalog
-from prefvec_ray.registry.errors import LeaseLost, StoreError
+from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import Lease
 from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.registry.registry import Blobs, Registry, user
@@ -299,11 +299,3 @@ def _metric(kind: Any, name: str, description: str, tags: dict[str, str]) -> Any
     metric = kind(name, description, tag_keys=tuple(tags))
     metric.set_default_tags(tags)
     return metric
-
-
-__all__ = [
-    "LeaseLost",
-    "RegistryActor",
-    "RegistryClient",
-    "start_registry",
-]

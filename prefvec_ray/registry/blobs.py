@@ -1,6 +1,7 @@
 """Blobs are named after their bytes."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from blake3 import blake3
@@ -22,4 +23,12 @@ def hash_file(path: str | Path) -> str:
     """`blake3:<hex>` of a file, memory-mapped and on all cores: faster than the disk that it comes from."""
     hasher = blake3(max_threads=blake3.AUTO)
     hasher.update_mmap(path)
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def hash_pieces(pieces: Iterable[bytes]) -> str:
+    """`blake3:<hex>` of bytes that come in pieces."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    for piece in pieces:
+        hasher.update(piece)
     return f"blake3:{hasher.hexdigest()}"

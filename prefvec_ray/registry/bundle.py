@@ -20,12 +20,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Self
 
-from blake3 import blake3
 from pydantic import Field, model_validator
 
 from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.registry.blobs import CHUNK, blob_key
+from prefvec_ray.registry.blobs import CHUNK, blob_key, hash_pieces
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.names import LARGEST_CHOSEN_VERSION, check_case, shown
 from prefvec_ray.registry.records import (
@@ -243,10 +242,7 @@ def _read_index(file: IO[bytes], path: Path) -> tuple[BundleIndex, dict[str, tup
 def _check_members(file: IO[bytes], index: BundleIndex, members: dict[str, tuple[int, int]], path: Path) -> None:
     """Hash every blob where it lies."""
     for digest, (offset, size) in members.items():
-        hasher = blake3(max_threads=blake3.AUTO)
-        for piece in _pieces(file, offset, size):
-            hasher.update(piece)
-        if f"blake3:{hasher.hexdigest()}" != digest:
+        if hash_pieces(_pieces(file, offset, size)) != digest:
             raise InputError(f"{path}: {blob_key(digest)} has other bytes than its name says; copy it again")
 
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.registry.blobs import blob_key, hash_file
+from prefvec_ray.registry.blobs import blob_key, hash_file, hash_pieces
 from prefvec_ray.registry.errors import StoreError
 from prefvec_ray.registry.lease import CLAIM
 from prefvec_ray.registry.records import (
@@ -292,10 +292,7 @@ def _strays(store: Store, blobs: Iterable[str], findings: list[StoreFinding]) ->
 def _hash(store: Store, digest: str) -> str:
     if store.folder is not None:
         return hash_file(store.folder / blob_key(digest))
-    hasher = blake3(max_threads=blake3.AUTO)
-    for piece in store.read_blob(digest):
-        hasher.update(piece)
-    return f"blake3:{hasher.hexdigest()}"
+    return hash_pieces(store.read_blob(digest))
 
 
 assert set(MODELS) == set(RECORD_FOLDERS)

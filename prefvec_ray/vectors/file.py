@@ -26,12 +26,14 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import parse_json
 from prefvec_ray.common.names import DeltaName
 from prefvec_ray.common.text import printable
-from prefvec_ray.vectors.entries import DTYPES, Entry, Full, Int8, LowRank, from_parts, is_finite
+from prefvec_ray.vectors.entries import Entry, Full, from_parts, is_finite
 from prefvec_ray.vectors.numbers import read_tensor
 from prefvec_ray.vectors.shards import Shards
 
 FORMAT_VERSION = 1
 STEM = "vector"
+Seen = Callable[[str, memoryview], object]
+"""called with all bytes of a vector's files, in the order of each file: (name of the file, bytes)"""
 CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "I8": "int8"}
 
 
@@ -105,18 +107,21 @@ class PreferenceVector:
         """`blake3:<hex>` of the base fingerprint and of all numbers: independent of sharding, lineage and name."""
         return self._digest(check=False)
 
-    def validated_digest(self, seen: Callable[[str, memoryview], object] | None = None) -> str:
+    def validated_digest(self, seen: Seen | None = None) -> str:
         """`digest()` and `validate()` in one pass over the numbers.
 
-        `seen` is called with all bytes of the vector's files, in the order of each file: (name of the file, bytes).
+        `seen` gets the bytes of the vector's files, where it has any.
         """
         return self._digest(check=True, seen=seen)
 
-    def _digest(self, *, check: bool, seen: Callable[[str, memoryview], object] | None = None) -> str:
-        digests = {}
-        for name, part, tensor, file in _stored_tensors(self.entries, seen):
-            tell = functools.partial(seen, file) if seen and file else None
-            digests[name, part], finite = read_tensor(tensor, check=check, seen=tell)
+    def _digest(self, *, check: bool, seen: Seen | None = None) -> str:
+        digests, entries = {}, self.entries
+        if isinstance(entries, _FileEntries):
+            tensors = entries.in_order(seen)
+        else:
+            tensors = ((name, part, t, None) for name, entry in entries.items() for part, t in entry.parts().items())
+        for name, part, tensor, here in tensors:
+            digests[name, part], finite = read_tensor(tensor, check=check, seen=here)
             if not finite:
                 raise self._not_finite(name)
         whole = blake3(f"prefvec vector 1\n{self.info.base_fingerprint}\n".encode())
@@ -224,13 +229,14 @@ class _FileEntries(Mapping[str, Entry]):
     def __init__(self, shards: Shards, parts: dict[str, dict[str, str]]):
         self._shards, self._parts = shards, parts
 
-    def in_order(self, seen: Callable[[str, memoryview], object] | None) -> Iterator[tuple[str, str, Tensor, str]]:
-        """(name, part, tensor, file) as they lie in the files. `seen` gets each file's header before its tensors."""
+    def in_order(self, seen: Seen | None) -> Iterator[tuple[str, str, Tensor, Callable[[memoryview], object] | None]]:
+        """(name, part, tensor, `seen` of its file) as they lie in the files. `seen` gets each header before them."""
         places = {stored: (name, part) for name, parts in self._parts.items() for part, stored in parts.items()}
         for file, header, names in self._shards.contents():
-            if seen is not None:
-                seen(file, memoryview(header))
-            yield from ((*places[stored], self._shards.tensor(stored), file) for stored in names)
+            here = functools.partial(seen, file) if seen else None
+            if here:
+                here(memoryview(header))
+            yield from ((*places[stored], self._shards.tensor(stored), here) for stored in names)
 
     def __getitem__(self, name: str) -> Entry:
         entry = from_parts({part: self._shards.tensor(stored) for part, stored in self._parts[name].items()})
@@ -242,16 +248,6 @@ class _FileEntries(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self._parts)
-
-
-def _stored_tensors(
-    entries: Mapping[str, Entry], seen: Callable[[str, memoryview], object] | None
-) -> Iterator[tuple[str, str, Tensor, str]]:
-    """(name, part, tensor, file or "") of every tensor, in the order in which it is fastest to read."""
-    if isinstance(entries, _FileEntries):
-        yield from entries.in_order(seen)
-    else:
-        yield from ((name, part, t, "") for name, entry in entries.items() for part, t in entry.parts().items())
 
 
 def _suffixed(info: VectorInfo) -> bool:
@@ -307,15 +303,3 @@ def _from_metadata(metadata: dict[str, str], where: str) -> VectorInfo:
     except (KeyError, ValueError, ValidationError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise InputError(f"{where}: the vector's metadata cannot be read ({reason}); extract it again") from None
-
-
-__all__ = [
-    "DTYPES",
-    "Full",
-    "Int8",
-    "LowRank",
-    "PreferenceVector",
-    "VectorInfo",
-    "load_vector",
-    "save_vector",
-]
