@@ -15,7 +15,7 @@ from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from prefvec_ray.artifacts.training import Method, Record
+from prefvec_ray.artifacts.training import Artifact, Method
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.preferences.sources import read_rows
@@ -34,7 +34,7 @@ SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 """The columns that SFTTrainer learns from; the first that a row has are taken, others are left behind."""
 
 
-class SftJob(Record):
+class SftJob(Artifact):
     """The stage as its workers get it. `sft.json` keeps the fields from `base` to `method`."""
 
     base: str
