@@ -20,7 +20,7 @@ def vector_key(preference: str, seed: int) -> str:
     return f"{preference}-s{seed}"
 
 
-class Record(BaseModel):
+class Artifact(BaseModel):
     """A frozen result. Fields of another release are ignored."""
 
     model_config = ConfigDict(frozen=True)
@@ -55,7 +55,7 @@ class Watch(Config):
     """Trackers to write to beside TensorBoard; each has to be installed and configured where the workers run."""
 
 
-class RunSpec(Record):
+class RunSpec(Artifact):
     """One DPO run, complete: equal specs give equal deltas, and `key` names the result on disk."""
 
     key: str
@@ -101,7 +101,7 @@ class RunSpec(Record):
         return vector_key(self.preference, self.seed)
 
 
-class TrainingPoint(Record):
+class TrainingPoint(Artifact):
     """A run on training pairs since the last point; in a negative run they are flipped."""
 
     step: int
@@ -117,7 +117,7 @@ class TrainingPoint(Record):
     """Bytes."""
 
 
-class HeldOut(Record):
+class HeldOutPoint(Artifact):
     """A run on `pairs` held-out pairs of one preference, never flipped. Shifts are in nats, as in TrainingPoint."""
 
     step: int
@@ -129,14 +129,14 @@ class HeldOut(Record):
     rejected_shift: float
 
 
-class Drift(Record):
+class Drift(Artifact):
     """KL(base || run) in nats an answer; None where beta is 0."""
 
     step: int
     kl: float | None
 
 
-class RunResult(Record):
+class RunResult(Artifact):
     """`run.json`: what one DPO run was, how it went, and where it ended."""
 
     spec: RunSpec
@@ -150,16 +150,16 @@ class RunResult(Record):
     memory: int
     """Bytes: the peak of its GPU, or of its process."""
     history: list[TrainingPoint]
-    watched: dict[str, list[HeldOut] | list[Drift]]
+    watched: dict[str, list[HeldOutPoint] | list[Drift]]
     """While it trained: measurements by held-out set, and the drift under `KL`."""
-    held_out: dict[str, HeldOut]
+    held_out: dict[str, HeldOutPoint]
     """At its end, by preference."""
     kl: float | None
     """At its end."""
     precision: dict[str, JsonValue]
 
 
-class PreparedPairs(Record):
+class PreparedPairs(Artifact):
     """The pairs of one preference, checked, split and written."""
 
     train: str
@@ -175,7 +175,7 @@ class PreparedPairs(Record):
     warnings: list[str]
 
 
-class ReferencePairs(Record):
+class ReferencePairs(Artifact):
     """Folders of one preference's pairs, tokenized and scored by the base."""
 
     train: str
@@ -186,7 +186,7 @@ class ReferencePairs(Record):
     """Answers of the base itself; None where the drift from it is not measured."""
 
 
-class TrainingSummary(Record):
+class TrainingSummary(Artifact):
     """`training.json`: a finished training job."""
 
     base: str

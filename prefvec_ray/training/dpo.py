@@ -155,8 +155,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
     method = spec.method
     args = dpo_config(spec.dpo, folder, seed=spec.seed, deepspeed=method.deepspeed, **_watch_arguments(spec))
     full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
-    sizes = {name: len(pairs) for name, pairs in watched.items()}
-    watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, sizes)
+    watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, _sizes(watched))
     train = mix_equally([load_from_disk(pairs) for pairs in spec.train], spec.seed)
     trainer = TokenizedDPOTrainer(
         model=load_model(spec.base, method, args),
@@ -219,11 +218,15 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
     return full, watched
 
 
+def _sizes(sets: dict[str, Dataset]) -> dict[str, int]:
+    return {name: len(pairs) for name, pairs in sets.items()}
+
+
 def _measure_end(trainer: DPOTrainer, watcher: Watcher, full: dict[str, Dataset]) -> dict[str, Any]:
     """Measure on all held-out pairs. Returns `watched`, `held_out` and `kl` of the run's result."""
     log = trainer.state.log_history
     watched, drift = watcher.held_out(log), watcher.drift(log)
-    watcher.pairs = {name: len(pairs) for name, pairs in full.items()}
+    watcher.pairs = _sizes(full)
     watcher.patience = 1
     trainer.eval_dataset = full
     for name in full:

@@ -17,7 +17,7 @@ from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedE
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from prefvec_ray.artifacts.training import Record, RunResult, RunSpec
+from prefvec_ray.artifacts.training import Artifact, RunResult, RunSpec
 from prefvec_ray.common.errors import JobError, from_traceback
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.scheduling import Waiting, check_room
@@ -189,7 +189,7 @@ def start_run(
 
 def run_stage(
     worker: Callable[[dict[str, Any]], Any],
-    job: Record,
+    job: Artifact,
     name: str,
     config: TrainingConfig,
     board: Any,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from prefvec_ray.artifacts.training import KL, Drift, HeldOut, RunResult, TrainingPoint
+from prefvec_ray.artifacts.training import KL, Drift, HeldOutPoint, RunResult, TrainingPoint
 
 PANELS = (
     ("history", "loss", "loss on training pairs"),
@@ -43,7 +43,7 @@ def plot_runs(runs: list[RunResult], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _points(run: RunResult, kind: str) -> Sequence[TrainingPoint | HeldOut | Drift]:
+def _points(run: RunResult, kind: str) -> Sequence[TrainingPoint | HeldOutPoint | Drift]:
     if kind == "history":
         return run.history
     if kind == KL:

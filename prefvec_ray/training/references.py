@@ -15,7 +15,7 @@ from typing import Any
 from blake3 import blake3
 from datasets import Dataset, load_from_disk
 
-from prefvec_ray.artifacts.training import Method, PreparedPairs, Record, ReferencePairs
+from prefvec_ray.artifacts.training import Artifact, Method, PreparedPairs, ReferencePairs
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.training.config import TrainingConfig
@@ -30,7 +30,7 @@ PAIRS_PER_WORKER = 4096
 """With fewer, another worker costs more to start than it saves."""
 
 
-class ScoringTask(Record):
+class ScoringTask(Artifact):
     """One set of pairs to tokenize and score: those in the folder `source`, or answers of the base to their prompts."""
 
     target: str
@@ -43,7 +43,7 @@ class ScoringTask(Record):
     """Length of an answer, at most."""
 
 
-class ReferenceJob(Record):
+class ReferenceJob(Artifact):
     """The sets that one pass over the base scores."""
 
     base: str

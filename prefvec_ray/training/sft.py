@@ -14,7 +14,7 @@ from blake3 import blake3
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from prefvec_ray.artifacts.training import Method, Record
+from prefvec_ray.artifacts.training import Artifact, Method
 from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
@@ -35,7 +35,7 @@ SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 """The columns that SFTTrainer learns from; the first that a row has are taken, others are left behind."""
 
 
-class SftJob(Record):
+class SftJob(Artifact):
     """The stage as its workers get it. `sft.json` keeps the fields from `base` to `method`."""
 
     base: str

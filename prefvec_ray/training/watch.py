@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from prefvec_ray.artifacts.training import Drift, HeldOut, Polarity, TrainingPoint
+from prefvec_ray.artifacts.training import Drift, HeldOutPoint, Polarity, TrainingPoint
 from prefvec_ray.common.errors import JobError
 
 Report = Callable[[dict[str, Any]], None]
@@ -103,10 +103,10 @@ def training_log(log: dict[str, float], beta: float) -> TrainingPoint:
     )
 
 
-def held_out_log(log: dict[str, float], name: str, beta: float, pairs: int) -> HeldOut:
+def held_out_log(log: dict[str, float], name: str, beta: float, pairs: int) -> HeldOutPoint:
     """What the trainer logs of a measurement on the held-out pairs of the preference `name`."""
     prefix = f"eval_{name}"
-    return HeldOut(
+    return HeldOutPoint(
         step=int(log["step"]),
         accuracy=log[f"{prefix}/rewards/accuracies"],
         margin=log[f"{prefix}/rewards/margins"],
@@ -123,7 +123,7 @@ def kl_to_base(log: dict[str, float], beta: float) -> float | None:
     return -sum(rewards) / (2 * beta) if beta else None
 
 
-def wrong_way(point: HeldOut, polarity: Polarity, sigmas: float) -> bool:
+def wrong_way(point: HeldOutPoint, polarity: Polarity, sigmas: float) -> bool:
     """Whether held-out accuracy is on the wrong side of 0.5 by more than noise, and the mean margin with it.
 
     Noise is `sigmas` standard errors of a fair coin thrown once a pair, sqrt(0.25 / pairs); at 3 of them fewer than ten
@@ -154,7 +154,7 @@ class Watcher(TrainerCallback):
     last: float = 0.0
     """When the step was reported last."""
 
-    def held_out(self, log: list[dict[str, float]]) -> dict[str, list[HeldOut]]:
+    def held_out(self, log: list[dict[str, float]]) -> dict[str, list[HeldOutPoint]]:
         """The measurements in what the trainer logged, by held-out set."""
         return {
             name: [held_out_log(entry, name, self.beta, pairs) for entry in log if f"eval_{name}_loss" in entry]
@@ -195,7 +195,7 @@ class Watcher(TrainerCallback):
         if self.sigmas and f"eval_{self.preference}_loss" in log:
             self._check_direction(self.held_out(state.log_history)[self.preference][-self.patience :], self.sigmas)
 
-    def _check_direction(self, last: list[HeldOut], sigmas: float) -> None:
+    def _check_direction(self, last: list[HeldOutPoint], sigmas: float) -> None:
         if len(last) == self.patience and all(wrong_way(point, self.polarity, sigmas) for point in last):
             seen = ", then ".join(f"{point.accuracy:.2f}" for point in last)
             raise RunStoppedError(

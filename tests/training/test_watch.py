@@ -12,7 +12,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.artifacts.training import HeldOut, Method, Watch
+from prefvec_ray.artifacts.training import HeldOutPoint, Method, Watch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
@@ -108,7 +108,7 @@ def test_a_run_that_goes_the_wrong_way_is_stopped_and_leaves_nothing(scored, tmp
 )
 def test_the_wrong_way_is_beyond_noise(accuracy, margin, pairs, polarity, expected):
     rest = {"step": 1, "loss": 0.7, "chosen_shift": 0.0, "rejected_shift": 0.0}
-    point = HeldOut(accuracy=accuracy, margin=margin, pairs=pairs, **rest)
+    point = HeldOutPoint(accuracy=accuracy, margin=margin, pairs=pairs, **rest)
     assert wrong_way(point, polarity, 3) is expected
 
 
