@@ -260,6 +260,10 @@ for part in ("training", "search", "serving", "robustness", "reports"):
         __import__(f"prefvec_ray.{part}")
     except ImportError as error:
         print(f"{part}: {error}")
+try:
+    open_registry("ray:helpful")
+except ImportError as error:
+    print(f"registry: {error}")
 print("absent:", [name for name in ("ray", "trl", "peft", "matplotlib", "optuna") if name not in sys.modules])
 """
 
@@ -284,6 +288,7 @@ def test_the_base_install_needs_neither_ray_nor_trl(installed, base_install, tmp
         "serving": "serve",
         "robustness": "robustness",
         "reports": "report",
+        "registry": "registry",
     }
     assert lines == {part: f"prefvec-ray[{extra}]" for part, extra in extras.items()}
 
