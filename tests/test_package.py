@@ -50,6 +50,17 @@ def test_every_public_name_is_there():
         assert getattr(importlib.import_module(module), attribute) is not None
 
 
+@pytest.mark.parametrize("folder", ["cluster", "serve_configs", "docs"])
+def test_import_paths_in_other_files_lead_somewhere(folder):
+    """`prefvec_ray.module:name`, as Ray Serve's configs and environment variables write it."""
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in ("", ".md", ".yaml") and path.is_file()]
+    found = {place for path in files for place in re.findall(r"\bprefvec_ray[\w.]*:[a-z_]+\b", path.read_text())}
+    assert found
+    for place in found:
+        module, _, name = place.partition(":")
+        assert callable(getattr(importlib.import_module(module), name)), place
+
+
 def test_no_class_has_two_homes():
     homes: dict[str, set[str]] = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
@@ -249,6 +260,10 @@ for part in ("training", "search", "serving", "robustness", "reports"):
         __import__(f"prefvec_ray.{part}")
     except ImportError as error:
         print(f"{part}: {error}")
+try:
+    open_registry("ray:helpful")
+except ImportError as error:
+    print(f"registry: {error}")
 print("absent:", [name for name in ("ray", "trl", "peft", "matplotlib", "optuna") if name not in sys.modules])
 """
 
@@ -273,6 +288,7 @@ def test_the_base_install_needs_neither_ray_nor_trl(installed, base_install, tmp
         "serving": "serve",
         "robustness": "robustness",
         "reports": "report",
+        "registry": "registry",
     }
     assert lines == {part: f"prefvec-ray[{extra}]" for part, extra in extras.items()}
 

@@ -1,5 +1,6 @@
 """One way to name a registry: a folder, a bucket, or `ray:<name>` for a running registry actor."""
 
+from prefvec_ray.common.extras import require
 from prefvec_ray.registry.names import THROUGH_RAY
 from prefvec_ray.registry.registry import Registry
 
@@ -13,6 +14,7 @@ def open_registry(where: str, *, create: bool = False) -> Registry:
     """
     if not where.startswith(THROUGH_RAY):
         return Registry.open(where, create=create)
+    require("registry", "ray")
     from prefvec_ray.common.cluster import join
     from prefvec_ray.registry.actor import RegistryClient
 
