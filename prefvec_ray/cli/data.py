@@ -93,16 +93,17 @@ def run_check(
         for name in names:
             key = name if name not in splits else f"{name} {len(splits) + 1}"
             splits[key] = load_split(source, preference=name, format=format, split=split, collect_flaws=True, **options)
-    tokenizer = None
+    tokenizer = context = None
     if base is not None:
         if not base.is_dir():
             raise InputError(f"base {base}: no such folder; give the folder of a Hugging Face model")
+        from prefvec_ray.common.pretrained import context_length
         from prefvec_ray.training.model import load_tokenizer
 
-        tokenizer = load_tokenizer(base)
+        tokenizer, context = load_tokenizer(base), context_length(base)
         if chat_template is not None:
             tokenizer.chat_template = read_template(chat_template)
-    return check_splits(splits, tokenizer=tokenizer, max_length=max_length)
+    return check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context)
 
 
 def print_check(check: "DataCheck", console: "Console") -> None:

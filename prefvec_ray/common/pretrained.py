@@ -28,3 +28,12 @@ def from_pretrained(kind: Any, folder: str | Path, *, what: str = "base", **opti
         raise InputError(
             f"{what} {folder}: its {part} cannot be loaded ({why:.300}); give the folder of a whole Hugging Face model"
         ) from error
+
+
+def context_length(folder: str | Path) -> int | None:
+    """The tokens that a model has positions for; None where its config does not say."""
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, folder).get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return None if length is None else int(length)

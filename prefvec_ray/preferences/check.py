@@ -82,6 +82,7 @@ def check_splits(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
+    context: int | None = None,
 ) -> DataCheck:
     """Measure every preference's pairs, and report what is wrong with them.
 
@@ -89,6 +90,7 @@ def check_splits(
         splits: by name of the preference.
         tokenizer: of the base, with the chat template that it is trained with; without it lengths are not measured.
         max_length: of the DPO recipe, in tokens; None: no limit.
+        context: tokens that the base has positions for; None: not known.
     """
     facts = {name: (pair_facts(split.train), pair_facts(split.test)) for name, split in splits.items()}
     checks = {}
@@ -99,6 +101,7 @@ def check_splits(
     whole = {name: {k: np.concatenate([f[k] for f in parts]) for k in parts[0]} for name, parts in facts.items()}
     overlaps = [measure_overlap(names, whole[names[0]], whole[names[1]]) for names in combinations(splits, 2)]
     findings = [finding for name, split in splits.items() for finding in _judge(name, checks[name], split)]
+    findings += [finding for name, check in checks.items() for finding in _judge_context(name, check.lengths, context)]
     findings += [finding for overlap in overlaps for finding in _judge_overlap(overlap)]
     return DataCheck(preferences=checks, overlaps=overlaps, findings=findings)
 
@@ -162,6 +165,15 @@ def _judge_lengths(name: str, check: PreferenceCheck, lengths: Lengths) -> Itera
             f"{lengths.prompt_changes} of {lengths.sampled} prompts are tokenized otherwise when an answer follows"
         )
         yield _finding("warning", name, f"{changed}; the last tokens of the prompt are left out of training")
+
+
+def _judge_context(name: str, lengths: Lengths | None, context: int | None) -> Iterator[Finding]:
+    if lengths is None or not lengths.sampled or context is None:
+        return
+    longest = min(lengths.whole["max"], lengths.max_length or lengths.whole["max"])
+    if longest > context:
+        text = f"pairs of up to {longest} tokens, and the base has a context of {context}"
+        yield _finding("error", name, f"{text}; set dpo.max_length to {context} or less")
 
 
 def _judge_overlap(overlap: Overlap) -> Iterator[Finding]:

@@ -31,7 +31,7 @@ from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.paths import check_lasting
-from prefvec_ray.common.pretrained import from_pretrained
+from prefvec_ray.common.pretrained import context_length, from_pretrained
 from prefvec_ray.preferences import data_digest, load_preferences, read_template, split_by_prompt
 from prefvec_ray.preferences.splits import text_key
 from prefvec_ray.scorers.base import Scorer, run_scorer
@@ -317,10 +317,7 @@ def _lengths(pairs: Dataset) -> list[tuple[int, int]]:
 
 
 def _context(base: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    from transformers import AutoConfig
-
-    room = getattr(from_pretrained(AutoConfig, base), "max_position_embeddings", None)
-    return min(int(tokenizer.model_max_length), room or 10**9)
+    return min(int(tokenizer.model_max_length), context_length(base) or 10**9)
 
 
 class _Watch(TrainerCallback):

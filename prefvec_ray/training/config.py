@@ -160,16 +160,16 @@ class TrainingConfig(Config):
         """DPOConfig's fields for a run, gradient accumulation by `global_batch_size` included."""
         if self.global_batch_size is None:
             return self.dpo
-        return {**self.dpo, "gradient_accumulation_steps": self.global_batch_size // self._at_once}
+        return {**self.dpo, "gradient_accumulation_steps": self.global_batch_size // self.pairs_at_once}
 
     @property
     def recipe_key(self) -> str:
         """All that a run's result depends on beside base, data, polarity and seed, as JSON."""
-        pairs = self._at_once * int(self.recipe.get("gradient_accumulation_steps", 1))
+        pairs = self.pairs_at_once * int(self.recipe.get("gradient_accumulation_steps", 1))
         return json.dumps([self.dpo, self.run_method.model_dump(), pairs], sort_keys=True)
 
     @property
-    def _at_once(self) -> int:
+    def pairs_at_once(self) -> int:
         """Pairs in a forward pass of all workers together."""
         return int(self.dpo.get("per_device_train_batch_size", 8)) * self.resources.workers
 
@@ -239,8 +239,8 @@ class TrainingConfig(Config):
         if self.global_batch_size is not None:
             if "gradient_accumulation_steps" in self.dpo:
                 raise InputError("dpo.gradient_accumulation_steps follows from global_batch_size: remove one of them")
-            if self.global_batch_size % self._at_once:
+            if self.global_batch_size % self.pairs_at_once:
                 raise InputError(
-                    f"global_batch_size {self.global_batch_size} is no multiple of the {self._at_once} pairs that "
+                    f"global_batch_size {self.global_batch_size} is no multiple of the {self.pairs_at_once} pairs that "
                     f"{workers} worker(s) take at once (dpo.per_device_train_batch_size x resources.workers)"
                 )

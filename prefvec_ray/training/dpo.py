@@ -27,6 +27,7 @@ from prefvec_ray.training.checkpoints import (
 from prefvec_ray.training.delta import Layout, parameter_layout, run_vector, trained_numbers
 from prefvec_ray.training.lora import adapter_config
 from prefvec_ray.training.model import arguments, compute_dtype, load_model, load_tokenizer
+from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.watch import (
     BASE_ANSWERS,
     Clock,
@@ -156,11 +157,11 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
     args = dpo_config(spec.dpo, folder, seed=spec.seed, deepspeed=method.deepspeed, **_watch_arguments(spec))
     full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
     watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, _sizes(watched))
-    train = mix_equally([load_from_disk(pairs) for pairs in spec.train], spec.seed)
+    train = _training_pairs(spec, args.train_batch_size * args.world_size)
     trainer = TokenizedDPOTrainer(
         model=load_model(spec.base, method, args),
         args=args,
-        train_dataset=flip(train) if spec.polarity == "negative" else train,
+        train_dataset=train,
         eval_dataset=watched,
         processing_class=load_tokenizer(spec.base),
         callbacks=[watcher],
@@ -198,6 +199,12 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
         _write_run(spec, vector, result, adapter)
     remove_checkpoints(spec.out)
     return result
+
+
+def _training_pairs(spec: RunSpec, batch: int) -> Dataset:
+    train = mix_equally([load_from_disk(pairs) for pairs in spec.train], spec.seed)
+    check_whole_batch(spec.name, len(train), batch, spec.dpo)
+    return flip(train) if spec.polarity == "negative" else train
 
 
 def _watch_arguments(spec: RunSpec) -> dict[str, Any]:

@@ -110,6 +110,13 @@ def check_fields(section: str, recipe: dict[str, Any], kind: type) -> None:
         raise InputError(f"{section}: TRL's {kind.__name__} refuses the recipe: {error}") from error
 
 
+def check_whole_batch(name: str, pairs: int, batch: int, recipe: Mapping[str, Any]) -> None:
+    """InputError where `dataloader_drop_last` leaves nothing to train on: `pairs` are fewer than a step's `batch`."""
+    if recipe.get("dataloader_drop_last") and pairs < batch:
+        advice = "lower per_device_train_batch_size, or leave dataloader_drop_last out"
+        raise InputError(f"{name}: {pairs} pairs make no batch of {batch}; {advice}")
+
+
 def closest(word: str, known: Collection[str]) -> str:
     import difflib
 

@@ -6,6 +6,7 @@ an interrupted job. Results are keyed by what they were made from (base, data, r
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ from prefvec_ray.artifacts.training import (
     RunSpec,
     TrainingSummary,
 )
+from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.pretrained import context_length
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
 from prefvec_ray.training.checkpoints import check_space, named_when_full
 from prefvec_ray.training.config import PreferenceData, TrainingConfig
@@ -30,6 +33,7 @@ from prefvec_ray.training.model import load_tokenizer
 from prefvec_ray.training.plan import run_plan, slots
 from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board
+from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.references import compute_references, key_of, working_base
 from prefvec_ray.training.sft import fine_tuned
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
@@ -103,6 +107,7 @@ def prepare_data(config: TrainingConfig) -> dict[str, PreparedPairs]:
         _write_templated_base(config)
     prepared = {}
     for name, split in splits.items():
+        check_whole_batch(name, len(split.train), config.pairs_at_once, config.dpo)
         digest = data_digest(split.train)
         folder = config.folder / "data" / f"{name}-{key_of(digest, data_digest(split.test))}"
         prepared[name] = PreparedPairs(
@@ -131,7 +136,8 @@ def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[
         tokenizer.chat_template = read_template(config.chat_template)
     splits = {name: _load_split(config, name, source, collect_flaws) for name, source in config.preferences.items()}
     max_length = config.dpo.get("max_length", DPOConfig.max_length)
-    return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length)
+    context = context_length(config.base)
+    return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context)
 
 
 def _write_templated_base(config: TrainingConfig) -> None:
@@ -141,14 +147,25 @@ def _write_templated_base(config: TrainingConfig) -> None:
         raise InputError(f"base {folder}: a chat_template would overwrite this base; choose another name or output")
     tokenizer = load_tokenizer(config.base)
     tokenizer.chat_template = read_template(str(config.chat_template))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in config.base.iterdir():
-        link = folder / file.name
-        if file.is_file() and not link.exists():
-            link.symlink_to(file.resolve())
+    if not folder.is_dir():
+        with new_folder(folder) as made:
+            for file in config.base.iterdir():
+                if file.is_file():
+                    (made / file.name).symlink_to(file.resolve())
+    elif not _holds(folder, fingerprint(config.base)):
+        raise InputError(
+            f"{folder}: made from another base than {config.base}, or its links lead nowhere; give this training "
+            "another name, or delete that folder"
+        )
     for file in folder.glob("*token*"):
         file.unlink()  # never write through a link into the base itself
     tokenizer.save_pretrained(folder)
+
+
+def _holds(folder: Path, base_fingerprint: str) -> bool:
+    with suppress(InputError):  # a link that leads nowhere
+        return fingerprint(folder) == base_fingerprint
+    return False
 
 
 def _load_split(config: TrainingConfig, name: str, source: PreferenceData, collect_flaws: bool) -> Split:

@@ -142,6 +142,16 @@ def test_what_max_length_destroys_is_told(tokenizer):
     assert "540 of 540 pairs are dropped: the prompt fills max_length 64" in found.errors[0]
 
 
+def test_pairs_beyond_the_context_of_the_base_are_an_error(tokenizer):
+    rows = [chat(f"How {i}?", answer="word " * 90 + str(i), other=f"No {i}.") for i in range(600)]
+    splits = {"helpful": load_split(rows)}
+    found = check_splits(splits, tokenizer=tokenizer, max_length=1024, context=64)
+    (error,) = found.errors
+    assert "and the base has a context of 64; set dpo.max_length to 64 or less" in error
+    for fits in ({"max_length": 64, "context": 64}, {"max_length": 1024, "context": 1024}, {"max_length": 1024}):
+        assert check_splits(splits, tokenizer=tokenizer, **fits).errors == []
+
+
 def test_a_chat_template_that_takes_no_system_messages_is_an_error_that_says_what_to_do(tokenizer):
     system = {"role": "system", "content": "Be kind."}
     rows = [chat(f"How {i}?", *[system] * (i % 2), answer=f"Like {i % 3}.") for i in range(600)]

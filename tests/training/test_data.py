@@ -1,13 +1,18 @@
 """Preference data at the start of a job: split and checked as its config says."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from datasets import load_from_disk
+from transformers import AutoModelForCausalLM
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import PreferenceData
+from prefvec_ray.training.references import working_base
 from prefvec_ray.training.train import prepare_data
+from prefvec_ray.vectors import fingerprint
 
 
 @pytest.fixture
@@ -59,3 +64,43 @@ def test_system_messages_need_a_template_that_takes_them_or_are_folded(job):
 def test_held_out_pairs_are_named_once():
     with pytest.raises(ValueError, match="give one of them"):
         PreferenceData(data="a.jsonl", test="b.jsonl", test_split="test")
+
+
+def test_fewer_pairs_than_a_batch_are_refused_where_the_last_batch_is_dropped(job):
+    six = job([chat(i) for i in range(7)])
+    dropping = six.model_copy(update={"dpo": {"per_device_train_batch_size": 8, "dataloader_drop_last": True}})
+    with pytest.raises(InputError, match=r"helpful: \d pairs make no batch of 8; lower per_device_train_batch_size"):
+        prepare_data(dropping)
+    assert prepare_data(six)["helpful"].pairs < 8
+
+
+def test_a_templated_base_is_never_taken_for_that_of_another_base(job, tmp_path):
+    """The links of an earlier job of this name lead to the base of that job."""
+    rows = [chat(i) for i in range(100)]
+    first = job(rows).model_copy(update={"chat_template": "transcript"})
+    prepare_data(first)
+    prepare_data(first)
+    other = tmp_path / "other"
+    shutil.copytree(first.base, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.01)
+    model.save_pretrained(other)
+    with pytest.raises(InputError, match=r"made from another base than .*other.*another name, or delete that folder"):
+        prepare_data(first.model_copy(update={"base": other}))
+    moved = tmp_path / "moved"
+    other.rename(moved)
+    second = first.model_copy(update={"base": moved, "name": "second"})
+    prepare_data(second)
+    assert fingerprint(working_base(second)) == fingerprint(moved)
+    shutil.rmtree(moved)
+    with pytest.raises(InputError):
+        prepare_data(second)
+
+
+def test_pairs_beyond_the_context_of_the_base_are_refused(job):
+    rows = [chat(i) for i in range(100)]
+    for row in rows:
+        row["chosen"][0]["content"] += " now" * 300
+    with pytest.raises(InputError, match=r"and the base has a context of \d+; set dpo\.max_length to \d+ or less"):
+        prepare_data(job(rows))
