@@ -34,6 +34,7 @@ def data() -> None:
 @click.option(
     "--system", type=click.Choice(["keep", "fold"]), default="keep", help="fold: into the first user message."
 )
+@click.option("--skip-bad", type=click.IntRange(min=0), default=0, help="Leave out up to N rows that cannot be used.")
 @click.option("--base", type=click.Path(path_type=Path), help="Folder of the base: measures lengths in its tokens.")
 @click.option("--chat-template", help="A Jinja file, or `transcript`, where the base has no chat template.")
 @click.option("--max-length", type=click.IntRange(min=1), default=1024, show_default=True, help="In tokens.")

@@ -39,6 +39,8 @@ LEFT_OUT = (0.5, 0.05)
 """Pairs whose prompt alone fills max_length: TRL drops them."""
 CUT_EQUAL = (0.5, 0.01)
 """Pairs whose answers are the same up to max_length."""
+REPEATED = (0.5, 0.01)
+"""Text pairs in which both answers begin with the prompt: it would be trained on twice."""
 # Only warnings.
 TRUNCATED = 0.2
 """Pairs longer than max_length: their ends are not trained on."""
@@ -108,9 +110,12 @@ def check_splits(
 
 def _judge(name: str, check: PreferenceCheck, split: Split) -> Iterator[Finding]:
     """Findings of one preference, by the thresholds at the top."""
-    if check.unreadable:
+    if check.unreadable > split.skip_bad:
         rows = f"{check.unreadable} of {check.rows} rows cannot be used; the first: {split.flaws[0]}"
         yield _finding("error", name, rows)
+    else:
+        for flaw in split.flaws:
+            yield _finding("warning", name, f"row left out (skip_bad): {flaw}")
     reasons = "; ".join(f"{reason}: {count}" for reason, count in check.dropped.items())
     left_out = f"rows say nothing and are left out ({reasons})"
     yield from _share(name, sum(check.dropped.values()), check.rows, DROPPED, left_out)
@@ -120,6 +125,8 @@ def _judge(name: str, check: PreferenceCheck, split: Split) -> Iterator[Finding]
             yield _finding("error", name, f"no pairs {what}; {advice}")
     pairs = check.pairs + check.held_out
     yield from _share(name, check.duplicates, pairs, DUPLICATES, "pairs repeat another pair; remove the copies")
+    repeated = "pairs repeat the prompt in both answers; leave the field 'prompt' out, or give the answers alone"
+    yield from _share(name, check.repeated_prompts, pairs, REPEATED, repeated)
     yield from _share(name, check.contradictions, pairs, CONTRADICTIONS, "pairs occur in both orders; keep one")
     shared = "held-out prompts are trained on; hold out other prompts, or give no test file and let it be split"
     yield from _share(name, check.shared_prompts, check.held_out_prompts, SHARED_PROMPTS, shared)

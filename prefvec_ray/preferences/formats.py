@@ -60,6 +60,9 @@ def find_format(row: Row, source: str) -> Format:
     )
 
 
+_WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+
+
 def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -> str:
     value = row.get(field)
     if not isinstance(value, str):
@@ -74,11 +77,19 @@ def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -
             value.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: field {field!r} is no valid Unicode ({error.reason}); fix the row") from None
+    if _WRITTEN_LIST.match(value):
+        raise InputError(
+            f"{where}: field {field!r} is a list of messages written as text, as CSV makes of it; give the rows as "
+            "JSONL or Parquet"
+        )
     if not value.strip():
         raise UnusableError("the prompt is empty" if field in ("prompt", "instruction") else empty)
     return value
 
 
+_ROLES = ("system", "user", "assistant")
+_TOOLS = ("tool_calls", "function_call", "tool_call_id")
+_PREFIX = "one answer is the beginning of the other"
 _EMPTY_TURN = "a message of the prompt is empty"
 
 
@@ -102,6 +113,13 @@ def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str
         raise InputError(
             f"{where}: field {field!r} must be a list of messages {{role, content}} that ends with the {last}"
         )
+    for turn in messages:
+        if turn["role"] not in _ROLES:
+            raise InputError(
+                f"{where}: {field} has a message of role {turn['role']!r:.40}; known are {', '.join(_ROLES)}"
+            )
+        if any(turn.get(name) for name in _TOOLS):
+            raise InputError(f"{where}: {field} has a call of a tool; {_NO_TOOLS}")
     *before, answer = messages if last == "assistant" else [*messages, None]
     turns = [_message(turn["role"], _text(turn, "content", f"{where}, {field}", _EMPTY_TURN)) for turn in before]
     if answer is not None:
@@ -111,19 +129,28 @@ def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str
 
 def _trl(row: Row, where: str, preference: str | None) -> Pair:
     """TRL's explicit prompt, as plain text or as chat messages; all three fields in the same form."""
+    _refuse_tools(row, where)
     if isinstance(row.get("prompt"), list):
         lasts = zip(COLUMNS, ("user", "assistant", "assistant"), strict=True)
-        return {field: _messages(row, field, last, where) for field, last in lasts}
+        pair = {field: _messages(row, field, last, where) for field, last in lasts}
+        for field in COLUMNS[1:]:
+            if pair[field][: len(pair["prompt"])] == pair["prompt"]:
+                raise InputError(
+                    f"{where}: {field!r} repeats the messages of 'prompt'; leave the field 'prompt' out (the format "
+                    "trl-implicit), or give the answers alone"
+                )
+        return pair
     return {field: _text(row, field, where) for field in COLUMNS}
 
 
 def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
     """TRL's implicit prompt: what the two have in common at the start, in whole messages or up to a blank."""
+    _refuse_tools(row, where)
     if isinstance(row.get("chosen"), list):
         chosen, rejected = (_messages(row, field, "assistant", where) for field in ("chosen", "rejected"))
         same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         if same is None:
-            raise UnusableError("the two answers are identical")
+            raise UnusableError("the two answers are identical" if len(chosen) == len(rejected) else _PREFIX)
         if not same:
             raise InputError(f"{where}: chosen and rejected share no first message: where is the prompt?")
         return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
@@ -133,6 +160,8 @@ def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
     texts = {field: _text(row, field, where) for field in ("chosen", "rejected")}
     if texts["chosen"] == texts["rejected"]:
         raise UnusableError("the two answers are identical")
+    if texts["chosen"].startswith(texts["rejected"]) or texts["rejected"].startswith(texts["chosen"]):
+        raise UnusableError(_PREFIX)
     pair = extract_prompt(texts)
     if not pair["prompt"].strip():
         raise InputError(f"{where}: chosen and rejected have no common beginning, and there is no field 'prompt'")
@@ -254,9 +283,16 @@ def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
     return _chat([*prompt, _message("user", asked)], _text(row, "chosen", where), _text(row, "rejected", where))
 
 
-def _system(row: Row, where: str) -> list[dict[str, str]]:
+_NO_TOOLS = "conversations with tools are not supported; leave such rows out"
+
+
+def _refuse_tools(row: Row, where: str) -> None:
     if row.get("tools"):
-        raise InputError(f"{where}: conversations with tools are not supported; leave such rows out")
+        raise InputError(f"{where}: {_NO_TOOLS}")
+
+
+def _system(row: Row, where: str) -> list[dict[str, str]]:
+    _refuse_tools(row, where)
     return [_message("system", _text(row, "system", where))] if row.get("system") else []
 
 

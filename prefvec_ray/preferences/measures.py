@@ -66,6 +66,8 @@ class PreferenceCheck(Plain):
     """Share of training pairs whose chosen answer has more characters; equal lengths count half."""
     labels: dict[str, int]
     system_messages: int
+    repeated_prompts: int
+    """Text pairs in which both answers begin with the prompt."""
     lengths: Lengths | None
 
 
@@ -85,8 +87,9 @@ def pair_facts(dataset: Dataset) -> Facts:
 
     Hashes (uint64): `prompt`, white space aside; `pair`, the same whichever answer is the chosen one; `exact`, of the
     ordered pair. `order`: which way round. `chosen`, `rejected`: characters. `system`: there is a system message.
+    `repeated`: both answers begin with the prompt's text.
     """
-    columns = {name: array("Q") for name in ("prompt", "first", "second", "chosen", "rejected", "system")}
+    columns = {name: array("Q") for name in ("prompt", "first", "second", "chosen", "rejected", "system", "repeated")}
     for row in iter_rows(dataset):
         prompt, chosen, rejected = row["prompt"], _text(row["chosen"]), _text(row["rejected"])
         columns["prompt"].append(text_key(prompt))
@@ -95,7 +98,10 @@ def pair_facts(dataset: Dataset) -> Facts:
         columns["chosen"].append(len(chosen))
         columns["rejected"].append(len(rejected))
         columns["system"].append(not isinstance(prompt, str) and any(turn["role"] == "system" for turn in prompt))
-    prompts, first, second, chosen_lengths, rejected_lengths, system = (
+        columns["repeated"].append(
+            isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt)
+        )
+    prompts, first, second, chosen_lengths, rejected_lengths, system, repeated = (
         np.array(values, np.uint64) for values in columns.values()
     )
     return {
@@ -107,6 +113,7 @@ def pair_facts(dataset: Dataset) -> Facts:
         "chosen": chosen_lengths.astype(np.int64),
         "rejected": rejected_lengths.astype(np.int64),
         "system": system.astype(bool),
+        "repeated": repeated.astype(bool),
     }
 
 
@@ -121,7 +128,10 @@ def _key(text: str) -> int:
 def measure(split: Split, train: Facts, test: Facts, lengths: Lengths | None) -> PreferenceCheck:
     """Count; `train` and `test` are the `pair_facts` of the two parts."""
     loaded, loaded_test = split.loaded, split.loaded_test
-    both = {name: np.concatenate([train[name], test[name]]) for name in ("prompt", "exact", "pair", "order", "system")}
+    both = {
+        name: np.concatenate([train[name], test[name]])
+        for name in ("prompt", "exact", "pair", "order", "system", "repeated")
+    }
     distinct = np.unique(both["exact"], return_index=True)[1]
     _, times = np.unique(both["pair"][distinct], return_counts=True)
     dropped = dict(loaded.dropped)
@@ -146,6 +156,7 @@ def measure(split: Split, train: Facts, test: Facts, lengths: Lengths | None) ->
         chosen_longer=round(float((longer.mean() + 1) / 2), 4) if len(longer) else 0.5,
         labels=dict(loaded.labels),
         system_messages=int(both["system"].sum()),
+        repeated_prompts=int(both["repeated"].sum()),
         lengths=lengths,
     )
 

@@ -28,7 +28,9 @@ class Split:
     loaded_test: Preferences | None = None
     """Where held-out pairs have a source of their own."""
     flaws: tuple[str, ...] = ()
-    """Rows that cannot be used, where they were asked to be collected."""
+    """Rows that cannot be used, where they were asked to be collected or skipped."""
+    skip_bad: int = 0
+    """How many of them may be left out."""
 
 
 def load_split(
@@ -39,6 +41,7 @@ def load_split(
     test_fraction: float = 0.1,
     rows: int | None = None,
     split: str | None = None,
+    skip_bad: int = 0,
     collect_flaws: bool = False,
     **options: Any,
 ) -> Split:
@@ -49,13 +52,14 @@ def load_split(
         test: a source of held-out pairs of its own; `test_split`: another split of `data`. Without both,
             `test_fraction` of the prompts is held out.
         rows: train on the first so many pairs only.
+        skip_bad: leave out up to so many rows that cannot be used, and list them in `flaws`.
         collect_flaws: list rows that cannot be used in `flaws` instead of refusing the first.
         options: of `load_preferences`: preference, format, subset, revision, system.
 
     Raises:
         InputError: as `load_preferences` and `split_by_prompt`.
     """
-    flaws: list[str] | None = [] if collect_flaws else None
+    flaws: list[str] | None = [] if collect_flaws or skip_bad else None
     loaded = load_preferences(data, split=split, flaws=flaws, **options)
     loaded_test = None
     if test is not None or test_split is not None:
@@ -70,7 +74,11 @@ def load_split(
             raise InputError(f"{loaded.source}: {error}") from None
     if rows is not None:
         train = train.select(range(min(rows, len(train))))
-    return Split(train, held_out, loaded, loaded_test, tuple(flaws or ()))
+    if flaws and len(flaws) > skip_bad and not collect_flaws:
+        raise InputError(
+            f"{loaded.source}: {len(flaws)} rows cannot be used, skip_bad is {skip_bad}; the first: {flaws[0]}"
+        )
+    return Split(train, held_out, loaded, loaded_test, tuple(flaws or ()), skip_bad)
 
 
 def split_by_prompt(dataset: Dataset, test_fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:

@@ -36,6 +36,8 @@ class PreferenceData(DataSource):
 
     format: str | None = None
     """The format's name; recognised by the fields when left out."""
+    skip_bad: int = Field(default=0, ge=0)
+    """Leave out up to so many rows that cannot be used; each is listed."""
     test_split: str | None = None
     """Another split of `data` to hold out."""
     system: Literal["keep", "fold"] = "keep"

@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from prefvec_ray.cli import main
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import FORMATS, check_splits, load_split
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 
@@ -53,6 +54,7 @@ def test_sound_data_has_no_findings():
         ([row(i) | {"chosen": " "} for i in range(400)] + SOUND[:300], {}, "400 of 700 rows say nothing .* empty: 400"),
         (SOUND[:100] * 3, {}, "200 of 300 pairs repeat another pair"),
         (SOUND[:300] + [swap(r) for r in SOUND[:99]], {}, "99 of 399 .* both"),
+        ([r | {s: r["prompt"] + r[s] for s in ("chosen", "rejected")} for r in SOUND], {}, "600 of 600 .* the prompt"),
         (SOUND, {"test": SOUND[:50]}, "50 of 50 held-out prompts are trained on"),
         (SOUND, {"test": [r | {"prompt": r["prompt"] + " \n"} for r in SOUND[:50]]}, "50 of 50 held-out prompts"),
         ([*SOUND, {"prompt": 3}], {"collect_flaws": True}, "1 of 601 rows cannot be used; the first: .* row 601"),
@@ -80,6 +82,21 @@ def test_doubts_are_warnings(rows, options, words):
     assert found.errors == []
     assert len(found.warnings) == 1
     assert re.search(words, found.warnings[0]), found.warnings
+
+
+def test_bad_rows_are_left_out_up_to_a_number_and_listed():
+    rows = [*SOUND, {"prompt": 3}, {"prompt": "a", "chosen": 1, "rejected": "b"}]
+    with pytest.raises(InputError, match=r"row 601: field 'prompt' is 3"):
+        load_split(rows)
+    with pytest.raises(InputError, match=r"2 rows cannot be used, skip_bad is 1; the first: .*row 601"):
+        load_split(rows, skip_bad=1)
+    split = load_split(rows, skip_bad=2)
+    assert len(split.train) + len(split.test) == len(SOUND)
+    found = check_splits({"helpful": split})
+    assert found.errors == []
+    assert [re.findall(r"left out \(skip_bad\): .*row (\d+)", text) for text in found.warnings] == [["601"], ["602"]]
+    assert check(rows, skip_bad=2, collect_flaws=True).errors == []
+    assert "2 of 602 rows cannot be used" in check(rows, skip_bad=1, collect_flaws=True).errors[0]
 
 
 def test_labels_on_one_place_are_doubted():

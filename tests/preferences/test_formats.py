@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -121,6 +122,16 @@ def test_alpaca_input_and_history_come_in_their_places():
         ({"chosen": "a", "rejected": "b"}, "no common beginning"),
         (ROWS["trl"] | {"chosen": [{"role": "assistant", "content": None}]}, "'content' is missing"),
         (ROWS["trl"] | {"prompt": [None]}, "'prompt' must be a list of messages"),
+        (ROWS["trl"] | {"tools": [{"type": "function"}]}, "tools are not supported"),
+        (ROWS["trl"] | {"chosen": [GOOD | {"tool_calls": [{"id": "1"}]}]}, "chosen has a call of a tool"),
+        (ROWS["trl"] | {"prompt": [USER, {"role": "tool", "content": "dry"}, USER]}, "has a message of role 'tool'"),
+        (ROWS["trl"] | {"prompt": [{"role": "developer", "content": "a"}, USER]}, "of role 'developer'; known are"),
+        (ROWS["trl"] | {"rejected": [USER, BAD]}, "'rejected' repeats the messages of 'prompt'; leave the field"),
+        (ROWS["trl-implicit"] | {"tools": [{}]}, "tools are not supported"),
+        ({"prompt": str([USER]), "chosen": "a", "rejected": "b"}, "'prompt' is a list of messages written as text"),
+        ({"prompt": "a", "chosen": json.dumps([GOOD]), "rejected": "b"}, "'chosen' is a list of messages written as"),
+        ({"prompt": "a", "chosen": "a", "rejected": "\n[ {'content': 'b'}]"}, "'rejected' is a list of messages"),
+        ({"chosen": str([USER, GOOD]), "rejected": str([USER, BAD])}, "'chosen' is a list of messages written as text"),
     ],
 )  # fmt: skip
 def test_what_does_not_follow_its_format_is_named_with_its_row(row, words):
@@ -149,6 +160,21 @@ def test_pairs_that_say_nothing_are_counted_by_reason():
         "a message of the prompt is empty": 1,
     }
     assert (loaded.rows, len(loaded.dataset)) == (5, 1)
+
+
+def test_an_answer_that_is_the_beginning_of_the_other_says_nothing():
+    longer = {"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}
+    assert load(ROWS["trl-implicit"], longer).dropped == {"one answer is the beginning of the other": 1}
+    text = {"chosen": "How? Like this.", "rejected": "How? Like this. Or so."}
+    assert load({"chosen": "How? Yes.", "rejected": "How? No."}, text).dropped == {
+        "one answer is the beginning of the other": 1
+    }
+
+
+@pytest.mark.parametrize("text", ["[1] is the first source", "[{'a': 1}]", '{"role": "user"}', "A [{'role': 1}]"])
+def test_text_with_brackets_is_text(text):
+    pair = load({"prompt": text, "chosen": "a", "rejected": "b"}).dataset[0]
+    assert pair["prompt"] == text
 
 
 def test_safe_unsafe_pairs_say_nothing_of_helpfulness():
