@@ -2,12 +2,15 @@
 fit refused by its bytes alone."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
 from prefvec_ray.serving.turns import Turns
@@ -21,6 +24,8 @@ NFC_SHRINKS = 4
 """NFC takes at most so many bytes into one (three Hangul letters of 9 bytes become a syllable of 3)"""
 LOSSLESS_NORMALIZERS = {"Prepend", "Replace", "NFC"}
 LOSSLESS_SPLITS = {"ByteLevel", "Split", "Metaspace", "Digits", "UnicodeScripts"}
+PRIVATE = 0xF0000
+"""the first of Unicode's private characters"""
 
 
 class Tokenization:
@@ -29,16 +34,45 @@ class Tokenization:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int | None):
         self.tokenizer = tokenizer
         self._longest = longest
+        self.special = special_tokens(tokenizer)
 
     def encode(self, text: str, most: int, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The text's tokens. Raises PromptTooLongError, without looking at them, where they cannot be `most` or
         fewer: not even if each were the vocabulary's longest."""
+        self._check_size(text, most)
+        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def encode_chat(self, chat: Sequence[dict[str, str]], most: int) -> tuple[int, ...]:
+        """The tokens of a chat as the model's template writes it, up to the beginning of the answer.
+
+        Only the template's special tokens are tokens. Their names in a message are text, so that no message can end
+        its turn and begin another. Raises PromptTooLongError as `encode`, and InputError for a chat that the template
+        refuses, or of which it would leave out a message.
+        """
+        names = {name: chr(PRIVATE + i) for i, name in enumerate(self.special)}
+        written = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        hidden = [m | {"content": written.sub(lambda found: names[found[0]], m["content"])} for m in chat]
+        try:
+            text = str(self.tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False))
+        except jinja2.TemplateError as error:
+            raise InputError(f"the model's chat template refuses these messages: {error}") from None
+        for message in hidden:  # templates may shorten earlier answers, by their reasoning for example
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise InputError(f"the model's chat template leaves out this message of role {message['role']!r}")
+        self._check_size(text, most)
+        ids: list[int] = []
+        for part in re.split(f"([{''.join(names.values())}])", text) if names else [text]:
+            as_text = part in names.values()
+            part = self.special[ord(part) - PRIVATE] if as_text else part
+            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
+        return tuple(ids)
+
+    def _check_size(self, text: str, most: int) -> None:
         if self._longest is not None:
             size = len(text.encode(errors="replace"))
             if size > most * self._longest:
                 hold = f"{most} tokens of this model hold at most {most * self._longest}"
                 raise PromptTooLongError(f"prompt of {size} bytes; {hold}; shorten it")
-        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 class PromptEncoder:
@@ -70,6 +104,13 @@ class PromptEncoder:
             return work(self._long, *args, **kwargs)
 
         return await self._long_turns.run(caller, long)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The names of the tokens that no text stands for, such as those around a turn."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    added = backend.get_added_tokens_decoder().values() if backend is not None else []
+    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
 
 
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 
-import jinja2
 import torch
 from ray import serve
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -220,6 +219,10 @@ class Replica:
 
     def _requests(self, encoder: Tokenization, asked: GenerationRequest) -> list[Request]:
         """One for each answer, prompt by prompt; all are checked before any of them starts."""
+        for text in asked.sampling.stop_texts:
+            for token in encoder.special:
+                if token in text:
+                    raise InputError(f"stop: {token!r} is a token that is never part of an answer's text; leave it out")
         requests: list[Request] = []
         context, allowed = self.engine.context, asked.max_prompt_tokens
         for prompt in asked.prompts:
@@ -249,11 +252,7 @@ class Replica:
         chat = [message for message in prompt if not isinstance(message, int)]
         if self._config.system == "fold":
             chat = fold_system(chat)
-        try:
-            text = str(encoder.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        except jinja2.TemplateError as error:
-            raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        return encoder.encode(text, most, add_special_tokens=False)
+        return encoder.encode_chat(chat, most)
 
 
 def load_tokenizer(config: ServingConfig) -> PreTrainedTokenizerBase:

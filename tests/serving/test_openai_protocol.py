@@ -4,6 +4,7 @@ import json
 import tracemalloc
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
@@ -129,3 +130,45 @@ def test_what_is_long_but_sound_is_taken():
     assert parse_body(json.dumps({"model": "t", "prompt": texts}).encode(), TextBody).prompts() == tuple(texts)
     chat = {"model": "t", "messages": [MESSAGE] * 1000}
     assert len(parse_body(json.dumps(chat).encode(), ChatBody).messages) == 1000
+
+
+def read(**fields):
+    content = {"model": "tiny", "messages": [MESSAGE]} | fields
+    return parse_body(json.dumps(content).encode(), ChatBody)
+
+
+def test_an_answer_of_openais_client_is_taken_back_as_history():
+    said = ChatCompletionMessage(role="assistant", content="hello")
+    dumped = said.model_dump()
+    for history in (dumped, dumped | {"annotations": [], "tool_calls": []}, MESSAGE | {"name": None}):
+        (prompt,) = read(messages=[MESSAGE, history, MESSAGE]).prompts()
+        assert prompt[1] == {"role": history["role"], "content": history["content"]}
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"tool_calls": [{"id": "1", "type": "function"}]}, "'tool_calls' is not supported by this server"),
+        ({"refusal": "No."}, "'refusal' is not supported by this server"),
+        ({"wieght": 1}, "unknown field"),
+        ({"content": None}, "content: Field required"),
+    ],
+)
+def test_what_a_message_asks_for_in_vain_is_refused(message, says):
+    with pytest.raises(ApiError) as refused:
+        read(messages=[MESSAGE | message])
+    assert says in refused.value.error.message
+    assert refused.value.status == 400
+
+
+def test_a_developer_speaks_as_the_system():
+    (prompt,) = read(messages=[{"role": "developer", "content": "Be kind."}, MESSAGE]).prompts()
+    assert prompt[0] == {"role": "system", "content": "Be kind."}
+
+
+def test_stream_options_that_ask_for_nothing_are_taken():
+    asked = {"include_usage": True, "include_obfuscation": False}
+    assert read(stream=True, stream_options=asked).include_usage
+    assert not read(stream=True, stream_options={"include_usage": None}).include_usage
+    with pytest.raises(ApiError, match="'include_obfuscation' is not supported"):
+        read(stream=True, stream_options={"include_obfuscation": True})

@@ -93,6 +93,11 @@ def test_without_a_number_the_answer_is_as_long_as_allowed(replica):
     assert piece.finish_reason == "stop" or len(piece.tokens) == 12
 
 
+def test_a_stop_that_is_never_part_of_a_text_is_refused(replica):
+    with pytest.raises(InputError, match=r"stop: '<\|end\|>' is a token that is never part of an answer's text"):
+        answer(replica, prompts=("the quick fox",), stop=["no", "a<|end|>"])
+
+
 @pytest.mark.parametrize(
     ("prompt", "error", "says"),
     [

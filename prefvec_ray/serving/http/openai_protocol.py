@@ -26,6 +26,7 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from prefvec_ray.common.chat import SYSTEM_ROLES
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.engines.base import Coefficients, FinishReason, OutputDelta, TokenLogprob
 from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
@@ -50,6 +51,9 @@ NOTHING: dict[str, Any] = {
     "service_tier": "auto",
     "best_of": 1,
     "echo": False,
+    "include_obfuscation": False,
+    "tool_calls": [],
+    "annotations": [],
     "suffix": "",
 }
 """values of unserved fields that ask for nothing; null does too"""
@@ -59,8 +63,28 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _refuse_unserved(content: Any, known: set[str], fields: dict[str, Any]) -> Any:
+    """Drop fields of OpenAI's API that ask for nothing; raise for those that would be without effect."""
+    if not isinstance(content, dict):
+        return content
+    kept = {}
+    for name, value in content.items():
+        if value is None and (name in known or (name in fields and not fields[name].is_required())):
+            continue  # as good as left out
+        if name in fields or name not in known:
+            kept[name] = value
+        elif not (name in IGNORED or (name in NOTHING and value == NOTHING[name])):
+            raise ValueError(f"'{name}' is not supported by this server; leave it out")
+    return kept
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, content: Any) -> Any:
+        return _refuse_unserved(content, {"include_obfuscation"}, cls.model_fields)
 
 
 class _Addressed(_Strict):
@@ -100,21 +124,6 @@ class _Body(SharedParams, _Addressed):
         return GenerationRequest(self.prompts(), coefficients, sampling, max_prompt_tokens)
 
 
-def _refuse_unserved(content: Any, known: set[str], fields: dict[str, Any]) -> Any:
-    """Drop fields of OpenAI's API that ask for nothing; raise for those that would be without effect."""
-    if not isinstance(content, dict):
-        return content
-    kept = {}
-    for name, value in content.items():
-        if value is None and name in SharedParams.model_fields:  # as good as left out
-            continue
-        if name in fields or name not in known:
-            kept[name] = value
-        elif not (value is None or name in IGNORED or (name in NOTHING and value == NOTHING[name])):
-            raise ValueError(f"'{name}' is not supported by this server; leave it out")
-    return kept
-
-
 class TextPart(_Strict):
     type: Literal["text"]
     text: str
@@ -125,9 +134,16 @@ class Message(_Strict):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, content: Any) -> Any:
+        """An answer of OpenAI's client, sent back as history, has fields that are null or empty."""
+        known = set(ChatCompletionMessage.model_fields) | {"tool_call_id"}
+        return _refuse_unserved(content, known, cls.model_fields)
+
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role in SYSTEM_ROLES else self.role, "content": text}
 
 
 class ChatBody(_Body):
