@@ -75,7 +75,7 @@ def run_check(
     """Check the data of a config as its training would, or of sources given by hand as `[NAME=]SOURCE`."""
     from prefvec_ray.common.errors import InputError
     from prefvec_ray.common.redact import source_name
-    from prefvec_ray.preferences import PKU_LABELS, check_splits, first_format, load_split, read_template
+    from prefvec_ray.preferences import PKU_LABELS, check_splits, first_format, give_template, load_split
 
     if (config is None) == (not sources):
         raise InputError("give either sources of preference data or --config FILE")
@@ -94,17 +94,18 @@ def run_check(
         for name in names:
             key = name if name not in splits else f"{name} {len(splits) + 1}"
             splits[key] = load_split(source, preference=name, format=format, split=split, collect_flaws=True, **options)
-    tokenizer = context = None
+    tokenizer = context = ends = None
     if base is not None:
         if not base.is_dir():
             raise InputError(f"base {base}: no such folder; give the folder of a Hugging Face model")
         from prefvec_ray.common.pretrained import context_length
-        from prefvec_ray.training.model import load_tokenizer
+        from prefvec_ray.training.model import base_ends, load_tokenizer
 
         tokenizer, context = load_tokenizer(base), context_length(base)
         if chat_template is not None:
-            tokenizer.chat_template = read_template(chat_template)
-    return check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context)
+            give_template(tokenizer, chat_template)
+        ends = base_ends(base, tokenizer)
+    return check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context, ends=ends)
 
 
 def print_check(check: "DataCheck", console: "Console") -> None:

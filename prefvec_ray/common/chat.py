@@ -20,6 +20,27 @@ def end_tokens(config: "GenerationConfig | None", tokenizer: "PreTrainedTokenize
     return frozenset(token for token in both if token is not None)
 
 
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Ids of the tokens that no text stands for, such as those around a turn."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(tokenizer.all_special_ids) | {token for token, about in added.items() if about.special}
+
+
+def template_ends(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
+    """Ids of the special tokens that the chat template writes after an answer; none where there is no template."""
+    if tokenizer.chat_template is None:
+        return frozenset()
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Zyx."}]
+    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition("Zyx.")[2]
+    return special_ids(tokenizer) & set(tokenizer(after, add_special_tokens=False)["input_ids"])
+
+
+def begins_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer puts its BOS token before text. A chat template has to write it itself."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+
+
 def fold_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The chat with its system messages in front of the first user message's text, an empty line after each.
 

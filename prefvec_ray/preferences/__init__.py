@@ -5,7 +5,7 @@ from prefvec_ray.preferences.data import Preferences, data_digest, first_format,
 from prefvec_ray.preferences.formats import FORMATS, PKU_LABELS
 from prefvec_ray.preferences.measures import PreferenceCheck
 from prefvec_ray.preferences.splits import Split, load_split, split_by_prompt
-from prefvec_ray.preferences.templates import TRANSCRIPT_TEMPLATE, read_template
+from prefvec_ray.preferences.templates import TRANSCRIPT_TEMPLATE, give_template, read_template
 
 __all__ = [
     "FORMATS",
@@ -20,6 +20,7 @@ __all__ = [
     "data_digest",
     "first_format",
     "flip",
+    "give_template",
     "load_preferences",
     "load_split",
     "read_template",

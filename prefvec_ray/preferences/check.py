@@ -85,6 +85,7 @@ def check_splits(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     context: int | None = None,
+    ends: frozenset[int] | None = None,
 ) -> DataCheck:
     """Measure every preference's pairs, and report what is wrong with them.
 
@@ -93,12 +94,13 @@ def check_splits(
         tokenizer: of the base, with the chat template that it is trained with; without it lengths are not measured.
         max_length: of the DPO recipe, in tokens; None: no limit.
         context: tokens that the base has positions for; None: not known.
+        ends: ids of the tokens that end the base's answers; None: the tokenizer's end token.
     """
     facts = {name: (pair_facts(split.train), pair_facts(split.test)) for name, split in splits.items()}
     checks = {}
     for name, split in splits.items():
         measurable = tokenizer is not None and len(split.train)
-        lengths = measure_lengths(split.train, tokenizer, max_length) if measurable else None
+        lengths = measure_lengths(split.train, tokenizer, max_length, ends) if measurable else None
         checks[name] = measure(split, *facts[name], lengths)
     whole = {name: {k: np.concatenate([f[k] for f in parts]) for k in parts[0]} for name, parts in facts.items()}
     overlaps = [measure_overlap(names, whole[names[0]], whole[names[1]]) for names in combinations(splits, 2)]
@@ -167,6 +169,18 @@ def _judge_lengths(name: str, check: PreferenceCheck, lengths: Lengths) -> Itera
         yield from _share(name, lengths.left_out, lengths.sampled, LEFT_OUT, filled)
         yield from _share(name, lengths.cut_equal, lengths.sampled, CUT_EQUAL, equal)
         yield from _share(name, lengths.truncated, lengths.sampled, (1.0, TRUNCATED), cut)
+    conversations = f"of {lengths.sampled} conversations, by the chat template"
+    if lengths.no_bos:
+        advice = "begin the template with {{ bos_token }}"
+        text = f"{lengths.no_bos} {conversations}, lack the BOS token that the tokenizer puts before text; {advice}"
+        yield _finding("warning", name, text)
+    if lengths.no_end:
+        text = f"{lengths.no_end} {conversations}, have no end token after the answer ({lengths.no_end_example!r:.120})"
+        yield _finding("warning", name, f"{text}: the model learns no end; write {{{{ eos_token }}}} after an answer")
+    if lengths.other_end:
+        text = f"{lengths.other_end} {conversations}, end with {lengths.other_end_example!r:.60}"
+        advice = "add it to eos_token_id in the base's generation_config.json"
+        yield _finding("warning", name, f"{text}, which ends no answer of this base: {advice}")
     if lengths.prompt_changes:
         changed = (
             f"{lengths.prompt_changes} of {lengths.sampled} prompts are tokenized otherwise when an answer follows"

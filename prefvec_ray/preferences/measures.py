@@ -13,9 +13,12 @@ from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from prefvec_ray.common.chat import begins_with_bos, end_tokens, special_ids
 from prefvec_ray.preferences.data import iter_rows
 from prefvec_ray.preferences.splits import Split, text_key
 
+_TAIL = 4
+"""Tokens at the end of a conversation among which its end token is: some templates write a line break after it."""
 SAMPLE = 2000
 """Pairs of a split that are tokenized for lengths, evenly spaced over the rows; smaller splits are tokenized whole."""
 
@@ -39,6 +42,16 @@ class Lengths(Plain):
     cut_equal: int
     prompt_changes: int
     """Pairs whose tokenized prompt is no beginning of prompt and answer together."""
+    no_bos: int
+    """Conversations that lack the BOS token that the tokenizer puts before text."""
+    no_end: int
+    """Conversations with no special token after the answer."""
+    no_end_example: str
+    """How the first of them ends."""
+    other_end: int
+    """Conversations whose answer ends with a special token that is no end token of the base."""
+    other_end_example: str
+    """That token, of the first of them."""
     refused: int
     """Pairs that the chat template does not take."""
     refusal: str
@@ -161,19 +174,27 @@ def measure(split: Split, train: Facts, test: Facts, lengths: Lengths | None) ->
     )
 
 
-def measure_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Lengths:
-    """Tokenize a sample of the pairs as TRL does."""
+def measure_lengths(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    ends: frozenset[int] | None = None,
+) -> Lengths:
+    """Tokenize a sample of the pairs as TRL does. `ends`: ids that end an answer, by default the tokenizer's."""
     count = min(len(dataset), SAMPLE)
     sample = dataset.select(np.linspace(0, len(dataset) - 1, count).astype(int))
     tokens: dict[str, list[int]] = {key: [] for key in ("prompt", "chosen", "rejected", "whole")}
     truncated = left_out = cut_equal = prompt_changes = refused = 0
     refusal = ""
+    frame = _Frame(tokenizer, ends)
     for row in iter_rows(sample):
         try:
             prompt, chosen, rejected = _tokenize(row, tokenizer)
         except TemplateError as error:
             refused, refusal = refused + 1, refusal or str(error)
             continue
+        if not isinstance(row["prompt"], str):
+            frame.count(chosen)
         shared = min(_common(prompt, chosen), _common(prompt, rejected))
         whole = max(len(chosen), len(rejected))
         prompt_changes += shared < len(prompt)
@@ -191,9 +212,35 @@ def measure_lengths(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_le
         left_out=left_out,
         cut_equal=cut_equal,
         prompt_changes=prompt_changes,
+        no_bos=frame.no_bos,
+        no_end=len(frame.no_end),
+        no_end_example=next(iter(frame.no_end), ""),
+        other_end=len(frame.other_end),
+        other_end_example=next(iter(frame.other_end), ""),
         refused=refused,
         refusal=refusal,
     )
+
+
+class _Frame:
+    """Counts what is wrong with the special tokens around conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int] | None) -> None:
+        self.tokenizer = tokenizer
+        self.ends = end_tokens(None, tokenizer) if ends is None else ends
+        self.special = special_ids(tokenizer)
+        self.bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+        self.no_bos = 0
+        self.no_end: list[str] = []
+        self.other_end: list[str] = []
+
+    def count(self, ids: list[int]) -> None:
+        self.no_bos += self.bos is not None and ids[:1] != [self.bos]
+        found = [token for token in ids[-_TAIL:] if token in self.special]
+        if not found:
+            self.no_end.append(self.tokenizer.decode(ids[-_TAIL:]))
+        elif not self.ends & set(found):
+            self.other_end.append(self.tokenizer.decode(found[:1]))
 
 
 def _tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

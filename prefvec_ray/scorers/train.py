@@ -32,7 +32,7 @@ from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.paths import check_lasting
 from prefvec_ray.common.pretrained import context_length, from_pretrained
-from prefvec_ray.preferences import data_digest, load_preferences, read_template, split_by_prompt
+from prefvec_ray.preferences import data_digest, give_template, load_preferences, split_by_prompt
 from prefvec_ray.preferences.splits import text_key
 from prefvec_ray.scorers.base import Scorer, run_scorer
 from prefvec_ray.scorers.classifiers import SCORER_FILE, ClassifierScorer, ScorerFile, model_digest
@@ -221,7 +221,7 @@ def _tokenizer(config: ScorerTrainingConfig) -> PreTrainedTokenizerBase:
     _recipe(config, 8, config.output)  # a mistake there is found before the data is read
     tokenizer = from_pretrained(AutoTokenizer, config.base)
     if config.chat_template is not None:
-        tokenizer.chat_template = read_template(config.chat_template)
+        give_template(tokenizer, config.chat_template)
     if tokenizer.chat_template is None:
         raise InputError(f"base {config.base}: its tokenizer has no chat template; set chat_template")
     if tokenizer.pad_token is None:

@@ -10,6 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from prefvec_ray.common.chat import special_ids
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
@@ -31,10 +32,10 @@ PRIVATE = 0xF0000
 class Tokenization:
     """One tokenizer, for one thread: a call may change it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int | None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int | None, special: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self._longest = longest
-        self.special = special_tokens(tokenizer)
+        self.special = special
 
     def encode(self, text: str, most: int, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The text's tokens. Raises PromptTooLongError, without looking at them, where they cannot be `most` or
@@ -82,7 +83,9 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, load: Callable[[], PreTrainedTokenizerBase]):
         self._load = load
         self._longest = longest_token(tokenizer)
-        self._short, self._short_turns = Tokenization(tokenizer, self._longest), Turns("encoding")
+        self._special = special_tokens(tokenizer)
+        self._short = Tokenization(tokenizer, self._longest, self._special)
+        self._short_turns = Turns("encoding")
         self._long: Tokenization | None = None
         self._long_turns = Turns("encoding-long")
 
@@ -100,7 +103,7 @@ class PromptEncoder:
 
         def long() -> T:
             if self._long is None:
-                self._long = Tokenization(self._load(), self._longest)
+                self._long = Tokenization(self._load(), self._longest, self._special)
             return work(self._long, *args, **kwargs)
 
         return await self._long_turns.run(caller, long)
@@ -108,9 +111,7 @@ class PromptEncoder:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The names of the tokens that no text stands for, such as those around a turn."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    added = backend.get_added_tokens_decoder().values() if backend is not None else []
-    return sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+    return sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
 
 
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -8,12 +8,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
 from prefvec_ray.artifacts.training import Method
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
@@ -60,6 +62,16 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def base_ends(base: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that end an answer of this base: its generation config's and its tokenizer's."""
+    return end_tokens(generation_config(base), tokenizer)
+
+
+def generation_config(base: str | Path) -> GenerationConfig | None:
+    """The base's own; None where it has none."""
+    return from_pretrained(GenerationConfig, base) if (Path(base) / "generation_config.json").is_file() else None
 
 
 def load_model(base: str | Path, method: Method, args: "DPOConfig | SFTConfig") -> PreTrainedModel:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import load_from_disk
+from transformers import GenerationConfig
 from trl import DPOConfig
 
 from prefvec_ray.artifacts.training import (
@@ -23,13 +24,14 @@ from prefvec_ray.artifacts.training import (
     TrainingSummary,
 )
 from prefvec_ray.common.atomic import new_folder
+from prefvec_ray.common.chat import template_ends
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import context_length
-from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, load_split, read_template
+from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, give_template, load_split
 from prefvec_ray.training.checkpoints import check_space, named_when_full
 from prefvec_ray.training.config import PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
-from prefvec_ray.training.model import load_tokenizer
+from prefvec_ray.training.model import base_ends, generation_config, load_tokenizer
 from prefvec_ray.training.plan import run_plan, slots
 from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board
@@ -133,20 +135,26 @@ def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[
     """Read and split every preference's pairs, and check them with the tokenizer and length of the training."""
     tokenizer = load_tokenizer(config.base)
     if config.chat_template is not None:
-        tokenizer.chat_template = read_template(config.chat_template)
+        give_template(tokenizer, config.chat_template)
     splits = {name: _load_split(config, name, source, collect_flaws) for name, source in config.preferences.items()}
     max_length = config.dpo.get("max_length", DPOConfig.max_length)
+    ends = base_ends(config.base, tokenizer)
+    if config.chat_template is not None:
+        ends |= template_ends(tokenizer)  # as the templated base will have it
     context = context_length(config.base)
-    return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context)
+    return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context, ends=ends)
 
 
 def _write_templated_base(config: TrainingConfig) -> None:
-    """`<folder>/base`: the base's own files, linked, and its tokenizer with the config's chat template."""
+    """`<folder>/base`: the base's own files, linked, and its tokenizer with the config's chat template.
+
+    Its generation config also names the tokens that the template ends an answer with.
+    """
     folder = working_base(config)
     if folder.resolve() == config.base.resolve():
         raise InputError(f"base {folder}: a chat_template would overwrite this base; choose another name or output")
     tokenizer = load_tokenizer(config.base)
-    tokenizer.chat_template = read_template(str(config.chat_template))
+    give_template(tokenizer, str(config.chat_template))
     if not folder.is_dir():
         with new_folder(folder) as made:
             for file in config.base.iterdir():
@@ -160,6 +168,12 @@ def _write_templated_base(config: TrainingConfig) -> None:
     for file in folder.glob("*token*"):
         file.unlink()  # never write through a link into the base itself
     tokenizer.save_pretrained(folder)
+    ends, more = base_ends(config.base, tokenizer), template_ends(tokenizer)
+    if more - ends:
+        generation = generation_config(config.base) or GenerationConfig()
+        generation.eos_token_id = sorted(ends | more)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        generation.save_pretrained(folder)
 
 
 def _holds(folder: Path, base_fingerprint: str) -> bool:

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.preferences import FORMATS, check_splits, load_split
+from prefvec_ray.preferences import FORMATS, TRANSCRIPT_TEMPLATE, check_splits, give_template, load_split
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "preference"
@@ -180,6 +182,64 @@ def test_a_chat_template_that_takes_no_system_messages_is_an_error_that_says_wha
     folded = check_splits({"helpful": load_split(rows, system="fold")}, tokenizer=tokenizer, max_length=200)
     assert folded.errors == []
     assert folded.preferences["helpful"].lengths.refused == 0
+
+
+def framed(tokenizer, template, **special):
+    """An equal tokenizer with another template, which puts BOS before text where it has one."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    some = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", **special)
+    if "bos_token" in special:
+        first = (special["bos_token"], some.bos_token_id)
+        backend.post_processor = processors.TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+        some = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", **special)
+    some.chat_template = template
+    return some
+
+
+def template_warnings(rows, tokenizer, **options):
+    found = check_splits({"helpful": load_split(rows)}, tokenizer=tokenizer, **options)
+    return [text for text in found.warnings if "template" in text]
+
+
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + END }}{% endfor %}"
+BOS = "<|user|>"  # any special token will do
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "words"),
+    [
+        (TURNS.replace("END", "' '"), {}, r"540 of 540 .* have no end token after the answer \('.*'\): .* eos_token"),
+        (TURNS.replace("END", "'<|pad|>'"), {}, r"540 of 540 .* end with '<\|pad\|>', which ends no answer"),
+        (TURNS.replace("END", "eos_token + '\n'"), {"bos_token": BOS}, r"540 of 540 .* lack the BOS token"),
+        (TURNS.replace("END", "eos_token + '\n'"), {}, None),
+        ("{{ bos_token }}" + TURNS.replace("END", "eos_token"), {"bos_token": BOS}, None),
+        (TRANSCRIPT_TEMPLATE, {}, None),
+    ],
+)
+def test_special_tokens_around_conversations_are_checked(tokenizer, template, special, words):
+    rows = [chat(f"How {i}?", answer=f"Like {i % 7}.", other=f"Not {i % 5}.") for i in range(600)]
+    some = framed(tokenizer, template, **special)
+    warnings = template_warnings(rows, some)
+    assert len(warnings) == (words is not None), warnings
+    if words:
+        assert re.search(words, warnings[0]), warnings
+
+
+def test_what_ends_an_answer_of_the_base_ends_a_conversation(tokenizer):
+    rows = [chat(f"How {i}?", answer=f"Like {i % 7}.", other=f"Not {i % 5}.") for i in range(600)]
+    some = framed(tokenizer, TURNS.replace("END", "'<|pad|>'"))
+    ends = frozenset({some.eos_token_id, some.convert_tokens_to_ids("<|pad|>")})
+    assert not template_warnings(rows, some, ends=ends)
+
+
+@pytest.mark.parametrize("special", [{}, {"bos_token": BOS}])
+def test_a_transcript_begins_with_bos_once_where_the_tokenizer_adds_it(tokenizer, special):
+    some = framed(tokenizer, None, **special)
+    give_template(some, "transcript")
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    ids = some.apply_chat_template(turns, return_dict=True)["input_ids"]
+    assert ids == some("\n\nHuman: Hi\n\nAssistant: Hello<|end|>")["input_ids"]
+    assert ids.count(some.convert_tokens_to_ids(BOS)) == len(special)
 
 
 def test_the_tiny_world_is_sound(tokenizer):

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.encoding import SHORT_BYTES, PromptEncoder, Tokenization, longest_token
+from prefvec_ray.serving.encoding import SHORT_BYTES, PromptEncoder, Tokenization, longest_token, special_tokens
 from prefvec_ray.serving.engines.base import PromptTooLongError
 
 
@@ -33,8 +33,6 @@ def test_text_that_cannot_fit_is_not_looked_at(tokenizer):
     assert longest == max(len(name) for name in tokenizer.get_vocab())
 
     class Untouched:
-        all_special_tokens = ()
-
         def __call__(self, *_, **__):
             raise AssertionError("it need not be tokenized")
 
@@ -86,7 +84,7 @@ def turns(tokenizer):
     names = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
     some.add_special_tokens({"extra_special_tokens": names})
     some.chat_template = TURNS
-    return Tokenization(some, None)
+    return Tokenization(some, None, special_tokens(some))
 
 
 def say(role, content):

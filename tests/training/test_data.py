@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import PreferenceData
+from prefvec_ray.training.model import base_ends, load_tokenizer
 from prefvec_ray.training.references import working_base
 from prefvec_ray.training.train import prepare_data
 from prefvec_ray.vectors import fingerprint
@@ -104,3 +105,18 @@ def test_pairs_beyond_the_context_of_the_base_are_refused(job):
         row["chosen"][0]["content"] += " now" * 300
     with pytest.raises(InputError, match=r"and the base has a context of \d+; set dpo\.max_length to \d+ or less"):
         prepare_data(job(rows))
+
+
+def test_the_templated_base_ends_answers_as_its_template_does(job, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|pad|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    given = job([chat(i) for i in range(100)]).model_copy(update={"chat_template": str(template)})
+    prepared = prepare_data(given)["helpful"]
+    assert not any("template" in warning for warning in prepared.warnings)
+    base = working_base(given)
+    tokenizer = load_tokenizer(base)
+    assert base_ends(base, tokenizer) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|pad|>")}
+    assert base_ends(given.base, tokenizer) == {tokenizer.eos_token_id}, "the base itself is as it was"
