@@ -3,9 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from prefvec_ray.common.chat import end_tokens, fold_system
+from prefvec_ray.common.chat import appends_eos, end_tokens, fold_system, text_prompt
 from prefvec_ray.common.errors import InputError
 
 BRIEF = {"role": "system", "content": "Be brief."}
@@ -27,6 +28,19 @@ SAID = {"role": "assistant", "content": "jumps"}
 )
 def test_an_answer_ends_with_the_generation_configs_tokens_and_the_tokenizers(config, eos, ends):
     assert end_tokens(config, SimpleNamespace(eos_token_id=eos)) == ends
+
+
+@pytest.mark.parametrize("appends", [True, False])
+def test_a_prompt_never_ends_with_an_end_token_that_nobody_wrote(appends):
+    words = Tokenizer(models.WordLevel({"?": 0, "<end>": 1, "a": 2, "b": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if appends:
+        words.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    assert appends_eos(tokenizer) is appends
+    assert text_prompt(tokenizer, "a b") == [2, 3]
+    assert text_prompt(tokenizer, "a <end>") == [2, 1]
+    assert text_prompt(tokenizer, "") == []
 
 
 def test_system_messages_go_in_front_of_the_first_user_message():

@@ -41,6 +41,18 @@ def begins_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
+def appends_eos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer puts its end token behind every text (`add_eos_token`)."""
+    last: list[int] = tokenizer("a")["input_ids"][-1:]
+    return tokenizer.eos_token_id is not None and last == [tokenizer.eos_token_id]
+
+
+def text_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text that is to be continued: without the end token that some tokenizers put behind it."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids[:-1] if ids and appends_eos(tokenizer) else ids
+
+
 def fold_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     """The chat with its system messages in front of the first user message's text, an empty line after each.
 

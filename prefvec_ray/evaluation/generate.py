@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prefvec_ray.common.chat import end_tokens
+from prefvec_ray.common.chat import end_tokens, text_prompt
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
 
@@ -115,7 +115,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
     prompts: list[list[int]] = []
     for index, conversation in enumerate(conversations):
         if isinstance(conversation, str):
-            ids = tokenizer(conversation)["input_ids"]
+            ids = text_prompt(tokenizer, conversation)
         elif tokenizer.chat_template is None:
             raise InputError(
                 f"prompt {index} is a conversation but the tokenizer has no chat template; "

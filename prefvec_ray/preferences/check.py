@@ -162,6 +162,9 @@ def _judge_lengths(name: str, check: PreferenceCheck, lengths: Lengths) -> Itera
         hint = "; or set system: fold to move them into the first user message" * (check.system_messages > 0)
         text = f"the base's chat template refuses {lengths.refused} of {min(check.pairs, SAMPLE)} pairs"
         yield _finding("error", name, f"{text} ({lengths.refusal:.200}){hint}")
+    if lengths.appends_eos and not check.conversational:
+        ended = "the base's tokenizer puts its end token behind every text, so behind every prompt"
+        yield _finding("error", name, f"{ended}; set add_eos_token: false in its tokenizer_config.json")
     if (limit := lengths.max_length) is not None:
         filled = f"pairs are dropped: the prompt fills max_length {limit}"
         equal = f"pairs have equal answers up to max_length {limit}"

@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from prefvec_ray.common.chat import begins_with_bos, end_tokens, special_ids
+from prefvec_ray.common.chat import appends_eos, begins_with_bos, end_tokens, special_ids
 from prefvec_ray.preferences.data import iter_rows
 from prefvec_ray.preferences.splits import Split, text_key
 
@@ -40,6 +40,8 @@ class Lengths(Plain):
     truncated: int
     left_out: int
     cut_equal: int
+    appends_eos: bool
+    """The tokenizer puts its end token behind every text, prompts of plain text included."""
     prompt_changes: int
     """Pairs whose tokenized prompt is no beginning of prompt and answer together."""
     no_bos: int
@@ -211,6 +213,7 @@ def measure_lengths(
         truncated=truncated,
         left_out=left_out,
         cut_equal=cut_equal,
+        appends_eos=appends_eos(tokenizer),
         prompt_changes=prompt_changes,
         no_bos=frame.no_bos,
         no_end=len(frame.no_end),

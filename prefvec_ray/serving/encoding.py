@@ -10,7 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from prefvec_ray.common.chat import special_ids
+from prefvec_ray.common.chat import special_ids, text_prompt
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
@@ -37,11 +37,11 @@ class Tokenization:
         self._longest = longest
         self.special = special
 
-    def encode(self, text: str, most: int, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The text's tokens. Raises PromptTooLongError, without looking at them, where they cannot be `most` or
-        fewer: not even if each were the vocabulary's longest."""
+    def encode(self, text: str, most: int) -> tuple[int, ...]:
+        """The tokens of a text to continue. Raises PromptTooLongError, without looking at them, where they cannot be
+        `most` or fewer: not even if each were the vocabulary's longest."""
         self._check_size(text, most)
-        return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return tuple(text_prompt(self.tokenizer, text))
 
     def encode_chat(self, chat: Sequence[dict[str, str]], most: int) -> tuple[int, ...]:
         """The tokens of a chat as the model's template writes it, up to the beginning of the answer.

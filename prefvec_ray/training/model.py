@@ -16,6 +16,7 @@ from transformers import (
 
 from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.chat import end_tokens
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
@@ -59,6 +60,8 @@ def load_base(base: str | Path, *, dtype: torch.dtype = torch.float32, **options
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = from_pretrained(AutoTokenizer, base)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise InputError(f"base {base}: its tokenizer has neither an end nor a pad token; set eos_token in its files")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

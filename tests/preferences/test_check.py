@@ -196,6 +196,17 @@ def framed(tokenizer, template, **special):
     return some
 
 
+def test_a_tokenizer_that_ends_every_text_trains_no_plain_text(tokenizer):
+    some = framed(tokenizer, TRANSCRIPT_TEMPLATE)
+    end = ("<|end|>", some.eos_token_id)
+    some.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    (error,) = check_splits({"helpful": load_split(SOUND)}, tokenizer=some).errors
+    assert "puts its end token behind every text" in error
+    assert "add_eos_token: false" in error
+    rows = [chat(f"How {i}?", answer=f"Like {i % 7}.", other=f"Not {i % 5}.") for i in range(600)]
+    assert check_splits({"helpful": load_split(rows)}, tokenizer=some).errors == []
+
+
 def template_warnings(rows, tokenizer, **options):
     found = check_splits({"helpful": load_split(rows)}, tokenizer=tokenizer, **options)
     return [text for text in found.warnings if "template" in text]
