@@ -30,6 +30,19 @@ def from_pretrained(kind: Any, folder: str | Path, *, what: str = "base", **opti
         ) from error
 
 
+def position_room(model: Any) -> int | None:
+    """The tokens that a loaded model has positions for; None where its config does not say.
+
+    RoBERTa and its kin count positions from behind the padding's, so that `max_position_embeddings` are not all theirs.
+    """
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and length is not None:
+            return int(length) - padding - 1
+    return None if length is None else int(length)
+
+
 def context_length(folder: str | Path) -> int | None:
     """The tokens that a model has positions for; None where its config does not say."""
     from transformers import AutoConfig

@@ -23,7 +23,7 @@ from prefvec_ray.evaluation.likelihood import (
     check_measures,
     margin_metrics,
 )
-from prefvec_ray.scorers.base import Scorer, run_scorer, scorer_digest
+from prefvec_ray.scorers.base import Scorer, check_prompts, run_scorer, scorer_digest
 from prefvec_ray.scorers.prompts import prompt_messages
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Evaluator:
         if not prompts:
             raise InputError("no prompts to evaluate on; give at least one")
         check_measures(measures, sampling.temperature)
+        check_prompts(scorer, prompts)
         self.live, self.tokenizer, self.scorer, self.measures = live, tokenizer, scorer, list(measures)
         self.prompts, self.sampling, self.keep_samples = list(prompts), sampling, keep_samples
         self.texts = [_conversation(prompt, template) for prompt in self.prompts]

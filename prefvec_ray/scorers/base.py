@@ -7,6 +7,7 @@ Beside the protocol a scorer may have
 - `digest`, a stable id of everything that its scores depend on (weights, rules, settings): what has one can
   be cached, and evaluations by equal digests can be compared;
 - `card`, what is known of how far it can be trusted (`{"verdict": ..., "reason": ...}`, see docs/scorers.md);
+- `check(prompts)`, which raises InputError for prompts that it cannot score: it is called before any answer is sampled;
 - `notes()`, plain lines about what happened while it scored (cache hits, texts cut, replies not understood).
 """
 
@@ -163,6 +164,10 @@ class CombinedScorer:
     def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Scores:
         return {name: values for part in self.parts for name, values in part(prompts, responses).items()}
 
+    def check(self, prompts: Sequence[Any]) -> None:
+        for part in self.parts:
+            check_prompts(part, prompts)
+
     def notes(self) -> list[str]:
         return list(dict.fromkeys(note for part in self.parts for note in scorer_notes(part)))  # a shared cache's once
 
@@ -190,6 +195,13 @@ def combine(scorers: Iterable[Scorer]) -> Scorer:
 def scorer_digest(scorer: Scorer) -> str | None:
     """The scorer's stable content id, None where it has none."""
     return getattr(scorer, "digest", None)
+
+
+def check_prompts(scorer: Scorer, prompts: Sequence[Any]) -> None:
+    """InputError for prompts that the scorer cannot score, where it knows that from the prompts alone."""
+    check = getattr(scorer, "check", None)
+    if callable(check):
+        check(prompts)
 
 
 def scorer_notes(scorer: Scorer) -> list[str]:

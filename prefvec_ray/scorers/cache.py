@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import parse_json
-from prefvec_ray.scorers.base import Scorer, Scores, run_scorer, scorer_digest, scorer_notes
+from prefvec_ray.scorers.base import Scorer, Scores, check_prompts, run_scorer, scorer_digest, scorer_notes
 
 MAX_ENTRIES = 2_000_000
 BATCH = 500
@@ -159,6 +159,9 @@ class CachedScorer:
             self.cache.put(new)
             known.update(new)
         return {name: [known[key][name] for key in keys] for name in self.metrics}
+
+    def check(self, prompts: Sequence[Any]) -> None:
+        check_prompts(self.scorer, prompts)
 
     def notes(self) -> list[str]:
         rate = self.cache.hit_rate

@@ -18,7 +18,7 @@ from prefvec_ray.artifacts.evaluation import Direction, Metric
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.paths import check_visible
-from prefvec_ray.common.pretrained import from_pretrained
+from prefvec_ray.common.pretrained import from_pretrained, position_room
 from prefvec_ray.scorers.base import Scores, content_digest
 from prefvec_ray.scorers.prompts import prompt_messages, prompt_text
 
@@ -156,7 +156,7 @@ class ClassifierScorer:
             room = [
                 self._max_length,
                 tokenizer.model_max_length,
-                getattr(model.config, "max_position_embeddings", None),
+                position_room(model),
             ]
             self.max_length = min(length for length in room if length)
             self._pad: int | None = model.config.get_text_config().pad_token_id

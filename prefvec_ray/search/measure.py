@@ -50,6 +50,7 @@ def measure(
         InputError: as `Evaluator` and its scorer; a process that the cluster can never hold.
         JobError: the scorer raised something else, or processes died again and again.
     """
+    task.check()
     bundle = bundle_of(processes.resources)
     check_room("a process that measures", [bundle])
     # Small settings go several at a time: they may share a batch (`Evaluator.evaluate_many`).

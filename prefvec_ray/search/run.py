@@ -58,6 +58,7 @@ def search(
     metrics, rungs = task.metrics, [sum(block.answers for block in blocks) for blocks in task.blocks(config.rungs)]
     config.goal(metrics)
     config.check(task.vectors, sum(rungs))
+    task.check()
     task = replace(
         task,
         base=Path(task.base).absolute(),

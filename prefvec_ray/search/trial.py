@@ -17,6 +17,7 @@ from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.generate import BATCH_SIZE, Sampling
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 from prefvec_ray.scorers import Scorer, load_scorer
+from prefvec_ray.scorers.base import check_prompts
 from prefvec_ray.search.result import Tried
 from prefvec_ray.search.rungs import Block, FidelitySchedule, plan_rungs
 
@@ -57,6 +58,10 @@ class Task:
     def metrics(self) -> dict[str, Metric]:
         """Everything that is measured: the scorer's metrics, those of `measures` and those of `pairs`."""
         return all_metrics(self.load_scorer(), self.measures, margin_metrics(self.pairs))
+
+    def check(self) -> None:
+        """InputError for prompts that the scorer cannot score."""
+        check_prompts(self.load_scorer(), self.prompts)
 
     def load_scorer(self) -> Scorer:
         return load_scorer(self.scorer) if isinstance(self.scorer, str) else self.scorer

@@ -4,7 +4,16 @@ import shutil
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.scorers import Scorer, TextPrompt, run_scorer, safety_cards
@@ -175,3 +184,23 @@ def test_what_is_no_usable_classifier_is_refused(reward, kinds, model, tokenizer
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no \*.safetensors there \(not read: pytorch_model.bin\)"):
         ClassifierScorer(pickled, **REWARD)
+
+
+def test_positions_that_are_counted_from_behind_the_paddings_are_not_overrun(tmp_path):
+    """RoBERTa's 34 positions hold 32 tokens where the padding's id is 1, and its tokenizer may name no length."""
+    words = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "?": 2, "w": 3, "v": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="?").save_pretrained(tmp_path)
+    config = RobertaConfig(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=34, pad_token_id=1, num_labels=2,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    scorer = ClassifierScorer(
+        tmp_path, metric="harmless", direction="maximize", labels=["LABEL_1"], encoding="response"
+    )
+    long, end, other = " ".join(["w"] * 8 + ["v"] * 32), " ".join(["v"] * 32), " ".join(["w"] * 8 + ["v"] * 24)
+    scores = scorer(["p"] * 3, [long, end, other])["harmless"]
+    assert scores[0] == pytest.approx(scores[1])
+    assert scores[0] != pytest.approx(scores[2])
+    assert any("1 of 3 texts lost their beginning" in note for note in scorer.notes())

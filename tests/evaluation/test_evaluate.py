@@ -6,7 +6,8 @@ import torch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Evaluator, Sampling, compare
-from prefvec_ray.scorers import Metric, TinyWorldScorer, scorer
+from prefvec_ray.scorers import Metric, TextPrompt, TinyWorldScorer, scorer
+from prefvec_ray.scorers.refusal import RefusalScorer
 from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
 
 
@@ -166,3 +167,9 @@ def test_what_cannot_be_steered_is_merged_or_refused(evaluator):
         evaluator.evaluate_many(SETTINGS, steer=True)
     with pytest.raises(InputError, match="polite"):
         evaluator.evaluate_many([{}, {"polite": 1.0}])
+
+
+def test_prompts_that_cannot_be_scored_are_found_before_the_model_runs(live, tokenizer):
+    prompts = [TextPrompt("How?", "safe"), TextPrompt("Why?", "Unsafe")]
+    with pytest.raises(InputError, match="label 'Unsafe'; expected safe or unsafe"):
+        Evaluator(live, tokenizer, prompts, RefusalScorer(), Sampling(samples_per_prompt=1))

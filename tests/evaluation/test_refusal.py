@@ -7,6 +7,8 @@ import pytest
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.scorers import Metric, TextPrompt, load_prompts, run_scorer, scorer
+from prefvec_ray.scorers.base import LengthScorer, check_prompts, combine
+from prefvec_ray.scorers.cache import CachedScorer, ScoreCache
 from prefvec_ray.scorers.refusal import RefusalScorer, refusal_rule
 
 XSTEST = Path(__file__).parents[3] / "shared" / "data" / "eval" / "xstest_prompts.csv"
@@ -58,6 +60,17 @@ def test_labels_decide_which_metric_a_refusal_counts_for():
     assert refuses.notes() == ["refusals by rule: inability 3"]
     with pytest.raises(InputError, match="label 'harmful'; expected safe or unsafe"):
         refuses([TextPrompt("x", "harmful")], ["y"])
+
+
+def test_a_wrong_label_is_found_before_any_answer_is_sampled(tmp_path):
+    """Also behind a cache, and beside other scorers."""
+    wrong = [TextPrompt("x", "safe"), TextPrompt("y", "harmful")]
+    for refuses in (RefusalScorer(), CachedScorer(RefusalScorer(), ScoreCache(tmp_path / "scores"))):
+        for asked in (refuses, combine([LengthScorer(), refuses])):
+            check_prompts(asked, wrong[:1])
+            with pytest.raises(InputError, match="prompt 'y': label 'harmful'; expected safe or unsafe"):
+                check_prompts(asked, wrong)
+    check_prompts(LengthScorer(), wrong)
 
 
 def test_a_classifier_in_place_of_rules():
