@@ -1,5 +1,6 @@
 """`prefvec data`."""
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from prefvec_ray.preferences import DataCheck
     from prefvec_ray.preferences.measures import Lengths, PreferenceCheck
+    from prefvec_ray.preferences.show import ShownPair
     from prefvec_ray.training import TrainingConfig
 
 
@@ -53,6 +55,50 @@ def check_data(sources: tuple[str, ...], path: Path | None, as_json: bool, **opt
     else:
         print_check(found, console())
     sys.exit(2 if found.errors else 0)
+
+
+@data.command("show")
+@click.argument("source", metavar="SOURCE", required=False)
+@click.option("--base", type=click.Path(path_type=Path), required=True, help="Folder of the base.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs to show.")
+@click.option("--preference", help="In data labelled for both (PKU-SafeRLHF): helpful or harmless.")
+@click.option("--format", help="Name of the format; default: found by itself, see `prefvec data formats`.")
+@click.option("--split", help="Split of a hub dataset or of a folder.")
+@click.option("--system", type=click.Choice(["keep", "fold"]), default="keep")
+@click.option("--chat-template", help="A Jinja file, or `transcript`, where the base has no chat template.")
+@click.option("--max-length", type=click.IntRange(min=1), default=1024, show_default=True, help="In tokens.")
+@click.option("--chat", metavar="JSON", help="Messages of a request instead: what a served model reads.")
+def show_data(
+    source: str | None,
+    base: Path,
+    count: int,
+    chat_template: str | None,
+    max_length: int,
+    chat: str | None,
+    **options: Any,
+) -> None:
+    """The first pairs of SOURCE as they are trained on: decoded tokens, special ones in « », and what is cut off.
+
+    A source is a file, a folder, s3://…, or org/name of the hub.
+    """
+    from prefvec_ray.common.errors import InputError
+    from prefvec_ray.preferences import give_template, load_preferences
+    from prefvec_ray.preferences.show import show_pair
+    from prefvec_ray.training.model import load_tokenizer
+
+    if (source is None) == (chat is None):
+        raise InputError("give either a source of preference data or --chat JSON")
+    if not base.is_dir():
+        raise InputError(f"base {base}: no such folder; give the folder of a Hugging Face model")
+    tokenizer = load_tokenizer(base)
+    if chat_template is not None:
+        give_template(tokenizer, chat_template)
+    if chat is not None:
+        print_request(chat, tokenizer)
+        return
+    loaded = load_preferences(str(source), rows=count, **options)
+    for number, row in enumerate(loaded.dataset.to_list(), start=1):
+        print_pair(number, show_pair(row, tokenizer, max_length), max_length)
 
 
 @data.command("formats")
@@ -135,6 +181,37 @@ def print_check(check: "DataCheck", console: "Console") -> None:
         console.print(f"[{color}]{finding.level}[/]: {escape(finding.text)}", soft_wrap=True)
     if not check.findings:
         console.print("[green]nothing wrong found[/]")
+
+
+def print_pair(number: int, pair: "ShownPair", max_length: int) -> None:
+    """A line for each part, marked by its name; colours on a terminal."""
+    dropped = f", left out of training: the prompt fills max_length {max_length}" if pair.is_dropped else ""
+    click.secho(f"pair {number}{dropped}", bold=True)
+    for name, text, color in (
+        ("prompt", pair.prompt, "cyan"),
+        ("chosen", pair.chosen, "green"),
+        ("rejected", pair.rejected, "red"),
+    ):
+        click.echo(f"{name}, {text.tokens} tokens: " + click.style(printable(text.kept), fg=color))
+        if text.cut:
+            click.echo("   cut off: " + click.style(printable(text.cut), dim=True))
+
+
+def print_request(chat: str, tokenizer: Any) -> None:
+    """What a served model reads of a chat's messages."""
+    from prefvec_ray.common.errors import InputError
+    from prefvec_ray.preferences.show import marked
+    from prefvec_ray.serving.encoding import Tokenization, special_tokens
+
+    try:
+        messages = json.loads(chat)
+        turns = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in messages]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError('--chat: expected messages such as [{"role": "user", "content": "Hi"}]') from None
+    if tokenizer.chat_template is None:
+        raise InputError("the base has no chat template; give --chat-template")
+    ids = Tokenization(tokenizer, None, special_tokens(tokenizer)).encode_chat(turns, len(chat) * 100)
+    click.echo(f"{len(ids)} tokens: {printable(marked(ids, tokenizer))}")
 
 
 def formats_table() -> "Table":

@@ -191,13 +191,13 @@ def measure_lengths(
     frame = _Frame(tokenizer, ends)
     for row in iter_rows(sample):
         try:
-            prompt, chosen, rejected = _tokenize(row, tokenizer)
+            prompt, chosen, rejected = tokenize_pair(row, tokenizer)
         except TemplateError as error:
             refused, refusal = refused + 1, refusal or str(error)
             continue
         if not isinstance(row["prompt"], str):
             frame.count(chosen)
-        shared = min(_common(prompt, chosen), _common(prompt, rejected))
+        shared = min(common_length(prompt, chosen), common_length(prompt, rejected))
         whole = max(len(chosen), len(rejected))
         prompt_changes += shared < len(prompt)
         for key, length in zip(tokens, (shared, len(chosen) - shared, len(rejected) - shared, whole), strict=True):
@@ -246,7 +246,7 @@ class _Frame:
             self.other_end.append(self.tokenizer.decode(found[:1]))
 
 
-def _tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokenize_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the prompt, of prompt and chosen, of prompt and rejected: what TRL's DPOTrainer cuts apart."""
     if tokenizer.chat_template is None and not isinstance(row["prompt"], str):
         raise TemplateError("there is no chat template; set chat_template to a Jinja file or to 'transcript'")
@@ -259,7 +259,7 @@ def _tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> lis
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _common(first: list[int], second: list[int]) -> int:
+def common_length(first: list[int], second: list[int]) -> int:
     """Length of the common beginning."""
     if first == second[: len(first)]:
         return len(first)
