@@ -79,7 +79,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
-    items.sort(key=lambda item: (*DEAREST_FIRST, groups[item.path]).index(groups[item.path]))
+    clusters = {"machine", "new_cluster", "blind_node"}
+    slow = {item.path for item in items if clusters & set(item.fixturenames)}  # type: ignore[attr-defined]
+    items.sort(key=lambda item: ((*DEAREST_FIRST, groups[item.path]).index(groups[item.path]), item.path not in slow))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
