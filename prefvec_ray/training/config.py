@@ -209,6 +209,9 @@ class TrainingConfig(Config):
                 raise InputError(f"watch.report_to names {tracker}, which is not installed here: pip install {tracker}")
         if not any(self.base.glob("*.safetensors")):
             raise InputError(f"base {self.base}: no *.safetensors there; convert the weights with save_pretrained")
+        from prefvec_ray.vectors import Checkpoint
+
+        Checkpoint(self.base)  # two models, an adapter beside the model, a damaged index
 
         if self.method == "lora":
             from prefvec_ray.training.lora import check_lora

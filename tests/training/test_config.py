@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from prefvec_ray.common.config import load_config, parse_config, parse_yaml
@@ -110,6 +112,13 @@ def test_an_unknown_field_of_the_recipe_is_refused_with_the_closest_one(config):
 def test_a_base_that_is_no_model_folder_is_refused(config, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         config.model_copy(update={"base": tmp_path}).check()
+
+
+def test_a_base_that_transformers_would_load_otherwise_is_refused(config, tmp_path):
+    shutil.copytree(config.base, tmp_path / "base")
+    (tmp_path / "base" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an adapter beside the model"):
+        config.model_copy(update={"base": tmp_path / "base"}).check()
 
 
 @pytest.mark.parametrize(
