@@ -33,6 +33,7 @@ os.environ["RAY_ADDRESS"] = "local"  # a process that a test starts never joins 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import psutil
 import pytest
 import torch
@@ -41,6 +42,8 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("no limit of time", deadline=None)
+hypothesis.settings.load_profile("no limit of time")
 
 
 DEAREST_FIRST = ["demo", "training", "ray"]

@@ -240,7 +240,7 @@ def test_doctor_says_what_is_wrong(tmp_path: Path, open_registry: Callable[..., 
 
 
 def test_a_cut_cache_file_is_fetched_again(tmp_path: Path, root: str, make_vector: Make) -> None:
-    registry = Registry.open(root, cache=NodeCache(tmp_path / "cache"), settle_s=0.02)
+    registry = Registry.open(root, cache=NodeCache(tmp_path / "cache"), settle_s=0.2)
     published = registry.publish_vector(make_vector())
     for damage in (lambda b: b[:-5], lambda b: b[:50] + bytes([b[50] ^ 1]) + b[51:]):
         file = registry.fetch("helpful") / "vector.safetensors"
