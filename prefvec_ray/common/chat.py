@@ -50,7 +50,8 @@ def appends_eos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 def text_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The tokens of a text that is to be continued: without the end token that some tokenizers put behind it."""
     ids: list[int] = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids and appends_eos(tokenizer) else ids
+    ended = ids[-1:] == [tokenizer.eos_token_id] and appends_eos(tokenizer)
+    return ids[:-1] if ended else ids
 
 
 def fold_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -36,6 +36,9 @@ class Tokenization:
         self.tokenizer = tokenizer
         self._longest = longest
         self.special = special
+        self._masks = {name: chr(PRIVATE + i) for i, name in enumerate(special)}
+        self._names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self._masked = re.compile(f"([{''.join(self._masks.values())}])" if special else "((?!))")
 
     def encode(self, text: str, most: int) -> tuple[int, ...]:
         """The tokens of a text to continue. Raises PromptTooLongError, without looking at them, where they cannot be
@@ -50,9 +53,7 @@ class Tokenization:
         its turn and begin another. Raises PromptTooLongError as `encode`, and InputError for a chat that the template
         refuses, or of which it would leave out a message.
         """
-        names = {name: chr(PRIVATE + i) for i, name in enumerate(self.special)}
-        written = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-        hidden = [m | {"content": written.sub(lambda found: names[found[0]], m["content"])} for m in chat]
+        hidden = [m | {"content": self._names.sub(lambda found: self._masks[found[0]], m["content"])} for m in chat]
         try:
             text = str(self.tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False))
         except jinja2.TemplateError as error:
@@ -61,12 +62,13 @@ class Tokenization:
             if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise InputError(f"the model's chat template leaves out this message of role {message['role']!r}")
         self._check_size(text, most)
-        ids: list[int] = []
-        for part in re.split(f"([{''.join(names.values())}])", text) if names else [text]:
-            as_text = part in names.values()
-            part = self.special[ord(part) - PRIVATE] if as_text else part
-            ids += self.tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
-        return tuple(ids)
+        parts = self._masked.split(text)  # texts, and between two of them the mask of a typed name
+        ids: list[list[int]] = [[] for _ in parts]
+        ids[::2] = self.tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
+        if len(parts) > 1:
+            typed = self.tokenizer(list(self.special), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids[1::2] = [typed[ord(mask) - PRIVATE] for mask in parts[1::2]]
+        return tuple(token for part in ids for token in part)
 
     def _check_size(self, text: str, most: int) -> None:
         if self._longest is not None:
