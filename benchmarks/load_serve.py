@@ -167,7 +167,10 @@ def actors(of: str, dashboard: str) -> list[Any]:
 def slope_mb_per_minute(samples: list[tuple[float, float]]) -> float | None:
     """Of the second half: the first fills caches."""
     late = samples[len(samples) // 2 :]
-    return round(float(np.polyfit(*zip(*late, strict=True), 1)[0]) * 60, 3) if len(late) > 2 else None
+    if len(late) <= 2:
+        return None
+    seconds, megabytes = np.array(late).T
+    return round(float(np.polyfit(seconds, megabytes, 1)[0]) * 60, 3)
 
 
 @contextlib.contextmanager
