@@ -29,6 +29,9 @@ PROXY_MIDDLEWARE = "prefvec_ray.serving.http.middleware:middlewares"
 DEFAULTS = {
     # Workers inherit these. Ray Train's print patch writes a line for every line, and forked tokenizers warn.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Ray Train starts workers again that are not up in time, by default 60 s: where imports take longer (a busy node, a
+    # slow file system) they would never be up.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "TOKENIZERS_PARALLELISM": "false",
     # A thread that is still at work when its command ends must not start a second cluster.
     "RAY_ENABLE_AUTO_CONNECT": "0",

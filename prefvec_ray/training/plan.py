@@ -253,8 +253,8 @@ def _worker_died(error: Exception) -> bool:
     When one of several workers dies or stops the run for a reason, the others may be the first to fail, since their
     connection to it is closed.
     """
-    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
-    if any(_is_own(failure) for failure in failures if failure is not None):
+    failures = [_cause(error), *getattr(error, "worker_failures", {}).values()]
+    if any(map(_is_own, failures)):
         return False
     if isinstance(error, PreemptionError) or any(isinstance(_cause(f), LOST) for f in failures):
         return True
@@ -262,8 +262,10 @@ def _worker_died(error: Exception) -> bool:
 
 
 def _cause(failure: Any) -> Any:
-    """What a failed health check found; any other failure itself."""
-    return getattr(failure, "health_check_failure", failure)
+    """What a failed health check found, or what failed in Ray Train's controller; any other failure itself."""
+    for holder in ("health_check_failure", "controller_failure"):
+        failure = getattr(failure, holder, failure)
+    return failure
 
 
 def _lost_ranks(error: Exception) -> list[int]:

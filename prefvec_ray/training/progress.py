@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import ray
 from blake3 import blake3
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -75,7 +76,8 @@ class Board:
 def job_board(folder: Path, *, patience: float = 30) -> Iterator[Any]:
     """The board actor of the one job that trains into `folder`; it takes no CPU, and dies with its driver.
 
-    Its name is the lock: two jobs that trained the same runs would write over each other.
+    It is on the driver's node: elsewhere a lost node would take the progress of all runs with it. Its name is the lock:
+    two jobs that trained the same runs would write over each other.
 
     Args:
         patience: seconds to wait for the board of a driver that was killed, until Ray has noticed.
@@ -84,10 +86,12 @@ def job_board(folder: Path, *, patience: float = 30) -> Iterator[Any]:
         JobError: another job of this cluster is training into the folder.
     """
     name = f"training-{blake3(str(folder.resolve()).encode()).hexdigest()[:16]}"
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE, scheduling_strategy=here)
     until = time.monotonic() + patience
     while True:
         try:
-            board = ray.remote(num_cpus=0)(Board).options(name=name, namespace=NAMESPACE).remote()
+            board = actor.remote()
             break
         except ValueError as error:  # the name is taken
             if time.monotonic() > until:

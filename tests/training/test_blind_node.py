@@ -69,4 +69,4 @@ def test_training_on_a_node_without_the_folder_ends_in_one_line(
     assert not any("does not see" in error for error in told["retried"]), "another attempt would only repeat it"
     assert len(told["errors"]) == 3
     for error in told["errors"]:
-        assert re.fullmatch(rf"node blind.* does not see {base}: is the storage mounted there\?", error)
+        assert re.fullmatch(rf"node blind.* does not see {base}: is the storage mounted there\?", error), told
