@@ -13,7 +13,14 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.train import PreemptionError, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    ControllerError,
+    PreemptionError,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
@@ -146,9 +153,10 @@ def start_run(
 ) -> Future[Any]:
     """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
-    It is started again up to `retries` times after a worker or its node died. An exception that the worker raised
-    itself would only be raised again, so it ends the run at once. Ctrl-C works while one waits for the result: in the
-    main thread Ray Train would take that signal over and never give it back, so a thread of its own controls the run.
+    It is started again up to `retries` times after a worker or its node died, or Ray Train's controller failed. An
+    exception that the worker raised itself would only be raised again, so it ends the run at once. Ctrl-C works while
+    one waits for the result: in the main thread Ray Train would take that signal over and never give it back, so a
+    thread of its own controls the run.
 
     Args:
         lost: called in that thread when a worker was lost, before the run is started again, with the error that Ray
@@ -175,7 +183,7 @@ def start_run(
 
     def say(error: Exception) -> None:
         kept = "it is started again and keeps what it has finished"
-        print(f"   {name}: a worker was lost ({failure_reason(error)}); {kept}", flush=True)
+        print(f"   {name}: {_failed_part(error)} ({failure_reason(error)}); {kept}", flush=True)
 
     def control() -> None:
         try:
@@ -228,9 +236,11 @@ def _reporter(spec: RunSpec, workers: int, board: Any, table: ProgressTable) -> 
             places = ray.get(board.places.remote(spec.label), timeout=10)
         nodes = sorted({places[rank] for rank in _lost_ranks(error) if rank in places})
         where = f" (node {', '.join(nodes)})" if nodes else ""
+        if isinstance(error, ControllerError):
+            where = f" ({failure_reason(error)})"
         found = newest_checkpoint(checkpoint_folder(spec.out), workers)
         then = f"it continues from step {found[1]}" if found else "it starts over: it has no checkpoint yet"
-        table.say(f"{spec.label}: a worker was lost{where}; {then}")
+        table.say(f"{spec.label}: {_failed_part(error)}{where}; {then}")
 
     return report
 
@@ -250,15 +260,20 @@ def _fit(trainer: Callable[[], TorchTrainer], retries: int, lost: Callable[[Exce
 def _worker_died(error: Exception) -> bool:
     """Whether a process was lost, while it trained (a worker group's failures) or while it was being set up.
 
-    When one of several workers dies or stops the run for a reason, the others may be the first to fail, since their
-    connection to it is closed.
+    What the training itself raises comes as a worker group's failure: Ray Train's controller fails only by what happens
+    around it, such as a call to a busy node that took too long. When one of several workers dies or stops the run for a
+    reason, the others may be the first to fail, since their connection to it is closed.
     """
     failures = [_cause(error), *getattr(error, "worker_failures", {}).values()]
     if any(map(_is_own, failures)):
         return False
-    if isinstance(error, PreemptionError) or any(isinstance(_cause(f), LOST) for f in failures):
+    if isinstance(error, (PreemptionError, ControllerError)) or any(isinstance(_cause(f), LOST) for f in failures):
         return True
     return any(sign in str(failure) for failure in failures for sign in COLLATERAL)
+
+
+def _failed_part(error: Exception) -> str:
+    return "Ray Train failed" if isinstance(error, ControllerError) else "a worker was lost"
 
 
 def _cause(failure: Any) -> Any:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from ray.exceptions import ActorDiedError, OutOfMemoryError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from prefvec_ray.artifacts.training import ReferencePairs
@@ -50,6 +50,20 @@ def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(fa
     assert failure_reason(error).startswith(reason)
     gone = [rank for rank, failure in enumerate(failures) if isinstance(failure, WorkerHealthCheckFailedError)]
     assert _lost_ranks(error) == gone
+
+
+@pytest.mark.parametrize(
+    ("failure", "again", "reason"),
+    [
+        (TimeoutError("the call took 10 s\nadvice"), True, "TimeoutError: the call took 10 s"),
+        (ActorDiedError(), True, "a process was lost"),
+        (JobError("node b does not see /x"), False, "node b does not see /x"),
+    ],
+)
+def test_a_failure_of_ray_trains_controller_is_named_by_its_cause(failure, again, reason):
+    error = ControllerError(failure)
+    assert _worker_died(error) is again
+    assert failure_reason(error).startswith(reason)
 
 
 def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config):
