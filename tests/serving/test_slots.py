@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
 from prefvec_ray.serving.engines.output import stream_outputs
@@ -153,9 +155,14 @@ def test_a_long_prompt_can_be_cancelled_halfway(make_engine, merged_alone):
 
 def test_the_mask_of_a_long_prompt_does_not_grow_with_its_square(make_engine, monkeypatch):
     engine = make_engine(prefill_tokens=16)
-    masks = []
+    masks: list[int] = []
     forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda *args: masks.append(args[3].numel()) or forward(*args))
+
+    def watched(*args: Any) -> Any:
+        masks.extend(mask.numel() for mask in args[3].values())
+        return forward(*args)
+
+    monkeypatch.setattr(engine, "_forward", watched)
     for length in (60, 120, 240, 480):
         masks.clear()
         run(engine, [ask(random_prompt(1, length), max_tokens=1)])
@@ -419,18 +426,26 @@ def test_streams_run_side_by_side_and_closing_one_stops_it(merged, merged_alone)
     assert engine.status().running == 0
 
 
-ARCHITECTURES = {
-    "mistral": {"sliding_window": 64},
+WINDOW = 24
+MIXED = ["sliding_attention", "sliding_attention", "full_attention"]
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
     "qwen3": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
-    "phi3": {"pad_token_id": 0},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "gemma2": {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "layer_types": MIXED},
+    "gemma3_text": {"head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "layer_types": MIXED},
+    "phi3": {"pad_token_id": 0, "sliding_window": WINDOW},
+    "olmo3": {"sliding_window": WINDOW, "layer_types": MIXED},
+    "cohere2": {"sliding_window": WINDOW, "layer_types": MIXED},
 }
 
 
+@pytest.mark.parametrize("prefill_tokens", [2048, 32])
+@pytest.mark.parametrize("mode", ["merged", "steered"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_other_architectures_give_what_generate_gives(kind, tokenizer):
-    """Grouped heads, sliding windows, soft caps, fused projections: each model's own attention over the slots."""
+def test_other_architectures_give_what_generate_gives(kind, mode, prefill_tokens, tokenizer):
+    """Grouped heads, sliding windows, soft caps, fused projections: each model's own attention over the slots. Answers
+    and prompts are several windows long, and rows of all lengths are in one batch, at two settings."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
@@ -438,7 +453,7 @@ def test_other_architectures_give_what_generate_gives(kind, tokenizer):
         vocab_size=320,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -448,15 +463,38 @@ def test_other_architectures_give_what_generate_gives(kind, tokenizer):
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).eval()
-    engine = SlotEngine(MergedWeights(LiveModel(model, {})), tokenizer)
+    truth = copy.deepcopy(model)
+    name = "model.layers.1.mlp.down_proj.weight"
+    rows, columns = model.get_parameter(name).shape
+    delta = {name: 0.1 * torch.randn(rows, 4) @ torch.randn(4, columns)}
+    vectors = {"odd": vector_from_state(delta, preference="odd", base_fingerprint="random")}
     requests = [
-        Request(random_prompt(i, length), (), SamplingParams(max_tokens=12, temperature=0.0))
-        for i, length in enumerate([1, 5, 20, 40])
+        Request(random_prompt(i, length), (("odd", eta),), SamplingParams(max_tokens=most, temperature=0.0))
+        for i, (length, most, eta) in enumerate(
+            [(1, 60, 0.0), (5, 12, 1.0), (23, 12, 1.0), (24, 30, 0.0), (25, 3, 0.0), (40, 12, 1.0), (150, 80, 1.0)]
+        )
     ]
-    for request, pieces in zip(requests, run(engine, requests), strict=True):
+    if mode == "merged":
+        weights = MergedWeights(LiveModel(model, vectors, base_fingerprint="random"))
+        outputs = run(SlotEngine(weights, tokenizer, prefill_tokens=prefill_tokens), requests)
+    else:
+        with Steering(model, vectors, rank=4, base_fingerprint="random") as steering:
+            outputs = run(SlotEngine(SteeredWeights(steering), tokenizer, prefill_tokens=prefill_tokens), requests)
+    live, longest = LiveModel(truth, vectors, base_fingerprint="random"), 0
+    for request, pieces in zip(requests, outputs, strict=True):
+        live.set_coefficients(dict(request.coefficients))
         ids = torch.tensor([request.prompt])
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert tokens(pieces) == alone[0, len(request.prompt) :].tolist()
+        alone = truth.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=request.max_tokens,
+            do_sample=False,
+            eos_token_id=sorted(end_tokens(truth.generation_config, tokenizer)),
+        )
+        answer = alone[0, len(request.prompt) :].tolist()
+        assert tokens(pieces) == answer
+        longest = max(longest, len(request.prompt) + len(answer))
+    assert longest > 150, "rows must outgrow their window"
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the real model is not on this machine")

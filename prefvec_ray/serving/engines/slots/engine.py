@@ -30,7 +30,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, Request, TokenLogprob
 from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import choose, logprobs
-from prefvec_ray.serving.engines.slots.cache import SlotCache, context_length
+from prefvec_ray.serving.engines.slots.cache import CacheLayout, Masks, SlotCache, context_length
 from prefvec_ray.serving.engines.slots.scheduler import Batch, ScheduledRequest, Scheduler
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
 from prefvec_ray.serving.engines.text import TokenTexts
@@ -64,12 +64,13 @@ class SlotEngine:
     ):
         self.model = weights.model.eval()
         self.context = context_length(self.model.config)
+        self._layout = CacheLayout.of(self.model.config)
         self._weights, self._tokenizer, self._prefill_tokens = weights, tokenizer, prefill_tokens
         self._device = self.model.device
         self._additive = _wants_additive_mask(self.model)
         self._ends = end_tokens(self.model.generation_config, tokenizer)
         self._token_texts = TokenTexts(tokenizer)
-        self._scheduler = Scheduler(weights, max_batch, switch_share, prefill_tokens)
+        self._scheduler = Scheduler(weights, self._layout, max_batch, switch_share, prefill_tokens)
         self._changes: deque[tuple[Mapping[str, PreferenceVector], Future[None]]] = deque()
         self._news = threading.Condition()
         """held wherever the scheduler is touched, notified of whatever ends a wait"""
@@ -162,9 +163,9 @@ class SlotEngine:
         ids_RT = torch.zeros(len(new), max(lengths), dtype=torch.long)
         for row, scheduled in enumerate(new):
             ids_RT[row, : lengths[row]] = torch.tensor(scheduled.request.prompt)
-        positions_RT, mask = batch.cache.begin_prefill(lengths, self._device)
+        positions_RT, masks = batch.cache.begin_prefill(lengths, self._device)
         ends = sorted({length - 1 for length in lengths})
-        logits_REV = self._forward(new, ids_RT, positions_RT, mask, batch.cache, torch.tensor(ends))
+        logits_REV = self._forward(new, ids_RT, positions_RT, masks, batch.cache, torch.tensor(ends))
         place_R = torch.tensor([ends.index(length - 1) for length in lengths], device=self._device)
         logits_RV = logits_REV[torch.arange(len(new), device=self._device), place_R]
         self._advance(batch, len(batch.rows) - len(new), logits_RV)
@@ -175,13 +176,13 @@ class SlotEngine:
         scheduled = batch.long[0]
         prompt = scheduled.request.prompt
         if batch.partial is None:  # an empty cache is false
-            batch.partial = SlotCache(rows=1)
+            batch.partial = SlotCache(self._layout, rows=1)
         start, most = batch.partial.get_seq_length(), self._prefill_tokens
         # A chunk's mask has four times the numbers of that of a whole prompt of `prefill_tokens` at most, or one row's.
         width = min(len(prompt) - start, most, max(1, 4 * most**2 // len(prompt)))
         ids_1T = torch.tensor([prompt[start : start + width]])
-        positions_1T, mask = batch.partial.begin_chunk(width, self._device)
-        logits_1EV = self._forward([scheduled], ids_1T, positions_1T, mask, batch.partial, torch.tensor([width - 1]))
+        positions_1T, masks = batch.partial.begin_chunk(width, self._device)
+        logits_1EV = self._forward([scheduled], ids_1T, positions_1T, masks, batch.partial, torch.tensor([width - 1]))
         if start + width == len(prompt):
             batch.cache.take(batch.partial)
             batch.partial = None
@@ -195,8 +196,8 @@ class SlotEngine:
     def _decode(self, batch: Batch) -> None:
         batch.rested = True
         ids_R1 = torch.tensor([[each.output.last_token] for each in batch.rows])
-        positions_R1, mask = batch.cache.begin_decode(self._device)
-        logits_R1V = self._forward(batch.rows, ids_R1, positions_R1, mask, batch.cache, torch.tensor([0]))
+        positions_R1, masks = batch.cache.begin_decode(self._device)
+        logits_R1V = self._forward(batch.rows, ids_R1, positions_R1, masks, batch.cache, torch.tensor([0]))
         self._advance(batch, 0, logits_R1V[:, 0])
 
     def _forward(
@@ -204,18 +205,19 @@ class SlotEngine:
         rows: list[ScheduledRequest],
         ids: Tensor,
         positions: Tensor,
-        mask: Tensor,
+        masks: Masks,
         cache: SlotCache,
         keep: Tensor,
     ) -> Tensor:
         """Logits (rows, kept positions, vocabulary) in fp32."""
         self._weights.apply([each.request.coefficients for each in rows])
         if self._additive:
-            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+            least, dtype = torch.finfo(self.model.dtype).min, self.model.dtype
+            masks = {kind: torch.zeros_like(m, dtype=dtype).masked_fill(~m, least) for kind, m in masks.items()}
         out = self.model(
             input_ids=ids.to(self._device),
             position_ids=positions,
-            attention_mask=mask,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep.to(self._device),

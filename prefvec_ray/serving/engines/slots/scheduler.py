@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from prefvec_ray.serving.engines.base import Emit, Request
 from prefvec_ray.serving.engines.output import OutputState
-from prefvec_ray.serving.engines.slots.cache import SlotCache
+from prefvec_ray.serving.engines.slots.cache import CacheLayout, SlotCache
 from prefvec_ray.serving.engines.slots.shares import Shares
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
 
@@ -39,7 +39,7 @@ class ScheduledRequest:
 class Batch:
     """Running requests of one group: `rows[r]` owns row r of the cache; `joining` wait for their first pass."""
 
-    cache: SlotCache = field(default_factory=SlotCache)
+    cache: SlotCache
     rows: list[ScheduledRequest] = field(default_factory=list)
     joining: deque[ScheduledRequest] = field(default_factory=deque)
     long: deque[ScheduledRequest] = field(default_factory=deque)
@@ -60,8 +60,10 @@ class Batch:
 class Scheduler:
     """See `SlotEngine` for the parameters."""
 
-    def __init__(self, weights: WeightBackend, max_batch: int, switch_share: float, prefill_tokens: int):
-        self._weights = weights
+    def __init__(
+        self, weights: WeightBackend, layout: CacheLayout, max_batch: int, switch_share: float, prefill_tokens: int
+    ):
+        self._weights, self._layout = weights, layout
         self._max_batch, self._switch_share, self._prefill_tokens = max_batch, switch_share, prefill_tokens
         self.waiting: deque[ScheduledRequest] = deque()
         self.cancelled = 0
@@ -119,7 +121,7 @@ class Scheduler:
         for scheduled in taken:
             self._shares.leave(scheduled.request.caller)
         batch.rows, batch.joining, batch.long = [], deque(), deque()
-        batch.cache, batch.partial = SlotCache(), None
+        batch.cache, batch.partial = SlotCache(self._layout), None
         return taken
 
     def end_pass(self) -> None:
@@ -173,7 +175,7 @@ class Scheduler:
             if scheduled is None:
                 return
             self.waiting.remove(scheduled)
-            batch = self._batches.setdefault(self._group(scheduled), Batch())
+            batch = self._batches.setdefault(self._group(scheduled), Batch(SlotCache(self._layout)))
             long = len(scheduled.request.prompt) > self._prefill_tokens
             (batch.long if long else batch.joining).append(scheduled)
             running[scheduled.request.caller] += 1
