@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
-def train(path: Path) -> None:
+@click.option("--dry-run", is_flag=True, help="Check the data, train a few steps, and print what it would cost.")
+def train(path: Path, dry_run: bool) -> None:
     """Train every preference of a config in both polarities and publish the vectors. Finished runs are skipped."""
-    run_train(load(path, "prefvec_ray.training", "TrainingConfig"), console())
+    run_train(load(path, "prefvec_ray.training", "TrainingConfig"), console(), dry_run=dry_run)
 
 
 @click.command("train-scorer")
@@ -37,13 +38,15 @@ def train_scorer(path: Path) -> None:
     reward_model.show(held_out, config, out)
 
 
-def run_train(config: "TrainingConfig", console: "Console") -> None:
-    """Train, publish, and show how the held-out pairs separate."""
+def run_train(config: "TrainingConfig", console: "Console", *, dry_run: bool = False) -> None:
+    """Train, publish, and show how the held-out pairs separate; or measure a few steps, and end there."""
     from prefvec_ray.common.cluster import connect
     from prefvec_ray.common.redact import source_name
     from prefvec_ray.common.scheduling import check_room
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors, train_vectors
+    from prefvec_ray.training.cost import estimate, run_trial
+    from prefvec_ray.training.plan import slots
     from prefvec_ray.training.train import prepare_data
 
     def say(line: str) -> None:
@@ -54,8 +57,15 @@ def run_train(config: "TrainingConfig", console: "Console") -> None:
     if not (config.folder / "training.json").is_file():  # a finished job may have nothing left to run
         check_room("a run", config.resources.bundles)
     prepared = prepare_data(config)
-    for line in _data_lines(prepared):
+    cost = estimate(config, prepared)
+    for line in [*_data_lines(prepared), *cost.lines()]:
         say(line)
+    if config.sft is not None:
+        say("the SFT stage is in none of these figures")
+    if dry_run:
+        for line in cost.measured(run_trial(config, prepared), slots(config.resources)):
+            say(line)
+        return
     start_registry(config.store)  # a registry that another process writes to is found here, before anything is trained
     summary = train_vectors(config, prepared)
     for name, parts in summary.left_out.items():

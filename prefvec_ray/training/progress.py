@@ -199,7 +199,7 @@ class ProgressTable:
 
         held_out = " ".join(f"{measured['accuracy']:.2f}" for measured in row.get("held_out", {}).values())
         step = f"{row['step']}/{row['total']}" if "step" in row else ""
-        left = _duration(row["eta"]) if row.get("eta") and self.states[name] == "running" else ""
+        left = duration(row["eta"]) if row.get("eta") and self.states[name] == "running" else ""
         return [
             name,
             self.states[name],
@@ -240,7 +240,7 @@ class ProgressTable:
         return f"{self.title}: " + " | ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`45 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,0 +1,151 @@
+"""What a training is said to cost, against what it takes."""
+
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+from datasets import load_from_disk
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from prefvec_ray.artifacts.training import ReferencePairs
+from prefvec_ray.cli.train import run_train
+from prefvec_ray.training.cost import Cost, Trial, TrialJob, _kept, estimate, measure_steps
+from prefvec_ray.training.dpo import run_dpo
+from prefvec_ray.training.lora import lora_config
+from prefvec_ray.training.references import ReferenceJob, ScoringTask, write_references
+from prefvec_ray.training.train import plan_runs, prepare_data
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_counts_are_those_of_the_runs(config, lora):
+    config = config.model_copy(
+        update={"method": "lora", "lora": {"r": 4}} if lora else {"mixed": True, "seeds": [0, 1]}
+    )
+    prepared = prepare_data(config)
+    cost = estimate(config, prepared)
+
+    folder = config.folder / "scored"
+    tasks = [
+        ScoringTask(target=str(folder / name / part), source=getattr(split, part), pairs=1)
+        for name, split in prepared.items()
+        for part in ("train", "test")
+    ]
+    passed = ReferenceJob(base=str(config.base), dpo=config.dpo, method=config.run_method, tasks=tasks)
+    write_references(passed, lambda done, total: None)
+    references = {
+        name: ReferencePairs(train=str(folder / name / "train"), test=str(folder / name / "test"), digest=split.digest)
+        for name, split in prepared.items()
+    }
+    specs = plan_runs(config, references)
+    assert cost.runs == len(specs)
+    assert cost.scored == sum(split.pairs + split.test_pairs for split in prepared.values())
+    first = run_dpo(specs[0], lambda values: None, config.folder / "work")
+    assert first is not None
+    assert cost.steps == first.steps * len(specs), "both preferences have as many pairs"
+    assert cost.pairs == first.pairs * len(specs)
+    trained = load_from_disk(specs[0].train[0])
+    tokens = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trained]
+    assert cost.tokens_a_pair == pytest.approx(sum(tokens) / len(tokens), rel=0.02)
+    assert (cost.trained < cost.parameters) is lora
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2", "gpt_neox"])
+def test_activations_are_what_autograd_keeps(kind, lora):
+    """Counted without memory, against the same pass with it."""
+    from peft import get_peft_model
+
+    config = AutoConfig.for_model(kind, **SHAPE)
+    length = 64
+
+    def built(device: str) -> Any:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config)
+            if lora:
+                model = get_peft_model(model, lora_config({"r": 4, "lora_dropout": 0.1})).get_base_model()
+        return model
+
+    model = built("cpu").train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.get_decoder()(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    assert hidden.last_hidden_state.requires_grad
+    taken = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    counted = _kept(built("meta"), length, half=False, recompute=False)
+    assert counted == pytest.approx(taken, rel=0.1)
+    half = _kept(built("meta"), length, half=True, recompute=False)
+    assert half is not None
+    assert 0.4 * taken < half < 0.9 * taken, "norms may stay in fp32"
+    again = _kept(built("meta"), length, half=False, recompute=True)
+    assert again is not None
+    assert again < counted
+
+
+def test_a_trial_measures_steps_and_memory(config, tmp_path):
+    prepared = prepare_data(config)
+    job = TrialJob(
+        base=str(config.base),
+        source=prepared["helpful"].train,
+        pairs=16,
+        dpo={**config.dpo, "gradient_accumulation_steps": 1},
+        method=config.run_method,
+    )
+    trial = measure_steps(job, tmp_path)
+    assert trial.seconds_a_step > 0
+    assert trial.reference_seconds > 0
+    assert trial.memory > 1e7
+
+
+def test_the_lines_name_every_figure():
+    cost = Cost(
+        parameters=1_000_000,
+        trained=10_000,
+        weights=4e6,
+        gradients=4e4,
+        optimizer=8e4,
+        activations=None,
+        batch=4,
+        longest=200,
+        tokens_a_pair=300.0,
+        runs=4,
+        steps=100,
+        pairs=400,
+        scored=500,
+    )
+    state, tokens = cost.lines()
+    assert "10,000 of 1,000,000 parameters" in state
+    assert "activations not counted for this model (4 pairs of up to 200 tokens)" in state
+    assert tokens.startswith("4 runs, 100 steps, 300 tokens a pair: 120,000 tokens, and 150,000 for the reference")
+    first, then = cost.measured(Trial(seconds_a_step=3.0, reference_seconds=1.0, memory=2_000_000_000), at_once=2)
+    assert first == "measured: 3.00 s for a batch of 4 pairs, 2.0 GB at most"
+    assert then.startswith("so about 2 min for the runs, 2 at once, and 2 min for the reference log-probs"), then
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_cost_and_trains_nothing(config, ray_cluster):
+    out = io.StringIO()
+    run_train(config, Console(file=out, width=200), dry_run=True)
+    assert "in all about" in out.getvalue()
+    assert re.search(r"^measured: \d+\.\d\d s for a batch of 16 pairs", out.getvalue(), re.MULTILINE), out.getvalue()
+    assert not (config.folder / "dpo").exists()
+    assert not (config.folder / "registry").exists()
