@@ -199,9 +199,10 @@ def print_pair(number: int, pair: "ShownPair", max_length: int) -> None:
 
 def print_request(chat: str, tokenizer: Any) -> None:
     """What a served model reads of a chat's messages."""
+    from prefvec_ray.common.chat import special_tokens
     from prefvec_ray.common.errors import InputError
     from prefvec_ray.preferences.show import marked
-    from prefvec_ray.serving.encoding import Tokenization, special_tokens
+    from prefvec_ray.serving.encoding import Tokenization
 
     try:
         messages = json.loads(chat)

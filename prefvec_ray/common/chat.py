@@ -26,6 +26,11 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     return frozenset(tokenizer.all_special_ids) | {token for token, about in added.items() if about.special}
 
 
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The names of those tokens."""
+    return sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
+
+
 def template_ends(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
     """Ids of the special tokens that the chat template writes after an answer; none where there is no template."""
     if tokenizer.chat_template is None:

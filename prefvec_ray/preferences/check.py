@@ -184,6 +184,9 @@ def _judge_lengths(name: str, check: PreferenceCheck, lengths: Lengths) -> Itera
         text = f"{lengths.other_end} {conversations}, end with {lengths.other_end_example!r:.60}"
         advice = "add it to eos_token_id in the base's generation_config.json"
         yield _finding("warning", name, f"{text}, which ends no answer of this base: {advice}")
+    if lengths.typed:
+        text = f"{lengths.typed} of {lengths.sampled} pairs have {lengths.typed_example!r:.60} in their own text"
+        yield _finding("warning", name, f"{text}: it is trained on as that special token; remove it from the data")
     if lengths.prompt_changes:
         changed = (
             f"{lengths.prompt_changes} of {lengths.sampled} prompts are tokenized otherwise when an answer follows"

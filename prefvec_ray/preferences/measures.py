@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from prefvec_ray.common.chat import appends_eos, begins_with_bos, end_tokens, special_ids
+from prefvec_ray.common.chat import appends_eos, begins_with_bos, end_tokens, special_ids, special_tokens
 from prefvec_ray.preferences.data import iter_rows
 from prefvec_ray.preferences.splits import Split, text_key
 
@@ -54,6 +55,10 @@ class Lengths(Plain):
     """Conversations whose answer ends with a special token that is no end token of the base."""
     other_end_example: str
     """That token, of the first of them."""
+    typed: int
+    """Pairs whose own text names a special token: it is tokenized as that token."""
+    typed_example: str
+    """That name, of the first of them."""
     refused: int
     """Pairs that the chat template does not take."""
     refusal: str
@@ -189,7 +194,10 @@ def measure_lengths(
     truncated = left_out = cut_equal = prompt_changes = refused = 0
     refusal = ""
     frame = _Frame(tokenizer, ends)
+    names = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
+    typed: list[str] = []
     for row in iter_rows(sample):
+        typed += [found[0] for found in [names.search(_whole_text(row))] if found]
         try:
             prompt, chosen, rejected = tokenize_pair(row, tokenizer)
         except TemplateError as error:
@@ -220,9 +228,15 @@ def measure_lengths(
         no_end_example=next(iter(frame.no_end), ""),
         other_end=len(frame.other_end),
         other_end_example=next(iter(frame.other_end), ""),
+        typed=len(typed),
+        typed_example=next(iter(typed), ""),
         refused=refused,
         refusal=refusal,
     )
+
+
+def _whole_text(row: Mapping[str, Any]) -> str:
+    return "\n".join(_text(row[part]) for part in ("prompt", "chosen", "rejected"))
 
 
 class _Frame:

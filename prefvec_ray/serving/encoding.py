@@ -10,7 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from prefvec_ray.common.chat import special_ids, text_prompt
+from prefvec_ray.common.chat import special_tokens, text_prompt
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
@@ -109,11 +109,6 @@ class PromptEncoder:
             return work(self._long, *args, **kwargs)
 
         return await self._long_turns.run(caller, long)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The names of the tokens that no text stands for, such as those around a turn."""
-    return sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
 
 
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from prefvec_ray.common.chat import special_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.encoding import SHORT_BYTES, PromptEncoder, Tokenization, longest_token, special_tokens
+from prefvec_ray.serving.encoding import SHORT_BYTES, PromptEncoder, Tokenization, longest_token
 from prefvec_ray.serving.engines.base import PromptTooLongError
 
 
