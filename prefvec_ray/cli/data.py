@@ -68,6 +68,7 @@ def check_data(sources: tuple[str, ...], path: Path | None, as_json: bool, **opt
 @click.option("--chat-template", help="A Jinja file, or `transcript`, where the base has no chat template.")
 @click.option("--max-length", type=click.IntRange(min=1), default=1024, show_default=True, help="In tokens.")
 @click.option("--chat", metavar="JSON", help="Messages of a request instead: what a served model reads.")
+@click.option("--sft", is_flag=True, help="SOURCE holds examples for supervised fine-tuning.")
 def show_data(
     source: str | None,
     base: Path,
@@ -75,9 +76,10 @@ def show_data(
     chat_template: str | None,
     max_length: int,
     chat: str | None,
+    sft: bool,
     **options: Any,
 ) -> None:
-    """The first pairs of SOURCE as they are trained on: decoded tokens, special ones in « », and what is cut off.
+    """The first rows of SOURCE as they are trained on: decoded tokens, special ones in « », and what is cut off.
 
     A source is a file, a folder, s3://…, or org/name of the hub.
     """
@@ -95,6 +97,9 @@ def show_data(
         give_template(tokenizer, chat_template)
     if chat is not None:
         print_request(chat, tokenizer)
+        return
+    if sft:
+        print_examples(str(source), count, options["split"], tokenizer, max_length)
         return
     loaded = load_preferences(str(source), rows=count, **options)
     for number, row in enumerate(loaded.dataset.to_list(), start=1):
@@ -176,10 +181,15 @@ def print_check(check: "DataCheck", console: "Console") -> None:
             )
         else:
             console.print(f"{names}: no pair in both")
-    for finding in check.findings:
-        color = "red" if finding.level == "error" else "yellow"
-        console.print(f"[{color}]{finding.level}[/]: {escape(finding.text)}", soft_wrap=True)
-    if not check.findings:
+    if (sft := check.demonstrations) is not None:
+        lengths = f"; tokens of the first {sft.sampled}: median {sft.tokens['p50']}, most {sft.tokens['max']}"
+        about = f"sft: {sft.examples} examples ({sft.shape}) of {sft.source}{lengths if sft.sampled else ''}"
+        for line in [about, *(f"sft: {note}" for note in sft.notes)]:
+            console.print(escape(line), soft_wrap=True)
+    for level, color, lines in (("error", "red", check.errors), ("warning", "yellow", check.warnings)):
+        for line in lines:
+            console.print(f"[{color}]{level}[/]: {escape(line)}", soft_wrap=True)
+    if not check.errors and not check.warnings:
         console.print("[green]nothing wrong found[/]")
 
 
@@ -195,6 +205,28 @@ def print_pair(number: int, pair: "ShownPair", max_length: int) -> None:
         click.echo(f"{name}, {text.tokens} tokens: " + click.style(printable(text.kept), fg=color))
         if text.cut:
             click.echo("   cut off: " + click.style(printable(text.cut), dim=True))
+
+
+def print_examples(source: str, count: int, split: str | None, tokenizer: Any, max_length: int) -> None:
+    """The first examples of a source for supervised fine-tuning, each as `print_pair` shows a pair."""
+    from jinja2 import TemplateError
+
+    from prefvec_ray.common.errors import InputError
+    from prefvec_ray.preferences.demonstrations import Demonstrations, tokenize_demonstration
+    from prefvec_ray.preferences.show import marked
+
+    for number, example in enumerate(Demonstrations(source, split=split, limit=count), start=1):
+        try:
+            prompt, whole = tokenize_demonstration(example, tokenizer)
+        except TemplateError as error:
+            raise InputError(f"the chat template refuses example {number}: {error}") from None
+        click.secho(f"example {number}", bold=True)
+        if prompt:
+            click.echo(f"prompt, {len(prompt)} tokens: {click.style(printable(marked(prompt, tokenizer)), fg='cyan')}")
+        kept = whole[len(prompt) : max_length]
+        click.echo(f"learned, {len(kept)} tokens: {click.style(printable(marked(kept, tokenizer)), fg='green')}")
+        if cut := whole[max(max_length, len(prompt)) :]:
+            click.echo("   cut off: " + click.style(printable(marked(cut, tokenizer)), dim=True))
 
 
 def print_request(chat: str, tokenizer: Any) -> None:

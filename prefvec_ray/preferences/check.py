@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from prefvec_ray.preferences.demonstrations import DemonstrationCheck
 from prefvec_ray.preferences.measures import (
     SAMPLE,
     Lengths,
@@ -69,14 +70,18 @@ class DataCheck(Plain):
     preferences: dict[str, PreferenceCheck]
     overlaps: list[Overlap]
     findings: list[Finding]
+    demonstrations: DemonstrationCheck | None = None
+    """Of the SFT stage; None: there is none."""
 
     @property
     def errors(self) -> list[str]:
-        return [finding.text for finding in self.findings if finding.level == "error"]
+        more = self.demonstrations.errors if self.demonstrations else []
+        return [finding.text for finding in self.findings if finding.level == "error"] + more
 
     @property
     def warnings(self) -> list[str]:
-        return [finding.text for finding in self.findings if finding.level == "warning"]
+        more = self.demonstrations.warnings if self.demonstrations else []
+        return [finding.text for finding in self.findings if finding.level == "warning"] + more
 
 
 def check_splits(

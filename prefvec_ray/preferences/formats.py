@@ -63,7 +63,7 @@ def find_format(row: Row, source: str) -> Format:
 _WRITTEN_LIST = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 
 
-def _text(row: Row, field: str, where: str, empty: str = "an answer is empty") -> str:
+def text_field(row: Row, field: str, where: str, empty: str = "an answer is empty") -> str:
     value = row.get(field)
     if not isinstance(value, str):
         found = "is missing" if value is None else f"is {value!r:.40}"
@@ -93,15 +93,19 @@ _PREFIX = "one answer is the beginning of the other"
 _EMPTY_TURN = "a message of the prompt is empty"
 
 
-def _message(role: str, content: str) -> dict[str, str]:
+def chat_turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
 def _chat(prompt: list[dict[str, str]], chosen: str, rejected: str) -> Pair:
-    return {"prompt": prompt, "chosen": [_message("assistant", chosen)], "rejected": [_message("assistant", rejected)]}
+    return {
+        "prompt": prompt,
+        "chosen": [chat_turn("assistant", chosen)],
+        "rejected": [chat_turn("assistant", rejected)],
+    }
 
 
-def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str]]:
+def message_list(row: Row, field: str, last: str, where: str) -> list[dict[str, str]]:
     """A list of {role, content} that ends with a turn of `last`."""
     messages = row.get(field)
     if (
@@ -121,9 +125,9 @@ def _messages(row: Row, field: str, last: str, where: str) -> list[dict[str, str
         if any(turn.get(name) for name in _TOOLS):
             raise InputError(f"{where}: {field} has a call of a tool; {_NO_TOOLS}")
     *before, answer = messages if last == "assistant" else [*messages, None]
-    turns = [_message(turn["role"], _text(turn, "content", f"{where}, {field}", _EMPTY_TURN)) for turn in before]
+    turns = [chat_turn(turn["role"], text_field(turn, "content", f"{where}, {field}", _EMPTY_TURN)) for turn in before]
     if answer is not None:
-        turns.append(_message(last, _text(answer, "content", f"{where}, {field}")))
+        turns.append(chat_turn(last, text_field(answer, "content", f"{where}, {field}")))
     return turns
 
 
@@ -132,7 +136,7 @@ def _trl(row: Row, where: str, preference: str | None) -> Pair:
     _refuse_tools(row, where)
     if isinstance(row.get("prompt"), list):
         lasts = zip(COLUMNS, ("user", "assistant", "assistant"), strict=True)
-        pair = {field: _messages(row, field, last, where) for field, last in lasts}
+        pair = {field: message_list(row, field, last, where) for field, last in lasts}
         for field in COLUMNS[1:]:
             if pair[field][: len(pair["prompt"])] == pair["prompt"]:
                 raise InputError(
@@ -140,14 +144,14 @@ def _trl(row: Row, where: str, preference: str | None) -> Pair:
                     "trl-implicit), or give the answers alone"
                 )
         return pair
-    return {field: _text(row, field, where) for field in COLUMNS}
+    return {field: text_field(row, field, where) for field in COLUMNS}
 
 
 def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
     """TRL's implicit prompt: what the two have in common at the start, in whole messages or up to a blank."""
     _refuse_tools(row, where)
     if isinstance(row.get("chosen"), list):
-        chosen, rejected = (_messages(row, field, "assistant", where) for field in ("chosen", "rejected"))
+        chosen, rejected = (message_list(row, field, "assistant", where) for field in ("chosen", "rejected"))
         same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
         if same is None:
             raise UnusableError("the two answers are identical" if len(chosen) == len(rejected) else _PREFIX)
@@ -157,7 +161,7 @@ def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
     require("train", "trl")
     from trl.data_utils import extract_prompt
 
-    texts = {field: _text(row, field, where) for field in ("chosen", "rejected")}
+    texts = {field: text_field(row, field, where) for field in ("chosen", "rejected")}
     if texts["chosen"] == texts["rejected"]:
         raise UnusableError("the two answers are identical")
     if texts["chosen"].startswith(texts["rejected"]) or texts["rejected"].startswith(texts["chosen"]):
@@ -165,13 +169,13 @@ def _trl_implicit(row: Row, where: str, preference: str | None) -> Pair:
     pair = extract_prompt(texts)
     if not pair["prompt"].strip():
         raise InputError(f"{where}: chosen and rejected have no common beginning, and there is no field 'prompt'")
-    return {field: _text(pair, field, where) for field in COLUMNS}
+    return {field: text_field(pair, field, where) for field in COLUMNS}
 
 
 def _ultrafeedback(row: Row, where: str, preference: str | None) -> Pair:
     """UltraFeedback-binarized (arXiv 2310.01377): the prompt as text, both answers as whole conversations, scores."""
-    prompt = _text(row, "prompt", where)
-    chosen, rejected = (_messages(row, field, "assistant", where) for field in ("chosen", "rejected"))
+    prompt = text_field(row, "prompt", where)
+    chosen, rejected = (message_list(row, field, "assistant", where) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise UnusableError("the two conversations differ before the last answer")
     if not any(turn["role"] == "user" and turn["content"].strip() == prompt.strip() for turn in chosen[:-1]):
@@ -198,8 +202,8 @@ def _pku(row: Row, where: str, preference: str | None) -> Pair:
     better = row.get(PKU_LABELS[preference])
     if type(better) is not int or better not in (0, 1):
         raise InputError(f"{where}: field {PKU_LABELS[preference]!r} is {better!r}; expected 0 or 1")
-    responses = [_text(row, "response_0", where), _text(row, "response_1", where)]
-    return _chat([_message("user", _text(row, "prompt", where))], responses[better], responses[1 - better])
+    responses = [text_field(row, "response_0", where), text_field(row, "response_1", where)]
+    return _chat([chat_turn("user", text_field(row, "prompt", where))], responses[better], responses[1 - better])
 
 
 def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
@@ -209,8 +213,8 @@ def _safe_unsafe(row: Row, where: str, preference: str | None) -> Pair:
     answers = row.get("response")
     if not isinstance(answers, list) or len(answers) != 2:
         raise InputError(f"{where}: field 'response' must be a list of two texts, [safe, unsafe]")
-    safe, unsafe = (_text({"response": answer}, "response", where) for answer in answers)
-    return _chat([_message("user", _text(row, "prompt", where))], safe, unsafe)
+    safe, unsafe = (text_field({"response": answer}, "response", where) for answer in answers)
+    return _chat([chat_turn("user", text_field(row, "prompt", where))], safe, unsafe)
 
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -218,9 +222,9 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def _transcript(row: Row, field: str, where: str) -> list[dict[str, str]]:
-    before, *turns = _TURN.split(_text(row, field, where))
+    before, *turns = _TURN.split(text_field(row, field, where))
     messages = [
-        _message(_SPEAKERS[speaker], said.strip()) for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+        chat_turn(_SPEAKERS[speaker], said.strip()) for speaker, said in zip(turns[::2], turns[1::2], strict=True)
     ]
     if before.strip() or not messages or messages[0]["role"] != "user" or messages[-1]["role"] != "assistant":
         raise InputError(
@@ -242,25 +246,30 @@ def _hh(row: Row, where: str, preference: str | None) -> Pair:
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
-def _sharegpt(row: Row, where: str, preference: str | None) -> Pair:
-    """ShareGPT ranking as in LLaMA-Factory: conversations [{from, value}], chosen and rejected {from, value}."""
-
-    def turn(value: Any, field: str) -> dict[str, str]:
-        if not isinstance(value, Mapping) or value.get("from") not in _SHAREGPT_ROLES:
-            speaker = value.get("from") if isinstance(value, Mapping) else value
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise InputError(f"{where}: {field} has a turn from {speaker!r:.40}; expected {{from, value}} of {known}")
-        empty = {"empty": _EMPTY_TURN} if field == "conversations" else {}
-        return _message(_SHAREGPT_ROLES[value["from"]], _text(value, "value", f"{where}, {field}", **empty))
-
+def sharegpt_turns(row: Row, where: str) -> list[dict[str, str]]:
+    """The messages of conversations [{from, value}], after the row's system message."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{where}: field 'conversations' must be a list of {{from, value}}")
-    prompt = [*_system(row, where), *(turn(value, "conversations") for value in turns)]
+    return [*system_turns(row, where), *(_sharegpt_turn(value, "conversations", where) for value in turns)]
+
+
+def _sharegpt_turn(value: Any, field: str, where: str) -> dict[str, str]:
+    if not isinstance(value, Mapping) or value.get("from") not in _SHAREGPT_ROLES:
+        speaker = value.get("from") if isinstance(value, Mapping) else value
+        known = ", ".join(_SHAREGPT_ROLES)
+        raise InputError(f"{where}: {field} has a turn from {speaker!r:.40}; expected {{from, value}} of {known}")
+    empty = {"empty": _EMPTY_TURN} if field == "conversations" else {}
+    return chat_turn(_SHAREGPT_ROLES[value["from"]], text_field(value, "value", f"{where}, {field}", **empty))
+
+
+def _sharegpt(row: Row, where: str, preference: str | None) -> Pair:
+    """ShareGPT ranking as in LLaMA-Factory: conversations [{from, value}], chosen and rejected {from, value}."""
+    prompt = sharegpt_turns(row, where)
     answers = {
-        field: _message("assistant", _text(row, field, where))
+        field: chat_turn("assistant", text_field(row, field, where))
         if isinstance(row.get(field), str)
-        else turn(row.get(field), field)
+        else _sharegpt_turn(row.get(field), field, where)
         for field in ("chosen", "rejected")
     }
     if prompt[-1]["role"] != "user" or any(answer["role"] != "assistant" for answer in answers.values()):
@@ -268,19 +277,25 @@ def _sharegpt(row: Row, where: str, preference: str | None) -> Pair:
     return {"prompt": prompt, **{field: [answer] for field, answer in answers.items()}}
 
 
-def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
-    """Alpaca ranking as in LLaMA-Factory: instruction, input, chosen, rejected; system and history where given."""
+def alpaca_prompt(row: Row, where: str) -> list[dict[str, str]]:
+    """The messages of instruction and input, after system and history where given."""
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise InputError(f"{where}: field 'history' must be a list of [instruction, answer]")
-    prompt = _system(row, where)
+    prompt = system_turns(row, where)
     for asked, answered in history:
-        prompt.append(_message("user", _text({"history": asked}, "history", where, _EMPTY_TURN)))
-        prompt.append(_message("assistant", _text({"history": answered}, "history", where, _EMPTY_TURN)))
-    asked = _text(row, "instruction", where)
+        prompt.append(chat_turn("user", text_field({"history": asked}, "history", where, _EMPTY_TURN)))
+        prompt.append(chat_turn("assistant", text_field({"history": answered}, "history", where, _EMPTY_TURN)))
+    asked = text_field(row, "instruction", where)
     if row.get("input"):
-        asked += "\n" + _text(row, "input", where)
-    return _chat([*prompt, _message("user", asked)], _text(row, "chosen", where), _text(row, "rejected", where))
+        asked += "\n" + text_field(row, "input", where)
+    return [*prompt, chat_turn("user", asked)]
+
+
+def _alpaca(row: Row, where: str, preference: str | None) -> Pair:
+    """Alpaca ranking as in LLaMA-Factory: instruction, input, chosen, rejected; system and history where given."""
+    prompt = alpaca_prompt(row, where)
+    return _chat(prompt, text_field(row, "chosen", where), text_field(row, "rejected", where))
 
 
 _NO_TOOLS = "conversations with tools are not supported; leave such rows out"
@@ -291,9 +306,9 @@ def _refuse_tools(row: Row, where: str) -> None:
         raise InputError(f"{where}: {_NO_TOOLS}")
 
 
-def _system(row: Row, where: str) -> list[dict[str, str]]:
+def system_turns(row: Row, where: str) -> list[dict[str, str]]:
     _refuse_tools(row, where)
-    return [_message("system", _text(row, "system", where))] if row.get("system") else []
+    return [chat_turn("system", text_field(row, "system", where))] if row.get("system") else []
 
 
 def _fields(*names: str) -> Callable[[Row], bool]:

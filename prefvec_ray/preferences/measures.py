@@ -193,7 +193,7 @@ def measure_lengths(
     tokens: dict[str, list[int]] = {key: [] for key in ("prompt", "chosen", "rejected", "whole")}
     truncated = left_out = cut_equal = prompt_changes = refused = 0
     refusal = ""
-    frame = _Frame(tokenizer, ends)
+    frame = Frame(tokenizer, ends)
     names = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
     typed: list[str] = []
     for row in iter_rows(sample):
@@ -216,7 +216,7 @@ def measure_lengths(
             cut_equal += shared < max_length and chosen[:max_length] == rejected[:max_length]
     return Lengths(
         sampled=len(tokens["whole"]),
-        **{key: _percentiles(values) for key, values in tokens.items()},
+        **{key: percentiles(values) for key, values in tokens.items()},
         max_length=max_length,
         truncated=truncated,
         left_out=left_out,
@@ -239,7 +239,7 @@ def _whole_text(row: Mapping[str, Any]) -> str:
     return "\n".join(_text(row[part]) for part in ("prompt", "chosen", "rejected"))
 
 
-class _Frame:
+class Frame:
     """Counts what is wrong with the special tokens around conversations."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int] | None) -> None:
@@ -280,7 +280,7 @@ def common_length(first: list[int], second: list[int]) -> int:
     return next(i for i, (a, b) in enumerate(zip([*first, None], [*second, None], strict=False)) if a != b)
 
 
-def _percentiles(values: list[int]) -> dict[str, int]:
+def percentiles(values: list[int]) -> dict[str, int]:
     if not values:
         return {}
     return {f"p{q}": int(np.percentile(values, q, method="higher")) for q in (50, 90, 99)} | {"max": max(values)}

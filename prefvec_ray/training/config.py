@@ -29,6 +29,8 @@ class DataSource(Config):
     """Branch, tag or commit of a hub dataset."""
     rows: int | None = Field(default=None, gt=0)
     """Train on at most this many rows, the first ones."""
+    skip_bad: int = Field(default=0, ge=0)
+    """Leave out up to so many rows that cannot be used; each is listed."""
 
 
 class PreferenceData(DataSource):
@@ -36,8 +38,6 @@ class PreferenceData(DataSource):
 
     format: str | None = None
     """The format's name; recognised by the fields when left out."""
-    skip_bad: int = Field(default=0, ge=0)
-    """Leave out up to so many rows that cannot be used; each is listed."""
     test_split: str | None = None
     """Another split of `data` to hold out."""
     system: Literal["keep", "fold"] = "keep"
@@ -57,8 +57,9 @@ class PreferenceData(DataSource):
 class SftStage(DataSource):
     """Supervised fine-tuning before DPO, with the same method and resources: its result is the base of the runs.
 
-    Rows have `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes them. Every further setting is
-    a field of TRL's `SFTConfig`.
+    Rows have `messages`, `prompt` and `completion`, or `text`, as TRL's SFTTrainer takes them, or are ShareGPT's
+    `conversations` or Alpaca's `instruction`, `input` and `output`. Every further setting is a field of TRL's
+    `SFTConfig`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")

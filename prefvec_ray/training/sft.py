@@ -18,7 +18,7 @@ from prefvec_ray.artifacts.training import Artifact, Method
 from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
-from prefvec_ray.preferences.sources import read_rows
+from prefvec_ray.preferences.demonstrations import Demonstrations
 from prefvec_ray.training.config import SftStage, TrainingConfig
 from prefvec_ray.training.plan import run_stage
 from prefvec_ray.training.references import key_of, working_base
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
-SHAPES = (("messages",), ("prompt", "completion"), ("text",))
-"""The columns that SFTTrainer learns from; the first that a row has are taken, others are left behind."""
 
 
 class SftJob(Artifact):
@@ -94,63 +92,49 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
 def write_examples(stage: SftStage, base: Path, folder: Path) -> tuple[Path, str, int]:
     """The stage's examples as one Arrow file in `folder`, its digest and their number; memory does not grow with them.
 
-    The columns are the first of SHAPES that the first row has; of messages only role and content are kept.
-
     Raises:
-        InputError: another shape, in the first row or later; conversations for a tokenizer without chat template.
+        InputError: rows that cannot be used; conversations for a tokenizer without chat template.
     """
     from prefvec_ray.training.model import load_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".sft.partial"
-    hasher, count = blake3(), 0
+    hasher = blake3()
     writer: Any = None
-    columns: tuple[str, ...] = ()
-    kinds: dict[str, type] = {}
+    examples = demonstrations(stage)
     try:
-        for found in read_rows(stage.data, split=stage.split, subset=stage.subset, revision=stage.revision):
-            row = found.row if isinstance(found.row, dict) else {}
-            columns = columns or next((shape for shape in SHAPES if all(name in row for name in shape)), ())
-            example = {name: _example(name, row.get(name)) for name in columns}
-            if not columns or None in example.values():
-                wanted = " and ".join(columns) if columns else "messages, or prompt and completion, or text"
-                raise InputError(
-                    f"sft {found.where}: expected {wanted} with text or messages in it, got {sorted(row)[:6]}"
-                )
+        for example in examples:
             if writer is None:
                 kinds = {name: type(value) for name, value in example.items()}
                 if list in kinds.values() and load_tokenizer(base).chat_template is None:
                     raise InputError(
-                        f"sft.data {stage.data}: conversations, but the base's tokenizer has no chat template"
+                        f"sft.data {stage.data}: conversations, but the base's tokenizer has no chat template; set "
+                        "chat_template to a Jinja file or to 'transcript'"
                     )
                 columns_of = {name: MESSAGES if kind is list else Value("string") for name, kind in kinds.items()}
                 writer = ArrowWriter(path=str(partial), features=Features(columns_of))
-            if kinds != {name: type(value) for name, value in example.items()}:
-                raise InputError(f"sft {found.where}: text where the first row has messages, or messages for text")
             hasher.update(json.dumps(example).encode())
             writer.write(example)
-            count += 1
-            if count == stage.rows:
-                break
-        if writer is None:
-            raise InputError(f"sft.data {stage.data}: holds no examples")
         writer.finalize()
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    for note in examples.notes:
+        print(f"   sft: {note}", flush=True)
     digest = hasher.hexdigest()
-    return partial.rename(folder / f"sft-{digest[:10]}.arrow"), digest, count
+    return partial.rename(folder / f"sft-{digest[:10]}.arrow"), digest, examples.count
 
 
-def _example(column: str, value: Any) -> str | list[dict[str, str]] | None:
-    """Text, or messages where the column may hold a conversation; None for an empty value or another type."""
-    if isinstance(value, str):
-        return value if value and column != "messages" else None
-    if not isinstance(value, list) or column == "text" or not value:
-        return None
-    if not all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in value):
-        return None
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+def demonstrations(stage: SftStage) -> Demonstrations:
+    """The stage's examples, to be read."""
+    return Demonstrations(
+        stage.data,
+        split=stage.split,
+        subset=stage.subset,
+        revision=stage.revision,
+        limit=stage.rows,
+        skip_bad=stage.skip_bad,
+    )
 
 
 def _tokenizer_files(base: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from datasets import load_from_disk
 from transformers import GenerationConfig
-from trl import DPOConfig
+from trl import DPOConfig, SFTConfig
 
 from prefvec_ray.artifacts.training import (
     MIXED,
@@ -28,6 +28,7 @@ from prefvec_ray.common.chat import template_ends
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import context_length
 from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest, give_template, load_split
+from prefvec_ray.preferences.demonstrations import check_demonstrations
 from prefvec_ray.training.checkpoints import check_space, named_when_full
 from prefvec_ray.training.config import PreferenceData, TrainingConfig
 from prefvec_ray.training.delta import bf16_checkpoints_keep
@@ -37,7 +38,7 @@ from prefvec_ray.training.plot import plot_runs
 from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.references import compute_references, key_of, working_base
-from prefvec_ray.training.sft import fine_tuned
+from prefvec_ray.training.sft import demonstrations, fine_tuned
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
 
 
@@ -132,7 +133,8 @@ def prepare_data(config: TrainingConfig) -> dict[str, PreparedPairs]:
 
 
 def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[dict[str, Split], DataCheck]:
-    """Read and split every preference's pairs, and check them with the tokenizer and length of the training."""
+    """Read and split every preference's pairs, and check them and the examples of the SFT stage, with the tokenizer and
+    the lengths of the training."""
     tokenizer = load_tokenizer(config.base)
     if config.chat_template is not None:
         give_template(tokenizer, config.chat_template)
@@ -142,7 +144,12 @@ def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[
     if config.chat_template is not None:
         ends |= template_ends(tokenizer)  # as the templated base will have it
     context = context_length(config.base)
-    return splits, check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context, ends=ends)
+    found = check_splits(splits, tokenizer=tokenizer, max_length=max_length, context=context, ends=ends)
+    if config.sft is not None:
+        examples, longest = demonstrations(config.sft), config.sft.recipe.get("max_length", SFTConfig.max_length)
+        checked = check_demonstrations(examples, tokenizer, max_length=longest, context=context, ends=ends)
+        found = found.model_copy(update={"demonstrations": checked})
+    return splits, found
 
 
 def _write_templated_base(config: TrainingConfig) -> None:

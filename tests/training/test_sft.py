@@ -89,17 +89,26 @@ def test_two_workers_fine_tune_as_one_process_once_and_are_then_skipped(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": "a", "rejected": "b"}, "expected messages, or prompt and completion, or text"),
-        ({"messages": []}, "expected messages"),
-        ({"messages": [{"role": "user", "content": None}]}, "expected messages"),
-        ({"prompt": "a", "completion": ""}, "expected prompt and completion"),
-        ({"text": 7}, "expected text"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "row 1: expected messages, or .*, or prompt and completion, or text, got ch",
+        ),
+        ({"messages": []}, "row 1: field 'messages' must be a list of messages .* that ends with the assistant"),
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            "row 1: field 'messages' must be .* ends with the assistant",
+        ),
+        ({"messages": [{"role": "assistant", "content": None}]}, "row 1, messages: field 'content' is missing"),
+        ({"prompt": "a", "completion": ""}, "no example to learn from .1 rows dropped: an answer is empty"),
+        ({"text": 7}, "row 1: field 'text' is 7"),
+        ({"instruction": "a", "output": "b", "tools": ["c"]}, "row 1: conversations with tools are not supported"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "row 1: conversations must end with a turn from gpt"),
     ],
 )
 def test_rows_that_cannot_be_learned_from_are_named(world_folder, tmp_path, row, message):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row))
-    with pytest.raises(InputError, match=f"row 1: {message}"):
+    with pytest.raises(InputError, match=message):
         write_examples(SftStage(data=str(file)), world_folder / "base", tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
 
@@ -109,7 +118,7 @@ def test_a_later_row_of_another_kind_is_named(world_folder, tmp_path):
     file.write_text(
         '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": [{"role": "x", "content": "y"}]}'
     )
-    with pytest.raises(InputError, match="row 2: text where the first row has messages"):
+    with pytest.raises(InputError, match="row 2: field 'completion' is"):
         write_examples(SftStage(data=str(file)), world_folder / "base", tmp_path / "data")
 
 
