@@ -45,7 +45,7 @@ def run_train(config: "TrainingConfig", console: "Console", *, dry_run: bool = F
     from prefvec_ray.common.scheduling import check_room
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors, train_vectors
-    from prefvec_ray.training.cost import estimate, run_trial
+    from prefvec_ray.training.cost import estimate, dry_run_steps
     from prefvec_ray.training.plan import slots
     from prefvec_ray.training.train import prepare_data
 
@@ -63,7 +63,7 @@ def run_train(config: "TrainingConfig", console: "Console", *, dry_run: bool = F
     if config.sft is not None:
         say("the SFT stage is in none of these figures")
     if dry_run:
-        for line in cost.measured(run_trial(config, prepared), slots(config.resources)):
+        for line in cost.measured(dry_run_steps(config, prepared), slots(config.resources)):
             say(line)
         return
     start_registry(config.store)  # a registry that another process writes to is found here, before anything is trained

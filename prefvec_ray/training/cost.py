@@ -1,7 +1,7 @@
-"""What a training will cost, before it starts: memory a device, tokens, and with a short trial the time.
+"""What a training will cost, before it starts: memory a device, tokens, and with a dry run the time.
 
 Parameters, gradients and optimizer are counted by the table of docs/clusters.md. Activations are what autograd keeps of
-one forward pass, counted on the model without memory (torch's meta device). The trial trains a few steps where the runs
+one forward pass, counted on the model without memory (torch's meta device). A dry run trains a few steps where the runs
 will train, with their batch, and measures.
 """
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 SAMPLE = 256
 """Pairs of a preference whose tokens are counted."""
-TRIAL_STEPS = 4
+DRY_RUN_STEPS = 4
 
 
-class Trial(Artifact):
+class DryRunResult(Artifact):
     """What a few steps showed, on one device."""
 
     seconds_a_step: float
@@ -46,7 +46,7 @@ class Trial(Artifact):
     """Bytes, at most, of the process on its GPU, or without one in all."""
 
 
-class TrialJob(Artifact):
+class DryRunJob(Artifact):
     """A few steps of a run."""
 
     base: str
@@ -93,21 +93,21 @@ class Cost:
         return [
             f"a run trains {trained} parameters; on each device: weights {gigabytes(self.weights)}, gradients "
             f"{gigabytes(self.gradients)}, optimizer {gigabytes(self.optimizer)}, activations {activations} "
-            f"({self.batch} pairs of up to {self.longest} tokens); in all about "
-            f"{gigabytes(state + (self.activations or 0))}",
+            f"({self.batch} pairs of up to {self.longest} tokens); together "
+            f"{gigabytes(state + (self.activations or 0))}, and what single operations need for a moment",
             f"{self.runs} runs, {self.steps:,} steps, {self.tokens_a_pair:.0f} tokens a pair: "
             f"{self.tokens_a_pair * self.pairs:,.0f} tokens, and {self.tokens_a_pair * self.scored:,.0f} for the "
             "reference log-probs",
         ]
 
-    def measured(self, trial: Trial, at_once: int) -> list[str]:
-        """For a reader, after a trial; `at_once`: the runs that the cluster holds."""
+    def measured(self, seen: DryRunResult, at_once: int) -> list[str]:
+        """For a reader, after a dry run; `at_once`: the runs that the cluster holds."""
         batches = math.ceil(self.pairs / self.batch)
-        training = trial.seconds_a_step * batches / max(1, min(at_once, self.runs))
-        reference = trial.reference_seconds * self.scored / self.batch
+        training = seen.seconds_a_step * batches / max(1, min(at_once, self.runs))
+        reference = seen.reference_seconds * self.scored / self.batch
         return [
-            f"measured: {trial.seconds_a_step:.2f} s for a batch of {self.batch} pairs, "
-            f"{gigabytes(trial.memory)} at most",
+            f"measured: {seen.seconds_a_step:.2f} s for a batch of {self.batch} pairs, "
+            f"{gigabytes(seen.memory)} at most",
             f"so about {duration(training)} for the runs, {min(at_once, self.runs)} at once, and "
             f"{duration(reference)} for the reference log-probs on one worker; held-out measurements and checkpoints "
             "come on top",
@@ -151,39 +151,41 @@ def estimate(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> Cost
     )
 
 
-def run_trial(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> Trial:
+def dry_run_steps(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> DryRunResult:
     """Train a few steps in a Ray Train run with the resources of the others, and measure them.
 
     Raises:
         RunsFailedError: it failed, as a run of these settings would: out of memory, for instance.
     """
     split = max(prepared.values(), key=lambda split: split.pairs)
-    job = TrialJob(
+    job = DryRunJob(
         base=str(working_base(config)),
         source=split.train,
         pairs=config.pairs_at_once,
         dpo={**config.dpo, "gradient_accumulation_steps": 1},
         method=config.run_method,
     )
-    name = f"trial-{key_of(split.digest, config.recipe_key)}"
-    run = start_run(_trial_worker, {"job": job.model_dump()}, name, config.resources, config.folder / "ray", retries=0)
-    return Trial.model_validate(run.result())
+    name = f"dry-run-{key_of(split.digest, config.recipe_key)}"
+    run = start_run(
+        _dry_run_worker, {"job": job.model_dump()}, name, config.resources, config.folder / "ray", retries=0
+    )
+    return DryRunResult.model_validate(run.result())
 
 
-def _trial_worker(config: dict[str, Any]) -> dict[str, Any]:
+def _dry_run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Body of a Ray Train worker."""
     from prefvec_ray.common.paths import check_visible
     from prefvec_ray.training.workers import worker_setup
 
-    job = TrialJob.model_validate(config["job"])
+    job = DryRunJob.model_validate(config["job"])
     check_visible(job.base, job.source)
     worker_setup()
     with tempfile.TemporaryDirectory() as work_dir:
         return measure_steps(job, work_dir).model_dump()
 
 
-def measure_steps(job: TrialJob, work_dir: str | Path) -> Trial:
-    """Train `TRIAL_STEPS` batches of pairs, the longest pair among them. Every rank calls this."""
+def measure_steps(job: DryRunJob, work_dir: str | Path) -> DryRunResult:
+    """Train `DRY_RUN_STEPS` batches of pairs, the longest pair among them. Every rank calls this."""
     from transformers import PrinterCallback, TrainerCallback
 
     from prefvec_ray.training.dpo import TokenizedDPOTrainer, dpo_config
@@ -209,9 +211,14 @@ def measure_steps(job: TrialJob, work_dir: str | Path) -> Trial:
             self.scoring = time.perf_counter() - started
             return found
 
-    pairs = _with_longest(load_from_disk(job.source), TRIAL_STEPS * job.pairs)
+    pairs = _with_longest(load_from_disk(job.source), DRY_RUN_STEPS * job.pairs)
     args = dpo_config(
-        job.dpo, work_dir, deepspeed=job.method.deepspeed, max_steps=TRIAL_STEPS, save_strategy="no", eval_strategy="no"
+        job.dpo,
+        work_dir,
+        deepspeed=job.method.deepspeed,
+        max_steps=DRY_RUN_STEPS,
+        save_strategy="no",
+        eval_strategy="no",
     )
     steps = Steps()
     trainer = Scored(
@@ -225,7 +232,7 @@ def measure_steps(job: TrialJob, work_dir: str | Path) -> Trial:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     taken = np.diff(steps.ends)
-    return Trial(
+    return DryRunResult(
         seconds_a_step=float(median(taken[1:] if len(taken) > 1 else taken)),
         reference_seconds=trainer.scoring * job.pairs / max(1, len(pairs)),
         memory=peak_memory(),
@@ -343,24 +350,25 @@ def _kept(model: "PreTrainedModel", length: int, *, half: bool, recompute: bool)
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     kept: dict[int, torch.Tensor] = {}
+    odd = length | 1  # no other size of a model is odd, so (odd x odd) is attention
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        attention = tensor.dim() >= 3 and tensor.shape[-3] > 1 and tensor.shape[-2:] == (length, length)
+        attention = tensor.dim() >= 3 and tensor.shape[-2:] == (odd, odd)
         if not attention:
             kept[tensor.untyped_storage()._cdata] = tensor  # held, so that no two have one address
         return tensor
 
     model = model.to(torch.bfloat16 if half else torch.float32).train()
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        ids = torch.zeros(1, length, dtype=torch.long)
-        mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+        ids = torch.zeros(1, odd, dtype=torch.long)
+        mask = torch.ones(1, 1, odd, odd, dtype=torch.bool)
         masks = dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
         try:
             model.get_decoder()(input_ids=ids, position_ids=ids, attention_mask=masks, use_cache=False)
         except (RuntimeError, NotImplementedError, AttributeError, TypeError):  # what it computes depends on values
             return None
     owned = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    total = float(sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in owned))
+    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in owned) * length / odd
     if recompute:
         layers = config.num_hidden_layers
         return total / layers + layers * length * config.hidden_size * (2 if half else 4)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefvec_ray.artifacts.training import ReferencePairs
 from prefvec_ray.cli.train import run_train
-from prefvec_ray.training.cost import Cost, Trial, TrialJob, _kept, estimate, measure_steps
+from prefvec_ray.training.cost import Cost, DryRunResult, DryRunJob, _kept, estimate, measure_steps
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.lora import lora_config
 from prefvec_ray.training.references import ReferenceJob, ScoringTask, write_references
@@ -64,13 +64,13 @@ def test_counts_are_those_of_the_runs(config, lora):
 
 
 @pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("length", [64, 24, 96])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2", "gpt_neox"])
-def test_activations_are_what_autograd_keeps(kind, lora):
-    """Counted without memory, against the same pass with it."""
+def test_activations_are_what_autograd_keeps(kind, length, lora):
+    """Counted without memory, against the same pass with it; also where the length is one of the model's own sizes."""
     from peft import get_peft_model
 
     config = AutoConfig.for_model(kind, **SHAPE)
-    length = 64
 
     def built(device: str) -> Any:
         with torch.device(device):
@@ -101,19 +101,19 @@ def test_activations_are_what_autograd_keeps(kind, lora):
     assert again < counted
 
 
-def test_a_trial_measures_steps_and_memory(config, tmp_path):
+def test_a_dry_run_measures_steps_and_memory(config, tmp_path):
     prepared = prepare_data(config)
-    job = TrialJob(
+    job = DryRunJob(
         base=str(config.base),
         source=prepared["helpful"].train,
         pairs=16,
         dpo={**config.dpo, "gradient_accumulation_steps": 1},
         method=config.run_method,
     )
-    trial = measure_steps(job, tmp_path)
-    assert trial.seconds_a_step > 0
-    assert trial.reference_seconds > 0
-    assert trial.memory > 1e7
+    seen = measure_steps(job, tmp_path)
+    assert seen.seconds_a_step > 0
+    assert seen.reference_seconds > 0
+    assert seen.memory > 1e7
 
 
 def test_the_lines_name_every_figure():
@@ -136,7 +136,9 @@ def test_the_lines_name_every_figure():
     assert "10,000 of 1,000,000 parameters" in state
     assert "activations not counted for this model (4 pairs of up to 200 tokens)" in state
     assert tokens.startswith("4 runs, 100 steps, 300 tokens a pair: 120,000 tokens, and 150,000 for the reference")
-    first, then = cost.measured(Trial(seconds_a_step=3.0, reference_seconds=1.0, memory=2_000_000_000), at_once=2)
+    first, then = cost.measured(
+        DryRunResult(seconds_a_step=3.0, reference_seconds=1.0, memory=2_000_000_000), at_once=2
+    )
     assert first == "measured: 3.00 s for a batch of 4 pairs, 2.0 GB at most"
     assert then.startswith("so about 2 min for the runs, 2 at once, and 2 min for the reference log-probs"), then
 
@@ -145,7 +147,7 @@ def test_the_lines_name_every_figure():
 def test_a_dry_run_prints_the_cost_and_trains_nothing(config, ray_cluster):
     out = io.StringIO()
     run_train(config, Console(file=out, width=200), dry_run=True)
-    assert "in all about" in out.getvalue()
+    assert "; together " in out.getvalue()
     assert re.search(r"^measured: \d+\.\d\d s for a batch of 16 pairs", out.getvalue(), re.MULTILINE), out.getvalue()
     assert not (config.folder / "dpo").exists()
     assert not (config.folder / "registry").exists()
