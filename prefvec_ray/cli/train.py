@@ -45,7 +45,7 @@ def run_train(config: "TrainingConfig", console: "Console", *, dry_run: bool = F
     from prefvec_ray.common.scheduling import check_room
     from prefvec_ray.registry import start_registry
     from prefvec_ray.training import publish_vectors, train_vectors
-    from prefvec_ray.training.cost import estimate, dry_run_steps
+    from prefvec_ray.training.cost import dry_run_steps, estimate
     from prefvec_ray.training.plan import slots
     from prefvec_ray.training.train import prepare_data
 

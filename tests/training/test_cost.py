@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefvec_ray.artifacts.training import ReferencePairs
 from prefvec_ray.cli.train import run_train
-from prefvec_ray.training.cost import Cost, DryRunResult, DryRunJob, _kept, estimate, measure_steps
+from prefvec_ray.training.cost import Cost, DryRunJob, DryRunResult, _kept, estimate, measure_steps
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.lora import lora_config
 from prefvec_ray.training.references import ReferenceJob, ScoringTask, write_references
