@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefvec_ray.common.chat import end_tokens, text_prompt
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.pretrained import position_room
 
 Conversation = str | Sequence[dict[str, str]]
 """Messages for the tokenizer's chat template, or a plain text that the model continues."""
@@ -205,7 +206,7 @@ def _uniforms(prompts: int, sampling: Sampling) -> torch.Tensor:
 
 
 def _check_lengths(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = position_room(model)
     longest = max(map(len, prompts), default=0)
     if room is not None and longest + max_new_tokens > room:
         raise InputError(

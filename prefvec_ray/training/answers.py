@@ -1,5 +1,6 @@
 """Answers of the base to held-out prompts: the sample by which a run's drift from it is measured."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from prefvec_ray.common.chat import end_tokens
+from prefvec_ray.common.pretrained import position_room
 from prefvec_ray.training.model import load_base, load_tokenizer
 
 
@@ -24,7 +26,7 @@ def base_answers(
         Empty where no prompt leaves room.
     """
     model = load_base(base)
-    limit = min(size for size in (max_length, getattr(model.config, "max_position_embeddings", None)) if size)
+    limit = min((size for size in (max_length, position_room(model)) if size), default=sys.maxsize)
     distinct = dict.fromkeys(tuple(ids) for ids in pairs["prompt_ids"] if len(ids) + tokens <= limit)
     prompts = [list(ids) for ids in distinct][: samples // 2]
     empty: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}

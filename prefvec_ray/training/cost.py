@@ -71,6 +71,8 @@ class Cost:
     """Kept for the backward pass of one batch of the longest pairs found; None: the model cannot be counted."""
     batch: int
     """Pairs of a device in one pass."""
+    workers: int
+    """Devices of a run."""
     longest: int
     """Tokens of the longest conversation found, of at most `max_length`."""
     tokens_a_pair: float
@@ -102,15 +104,16 @@ class Cost:
 
     def measured(self, seen: DryRunResult, at_once: int) -> list[str]:
         """For a reader, after a dry run; `at_once`: the runs that the cluster holds."""
-        batches = math.ceil(self.pairs / self.batch)
+        at_a_time = self.batch * self.workers
+        batches = math.ceil(self.pairs / at_a_time)
         training = seen.seconds_a_step * batches / max(1, min(at_once, self.runs))
-        reference = seen.reference_seconds * self.scored / self.batch
+        reference = seen.reference_seconds * self.scored / at_a_time
         return [
-            f"measured: {seen.seconds_a_step:.2f} s for a batch of {self.batch} pairs, "
-            f"{gigabytes(seen.memory)} at most",
+            f"measured: {seen.seconds_a_step:.2f} s for a batch of {at_a_time} pairs, "
+            f"{gigabytes(seen.memory)} at most{' on a device' if self.workers > 1 else ''}",
             f"so about {duration(training)} for the runs, {min(at_once, self.runs)} at once, and "
-            f"{duration(reference)} for the reference log-probs on one worker; held-out measurements and checkpoints "
-            "come on top",
+            f"{duration(reference)} for the reference log-probs by as many workers; held-out measurements and "
+            "checkpoints come on top",
         ]
 
 
@@ -142,11 +145,12 @@ def estimate(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> Cost
         **state,
         activations=None if kept is None else 2 * batch * kept,
         batch=batch,
+        workers=workers,
         longest=longest,
         tokens_a_pair=fmean(tokens for tokens, _ in lengths) if lengths else 0.0,
         runs=len(pairs),
         steps=sum(steps),
-        pairs=sum(min(count * epochs, n * step) for count, n in zip(pairs, steps, strict=True)).__ceil__(),
+        pairs=math.ceil(sum(min(count * epochs, n * step) for count, n in zip(pairs, steps, strict=True))),
         scored=sum(split.pairs + split.test_pairs for split in prepared.values()),
     )
 
@@ -211,7 +215,8 @@ def measure_steps(job: DryRunJob, work_dir: str | Path) -> DryRunResult:
             self.scoring = time.perf_counter() - started
             return found
 
-    pairs = _with_longest(load_from_disk(job.source), DRY_RUN_STEPS * job.pairs)
+    # In memory: TRL keeps reference log-probs beside a set on disk, and would only read them the next time.
+    pairs = Dataset.from_list(_with_longest(load_from_disk(job.source), DRY_RUN_STEPS * job.pairs).to_list())
     args = dpo_config(
         job.dpo,
         work_dir,
@@ -324,17 +329,18 @@ def _recomputes(config: TrainingConfig) -> bool:
 def _state(
     parameters: int, trained: int, method: Method, workers: int, *, half: bool, frozen_half: bool
 ) -> dict[str, float]:
-    """Bytes a device, by the table of docs/clusters.md."""
-    stage = method.deepspeed["zero_optimization"]["stage"] if method.deepspeed else 0
+    """Bytes a device, by the table of docs/clusters.md; what DeepSpeed keeps in host memory is not counted."""
+    zero = (method.deepspeed or {}).get("zero_optimization") or {}
+    stage = int(zero.get("stage", 0))
     if stage == 0:
         frozen = parameters - trained if method.kind == "full" else parameters
         weights = frozen * (2 if frozen_half and method.kind == "lora" else 4) + 4 * trained
         return {"weights": weights, "gradients": 4 * trained, "optimizer": 8 * trained}
     each = 2 if half else 4
     return {
-        "weights": each * parameters / (workers if stage == 3 else 1),
+        "weights": 0 if zero.get("offload_param") else each * parameters / (workers if stage == 3 else 1),
         "gradients": each * trained / (workers if stage >= 2 else 1),
-        "optimizer": 12 * trained / workers,
+        "optimizer": 0 if zero.get("offload_optimizer") else 12 * trained / workers,
     }
 
 

@@ -1,7 +1,9 @@
 """What a training is said to cost, against what it takes."""
 
+import dataclasses
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +12,14 @@ from datasets import load_from_disk
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prefvec_ray.artifacts.training import ReferencePairs
+from prefvec_ray.artifacts.training import Method, ReferencePairs
 from prefvec_ray.cli.train import run_train
-from prefvec_ray.training.cost import Cost, DryRunJob, DryRunResult, _kept, estimate, measure_steps
+from prefvec_ray.training.cost import Cost, DryRunJob, DryRunResult, _kept, _state, estimate, measure_steps
 from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.lora import lora_config
 from prefvec_ray.training.references import ReferenceJob, ScoringTask, write_references
 from prefvec_ray.training.train import plan_runs, prepare_data
+from prefvec_ray.training.zero import deepspeed_config
 
 SHAPE = {
     "vocab_size": 320,
@@ -110,9 +113,11 @@ def test_a_dry_run_measures_steps_and_memory(config, tmp_path):
         dpo={**config.dpo, "gradient_accumulation_steps": 1},
         method=config.run_method,
     )
-    seen = measure_steps(job, tmp_path)
+    measure_steps(job, tmp_path / "first")
+    seen = measure_steps(job, tmp_path / "second")
     assert seen.seconds_a_step > 0
-    assert seen.reference_seconds > 0
+    assert seen.reference_seconds > 1e-3, "computed again, not read from what the first one left"
+    assert not list(Path(job.source).glob("cache-*"))
     assert seen.memory > 1e7
 
 
@@ -125,6 +130,7 @@ def test_the_lines_name_every_figure():
         optimizer=8e4,
         activations=None,
         batch=4,
+        workers=1,
         longest=200,
         tokens_a_pair=300.0,
         runs=4,
@@ -141,6 +147,28 @@ def test_the_lines_name_every_figure():
     )
     assert first == "measured: 3.00 s for a batch of 4 pairs, 2.0 GB at most"
     assert then.startswith("so about 2 min for the runs, 2 at once, and 2 min for the reference log-probs"), then
+    two = dataclasses.replace(cost, workers=2)
+    first, then = two.measured(DryRunResult(seconds_a_step=3.0, reference_seconds=1.0, memory=2_000_000_000), at_once=2)
+    assert first == "measured: 3.00 s for a batch of 8 pairs, 2.0 GB at most on a device"
+    assert then.startswith("so about 75 s for the runs, 2 at once, and 62 s for the reference log-probs"), then
+
+
+@pytest.mark.parametrize(
+    ("preset", "stated"),
+    [
+        ("zero1", (2e9, 2e9, 3e9)),
+        ("zero2", (2e9, 5e8, 3e9)),
+        ("zero3", (5e8, 5e8, 3e9)),
+        ("zero2-offload", (2e9, 5e8, 0)),
+        ("zero3-offload", (0, 5e8, 0)),
+        (None, (4e9, 4e9, 8e9)),
+    ],
+)
+def test_the_bytes_of_a_billion_parameters_are_those_of_the_table(preset, stated):
+    """docs/clusters.md, four workers, in 16 bits."""
+    method = Method(deepspeed=deepspeed_config(preset))
+    state = _state(10**9, 10**9, method, 4, half=True, frozen_half=False)
+    assert (state["weights"], state["gradients"], state["optimizer"]) == stated
 
 
 @pytest.mark.slow
