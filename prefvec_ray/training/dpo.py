@@ -41,6 +41,7 @@ from prefvec_ray.training.watch import (
     whole_batches,
 )
 from prefvec_ray.vectors import PreferenceVector, save_vector
+from prefvec_ray.vectors.checkpoint import check_loaded
 
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
 FULL = Method()
@@ -116,10 +117,17 @@ def reference_logps(
 
     Returns:
         One row a pair: TOKENIZED and REFERENCE columns. On several workers every rank returns the whole of it.
+
+    Raises:
+        InputError: transformers loads other weights than the folder's files hold. Under ZeRO-3, where no process has
+            them whole, this is not checked.
     """
     args = dpo_config(recipe, work_dir, deepspeed=method.deepspeed)
+    model = load_model(base, method, args)
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        check_loaded(model, base)
     trainer = TokenizedDPOTrainer(
-        model=load_model(base, method, args),
+        model=model,
         args=args,
         train_dataset=pairs,
         processing_class=load_tokenizer(base),

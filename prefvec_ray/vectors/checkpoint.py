@@ -167,6 +167,30 @@ def checkpoint_layout(model: nn.Module) -> dict[str, list[TensorPiece]]:
     return layout
 
 
+@torch.no_grad()
+def check_loaded(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a model whose parameters are not what this project reads from the files of its folder.
+
+    The model may be in another dtype than the files. Tensors of the files that it does not have are left alone: those
+    of another modality, say.
+
+    Raises:
+        InputError: a parameter that the files do not hold, which transformers makes up, or another value of one.
+    """
+    stored = Checkpoint(folder)
+    own = {_storage(parameter) for parameter in model.parameters()}
+    advice = (
+        "load and save it once with AutoModelForCausalLM's from_pretrained and save_pretrained, and take that folder"
+    )
+    for name, tensor in checkpoint_state(model).items():
+        if _storage(tensor) not in own:
+            continue  # a buffer
+        if name not in stored:
+            raise InputError(f"base {folder}: its files do not hold {name}, which the model has; {advice}")
+        if not torch.equal(stored[name].to(tensor.dtype), tensor.cpu()):
+            raise InputError(f"base {folder}: transformers loads another {name} than its files hold; {advice}")
+
+
 def state_of(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
     """Tensors under checkpoint names, of a live model (views), a folder (memory-mapped) or a state dict (itself)."""
     if isinstance(source, nn.Module):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import Checkpoint, checkpoint_state, fingerprint
-from prefvec_ray.vectors.checkpoint import checkpoint_layout
+from prefvec_ray.vectors.checkpoint import check_loaded, checkpoint_layout
 
 TINY_GPT2 = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
 fingerprints = sys.modules["prefvec_ray.vectors.fingerprint"]  # the package's function has the module's name
@@ -201,3 +201,44 @@ def test_a_folder_is_hashed_once_and_again_when_a_file_changes(tmp_path, monkeyp
     hashed.clear()
     assert fingerprint(tmp_path) == fresh
     assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text", "opt", "gpt2"])
+def test_what_transformers_loads_is_what_the_files_hold(family, tiny_model, tmp_path):
+    tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30KB")
+    for dtype in (torch.float32, torch.bfloat16):
+        check_loaded(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype), tmp_path)
+
+
+def test_a_model_that_is_not_its_files_is_refused(tiny_model, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-3
+    with pytest.raises(
+        InputError, match=r"loads another model\.norm\.weight than its files hold; load"
+    ):
+        check_loaded(model, tmp_path)
+
+
+def test_weights_that_transformers_would_make_up_are_refused(tiny_model, tmp_path):
+    """A head that the files lack: transformers only warns, and takes random numbers."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"its files do not hold lm_head\.weight, which the model has"):
+        check_loaded(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
+def test_files_with_other_names_than_the_models_are_refused_and_the_advice_helps(tiny_model, tmp_path):
+    """As GPT-2 lies on the hub: without the names of the outer model."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "hub")
+    file = tmp_path / "hub" / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")
+    with pytest.raises(InputError, match=r"do not hold transformer\..*; load and save it once"):
+        check_loaded(loaded, tmp_path / "hub")
+    loaded.save_pretrained(tmp_path / "saved")
+    check_loaded(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), tmp_path / "saved")
