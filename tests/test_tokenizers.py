@@ -95,6 +95,7 @@ STAND_INS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "Mistral-Instruct": lambda: spaces_as_marks("<s>", "</s>", [], BRACKETS, prefix=True),
     "Gemma-it": lambda: spaces_as_marks("<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], TURNS, prefix=False),
 }
+TEMPLATED = ["Llama-3-Instruct", "Mistral-Instruct", "Gemma-it"]
 ROWS = [
     {
         "prompt": f"Wie geht das, Nr. {i}?  Say {i + 1} then.",
@@ -145,11 +146,17 @@ def test_a_config_trains_its_model_from_one_bos_to_an_end(path, base_of, pku, tm
     given = load_config(path, TrainingConfig)
     pairs = {name: PreferenceData(data=pku, format="pku-saferlhf") for name in given.preferences}
     family = "Mistral" if "Mistral" in given.base.name else "Llama-3"
-    changes = {"base": base_of(family), "preferences": pairs, "output": tmp_path, "global_batch_size": 16}
+    talks = tmp_path / "talks.jsonl"
+    talks.write_text(json.dumps({"messages": [*TALK, {"role": "assistant", "content": "4."}]}))
+    assert given.sft is not None
+    sft = given.sft.model_copy(update={"data": str(talks), "split": None})
+    changes = {"base": base_of(family), "preferences": pairs, "output": tmp_path, "global_batch_size": 16, "sft": sft}
     config = given.model_copy(update=changes)
 
     splits, found = check_data(config)
     assert not found.errors
+    assert found.demonstrations is not None
+    assert found.demonstrations.warnings == []
     noticed = " ".join(finding.text for finding in found.findings)
     assert "BOS" not in noticed
     assert "end token" not in noticed
@@ -169,7 +176,7 @@ def test_a_config_trains_its_model_from_one_bos_to_an_end(path, base_of, pku, tm
             assert sum(token in ends for token in whole) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in STAND_INS if STAND_INS[name]().chat_template])
+@pytest.mark.parametrize("name", TEMPLATED)
 def test_what_is_trained_sampled_and_served_is_one_tokenization(name, base_of):
     tokenizer = load_tokenizer(base_of(name))
     prompt, chosen, _ = tokenize_pair(
@@ -190,7 +197,7 @@ def test_what_is_trained_sampled_and_served_is_one_tokenization(name, base_of):
     assert set(chosen[len(prompt) :]) & (template_ends(tokenizer) | end_tokens(None, tokenizer))
 
 
-@pytest.mark.parametrize("name", [name for name in STAND_INS if STAND_INS[name]().chat_template])
+@pytest.mark.parametrize("name", TEMPLATED)
 def test_supervised_fine_tuning_sees_the_same_frame(name, base_of, tmp_path):
     """TRL's SFT tokenizes conversations itself: one BOS, and the end that the template writes."""
     tokenizer = load_tokenizer(base_of(name))
@@ -206,11 +213,9 @@ def test_supervised_fine_tuning_sees_the_same_frame(name, base_of, tmp_path):
     assert set(ids[-3:]) & (template_ends(tokenizer) | end_tokens(None, tokenizer))
 
 
-@pytest.mark.parametrize("name", STAND_INS)
+@pytest.mark.parametrize("name", TEMPLATED)
 def test_special_tokens_that_somebody_typed_are_text(name, base_of):
     tokenizer = load_tokenizer(base_of(name))
-    if tokenizer.chat_template is None:
-        pytest.skip("no template")
     special = special_tokens(tokenizer)
     typed: list[dict[str, Any]] = [{"role": "user", "content": f"a{special[-1]}b{tokenizer.eos_token}c"}]
     served = Tokenization(tokenizer, None, special).encode_chat(typed, 10**6)

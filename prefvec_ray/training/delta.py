@@ -20,7 +20,7 @@ from prefvec_ray.training.model import compute_dtype
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.training.zero import leave_deepspeed
 from prefvec_ray.vectors import Checkpoint, LowRank, PreferenceVector, vector_from_adapter, vector_from_state
-from prefvec_ray.vectors.checkpoint import TensorPiece, checkpoint_layout
+from prefvec_ray.vectors.checkpoint import TensorPiece, check_names, checkpoint_layout
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -30,12 +30,18 @@ SAMPLE = 1 << 22
 
 
 def parameter_layout(base: str | Path) -> Layout:
-    """Live parameter name -> the checkpoint's tensors in it. Call it before DeepSpeed takes over model loading."""
+    """Live parameter name -> the checkpoint's tensors in it. Call it before DeepSpeed takes over model loading.
+
+    Raises:
+        InputError: a parameter that the base's files do not hold.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     leave_deepspeed()
     with torch.device("meta"):
-        return checkpoint_layout(AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, base)))
+        model = AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, base))
+        check_names(model, base)
+        return checkpoint_layout(model)
 
 
 def master_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ from prefvec_ray.preferences import DataCheck, Split, check_splits, data_digest,
 from prefvec_ray.preferences.demonstrations import check_demonstrations
 from prefvec_ray.training.checkpoints import check_space, named_when_full
 from prefvec_ray.training.config import PreferenceData, TrainingConfig
-from prefvec_ray.training.delta import bf16_checkpoints_keep
+from prefvec_ray.training.delta import bf16_checkpoints_keep, parameter_layout
 from prefvec_ray.training.model import base_ends, generation_config, load_tokenizer
 from prefvec_ray.training.plan import run_plan, slots
 from prefvec_ray.training.plot import plot_runs
@@ -136,6 +136,7 @@ def check_data(config: TrainingConfig, *, collect_flaws: bool = False) -> tuple[
     """Read and split every preference's pairs, and check them and the examples of the SFT stage, with the tokenizer and
     the lengths of the training."""
     tokenizer = load_tokenizer(config.base)
+    parameter_layout(config.base)  # refuses a base whose files are not the model
     if config.chat_template is not None:
         give_template(tokenizer, config.chat_template)
     splits = {name: _load_split(config, name, source, collect_flaws) for name, source in config.preferences.items()}

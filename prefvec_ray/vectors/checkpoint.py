@@ -167,28 +167,38 @@ def checkpoint_layout(model: nn.Module) -> dict[str, list[TensorPiece]]:
     return layout
 
 
+SAVE_AGAIN = (
+    "load and save it once with AutoModelForCausalLM's from_pretrained and save_pretrained, and take that folder"
+)
+
+
+def check_names(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a model with a parameter that the files of its folder do not hold: transformers makes it up, or finds it
+    under another name, which a vector would not have. `model` may lie on the meta device. Raises InputError."""
+    stored = Checkpoint(folder)
+    for name in _parameters(model):
+        if name not in stored:
+            raise InputError(f"base {folder}: its files do not hold {name}, which the model has; {SAVE_AGAIN}")
+
+
 @torch.no_grad()
 def check_loaded(model: nn.Module, folder: str | Path) -> None:
     """Refuse a model whose parameters are not what this project reads from the files of its folder.
 
     The model may be in another dtype than the files. Tensors of the files that it does not have are left alone: those
-    of another modality, say.
-
-    Raises:
-        InputError: a parameter that the files do not hold, which transformers makes up, or another value of one.
+    of another modality, say. Raises InputError.
     """
+    check_names(model, folder)
     stored = Checkpoint(folder)
-    own = {_storage(parameter) for parameter in model.parameters()}
-    advice = (
-        "load and save it once with AutoModelForCausalLM's from_pretrained and save_pretrained, and take that folder"
-    )
-    for name, tensor in checkpoint_state(model).items():
-        if _storage(tensor) not in own:
-            continue  # a buffer
-        if name not in stored:
-            raise InputError(f"base {folder}: its files do not hold {name}, which the model has; {advice}")
+    for name, tensor in _parameters(model).items():
         if not torch.equal(stored[name].to(tensor.dtype), tensor.cpu()):
-            raise InputError(f"base {folder}: transformers loads another {name} than its files hold; {advice}")
+            raise InputError(f"base {folder}: transformers loads another {name} than its files hold; {SAVE_AGAIN}")
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """`checkpoint_state` without buffers."""
+    own = {_storage(parameter) for parameter in model.parameters()}
+    return {name: tensor for name, tensor in checkpoint_state(model).items() if _storage(tensor) in own}
 
 
 def state_of(source: nn.Module | Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:

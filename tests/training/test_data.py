@@ -1,6 +1,7 @@
 """Preference data at the start of a job: split and checked as its config says."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -120,3 +121,18 @@ def test_the_templated_base_ends_answers_as_its_template_does(job, tmp_path):
     tokenizer = load_tokenizer(base)
     assert base_ends(base, tokenizer) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|pad|>")}
     assert base_ends(given.base, tokenizer) == {tokenizer.eos_token_id}, "the base itself is as it was"
+
+
+def test_a_base_whose_files_lack_a_weight_is_refused_before_data_is_written(config, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "headless"
+    shutil.copytree(config.base, base)
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("mlp.up_proj.weight"))
+    del tensors[name]
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    broken = config.model_copy(update={"base": base})
+    with pytest.raises(InputError, match=rf"its files do not hold {re.escape(name)}, which the model has"):
+        prepare_data(broken)
+    assert not (broken.folder / "data").exists()

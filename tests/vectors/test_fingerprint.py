@@ -215,9 +215,7 @@ def test_a_model_that_is_not_its_files_is_refused(tiny_model, tmp_path):
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         model.model.norm.weight[3] += 1e-3
-    with pytest.raises(
-        InputError, match=r"loads another model\.norm\.weight than its files hold; load"
-    ):
+    with pytest.raises(InputError, match=r"loads another model\.norm\.weight than its files hold; load"):
         check_loaded(model, tmp_path)
 
 
