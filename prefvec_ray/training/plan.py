@@ -278,8 +278,8 @@ def _failed_part(error: Exception) -> str:
 
 def _cause(failure: Any) -> Any:
     """What a failed health check found, or what failed in Ray Train's controller; any other failure itself."""
-    for holder in ("health_check_failure", "controller_failure"):
-        failure = getattr(failure, holder, failure)
+    for attribute in ("health_check_failure", "controller_failure"):
+        failure = getattr(failure, attribute, failure)
     return failure
 
 

@@ -141,12 +141,14 @@ class SlotCache(Cache):
             return new
         if self._chunk:
             start, stop = self._chunk
-            past = torch.arange(_first_in_sight(start, stop, window), start, device=key_states.device)
-            seen = []
-            for stored, states in zip(kv, new, strict=True):
-                before = stored[:1, :, past % window] if stop > window else None  # read before it is overwritten
+            if stop <= window:
+                for stored, states in zip(kv, new, strict=True):
+                    stored[:1, :, start:stop] = states
+                return kv[0][:1, :, :stop], kv[1][:1, :, :stop]
+            past = torch.arange(_first_in_sight(start, stop, window), start, device=key_states.device) % window
+            seen = [torch.cat([stored[:1, :, past], states], 2) for stored, states in zip(kv, new, strict=True)]
+            for stored, states in zip(kv, new, strict=True):  # after it was read: it may overwrite what is in sight
                 _store(stored[0], states[0], start, window)
-                seen.append(stored[:1, :, :stop] if before is None else torch.cat([before, states], 2))
             return seen[0], seen[1]
         slots_R, seen_slots = self._slots_R[kind], min(max(self.lengths), window)
         for stored, states in zip(kv, new, strict=True):
