@@ -37,6 +37,47 @@ def test_an_address_that_leads_nowhere_is_one_line(address, says):
     assert says in last
 
 
+FIND_ITSELF = """
+import ray
+from ray.util.state import get_actor
+from prefvec_ray.common.cluster import connect
+
+@ray.remote(num_cpus=0)
+class Actor:
+    def found(self):
+        try:
+            return get_actor(ray.get_runtime_context().get_actor_id()).state
+        except ConnectionError as error:  # of several clusters on one machine, Ray takes none
+            return "asked none" if "multiple active Ray instances" in str(error) else str(error)
+
+connect()
+print(ray.get(Actor.remote().found.remote()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("started_here", "says"), [(False, "ALIVE"), (True, "asked none")])
+def test_processes_never_ask_another_cluster_than_their_own(ray_cluster, new_cluster, monkeypatch, started_here, says):
+    """Ray Train kills the workers of a run whose controller it does not find; it asked the cluster that a node's
+    environment names."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ray_cluster)
+    with new_cluster(num_cpus=1, include_dashboard=True, dashboard_port=0) as second:
+        where = "local" if started_here else second.address
+        environment = {**os.environ, "RAY_ADDRESS": where}
+        done = subprocess.run(
+            [sys.executable, "-c", FIND_ITSELF], env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert done.stdout.strip() == says, done.stderr
+
+
+def test_what_a_submitted_job_says_of_its_environment_is_kept(monkeypatch):
+    from prefvec_ray.common.cluster import _own_cluster
+
+    assert _own_cluster("10.0.0.1:6379") == {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_API_SERVER_ADDRESS": ""}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"RAY_ADDRESS": "head:6379"}}}')
+    assert _own_cluster("10.0.0.1:6379") == {"RAY_API_SERVER_ADDRESS": ""}
+
+
 def test_what_no_machine_can_hold_is_refused_at_once(ray_cluster):
     from prefvec_ray.common.scheduling import check_room
 

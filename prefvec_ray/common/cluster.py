@@ -1,5 +1,6 @@
 """Joining a Ray cluster, or starting one on this machine; and bars that behave on terminals and in job logs."""
 
+import json
 import os
 import secrets
 import signal
@@ -153,8 +154,9 @@ def _join(address: str) -> Any:
             f"this machine runs no node of the Ray cluster at {address}: run the command on one of its nodes, submit "
             f"it with `ray job submit`, or join with `ray start --address={address}`"
         )
+    own = {"env_vars": _own_cluster(address)}
     try:
-        return ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        return ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", runtime_env=own)
     except RuntimeError as error:
         if "ersion mismatch" not in str(error):
             raise InputError(f"the Ray cluster at {address} cannot be joined: {_one_line(error)}") from None
@@ -164,6 +166,21 @@ def _join(address: str) -> Any:
         ) from None
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         raise InputError(f"the Ray cluster at {address} cannot be joined: {_one_line(error)}") from None
+
+
+def _own_cluster(address: str) -> dict[str, str]:
+    """Environment variables of this job's processes, by which they ask the API of the cluster that they run on.
+
+    Ray Train asks it whether the controller of a run lives, and kills the run's workers where it does not. A node that
+    was started in a shell with RAY_API_SERVER_ADDRESS or RAY_ADDRESS of another cluster asked that one, and so did the
+    nodes of a second cluster on one machine. What the submitter of a job has set is kept.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {})
+    given = submitted.get("env_vars") or {}
+    own = {"RAY_ADDRESS": canonicalize_bootstrap_address(address) or address, "RAY_API_SERVER_ADDRESS": ""}
+    return {name: value for name, value in own.items() if name not in given}
 
 
 def _check_address(address: str) -> None:
@@ -284,6 +301,7 @@ def _start(console: Console | None) -> Any:
     import ray
 
     _guard_with_own_token()
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # of another cluster: see _own_cluster
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a run; this machine is all there is
     allowed, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     cpus = {"num_cpus": allowed} if allowed < all_of_them else {}
@@ -351,7 +369,14 @@ def reason(error: "RayError") -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     if "creation task" in lines[0]:  # of an actor that could not be made Ray shows the traceback
         return from_traceback(lines[-1])
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lost_because(error)}"
+
+
+def lost_because(error: BaseException) -> str:
+    """In a line, why a process was lost: what Ray knows of its end, where it says that; else its first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    known = next((line for line in lines if line.startswith("The actor is dead because ")), lines[0])
+    return known.removeprefix("The actor is dead because ")[:300]
 
 
 @contextmanager

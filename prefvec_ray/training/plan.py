@@ -25,6 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from prefvec_ray.artifacts.training import Artifact, RunResult, RunSpec
+from prefvec_ray.common.cluster import lost_because
 from prefvec_ray.common.errors import JobError, from_traceback
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.scheduling import Waiting, check_room
@@ -309,11 +310,11 @@ def _is_own(failure: Exception) -> bool:
 
 
 def _line(failure: Exception) -> str:
-    """What a worker raised, or the end of its traceback; of a lost process the first line of Ray's message."""
+    """What a worker raised, or the end of its traceback; of a lost process what Ray says of its end."""
     cause = _cause(failure)
     lines = _lines(cause)
     if isinstance(cause, LOST):
-        return f"a process was lost: {lines[0]}"
+        return f"a process was lost: {lost_because(cause)}"
     if lines[0].startswith("Traceback"):
         return lines[-1]
     return lines[0] if _is_own(cause) else f"{type(cause).__name__}: {lines[0]}"

@@ -15,7 +15,7 @@ from prefvec_ray.training.sft import SftJob
 DRIVER = """
 import json, sys
 from pathlib import Path
-import ray
+from prefvec_ray.common.cluster import connect
 from prefvec_ray.training import Resources, plan
 from prefvec_ray.training.plan import RunsFailedError, start_run
 from prefvec_ray.training.references import _reference_worker
@@ -26,7 +26,7 @@ storage, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 retried = []
 plan._worker_died = lambda error, judge=plan._worker_died: judge(error) and not retried.append(str(error))
 workers = {"dpo": dpo_worker, "sft": _sft_worker, "reference": _reference_worker}
-ray.init(namespace="prefvec", log_to_driver=False)
+connect()
 runs = [start_run(workers[name], job, name, Resources(), storage) for name, job in given.items()]
 errors = [run.exception() for run in runs]
 assert all(isinstance(error, RunsFailedError) for error in errors), errors
