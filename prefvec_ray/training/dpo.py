@@ -25,6 +25,7 @@ from prefvec_ray.training.checkpoints import (
     saving,
 )
 from prefvec_ray.training.delta import Layout, parameter_layout, run_vector, trained_numbers
+from prefvec_ray.training.head import score_answers_only
 from prefvec_ray.training.lora import adapter_config
 from prefvec_ray.training.model import arguments, compute_dtype, load_model, load_tokenizer
 from prefvec_ray.training.recipe import check_whole_batch
@@ -56,6 +57,7 @@ class TokenizedDPOTrainer(DPOTrainer):
     """
 
     _precompute_model_hash: Any
+    _scores_answers_only = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.clock = Clock()
@@ -67,6 +69,9 @@ class TokenizedDPOTrainer(DPOTrainer):
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if not self._scores_answers_only:  # first called once the model has TRL's head, before anything is scored
+            score_answers_only(self.model)
+            self._scores_answers_only = True
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         # TRL keeps what it computes beside the data, by the weights alone: a run that computes in bf16 would take the

@@ -166,6 +166,7 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
 
     from prefvec_ray.training.checkpoints import checkpoint_folder, keep_checkpoints, remove_checkpoints, saving
     from prefvec_ray.training.delta import parameter_layout, run_vector
+    from prefvec_ray.training.head import score_answers_only
     from prefvec_ray.training.lora import adapter_config
     from prefvec_ray.training.model import arguments, load_model, load_tokenizer
 
@@ -182,6 +183,7 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
         peft_config=adapter_config(method),
     )
     trainer.remove_callback(PrinterCallback)
+    score_answers_only(trainer.model)
     resumed, _ = keep_checkpoints(trainer, job.checkpoint_every)
     trainer.train(resume_from_checkpoint=resumed)
     vector = run_vector(
