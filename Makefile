@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 # Every worker imports the project: without cached bytecode it would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env env-vllm demo test test-quick fuzz test-vllm lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,10 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 
 test-vllm: env-vllm ## The serving engine on vLLM, in an environment of its own
 	$(VLLM)/bin/python -m pytest -q tests/serving/on_vllm
+
+test-real: env ## DATA=<folder>: the case study of examples/gemma with a tenth of its data, and checks of what it made
+	RUNS=$(or $(RUNS),runs/real) examples/gemma/run.sh --short
+	RUNS=$(or $(RUNS),runs/real) $(BIN)/python -m pytest -q tests/real
 
 demo: env ## The whole mission on the embedded tiny world, about 9 minutes on 2 cores
 	$(BIN)/prefvec demo

@@ -1,0 +1,20 @@
+"""What `examples/gemma/run.sh` made of a real model; `make test-real` runs it first, and names its folder in RUNS."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+collect_ignore_glob = [] if "RUNS" in os.environ else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def runs() -> Path:
+    return Path(os.environ["RUNS"])
+
+
+@pytest.fixture(scope="session")
+def base(runs: Path) -> Path:
+    """The fine-tuned base of all vectors."""
+    (found,) = (runs / "gemma" / "sft").glob("*/sft.json")
+    return found.parent
