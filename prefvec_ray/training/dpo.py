@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
-from transformers import PrinterCallback
+from pyarrow import compute
+from transformers import PreTrainedModel, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.artifacts.training import KL, Method, RunResult, RunSpec
 from prefvec_ray.common.atomic import new_folder
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.checkpoints import (
     checkpoint_folder,
@@ -74,6 +76,7 @@ class TokenizedDPOTrainer(DPOTrainer):
             self._scores_answers_only = True
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
+        check_context(dataset, self.model, self.args.max_length)
         # TRL keeps what it computes beside the data, by the weights alone: a run that computes in bf16 would take the
         # figures of one in fp32.
         args = self.args
@@ -103,6 +106,22 @@ class TokenizedDPOTrainer(DPOTrainer):
             figures = {f"{name}/{key}": values for key, values in self._metrics["eval"].items()}
             self._metrics["eval"] = defaultdict(list, figures)
         super().log(logs, start_time)
+
+
+def check_context(tokens: Dataset, model: PreTrainedModel, max_length: int | None) -> None:
+    """Refuse tokenized pairs for which the model has no positions: GPT-2's would end in an index error, rotary ones
+    would be trained beyond what the model has learned.
+
+    Raises:
+        InputError: names the longest pair and the context.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    table = tokens.with_format("arrow")[:]
+    prompt, chosen, rejected = (compute.list_value_length(table[column]) for column in TOKENIZED)
+    whole = compute.max(compute.add(prompt, compute.max_element_wise(chosen, rejected))).as_py() or 0
+    longest = min(whole, max_length or whole)
+    if context is not None and longest > context:
+        raise InputError(f"pairs of up to {longest} tokens; the base has a context of {context}: set dpo.max_length")
 
 
 def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0, **overrides: Any) -> DPOConfig:

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from datasets import concatenate_datasets, load_from_disk
-from transformers import AutoModelForCausalLM
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import DPOTrainer
 
 from prefvec_ray.artifacts.training import RunSpec
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import flip, load_preferences
 from prefvec_ray.training.dpo import (
     REFERENCE,
@@ -143,3 +144,12 @@ def test_reference_log_probs_of_another_precision_are_not_taken_from_the_cache_b
     torch.testing.assert_close(
         torch.tensor(exact[:][REFERENCE[0]]), torch.tensor(half[:][REFERENCE[0]]), rtol=1e-2, atol=0
     )
+
+
+def test_the_reference_pass_takes_no_pair_beyond_the_context(world_folder, tmp_path):
+    base = str(world_folder / "base")
+    context = AutoConfig.from_pretrained(base).max_position_embeddings
+    pairs = Dataset.from_list([{"prompt": "a b", "chosen": " a" * context, "rejected": " b"}])
+    with pytest.raises(InputError, match=rf"up to \d+ tokens; the base has a context of {context}: set dpo"):
+        reference_logps(base, pairs, {"max_length": None}, tmp_path)
+    reference_logps(base, pairs, {"max_length": context}, tmp_path)
