@@ -1,7 +1,8 @@
 """Where an answer ends, and where a system message goes if the chat template knows none: what training, evaluation and
 serving must agree on."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from prefvec_ray.common.errors import InputError
@@ -29,6 +30,11 @@ def special_ids(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:
 def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The names of those tokens."""
     return sorted(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
+
+
+def names_pattern(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of the names in a text, the longest where several begin at one place; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def template_ends(tokenizer: "PreTrainedTokenizerBase") -> frozenset[int]:

@@ -6,7 +6,6 @@ Rows are checked as those of preferences are, and refused or dropped for the sam
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from prefvec_ray.common.chat import special_tokens
+from prefvec_ray.common.chat import names_pattern, special_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences.formats import (
     Row,
@@ -174,7 +173,7 @@ def check_demonstrations(
         InputError: rows that cannot be used, as `Demonstrations`.
     """
     frame = Frame(tokenizer, ends)
-    names = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
+    names = names_pattern(special_tokens(tokenizer))
     lengths: list[int] = []
     typed: list[str] = []
     refused: list[str] = []

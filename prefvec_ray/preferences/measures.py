@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from prefvec_ray.common.chat import appends_eos, begins_with_bos, end_tokens, special_ids, special_tokens
+from prefvec_ray.common.chat import appends_eos, begins_with_bos, end_tokens, names_pattern, special_ids, special_tokens
 from prefvec_ray.preferences.data import iter_rows
 from prefvec_ray.preferences.splits import Split, text_key
 
@@ -194,7 +193,7 @@ def measure_lengths(
     truncated = left_out = cut_equal = prompt_changes = refused = 0
     refusal = ""
     frame = Frame(tokenizer, ends)
-    names = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or "(?!)")
+    names = names_pattern(special_tokens(tokenizer))
     typed: list[str] = []
     for row in iter_rows(sample):
         typed += [found[0] for found in [names.search(_whole_text(row))] if found]

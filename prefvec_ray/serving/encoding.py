@@ -10,7 +10,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from prefvec_ray.common.chat import special_tokens, text_prompt
+from prefvec_ray.common.chat import names_pattern, special_tokens, text_prompt
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
@@ -37,7 +37,7 @@ class Tokenization:
         self._longest = longest
         self.special = special
         self._masks = {name: chr(PRIVATE + i) for i, name in enumerate(special)}
-        self._names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self._names = names_pattern(special)
         self._masked = re.compile(f"([{''.join(self._masks.values())}])" if special else "((?!))")
 
     def encode(self, text: str, most: int) -> tuple[int, ...]:
