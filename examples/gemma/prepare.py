@@ -55,8 +55,8 @@ def is_kept_for_prompts(transcript: str) -> bool:
     return blake3(first_question(transcript).casefold().encode()).digest()[0] < 256 // 5
 
 
-def is_short(row: dict[str, str]) -> bool:
-    return max(len(row["chosen"]), len(row["rejected"])) <= LONGEST
+def is_short(row: dict[str, str], longest: int = LONGEST) -> bool:
+    return max(len(row["chosen"]), len(row["rejected"])) <= longest
 
 
 def messages(transcript: str) -> list[dict[str, str]]:
@@ -130,12 +130,13 @@ def main() -> None:
     half = sizes["demonstrations"] // 2
     write(out / "sft.jsonl", instructions[:half] + shown[:half])
 
-    # What the scorers learn from: pairs of any length, and PKU's answers with their labels.
-    write(out / "reward-helpful.jsonl", helpful[: 5 * sizes["pairs"]])
-    write(out / "reward-harmless.jsonl", harmless[: 5 * sizes["pairs"]])
+    # What the scorers learn from: pairs up to twice as long, and PKU's answers with their labels.
+    for name, rows in (("helpful", helpful), ("harmless", harmless)):
+        fitting = [row for row in rows if is_short(row, 2 * LONGEST)]
+        write(out / f"reward-{name}.jsonl", fitting[: 2 * sizes["pairs"]])
     labelled = [
         {"text": answer, "label": label}
-        for row in safety[: 5 * sizes["pairs"]]
+        for row in safety[: 2 * sizes["pairs"]]
         for label, answer in zip(("safe", "unsafe"), row["response"], strict=True)
     ]
     write(out / "harm.csv", labelled)

@@ -10,7 +10,8 @@ export RUNS=${RUNS:-runs}
 export GEMMA=${GEMMA:-$RUNS/gemma270m} MINILM=${MINILM:-$RUNS/minilm}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=PASSIVE
 bin=${BIN:-.venv/bin}
-short=${1:-}
+short=${1:-} audited=60
+[ -z "$short" ] || audited=10
 mkdir -p "$RUNS"
 
 step() { printf '\n== %s\n' "$*"; }
@@ -44,7 +45,7 @@ done
 harm=$RUNS/gemma-data/harm.csv
 once "$RUNS/harm" "$bin/prefvec" robustness train --data "$harm" --config "$here/harm.yaml" --out "$RUNS/harm"
 # An audit that fails ends with exit code 1: that is a result, and stands in the reports.
-once "$RUNS/harm/audit.json" "$bin/prefvec" robustness audit "$RUNS/harm" --data "$harm" --inputs 100 || [ -e "$RUNS/harm/audit.json" ]
+once "$RUNS/harm/audit.json" "$bin/prefvec" robustness audit "$RUNS/harm" --data "$harm" --config "$here/ladder.yaml" --inputs "$audited" || [ -e "$RUNS/harm/audit.json" ]
 
 step "Every setting on prompts that were never used"
 once "$RUNS/gemma-measured/evaluation.json" "$bin/prefvec" eval --config "$here/measure.yaml"

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from prefvec_ray.common.config import load_config
+from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import ScorerRecipe
 from prefvec_ray.scorers import load_prompts
 from prefvec_ray.scorers.train import ScorerTrainingConfig
@@ -26,6 +27,7 @@ KINDS = {
     "again": TrainingConfig,
     "reward": ScorerTrainingConfig,
     "harm": ScorerRecipe,
+    "ladder": Ladder,
     "measure": EvalConfig,
     "seeds": EvalConfig,
     "search": SearchJob,
