@@ -39,14 +39,21 @@ def prompts(base, runs):
     return [(BOS, *ids[length : 2 * length - 1]) for length in LENGTHS]
 
 
-def test_every_conversation_has_one_beginning_and_one_end(runs):
-    folders = [path.parent for path in (runs / "gemma" / "reference").rglob("dataset_info.json")]
-    rows = [row for folder in folders for row in load_from_disk(folder) if "chosen_ids" in row]
-    assert len(rows) >= 2 * 30
-    for row in rows:
+def test_every_conversation_begins_once_and_every_answer_ends(runs):
+    folders = [folder for folder in (runs / "gemma" / "reference").glob("*/*") if folder.name in ("train", "test")]
+    assert len(folders) == 4
+    for row in (row for folder in folders for row in load_from_disk(folder)):
         assert row["prompt_ids"][0] == BOS
-        assert row["prompt_ids"].count(BOS) == 1
-    assert sum(row["chosen_ids"][-1] == END for row in rows) == len(rows), "none is cut at 600 characters"
+        for answer in (row["chosen_ids"], row["rejected_ids"]):
+            assert (row["prompt_ids"] + answer).count(BOS) == 1
+            assert (answer.count(END), answer[-1]) == (1, END)
+
+
+def test_runs_start_at_the_reference(runs):
+    """Loss log 2 and margin 0: the reference pass and the runs compute the same numbers."""
+    for run in json.loads((runs / "gemma" / "training.json").read_text())["runs"]:
+        assert run["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert run["history"][0]["margin"] == pytest.approx(0, abs=1e-3)
 
 
 def test_a_positive_run_separates_held_out_pairs_better_than_its_negative(runs):
@@ -55,8 +62,6 @@ def test_a_positive_run_separates_held_out_pairs_better_than_its_negative(runs):
     for name in ("helpful", "harmless"):
         positive, negative = (found[name, polarity]["held_out"][name] for polarity in ("positive", "negative"))
         assert positive["margin"] > negative["margin"]
-    for run in summary["runs"]:
-        assert all(math.isfinite(point["loss"]) for point in run["history"])
 
 
 def test_merged_steered_and_mixed_answers_are_those_of_generate(base, vectors, prompts):
