@@ -3,7 +3,7 @@
 import pytest
 from ray.exceptions import RayTaskError
 
-from prefvec_ray.common.cluster import raise_cause
+from prefvec_ray.common.cluster import lost_because, raise_cause
 from prefvec_ray.common.errors import InputError, JobError
 
 
@@ -24,3 +24,16 @@ def test_all_else_stays_as_it_is(error):
     with pytest.raises(type(error)) as caught, raise_cause(InputError, JobError):
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("The actor died.\n\tpid: 7\nThe actor is dead because its node has died. Id: ab", "its node has died. Id: ab"),
+        ("The actor is temporarily unavailable: no route\nadvice", "The actor is temporarily unavailable: no route"),
+        ("", "RuntimeError"),
+        ("x" * 1000, "x" * 300),
+    ],
+)
+def test_a_lost_process_is_explained_in_a_line(message, said):
+    assert lost_because(RuntimeError(message)) == said
