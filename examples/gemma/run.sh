@@ -74,3 +74,7 @@ step "The merged model, and the same as an adapter"
 set -- --base "$BASE" --registry "$RUNS/gemma/registry" --set helpful@1=1.0 --set harmless@1=0.5
 once "$RUNS/gemma-merged" "$bin/prefvec" export "$@" --out "$RUNS/gemma-merged"
 once "$RUNS/gemma-adapter" "$bin/prefvec" export "$@" --adapter --out "$RUNS/gemma-adapter"
+
+step "All figures"
+"$bin/python" "$here/tables.py" "$RUNS" > "$RUNS/gemma.md"
+echo "   $RUNS/gemma.md, $RUNS/gemma-measured/report.html, $RUNS/gemma-search/report.html"
