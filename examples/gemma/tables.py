@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefvec_ray.artifacts.evaluation import Estimate, Evaluation
+from prefvec_ray.artifacts.evaluation import Evaluation
 from prefvec_ray.artifacts.training import TrainingSummary
+from prefvec_ray.common.estimates import Estimate
 from prefvec_ray.evaluation import compare
 from prefvec_ray.registry import open_registry
 from prefvec_ray.vectors import load_vector
@@ -31,8 +32,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def told(estimate: Estimate | None, *, bold: bool = False) -> str:
     if estimate is None:
         return "–"
-    text = f"{estimate.mean:.3f} ± {estimate.stderr:.3f}"
-    return f"**{text}**" if bold and abs(estimate.mean) > 2 * estimate.stderr > 0 else text
+    error = estimate.stderr or 0.0  # none of a single prompt
+    text = f"{estimate.mean:.3f} ± {error:.3f}"
+    return f"**{text}**" if bold and abs(estimate.mean) > 2 * error > 0 else text
 
 
 def training(runs: Path) -> str:
