@@ -32,9 +32,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def told(estimate: Estimate | None, *, bold: bool = False) -> str:
     if estimate is None:
         return "–"
-    error = estimate.stderr or 0.0  # none of a single prompt
-    text = f"{estimate.mean:.3f} ± {error:.3f}"
-    return f"**{text}**" if bold and abs(estimate.mean) > 2 * error > 0 else text
+    apart = abs(estimate.mean) > 2 * (estimate.stderr or 0) > 0
+    return f"**{estimate}**" if bold and apart else str(estimate)
 
 
 def training(runs: Path) -> str:
