@@ -100,6 +100,11 @@ class RunSpec(Artifact):
         """Of the vector that this run is one half of."""
         return vector_key(self.preference, self.seed)
 
+    def lying_where(self, other: "RunSpec") -> "RunSpec":
+        """This spec with the folders of `other`: the same run's, after its job was moved."""
+        folders = {"base", "train", "test", "out", "tensorboard"}
+        return self.model_copy(update={name: getattr(other, name) for name in folders})
+
 
 class TrainingPoint(Artifact):
     """A run on training pairs since the last point; in a negative run they are flipped."""

@@ -58,10 +58,11 @@ class RunsFailedError(JobError):
 
 
 def read_run(spec: RunSpec) -> RunResult:
-    """The result of a finished run."""
-    return read_model(
+    """The result of a finished run, with its folders as they lie now: a job may have been moved."""
+    result = read_model(
         Path(spec.out) / "run.json", RunResult, f"delete {spec.out}, and the same command trains it again"
     )
+    return result.model_copy(update={"spec": result.spec.lying_where(spec)})
 
 
 def run_plan(

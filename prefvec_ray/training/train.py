@@ -214,7 +214,8 @@ def plan_runs(config: TrainingConfig, references: dict[str, ReferencePairs]) -> 
             train = [part.train for part in parts]
             preference = names[0] if len(names) == 1 else MIXED
             digest = parts[0].digest if len(names) == 1 else key_of(*(part.digest for part in parts))
-            key = f"{preference}-{polarity}-s{seed}-{key_of(base, *train, config.recipe_key)}"
+            pairs = [Path(folder).parent.name for folder in train]  # which says what they are, wherever the job lies
+            key = f"{preference}-{polarity}-s{seed}-{key_of(base, *pairs, config.recipe_key)}"
             specs.append(
                 RunSpec(
                     key=key,

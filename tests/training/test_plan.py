@@ -67,14 +67,16 @@ def test_a_failure_of_ray_trains_controller_is_named_by_its_cause(failure, again
 
 
 def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config):
-    references = {
-        name: ReferencePairs(train=f"{name}/train", test=f"{name}/test", digest=name) for name in config.preferences
-    }
-
-    def keys(**changes):
+    def keys(root="/a", data="1", **changes):
+        references = {
+            name: ReferencePairs(train=f"{root}/{name}-{data}/train", test=f"{root}/{name}-{data}/test", digest=name)
+            for name in config.preferences
+        }
         return [spec.key for spec in plan_runs(config.model_copy(update=changes), references)]
 
     plan = keys()
+    assert keys(root="/b") == plan, "a job's folder may be moved, and mounted elsewhere"
+    assert not set(keys(data="2")) & set(plan)
     assert len(set(plan)) == 4
     watched = {"watch": Watch(evaluations=2), "checkpoint_every": None, "retries": 0}
     assert keys(**watched, resources=Resources(workers=1, cpus_per_worker=2)) == plan

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 from datasets import load_from_disk
 
 from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.registry import Registry
 from prefvec_ray.training import (
     PreferenceData,
@@ -89,6 +91,15 @@ def test_one_run_of_four_diverges_and_mended_only_it_is_trained(ray_cluster, job
     everything = written(job.folder, "run.json")
     assert train_vectors(job) == summary
     assert written(job.folder, "run.json") == everything
+
+    shutil.copytree(job.output, tmp_path / "elsewhere")
+    moved = job.model_copy(update={"output": tmp_path / "elsewhere"})
+    found = train_vectors(moved)
+    assert len(written(moved.folder, "run.json")) == len(everything), "nothing is trained anew"
+    assert [run.spec.out for run in found.runs] == [
+        str(moved.folder / Path(run.spec.out).relative_to(job.folder)) for run in summary.runs
+    ]
+    assert TrainingRun(moved.folder).vectors(0).keys() == TrainingRun(job.folder).vectors(0).keys()
 
 
 def test_two_jobs_on_a_full_cluster_both_finish_though_a_worker_is_killed(ray_cluster, job, tmp_path):
