@@ -45,9 +45,10 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 test-vllm: env-vllm ## The serving engine on vLLM, in an environment of its own
 	$(VLLM)/bin/python -m pytest -q tests/serving/on_vllm
 
+test-real: export RUNS := $(or $(RUNS),runs/real)
 test-real: env ## DATA=<folder>: the case study of examples/gemma with a tenth of its data, and checks of what it made
-	RUNS=$(or $(RUNS),runs/real) examples/gemma/run.sh --short
-	RUNS=$(or $(RUNS),runs/real) $(BIN)/python -m pytest -q tests/real
+	examples/gemma/run.sh --short
+	$(BIN)/python -m pytest -q tests/real
 
 demo: env ## The whole mission on the embedded tiny world, about 9 minutes on 2 cores
 	$(BIN)/prefvec demo

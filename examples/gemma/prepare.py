@@ -18,6 +18,9 @@ from typing import Any
 
 from blake3 import blake3
 
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.preferences.formats import UnusableError, transcript_turns
+
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant: "
 LONGEST = 600
 """Characters of a conversation."""
@@ -59,20 +62,14 @@ def is_short(row: dict[str, str], longest: int = LONGEST) -> bool:
     return max(len(row["chosen"]), len(row["rejected"])) <= longest
 
 
-def messages(transcript: str) -> list[dict[str, str]]:
-    """Turns of a transcript in HH-RLHF's form."""
-    turns: list[dict[str, str]] = []
-    for exchange in transcript.split(HUMAN)[1:]:
-        question, *answers = exchange.split(ASSISTANT)
-        turns += [{"role": "user", "content": question.strip()}]
-        turns += [{"role": "assistant", "content": answer.strip()} for answer in answers]
-    return turns
-
-
-def is_conversation(turns: list[dict[str, str]]) -> bool:
-    return [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) and all(
-        turn["content"] for turn in turns
-    )
+def conversation(row: dict[str, str]) -> list[dict[str, str]] | None:
+    """The messages of the chosen transcript; None unless question and answer alternate and none is empty."""
+    try:
+        turns = transcript_turns(row, "chosen", "HH-RLHF")
+    except (InputError, UnusableError):
+        return None
+    alternate = [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+    return turns if alternate and all(turn["content"] for turn in turns) else None
 
 
 def main() -> None:
@@ -112,11 +109,7 @@ def main() -> None:
     write(out / "harmless.jsonl", short_harmless[:half] + list(filter(is_short, pku))[:half])
 
     # Demonstrations: Alpaca's, and chosen answers of HH-RLHF that no pair above has.
-    shown = [
-        {"messages": turns}
-        for row in short_helpful[sizes["pairs"] :]
-        if is_conversation(turns := messages(row["chosen"]))
-    ]
+    shown = [{"messages": turns} for row in short_helpful[sizes["pairs"] :] if (turns := conversation(row))]
     instructions = [
         {
             "messages": [

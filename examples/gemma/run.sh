@@ -30,7 +30,7 @@ step "What is trained on"
 
 step "Fine-tuning, and five DPO runs"
 "$bin/prefvec" train --config "$here/train.yaml"
-BASE=$(dirname "$RUNS"/gemma/sft/*/sft.json)
+BASE=$("$bin/python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["base"])' "$RUNS/gemma/training.json")
 export BASE
 if [ -z "$short" ]; then
     step "The helpful vector again, with another seed"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from prefvec_ray.common.errors import InputError, JobError, from_traceback
+from prefvec_ray.common.errors import InputError, JobError, from_traceback, message_lines
 
 if TYPE_CHECKING:
     from ray.exceptions import RayError
@@ -366,15 +366,15 @@ def reason(error: "RayError") -> str:
         return str(cause)
     if cause is not None:
         return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:1000]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
-    if "creation task" in lines[0]:  # of an actor that could not be made Ray shows the traceback
+    lines = message_lines(error)
+    if lines and "creation task" in lines[0]:  # of an actor that could not be made Ray shows the traceback
         return from_traceback(lines[-1])
-    return f"{type(error).__name__}: {lost_because(error)}"
+    return f"{type(error).__name__}: {lost_because(error) if lines else 'no reason given'}"
 
 
 def lost_because(error: BaseException) -> str:
     """In a line, why a process was lost: what Ray knows of its end, where it says that; else its first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = message_lines(error) or [type(error).__name__]
     known = next((line for line in lines if line.startswith("The actor is dead because ")), lines[0])
     return known.removeprefix("The actor is dead because ")[:300]
 

@@ -32,6 +32,11 @@ class JobError(RuntimeError):
         super().__init__(one_line(str(message)), *details)
 
 
+def message_lines(error: BaseException) -> list[str]:
+    """The lines of an error's message that are not empty, stripped."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
+
+
 def from_traceback(line: str) -> str:
     """The last line of a traceback as it is reported: of an error of this package the message alone, of any other the
     class without its module, and the message."""

@@ -1,9 +1,12 @@
 """Loading what a Hugging Face model folder holds: the one call of `from_pretrained`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefvec_ray.common.errors import InputError, JobError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def from_pretrained(kind: Any, folder: str | Path, *, what: str = "base", **options: Any) -> Any:
@@ -44,9 +47,13 @@ def position_room(model: Any) -> int | None:
 
 
 def context_length(folder: str | Path) -> int | None:
-    """The tokens that a model has positions for; None where its config does not say."""
+    """The tokens that the model in a folder has positions for; None where its config does not say."""
     from transformers import AutoConfig
 
-    config = from_pretrained(AutoConfig, folder).get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
+    return positions(from_pretrained(AutoConfig, folder))
+
+
+def positions(config: "PretrainedConfig") -> int | None:
+    """The tokens that a model of this config has positions for; None where it does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)

@@ -221,7 +221,8 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-def _transcript(row: Row, field: str, where: str) -> list[dict[str, str]]:
+def transcript_turns(row: Row, field: str, where: str) -> list[dict[str, str]]:
+    """The messages of a transcript in HH-RLHF's form, from the first question to the last answer."""
     before, *turns = _TURN.split(text_field(row, field, where))
     messages = [
         chat_turn(_SPEAKERS[speaker], said.strip()) for speaker, said in zip(turns[::2], turns[1::2], strict=True)
@@ -237,7 +238,7 @@ def _transcript(row: Row, field: str, where: str) -> list[dict[str, str]]:
 
 def _hh(row: Row, where: str, preference: str | None) -> Pair:
     """HH-RLHF (arXiv 2204.05862): two transcripts that differ in the last answer only."""
-    chosen, rejected = _transcript(row, "chosen", where), _transcript(row, "rejected", where)
+    chosen, rejected = transcript_turns(row, "chosen", where), transcript_turns(row, "rejected", where)
     if chosen[:-1] != rejected[:-1]:
         raise UnusableError("the two transcripts differ before the last answer")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}

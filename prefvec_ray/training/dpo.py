@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from prefvec_ray.artifacts.training import KL, Method, RunResult, RunSpec
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.pretrained import positions
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.checkpoints import (
     checkpoint_folder,
@@ -115,8 +116,8 @@ def check_context(tokens: Dataset, model: PreTrainedModel, max_length: int | Non
     Raises:
         InputError: names the longest pair and the context.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    table = tokens.with_format("arrow")[:]
+    context = positions(model.config)
+    table = tokens.select_columns(TOKENIZED).with_format("arrow")[:]
     prompt, chosen, rejected = (compute.list_value_length(table[column]) for column in TOKENIZED)
     whole = compute.max(compute.add(prompt, compute.max_element_wise(chosen, rejected))).as_py() or 0
     longest = min(whole, max_length or whole)

@@ -22,9 +22,12 @@ def score_answers_only(model: PreTrainedModel | PeftModel) -> None:
 
     @functools.wraps(fused)
     def forward(*args: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if not fused_lm_head or labels is None or labels.device.type != "cpu" or not (labels[:, 1:] != -100).any():
-            return fused(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        whole = functools.partial(fused, *args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        if not fused_lm_head or labels is None or labels.device.type != "cpu":
+            return whole()
         answers = labels[:, 1:] != -100
+        if not answers.any():
+            return whole()
 
         def pick(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
             output.last_hidden_state = output.last_hidden_state[:, :-1][answers].unsqueeze(0)

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from prefvec_ray.artifacts.training import Artifact, RunResult, RunSpec
 from prefvec_ray.common.cluster import lost_because
-from prefvec_ray.common.errors import JobError, from_traceback
+from prefvec_ray.common.errors import JobError, from_traceback, message_lines
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
@@ -302,7 +302,7 @@ def failure_reason(error: Exception) -> str:
 
 
 def _lines(error: Exception) -> list[str]:
-    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return message_lines(error) or [type(error).__name__]
 
 
 def _is_own(failure: Exception) -> bool:

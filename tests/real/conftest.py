@@ -1,5 +1,6 @@
 """What `examples/gemma/run.sh` made of a real model; `make test-real` runs it first, and names its folder in RUNS."""
 
+import json
 import os
 from pathlib import Path
 
@@ -16,5 +17,4 @@ def runs() -> Path:
 @pytest.fixture(scope="session")
 def base(runs: Path) -> Path:
     """The fine-tuned base of all vectors."""
-    (found,) = (runs / "gemma" / "sft").glob("*/sft.json")
-    return found.parent
+    return Path(json.loads((runs / "gemma" / "training.json").read_text())["base"])
