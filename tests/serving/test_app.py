@@ -173,7 +173,8 @@ BAD = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, None, None),
     ({"top_logprobs": 2}, 400, None, None),
     ({"logprobs": True, "top_logprobs": 21}, 400, None, "top_logprobs"),
-    ({"frequency_penalty": 0.5}, 400, None, None),
+    ({"frequency_penalty": 2.5}, 400, None, "frequency_penalty"),
+    ({"logit_bias": {"99999": 1.0}}, 400, None, None),
     ({"typo": 1}, 400, None, "typo"),
 ]
 

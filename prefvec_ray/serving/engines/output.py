@@ -30,13 +30,16 @@ class OutputState:
     def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]):
         self.request, self._ends = request, ends
         self._text = TextStream(tokenizer, request.prompt, request.sampling.stop_texts)
-        self.last_token = -1
-        self.produced = 0
+        self.generated: list[int] = []
         """tokens so far"""
         self._unsent: list[int] = []
         self._unsent_logprobs: list[TokenLogprobs] = []
         self._sent = 0
         """characters of the answer's text"""
+
+    @property
+    def produced(self) -> int:
+        return len(self.generated)
 
     def resumed(self, token: int) -> int:
         """The next token: the one that the caller has received already, where there is one, else `token`."""
@@ -46,8 +49,7 @@ class OutputState:
     def push(self, token: int, likely: tuple[TokenLogprob, ...] | None = None) -> OutputDelta | None:
         """What the token adds to the answer, if there is anything to send yet. `likely`: the token itself, then the
         likeliest at its position, where the request asks for them."""
-        self.last_token = token
-        self.produced += 1
+        self.generated.append(token)
         self._unsent.append(token)
         ended = token in self._ends
         known = self._text.decoded
@@ -83,6 +85,8 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
             f"prompt of {len(request.prompt)} tokens and {request.max_tokens} new ones exceed the"
             f" model's context of {context}; shorten the prompt or ask for fewer tokens"
         )
+    if wrong := [token for token in request.sampling.biases if token >= vocabulary]:
+        raise InputError(f"logit_bias: token {wrong[0]} is outside the model's vocabulary of {vocabulary}; correct it")
     if not all(0 <= token < vocabulary for token in request.prompt):
         raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
 

@@ -40,9 +40,6 @@ Some = Annotated[list[T], Field(min_length=1, fail_fast=True)]
 IGNORED = {"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 """fields for the provider's own book-keeping, which cannot change an answer here"""
 NOTHING: dict[str, Any] = {
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "logit_bias": {},
     "tools": [],
     "functions": [],
     "tool_choice": "none",

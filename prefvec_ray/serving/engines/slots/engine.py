@@ -29,7 +29,7 @@ from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, Request, TokenLogprob
 from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
-from prefvec_ray.serving.engines.sampling import choose, logprobs
+from prefvec_ray.serving.engines.sampling import adjusted, choose, logprobs
 from prefvec_ray.serving.engines.slots.cache import CacheLayout, Masks, SlotCache, context_length
 from prefvec_ray.serving.engines.slots.scheduler import Batch, ScheduledRequest, Scheduler
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
@@ -195,7 +195,7 @@ class SlotEngine:
 
     def _decode(self, batch: Batch) -> None:
         batch.rested = True
-        ids_R1 = torch.tensor([[each.output.last_token] for each in batch.rows])
+        ids_R1 = torch.tensor([[each.output.generated[-1]] for each in batch.rows])
         positions_R1, masks = batch.cache.begin_decode(self._device)
         logits_R1V = self._forward(batch.rows, ids_R1, positions_R1, masks, batch.cache, torch.tensor([0]))
         self._advance(batch, 0, logits_R1V[:, 0])
@@ -230,7 +230,9 @@ class SlotEngine:
         sound = torch.isfinite(logits_RV.amax(-1)).tolist()  # the largest is NaN where any is
         if not all(sound):
             logits_RV = torch.nan_to_num(logits_RV)
-        chosen = choose(logits_RV, [each.request.sampling for each in rows], [each.draws for each in rows])
+        params = [each.request.sampling for each in rows]
+        prompts, answers = [each.request.prompt for each in rows], [each.output.generated for each in rows]
+        chosen = choose(adjusted(logits_RV, params, prompts, answers), params, [each.draws for each in rows])
         chosen = [each.output.resumed(token) for each, token in zip(rows, chosen, strict=True)]
         likely = self._likely(rows, logits_RV, chosen)
         deltas = [

@@ -189,6 +189,8 @@ class VllmEngine:
 
         # Tokens that the caller has received already are part of vLLM's prompt, and emitted from there.
         resumed = request.resume_tokens
+        if resumed and (request.sampling.presence_penalty or request.sampling.frequency_penalty):
+            raise EngineError("vLLM cannot go on with an answer under presence or frequency penalties; ask again")
         scored = request.sampling.logprobs is not None and len(resumed) < request.max_tokens
         for token in () if scored else resumed:
             if last := push(token):
@@ -324,6 +326,12 @@ def vllm_params(request: Request, ends: frozenset[int]) -> Any:
     return vllm.SamplingParams(
         temperature=asked.temperature,
         top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=asked.biases or None,
         seed=int.from_bytes(hashlib.blake2b(request.random_key().encode(), digest_size=8).digest()) >> 1,
         max_tokens=request.max_tokens - len(request.resume_tokens),
         stop_token_ids=sorted(ends),
