@@ -1,13 +1,14 @@
 """vLLM with every request at its own coefficients, against vLLM without any and against its LoRA slots.
 
-    .venv-vllm/bin/python benchmarks/bench_vllm.py --size 30M --rounds 3      (make env-vllm makes that environment)
+    .venv-vllm/bin/python benchmarks/bench_vllm.py --size 30M --batch 16 --rounds 3     (make env-vllm makes .venv-vllm)
 
-The 48 requests of bench_engine.py, each at a setting of its own, greedy, fp32, one thread. `plain` is vLLM alone, eager
-as steering needs it; `plain_compiled` is vLLM as it comes. `lora_slots` is the way without steering: each setting an
-adapter of its own (the two vectors, scaled, in one of rank 32), 16 of them loaded at a time. Every variant is started
-once and measured in rounds that take turns; medians of the rounds' ratios. Ratios are of wall-clock seconds, so the
-machine should be idle; `by_cpu` has them by the CPU seconds of the processes that compute. The last line is one JSON
-object.
+The 48 requests of bench_engine.py, each at a setting of its own, greedy, fp32, one thread, `--batch` of them at a time.
+`plain` is vLLM alone, compiled as it comes, and `steered` the same with every request at its own coefficients;
+`plain_eager` and `steered_eager` are without compilation. `lora_slots` is the way without steering: each setting an
+adapter of its own (the two vectors, scaled, in one of rank 32), 16 of them loaded at a time, never compiled.
+Every variant is started once and measured in rounds that take turns; medians of the rounds' ratios. Ratios are of
+wall-clock seconds, so the machine should be idle; `by_cpu` has them by the CPU seconds of the processes that compute.
+The last line is one JSON object.
 """
 
 import argparse
@@ -27,9 +28,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # as the engine has it on CPUs
 
 SLOTS, REQUESTS, RANK = 16, 48, 16
+BATCH = REQUESTS
 Variant = Callable[[], dict[int, list[int]]]
 
 
@@ -50,7 +52,7 @@ def plain(base: Path, requests: list[dict[str, Any]], **options: Any) -> Variant
         str(base),
         dtype="float32",
         skip_tokenizer_init=True,
-        max_num_seqs=REQUESTS,
+        max_num_seqs=BATCH,
         enable_prefix_caching=False,
         **OURS,
         **options,
@@ -84,7 +86,7 @@ def adapters(base: Path, requests: list[dict[str, Any]]) -> list[Any]:
     return made
 
 
-def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: list[float]) -> Variant:
+def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: list[float], **options: Any) -> Variant:
     """`seconds` is told what the last change of the weights took, in merged mode."""
     from transformers import AutoTokenizer
 
@@ -99,8 +101,9 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
     config = EngineConfig(
         kind="vllm",
         mode=mode,
-        max_batch=REQUESTS,
-        vllm=OURS | {"enable_prefix_caching": False},  # type: ignore[arg-type]
+        max_batch=BATCH,
+        columns=2 * RANK if mode == "steered" else None,
+        vllm=OURS | {"enable_prefix_caching": False} | options,  # type: ignore[arg-type]
     )
     runner = asyncio.Runner()
     engine = runner.run(VllmEngine.start(base, fingerprint(base), AutoTokenizer.from_pretrained(base), vectors, config))
@@ -151,10 +154,11 @@ def one(variant: str, base: Path, rounds: int) -> None:
     eager = {"enforce_eager": True}
     switches: list[float] = []
     make: dict[str, Callable[[], Variant]] = {
-        "plain": lambda: plain(base, requests, **eager),
-        "plain_compiled": lambda: plain(base, requests),
+        "plain": lambda: plain(base, requests),
+        "plain_eager": lambda: plain(base, requests, **eager),
         "lora_slots": lambda: plain(base, requests, **eager, enable_lora=True, max_loras=SLOTS, max_lora_rank=2 * RANK),
         "steered": lambda: preference(base, requests, "steered", switches),
+        "steered_eager": lambda: preference(base, requests, "steered", switches, **eager),
         "merged": lambda: preference(base, requests, "merged", switches),
     }
     run = make[variant]()
@@ -175,10 +179,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="30M")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variants", default="plain,plain_compiled,steered,merged,lora_slots")
+    parser.add_argument("--batch", type=int, default=REQUESTS, help="requests that run at a time")
+    parser.add_argument("--variants", default="plain,plain_eager,steered,steered_eager,merged,lora_slots")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    global BATCH
+    BATCH = given.batch
     if given.one:
         one(given.one, given.base, given.rounds)
         return
@@ -191,7 +198,7 @@ def main() -> None:
         started: dict[str, Any] = {}
         found: dict[str, list[dict[str, Any]]] = {}
         for variant in given.variants.split(","):
-            command = [sys.executable, __file__, "--one", variant, "--base", str(base)]
+            command = [sys.executable, __file__, "--one", variant, "--base", str(base), "--batch", str(given.batch)]
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             started[variant] = process
             if not _line(process, "ready"):
@@ -209,7 +216,8 @@ def main() -> None:
     told = {name: rounds[0]["answers"] for name, rounds in found.items()}
     pairs = {
         "steered_throughput_vs_plain": ("steered", "plain"),
-        "steered_throughput_vs_plain_compiled": ("steered", "plain_compiled"),
+        "steered_eager_throughput_vs_plain_eager": ("steered_eager", "plain_eager"),
+        "compiled_throughput_vs_eager_steered": ("steered", "steered_eager"),
         "merged_throughput_vs_plain": ("merged", "plain"),
         "vs_vllm_lora_slots": ("steered", "lora_slots"),
     }
@@ -230,7 +238,7 @@ def main() -> None:
         result["merged_switch_ms"] = round(1000 * statistics.median(r["switch"] for r in found["merged"]), 1)
     for key, seconds in (("tokens_per_s", "wall"), ("tokens_per_cpu_s", "cpu")):
         result[key] = {n: round(statistics.median(r["tokens"] / r[seconds] for r in f), 1) for n, f in found.items()}
-    print(json.dumps(result | {"size": given.size, "rounds": given.rounds, "requests": REQUESTS}))
+    print(json.dumps(result | {"size": given.size, "batch": given.batch, "rounds": given.rounds, "requests": REQUESTS}))
 
 
 def _line(process: Any, begins: str) -> str:

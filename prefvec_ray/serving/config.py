@@ -52,6 +52,9 @@ class EngineConfig(Config):
     smaller gives more tokens a second and longer pauses within each answer"""
     threads: PositiveInt = 1
     """torch threads; for small models one is fastest"""
+    columns: PositiveInt | None = None
+    """kind: vllm, steered: the most that the vectors' ranks may add up to, those of running requests included. Columns
+    that no vector uses cost time too. None: twice what is served at the start, enough to replace all of it"""
     vllm: dict[str, Any] = {}
     """kind: vllm only: more of vLLM's engine arguments, such as gpu_memory_utilization or tensor_parallel_size"""
 
@@ -59,6 +62,8 @@ class EngineConfig(Config):
     def _of_its_kind(self) -> Self:
         if self.vllm and self.kind != "vllm":
             raise ValueError(f"'vllm' settings with kind: {self.kind}; give kind: vllm, or leave them out")
+        if self.columns and (self.kind, self.mode) != ("vllm", "steered"):
+            raise ValueError("'columns' is for kind: vllm with mode: steered; leave it out")
         if self.kind == "vllm" and self.device != "auto":
             raise ValueError(f"device: {self.device}: vLLM chooses its device itself; leave it out")
         return self

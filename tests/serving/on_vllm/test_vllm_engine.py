@@ -111,6 +111,27 @@ def test_text_log_probabilities_and_stop_strings_are_the_slot_engines(engine, ru
         slots.close()
 
 
+def test_bias_penalties_and_cuts_are_the_slot_engines(engine, run, base_folder, tokenizer, vectors):
+    """Greedy, or with a single token to choose from: there both must agree."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 1.0},
+        {"repetition_penalty": 2.0},
+        {"presence_penalty": -1.0, "frequency_penalty": -0.5, "repetition_penalty": 0.7},
+        {"logit_bias": {"40": 12.0, "41": 11.5}, "frequency_penalty": 0.6},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 1.0, "min_p": 1.0},
+    ]
+    requests = [ask(some_prompt(11, 25), 0.6, -0.3, max_tokens=60, **change) for change in changes]
+    with Steering(LlamaForCausalLM.from_pretrained(base_folder), vectors) as steering:
+        slots = SlotEngine(SteeredWeights(steering), tokenizer).start()
+        expected, got = run(slots, requests), run(engine, requests)
+        slots.close()
+    assert [tokens(pieces) for pieces in got] == [tokens(pieces) for pieces in expected]
+    assert len({tuple(tokens(pieces)) for pieces in got}) == 6, "all but the last two differ from the first"
+
+
 def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):
     seeded = ask(some_prompt(6, 15), 0.5, temperature=1.0, seed=7, max_tokens=30)
     others = [ask(some_prompt(i, 15), 0.5, temperature=1.0, seed=i, max_tokens=30) for i in range(8)]
@@ -252,8 +273,8 @@ def test_tensor_parallel_ranks_steer_their_own_parts(make_engine, run, merged_al
 def test_options_that_vllm_does_not_have_are_named(make_engine):
     with pytest.raises(InputError, match=r"engine\.vllm: warp_speed: no option"):
         make_engine("steered", vllm={"warp_speed": 9})
-    with pytest.raises(InputError, match=r"engine\.vllm: enforce_eager: .* decided by the other settings"):
-        make_engine("steered", vllm={"enforce_eager": False})
+    with pytest.raises(InputError, match=r"engine\.vllm: worker_cls: .* decided by the other settings"):
+        make_engine("steered", vllm={"worker_cls": "auto"})
 
 
 def test_a_killed_vllm_is_not_alive_and_fails_its_requests(make_engine, runner):

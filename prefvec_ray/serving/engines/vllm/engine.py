@@ -1,8 +1,8 @@
 """vLLM as the engine: its scheduler, paged KV cache and kernels, with coefficients per request.
 
-Steered, all settings share one batch (`worker.py`). Merged, requests of one setting run together and the weights
-are rewritten between such turns. The prefix cache is on either way: blocks are salted with the coefficients and the
-vectors' digests, so nothing computed under one setting is read under another.
+Steered, all settings share one batch (`steering.py`), in compiled code and captured graphs too. Merged, requests of one
+setting run together and the weights are rewritten between such turns. The prefix cache is on either way: blocks are
+salted with the coefficients and the vectors' digests, so nothing computed under one setting is read under another.
 
 vLLM runs in processes of its own; its client works in the replica's event loop.
 """
@@ -41,11 +41,11 @@ from prefvec_ray.serving.engines.base import (
 from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import LOWEST
 from prefvec_ray.serving.engines.text import TokenTexts
+from prefvec_ray.serving.engines.vllm.plugin import FIELD, SECTION
+from prefvec_ray.serving.engines.vllm.shape import SteeringShape
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
 WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
-ETAS = "prefvec"
-"""where a request's coefficients are in its `vllm.SamplingParams.extra_args`"""
 
 
 class VllmEngine:
@@ -94,7 +94,8 @@ class VllmEngine:
         Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors
         that cannot be steered, and where vLLM is not installed.
         """
-        llm = await asyncio.to_thread(_start, base, config)
+        shape = SteeringShape.of(vectors.values(), config.columns) if config.mode == "steered" else None
+        llm = await asyncio.to_thread(_start, base, config, shape)
         engine = cls(llm, base, base_fingerprint, tokenizer, config)
         try:
             await engine.change(vectors)
@@ -340,26 +341,25 @@ def vllm_params(request: Request, ends: frozenset[int]) -> Any:
         prompt_logprobs=asked.logprobs if request.resume_tokens else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        extra_args={ETAS: {name: eta for name, eta in request.coefficients if eta}},
+        extra_args={FIELD: {name: eta for name, eta in request.coefficients if eta}},
     )
 
 
-def _start(base: str | Path, config: EngineConfig) -> Any:
+def _start(base: str | Path, config: EngineConfig, shape: SteeringShape | None) -> Any:
     """vLLM's `AsyncLLM`. It joins the event loop of the first call of one of its coroutines."""
-    arguments = _arguments(base, config)
+    arguments = _arguments(base, config, shape)
     from vllm.v1.engine.async_llm import AsyncLLM
 
     return AsyncLLM.from_engine_args(arguments)
 
 
-def _arguments(base: str | Path, config: EngineConfig) -> Any:
+def _arguments(base: str | Path, config: EngineConfig, shape: SteeringShape | None) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not torch.cuda.is_available():  # else vLLM takes all of the machine's processors
         os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    if config.mode == "steered":
-        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # where `StepSteering` has not been carried to yet
+        os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # the CPU build compiles anew where it should load that
     try:
         from vllm import AsyncEngineArgs
     except ImportError as error:
@@ -368,12 +368,12 @@ def _arguments(base: str | Path, config: EngineConfig) -> Any:
         "model": str(base),
         "dtype": _stored_dtype(base) if config.dtype == "auto" else config.dtype,
         "max_num_seqs": config.max_batch,
-        "worker_extension_cls": WORKER,
+        "worker_cls": WORKER,
         "disable_log_stats": True,
         "skip_tokenizer_init": True,
     }
-    if config.mode == "steered":
-        ours["enforce_eager"] = True  # captured graphs would keep the layers as they were
+    if shape:
+        ours["additional_config"] = {SECTION: {"shape": shape.model_dump(mode="json")}}
     known = {field.name for field in fields(AsyncEngineArgs)}
     wrong = sorted(name for name in config.vllm if name not in known or name in ours)
     if wrong:
