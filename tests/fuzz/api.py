@@ -58,7 +58,7 @@ def from_schema(document: dict[str, Any], path: str, model: str, count: int, num
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
-    def collect(case: schemathesis.Case) -> None:
+    def collect(case: schemathesis.Case[Any]) -> None:
         body = case.body
         if isinstance(body, dict) and len(bodies) % 2:  # an unknown model is soon refused: get past it
             body = body | {"model": model}

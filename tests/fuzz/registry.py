@@ -64,10 +64,12 @@ class Materials:
         generator = torch.Generator().manual_seed(0)
         self.vectors = []
         with registry.lease.held():
-            for number, options in enumerate([{}, {"dtype": torch.bfloat16}, {"max_shard_size": 256}]):
-                shard = options.pop("max_shard_size", "5GB")
+            forms: list[tuple[torch.dtype, int | str]] = [
+                (torch.float32, "5GB"), (torch.bfloat16, "5GB"), (torch.float32, 256),
+            ]  # fmt: skip
+            for number, (dtype, shard) in enumerate(forms):
                 delta = {"w": torch.randn(8, 8, generator=generator), "b": torch.randn(8, generator=generator)}
-                vector = vector_from_state(delta, preference="helpful", base_fingerprint=BASE, **options)
+                vector = vector_from_state(delta, preference="helpful", base_fingerprint=BASE, dtype=dtype)
                 path = save_vector(vector, folder / f"vector-{number}", max_shard_size=shard)
                 registry.publish_vector(path, metrics={"gain": 0.5}, notes="sound")
                 self.vectors.append({file.name: file.read_bytes() for file in path.iterdir()})

@@ -27,7 +27,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
@@ -239,15 +239,13 @@ def test_a_hostile_manifest_does_not_break_what_is_printed(
     """A record that somebody wrote into the store by hand: the list goes on, and names it."""
     registry = open_registry(tmp_path / "store")
     version = registry.publish_vector(make_vector())
-    for number, change in enumerate(
-        [
-            {"created": 1e308},
-            {"form": "[/]"},
-            {"form": "\x1b[2J"},
-            {"metrics": {"held_out_accuracy_positive": 10**500}},
-        ],
-        start=2,
-    ):
+    changes: list[dict[str, object]] = [
+        {"created": 1e308},
+        {"form": "[/]"},
+        {"form": "\x1b[2J"},
+        {"metrics": {"held_out_accuracy_positive": 10**500}},
+    ]
+    for number, change in enumerate(changes, start=2):
         bad = VectorVersion.model_construct(**{**version.__dict__, "version": number, **change})
         registry.store.overwrite(f"vectors/helpful/{number}.json", encode(bad))
     for words in (

@@ -59,7 +59,7 @@ def test_what_a_process_reads_is_not_evicted(tmp_path: Path, open_registry: Open
     sizes = {registry.publish_vector(make_vector(name, seed, size=64)).size for seed, name in enumerate("abc")}
     registry.publish_vector(make_vector("held", 9, size=64))
     limit = 2 * max(sizes) + 2048
-    command = [sys.executable, "-c", READER, root, cache, str(limit)]
+    command = [sys.executable, "-c", READER, str(root), str(cache), str(limit)]
     reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert reader.stdout
     held = Path(reader.stdout.readline().strip())
@@ -84,7 +84,7 @@ def test_a_killed_download_leaves_no_lock(tmp_path: Path, open_registry: Open, m
     root, cache = tmp_path / "store", tmp_path / "cache-2"
     registry = open_registry(root)
     registry.publish_vector(make_vector("held"))
-    command = [sys.executable, "-c", READER, root, cache, "100000000", "deadly"]
+    command = [sys.executable, "-c", READER, str(root), str(cache), "100000000", "deadly"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == -9
     second = Registry.open(root, cache=NodeCache(cache))

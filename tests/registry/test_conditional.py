@@ -101,8 +101,8 @@ def test_a_bucket_that_ignores_the_condition_is_noticed(
 
     original = responses.S3Response.put_object
 
-    def deaf(self: object) -> object:
-        self.headers = {k: v for k, v in self.headers.items() if k.lower() != "if-none-match"}  # type: ignore[attr-defined]
+    def deaf(self: responses.S3Response) -> object:
+        self.headers = {k: v for k, v in self.headers.items() if k.lower() != "if-none-match"}
         return original(self)
 
     monkeypatch.setattr(responses.S3Response, "put_object", deaf)

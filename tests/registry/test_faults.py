@@ -81,7 +81,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder]
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip("mounting a tmpfs needs root")
@@ -123,7 +123,7 @@ def test_a_quota(tmp_path: Path, open_registry: Open, make_vector: Make) -> None
     registry = open_registry(tmp_path / "store")
     registry.publish_vector(make_vector(seed=1))
     source = make_vector(seed=2, size=256) / "vector.safetensors"
-    command = [sys.executable, "-c", LIMITED, tmp_path / "store", source]
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "store"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "no space left; make room" in done.stderr

@@ -15,6 +15,7 @@ from blake3 import blake3
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.registry.records import canonical
+from prefvec_ray.registry.statements import wrong_statements
 from prefvec_ray.vectors import load_vector
 
 Make = Callable[..., Path]
@@ -313,13 +314,11 @@ def test_the_same_bytes_under_many_names_take_their_room_once(
     most = 0
     from prefvec_ray.registry import bundle as module
 
-    real = module.wrong_statements
-
     def looking(manifest: Any, folder: Path) -> list[str]:
         nonlocal most
         inodes = {file.stat().st_ino for file in folder.iterdir()}
         most = max(most, len(inodes))
-        return real(manifest, folder)
+        return wrong_statements(manifest, folder)
 
     monkeypatch.setattr(module, "wrong_statements", looking)
     assert abroad.import_bundle(forged(bundle, change))["helpful@1"] == "helpful@1"

@@ -26,7 +26,6 @@ PUBLISHERS = 8
 VICTIMS = ("victim-1", "victim-2")
 
 
-@ray.remote(num_cpus=0)
 class Publisher:
     """Publishes tiny vectors to every registry in turn: under its own name and under one that all share."""
 
@@ -60,7 +59,8 @@ def run(folder: Path, kills: int, stores: dict[str, str]) -> None:
         start_registry(stores[victim], name=victim, cache=NodeCache(folder / "cache"), settle_s=0.2)
         for victim in VICTIMS
     ]
-    publishers = [Publisher.remote(number, str(folder)) for number in range(PUBLISHERS)]
+    actor = ray.remote(num_cpus=0)(Publisher)
+    publishers = [actor.remote(number, str(folder)) for number in range(PUBLISHERS)]
     work = [publisher.publish.remote() for publisher in publishers]
     torn: list[str] = []
     watchers = [threading.Thread(target=watch, args=(folder, stores[victim], torn)) for victim in VICTIMS]

@@ -20,14 +20,17 @@ from prefvec_ray.registry import Registry, StoreError
 from prefvec_ray.registry.cache import NodeCache
 
 PUBLISHERS = 3
-OPTIONS = {"ttl_s": 1.0, "settle_s": 0.1}
 LONGEST_LIFE_S = {"folder": 0.5, "bucket": 6.0}
 """of a publisher; in a bucket, the lease of one that was killed ends after `ttl_s` of silence"""
 
 
+def open_registry(root: str, folder: Path) -> Registry:
+    return Registry.open(root, cache=NodeCache(folder / "cache"), ttl_s=1.0, settle_s=0.1)
+
+
 def publish(root: str, folder: Path, number: int) -> None:
     """Publish new vectors until killed or until the file `stop` exists; note each that is acknowledged."""
-    registry = Registry.open(root, cache=NodeCache(folder / "cache"), **OPTIONS)
+    registry = open_registry(root, folder)
     with (folder / f"acknowledged-{number}").open("a") as log:
         while not (folder / "stop").exists():
             name = random.choice(["shared", f"own-{number}"])
@@ -79,7 +82,7 @@ def acknowledged(folder: Path) -> list[tuple[str, str]]:
 
 
 def judged(root: str, folder: Path) -> dict[str, object]:
-    registry = Registry.open(root, cache=NodeCache(folder / "cache"), **OPTIONS)
+    registry = open_registry(root, folder)
     published = acknowledged(folder)
     findings = registry.verify().findings
     return {

@@ -22,7 +22,6 @@ from prefvec_ray.registry.cache import NodeCache
 READERS = 6
 
 
-@ray.remote(num_cpus=0)
 class Reader:
     """A process on the second node, with that node's cache."""
 
@@ -57,7 +56,8 @@ def main(folder: Path, vector: str) -> None:
         cluster.add_node(num_cpus=2, resources={"far": 100})
     while ray.cluster_resources().get("far") is None:
         time.sleep(0.1)
-    readers = [Reader.options(resources={"far": 1}).remote(folder / "cache-2", hidden) for _ in range(READERS)]
+    actor = ray.remote(num_cpus=0)(Reader).options(resources={"far": 1})
+    readers = [actor.remote(folder / "cache-2", hidden) for _ in range(READERS)]
     fetched = ray.get([reader.fetch.remote(published.ref) for reader in readers])
     afar = ray.get(readers[0].publish.remote(vector))
     result = {
