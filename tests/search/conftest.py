@@ -1,6 +1,7 @@
 """An untrained micro model on disk with two small random vectors, and a scorer that only counts letters."""
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def lengths() -> Scorer:
             "letters": [sum(c.isalpha() for c in text) / max(1, len(text)) for text in responses],
         }
 
-    return count
+    return cast(Scorer, count)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +60,9 @@ def measured() -> Callable[..., Evaluation]:
     """Make up an evaluation: of each metric the values by prompt, or one mean of two equal prompts."""
 
     def make(coefficients: dict[str, float], **values: float | list[float | None]) -> Evaluation:
-        per_prompt = {name: value if isinstance(value, list) else [value, value] for name, value in values.items()}
+        per_prompt: dict[str, list[float | None]] = {
+            name: value if isinstance(value, list) else [value, value] for name, value in values.items()
+        }
         return Evaluation(
             coefficients=coefficients,
             metrics={name: estimate(values) for name, values in per_prompt.items()},

@@ -11,6 +11,7 @@ import pytest
 from prefvec_ray.evaluation import Estimate
 from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Explorer, Goal, SearchConfig, Tried
+from prefvec_ray.search.explore import Proposal
 from prefvec_ray.search.options import Sampler
 
 METRICS = {
@@ -57,7 +58,7 @@ def world(measured):
 
 def climb(explorer: Explorer, world, in_flight: int = 3) -> None:
     """Carry the search out to its end."""
-    flying = []
+    flying: list[Proposal] = []
     while True:
         while len(flying) < in_flight and (proposal := explorer.propose()):
             flying.append(proposal)
@@ -140,12 +141,12 @@ def still(measured) -> Explorer:
     """A search that its front ended at the sixth setting, with one in flight that would have moved the front."""
     explorer = explore((8,), trials=50, patience=3, sampler="random")
 
-    def finish(proposal, help: float) -> bool:
+    def finish(proposal: Proposal, help: float) -> bool:
         harm = 0.5 if help < 0.9 else 0.1
         evaluation = measured(proposal.coefficients, help=[help] * 8, harm=[harm] * 8, valid=[1.0] * 8)
         return explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
 
-    proposals = [explorer.propose() for _ in range(8)]
+    proposals = [proposal for _ in range(8) if (proposal := explorer.propose())]
     for proposal, help in zip(proposals[:6], (0.5, 0.6, 0.7, 0.4, 0.3, 0.2), strict=True):
         assert not explorer.closed
         assert finish(proposal, help)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from prefvec_ray.search import Explorer, Tried
+from prefvec_ray.search.explore import Proposal
 from prefvec_ray.search.ordered import Ordered
 from prefvec_ray.search.result import FailedTrial
 from tests.search.test_explore import RUNGS, explore, opened, world  # noqa: F401
@@ -14,7 +15,7 @@ from tests.search.test_explore import RUNGS, explore, opened, world  # noqa: F40
 def carry_out(world, options, *, processes: int, seed: int, fail: int | None = None) -> Explorer:  # noqa: F811
     """Four proposals under way on `processes` processes, any of which may finish next."""
     ordered, chance = Ordered(explore(**options), 4), random.Random(seed)
-    flying: list = []
+    flying: list[Proposal] = []
     while True:
         while len(flying) < 4 and (proposal := ordered.propose()):
             flying.append(proposal)
