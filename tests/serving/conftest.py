@@ -119,13 +119,14 @@ def vectors(vector_folders: dict[str, Path]) -> dict[str, PreferenceVector]:
 @pytest.fixture(scope="session")
 def merged_alone(base_folder: Path, vectors: dict[str, PreferenceVector]) -> Alone:
     """What a model merged for one request alone answers, greedily, by transformers' own `generate`."""
-    live = LiveModel(LlamaForCausalLM.from_pretrained(base_folder).eval(), vectors)
+    model = LlamaForCausalLM.from_pretrained(base_folder).eval()
+    live = LiveModel(model, vectors)
 
     def answer(prompt: Sequence[int], coefficients: Mapping[str, float], max_new_tokens: int) -> list[int]:
         live.set_coefficients(coefficients)
         ids = torch.tensor([list(prompt)])
         with torch.inference_mode():
-            whole = live.model.generate(
+            whole = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,

@@ -205,7 +205,7 @@ def test_by_keyboard_alone(visit):
 
     def tab(until: str) -> list[str]:
         """Press Tab until that has the focus; what had it on the way."""
-        reached = []
+        reached: list[str] = []
         while not reached or reached[-1] != until:
             assert len(reached) < 40, f"{until} cannot be reached, only {reached}"
             page.keyboard.press("Tab")

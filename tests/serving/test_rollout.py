@@ -57,11 +57,12 @@ def registry(vector_folders, tmp_path) -> Registry:
 
 
 def alone(base: Path, folders: Mapping[str, Path], prompt: Sequence[int], new: int) -> list[int]:
-    live = LiveModel(LlamaForCausalLM.from_pretrained(base).eval(), {n: load_vector(f) for n, f in folders.items()})
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    live = LiveModel(model, {n: load_vector(f) for n, f in folders.items()})
     live.set_coefficients(dict(SETTING))
     ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
-        whole = live.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
     return whole[0, len(prompt) :].tolist()
 
 
@@ -373,7 +374,12 @@ def kill(dashboard: str, *deployments: str) -> Callable[[], None]:
     classes = tuple(f"ServeReplica:prefvec:{name}" for name in deployments)
     actors = [ray.get_actor(actor.name, "serve") for actor in alive if actor.class_name.startswith(classes)]
     assert len(actors) >= len(deployments)
-    return lambda: [ray.kill(actor, no_restart=False) for actor in actors] and None
+
+    def strike() -> None:
+        for actor in actors:
+            ray.kill(actor, no_restart=False)
+
+    return strike
 
 
 def test_a_stream_goes_on_when_its_replica_dies(served, ray_cluster):

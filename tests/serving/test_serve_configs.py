@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ def test_a_shipped_config_is_valid(path):
     assert config.ranges["harmless"].min >= 0, "nobody turns harmlessness below the base model's"
 
 
-def listening() -> list[tuple[str, dict]]:
+def listening() -> list[tuple[str, dict[str, Any]]]:
     """Every serving file of the project: its name and what is given to Serve."""
     found = [(path.name, yaml.safe_load(path.read_text())) for path in CONFIGS]
     for path in sorted((ROOT / "cluster").rglob("*.yaml")):

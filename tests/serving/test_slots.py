@@ -5,6 +5,7 @@ import contextlib
 import copy
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,6 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
 from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
-from prefvec_ray.serving.engines.slots import scheduler
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
@@ -294,7 +294,7 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
 def clock(monkeypatch) -> None:
     """Every look at the clock is a second after the one before, so that shares do not depend on the machine."""
     ticks = itertools.count()
-    monkeypatch.setattr(scheduler.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
 
 
 def test_a_crowd_of_one_callers_requests_delays_another_by_one_free_row(make_engine, merged_alone, clock):

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from openai import AuthenticationError, OpenAI
+from openai import AuthenticationError, OpenAI, Stream
 from ray import serve
 
 from prefvec_ray.common.errors import InputError, JobError
@@ -66,7 +66,9 @@ class User:
         """An answer of this endpoint, with this user's key unless another one is given."""
         with OpenAI(base_url=self.url, api_key=key or self.key, max_retries=0, timeout=60) as client:
             told = client.completions.create(model="tiny", prompt="the fox", max_tokens=8, temperature=0, stream=stream)
-            return "".join(chunk.choices[0].text for chunk in told) if stream else told.choices[0].text
+            if isinstance(told, Stream):
+                return "".join(chunk.choices[0].text for chunk in told)
+            return told.choices[0].text
 
     def serves(self) -> bool:
         """Does its own key open its own port?"""
@@ -112,12 +114,6 @@ def commands(ray_cluster) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         process.communicate()
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
-class Other:
-    def __call__(self) -> str:
-        return "another team's"
-
-
 @pytest.fixture(scope="module")
 def users(ray_cluster, base_folder, registry_root, tmp_path_factory) -> Callable[[str], User]:
     def new(name: str, **settings: Any) -> User:
@@ -161,7 +157,15 @@ def alice(cluster, users) -> User:
     """The first user, who starts Serve on her port; another team's application joins it."""
     alice = users("alice")
     alice.start()
-    serve.run(Other.bind(), name="others", route_prefix="/others")
+
+    class Other:
+        """Local, so that it travels to its replica by value."""
+
+        def __call__(self) -> str:
+            return "another team's"
+
+    other = serve.deployment(ray_actor_options={"num_cpus": 0})(Other)
+    serve.run(other.bind(), name="others", route_prefix="/others")
     return alice
 
 
