@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -127,7 +127,7 @@ def steps_kept(folder: Path) -> list[int]:
     return sorted(newest.values())
 
 
-def wait_for(condition, driver: subprocess.Popen, log: Path) -> None:
+def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
     until = time.monotonic() + 300
     while not condition():
         assert driver.poll() is None, log.read_text()
@@ -152,7 +152,7 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new
         environment = {**os.environ, "RAY_ADDRESS": cluster.address, "COLUMNS": "160"}
         command = [sys.executable, "-m", "prefvec_ray.cli", "train", "--config", str(config)]
 
-        def start() -> subprocess.Popen:
+        def start() -> subprocess.Popen[bytes]:
             with log.open("w") as output:
                 return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 

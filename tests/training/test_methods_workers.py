@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,9 +29,11 @@ RECIPE = {
     "per_device_eval_batch_size": 8,
     "bf16": False,
 }
+Kind = Literal["full", "lora"]
+KINDS: tuple[Kind, ...] = ("full", "lora")
 LORA = {"r": 4, "lora_alpha": 8}
 # name -> (DeepSpeed preset, kind, changes of the recipe)
-TWO_WORKERS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+TWO_WORKERS: dict[str, tuple[str | None, Kind, dict[str, Any]]] = {
     "ddp": (None, "full", {}),
     "zero1": ("zero1", "full", {}),
     "zero2": ("zero2", "full", {}),
@@ -44,7 +46,7 @@ TWO_WORKERS: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 }
 
 
-def how(folder: Path, name: str, preset: str | None, kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
+def how(folder: Path, name: str, preset: str | None, kind: Kind, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         "key": name,
         "train": [str(folder / "scored")],
@@ -71,10 +73,10 @@ def folder(world_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(spec_of, folder) -> dict[str, PreferenceVector]:
     """Full and LoRA, in this process: twice the accumulation in place of two workers."""
-    for kind in ("full", "lora"):
+    for kind in KINDS:
         spec = spec_of(**how(folder, kind, None, kind, {"gradient_accumulation_steps": 2}))
-        run_dpo(spec, str, folder / "work")
-    return {kind: load_vector(folder / kind / "delta") for kind in ("full", "lora")}
+        run_dpo(spec, lambda values: None, folder / "work")
+    return {kind: load_vector(folder / kind / "delta") for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
                     scored.save_to_disk(f"{config['folder']}/scored-{name}")
             torch.distributed.barrier()
             for spec in specs.values():
-                run_dpo(spec, str, work_dir)
+                run_dpo(spec, lambda values: None, work_dir)
 
     config = {"specs": specs, "pairs": str(folder / "pairs"), "folder": str(folder)}
     start_run(worker, config, "two-workers", Resources(workers=2), folder / "ray", retries=0).result()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def examples(tmp_path_factory) -> Path:
     return file
 
 
-def job_of(world_folder: Path, examples: Path, out: Path, kind: str = "full") -> SftJob:
+def job_of(world_folder: Path, examples: Path, out: Path, kind: Literal["full", "lora"] = "full") -> SftJob:
     base = world_folder / "base"
     data, digest, _ = write_examples(SftStage(data=str(examples)), base, out.parent / "data")
     return SftJob(

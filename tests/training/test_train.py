@@ -26,7 +26,8 @@ from prefvec_ray.training import (
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint
 from prefvec_ray.training.plan import run_plan
 from prefvec_ray.training.progress import job_board
-from prefvec_ray.training.train import compute_references, plan_runs, prepare_data
+from prefvec_ray.training.references import compute_references
+from prefvec_ray.training.train import plan_runs, prepare_data
 from prefvec_ray.vectors import load_vector
 
 
