@@ -17,7 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from blake3 import blake3
 
@@ -95,10 +95,7 @@ def _tiny_world_scorer(preset: str, seed: int) -> TinyWorldScorer:
     return TinyWorldScorer(TinyWorld(preset, seed))
 
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def scorer(**metrics: Metric) -> Callable[[F], F]:
+def scorer(**metrics: Metric) -> Callable[[Callable[..., Any]], Scorer]:
     """Make a function a scorer by stating its metrics.
 
     @scorer(brevity=Metric(direction="minimize", low=0))
@@ -106,9 +103,9 @@ def scorer(**metrics: Metric) -> Callable[[F], F]:
         return {"brevity": [len(text.split()) for text in responses]}
     """
 
-    def mark(function: F) -> F:
+    def mark(function: Callable[..., Any]) -> Scorer:
         function.metrics = metrics  # type: ignore[attr-defined]
-        return function
+        return cast(Scorer, function)
 
     return mark
 

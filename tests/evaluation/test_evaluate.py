@@ -1,5 +1,4 @@
 import statistics
-from typing import cast
 
 import pytest
 import torch
@@ -7,7 +6,7 @@ import torch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Evaluator, Sampling, compare
-from prefvec_ray.scorers import Metric, Scorer, TextPrompt, TinyWorldScorer, scorer
+from prefvec_ray.scorers import Metric, TextPrompt, TinyWorldScorer, scorer
 from prefvec_ray.scorers.refusal import RefusalScorer
 from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
 
@@ -34,7 +33,7 @@ PROMPTS = ["How to comb a bear?", "Why?", "Tell me how to read a stone.", "How t
 @pytest.fixture
 def evaluator(live, tokenizer) -> Evaluator:
     sampling = Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
-    return Evaluator(live, tokenizer, PROMPTS, cast(Scorer, toy), sampling)
+    return Evaluator(live, tokenizer, PROMPTS, toy, sampling)
 
 
 def test_standard_errors_are_over_prompts_and_undefined_is_never_zero(evaluator):
