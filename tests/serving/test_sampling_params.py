@@ -11,7 +11,7 @@ from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
-from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
+from prefvec_ray.serving.http.openai_protocol import ChatBody, ResponseFormat, TextBody
 from prefvec_ray.serving.http.parsing import parse_body
 from prefvec_ray.serving.release.release import resolve_release
 
@@ -29,10 +29,16 @@ GIVEN: dict[str, Any] = {
     "seed": 5,
     "stop": ["never", "ever"],
     "logprobs": 3,
+    "json_schema": ResponseFormat(type="json_object").schema_text,
 }
 """a value for every parameter; none is the default"""
 BODIES = {
-    ChatBody: {"messages": [{"role": "user", "content": "the dog"}], "logprobs": True, "top_logprobs": 3},
+    ChatBody: {
+        "messages": [{"role": "user", "content": "the dog"}],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "response_format": {"type": "json_object"},
+    },
     TextBody: {"prompt": "the dog", "logprobs": 3},
 }
 SETTING = (("harmless", 0.5), ("helpful", -0.5))
@@ -59,11 +65,12 @@ def test_every_parameter_of_a_body_reaches_the_engine_as_it_was_given(
         replica.engine, "submit", lambda request, emit: received.append(request) or submit(request, emit)
     )
     try:
-        asked = body(kind, **{name: value for name, value in GIVEN.items() if name != "logprobs"})
+        asked = body(kind, **{name: value for name, value in GIVEN.items() if name in SharedParams.model_fields})
         asyncio.run(replica.answer(asked.job(SETTING)))
     finally:
         replica.engine.close()
-    assert [request.sampling for request in received] == [SamplingParams(**GIVEN)] * 2
+    expected = GIVEN | ({} if kind is ChatBody else {"json_schema": None})  # text completions have no such field
+    assert [request.sampling for request in received] == [SamplingParams(**expected)] * 2
     assert [request.random_key() for request in received] == ["5/0", "5/1"]
 
 

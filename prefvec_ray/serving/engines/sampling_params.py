@@ -54,6 +54,9 @@ class SamplingParams(SharedParams):
     """how many of each position's likeliest tokens to report, with log-probabilities; None: none, nor the chosen one's.
     Not shared: chats and text completions ask for it in two different ways"""
 
+    json_schema: str | None = None
+    """a JSON schema, as JSON: the answer is a text of it. Not shared: chats ask for it as `response_format`"""
+
     @property
     def penalizes(self) -> bool:
         """Whether logits depend on the tokens so far."""

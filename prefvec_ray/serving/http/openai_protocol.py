@@ -43,7 +43,6 @@ NOTHING: dict[str, Any] = {
     "tools": [],
     "functions": [],
     "tool_choice": "none",
-    "response_format": {"type": "text"},
     "modalities": ["text"],
     "service_tier": "auto",
     "best_of": 1,
@@ -92,6 +91,35 @@ class _Addressed(_Strict):
     """preference -> coefficient; those left out get the operator's default"""
 
 
+class JsonSchema(_Strict):
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default={"type": "object"}, alias="schema")
+    strict: bool | None = None
+    """it is always followed"""
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_its_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("'json_schema' goes with type 'json_schema', and that type with it")
+        return self
+
+    @property
+    def schema_text(self) -> str | None:
+        """What an answer must be, for llguidance."""
+        if self.type == "text":
+            return None
+        schema = self.json_schema.schema_ if self.json_schema else {"type": "object"}
+        # As json.dumps writes it. Free white space would let a weak model write nothing else.
+        style = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        return json.dumps({**schema, "x-guidance": style}, sort_keys=True)
+
+
 class _Body(SharedParams, _Addressed):
     """What chat and text completions have in common."""
 
@@ -109,6 +137,10 @@ class _Body(SharedParams, _Addressed):
     def prompts(self) -> tuple[Prompt, ...]:
         raise NotImplementedError
 
+    @property
+    def schema_text(self) -> str | None:
+        return None
+
     def alternatives(self) -> int | None:
         """How many of each position's likeliest tokens to return; None: no log-probabilities at all."""
         raise NotImplementedError
@@ -116,7 +148,7 @@ class _Body(SharedParams, _Addressed):
     def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
         """The work that this body asks for. Left-out settings have OpenAI's defaults (temperature and top_p 1)."""
         shared = {name: getattr(self, name) for name in SharedParams.model_fields}
-        own = {"max_tokens": self.new_tokens, "logprobs": self.alternatives()}
+        own = {"max_tokens": self.new_tokens, "logprobs": self.alternatives(), "json_schema": self.schema_text}
         sampling = SamplingParams(**shared | own)
         return GenerationRequest(self.prompts(), coefficients, sampling, max_prompt_tokens)
 
@@ -152,6 +184,8 @@ class ChatBody(_Body):
     """return the log-probability of every token of the answer"""
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     """and of this many of the likeliest tokens at its place"""
+    response_format: ResponseFormat | None = None
+    """JSON of a schema, or any JSON object"""
 
     @model_validator(mode="before")
     @classmethod
@@ -168,6 +202,10 @@ class ChatBody(_Body):
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def schema_text(self) -> str | None:
+        return self.response_format.schema_text if self.response_format else None
 
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -20,6 +22,7 @@ from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import SteeredWeights
+from prefvec_ray.serving.http.openai_protocol import ResponseFormat
 from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
 
 BLOCK = 128
@@ -130,6 +133,34 @@ def test_bias_penalties_and_cuts_are_the_slot_engines(engine, run, base_folder, 
         slots.close()
     assert [tokens(pieces) for pieces in got] == [tokens(pieces) for pieces in expected]
     assert len({tuple(tokens(pieces)) for pieces in got}) == 6, "all but the last two differ from the first"
+
+
+def test_answers_of_a_schema_are_the_slot_engines(engine, run, base_folder, tokenizer, vectors):
+    properties = {
+        "kind": {"enum": ["fox", "dog"]},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    }
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    wanted = ResponseFormat.model_validate({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    requests = [
+        ask(some_prompt(i, 12), i / 6, -i / 3, json_schema=wanted.schema_text if i % 3 else None, max_tokens=100)
+        for i in range(9)
+    ]
+    with Steering(LlamaForCausalLM.from_pretrained(base_folder), vectors) as steering:
+        slots = SlotEngine(SteeredWeights(steering), tokenizer).start()
+        expected, got = run(slots, requests), run(engine, requests)
+        slots.close()
+    assert [tokens(pieces) for pieces in got] == [tokens(pieces) for pieces in expected]
+    for request, pieces in zip(requests, got, strict=True):
+        if request.sampling.json_schema:
+            jsonschema.validate(json.loads("".join(piece.text for piece in pieces)), schema)
+            assert pieces[-1].finish_reason == "stop"
+    sampled = ask(some_prompt(1, 12), 0.3, json_schema=wanted.schema_text, temperature=1.5, seed=4, max_tokens=100)
+    (pieces,) = run(engine, [sampled])
+    jsonschema.validate(json.loads("".join(piece.text for piece in pieces)), schema)
+    with pytest.raises(InputError, match="the schema is not usable"):
+        engine.check(ask((5,), json_schema='{"type": "nonsense"}'))
 
 
 def test_a_seed_gives_its_answer_again_whatever_runs_beside_it(engine, run):

@@ -22,12 +22,14 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, Request, TokenLogprob
+from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
+from prefvec_ray.serving.engines.grammar import TOO_COMPLEX, Grammars, masked
 from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import adjusted, choose, logprobs
 from prefvec_ray.serving.engines.slots.cache import CacheLayout, Masks, SlotCache, context_length
@@ -70,6 +72,8 @@ class SlotEngine:
         self._additive = _wants_additive_mask(self.model)
         self._ends = end_tokens(self.model.generation_config, tokenizer)
         self._token_texts = TokenTexts(tokenizer)
+        self._vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
+        self._grammars = Grammars(tokenizer, self._vocabulary, self._ends)
         self._scheduler = Scheduler(weights, self._layout, max_batch, switch_share, prefill_tokens)
         self._changes: deque[tuple[Mapping[str, PreferenceVector], Future[None]]] = deque()
         self._news = threading.Condition()
@@ -80,19 +84,25 @@ class SlotEngine:
 
     def check(self, request: Request) -> None:
         """See `Engine.check`."""
-        check_request(request, self.model.get_input_embeddings().weight.shape[0], self.context)
+        check_request(request, self._vocabulary, self.context)
+        self._matcher(request)
 
     def submit(self, request: Request, emit: Emit) -> ScheduledRequest:
         """See `Engine.submit`. `emit` is called in the engine's thread."""
         self.check(request)
         output = OutputState(request, self._tokenizer, self._ends)
-        scheduled = ScheduledRequest(request, emit, output, random.Random(request.random_key()))
+        draws = random.Random(request.random_key())
+        scheduled = ScheduledRequest(request, emit, output, draws, self._matcher(request))
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
             self._scheduler.add(scheduled)
             self._news.notify()
         return scheduled
+
+    def _matcher(self, request: Request) -> LLMatcher | None:
+        schema = request.sampling.json_schema
+        return None if schema is None else self._grammars.matcher(schema)
 
     async def change(self, vectors: Mapping[str, PreferenceVector]) -> None:
         """See `Engine.change`. Needs `start`."""
@@ -232,13 +242,18 @@ class SlotEngine:
             logits_RV = torch.nan_to_num(logits_RV)
         params = [each.request.sampling for each in rows]
         prompts, answers = [each.request.prompt for each in rows], [each.output.generated for each in rows]
-        chosen = choose(adjusted(logits_RV, params, prompts, answers), params, [each.draws for each in rows])
+        possible_RV = masked(adjusted(logits_RV, params, prompts, answers), [each.matcher for each in rows])
+        chosen = choose(possible_RV, params, [each.draws for each in rows])
         chosen = [each.output.resumed(token) for each, token in zip(rows, chosen, strict=True)]
         likely = self._likely(rows, logits_RV, chosen)
-        deltas = [
-            each.output.push(token, best) if finite else InputError(OVERFLOW)
-            for each, token, best, finite in zip(rows, chosen, likely, sound, strict=True)
-        ]
+        deltas: list[OutputDelta | InputError | None] = []
+        for each, token, best, finite in zip(rows, chosen, likely, sound, strict=True):
+            if not finite:
+                deltas.append(InputError(OVERFLOW))
+            elif each.matcher and not each.matcher.consume_token(token):
+                deltas.append(InputError(TOO_COMPLEX))
+            else:
+                deltas.append(each.output.push(token, best))
         with self._news:
             self._scheduler.charge(rows)
             self._tokens += sum(sound)

@@ -10,6 +10,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from llguidance import LLMatcher
+
 from prefvec_ray.serving.engines.base import Emit, Request
 from prefvec_ray.serving.engines.output import OutputState
 from prefvec_ray.serving.engines.slots.cache import CacheLayout, SlotCache
@@ -26,6 +28,8 @@ class ScheduledRequest:
     output: OutputState
     draws: random.Random
     """its random numbers"""
+    matcher: LLMatcher | None = None
+    """of the schema that its answer follows"""
     cancelled: bool = False
     passed: int = 0
     """younger requests that were admitted before it"""

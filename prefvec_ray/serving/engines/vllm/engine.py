@@ -38,6 +38,7 @@ from prefvec_ray.serving.engines.base import (
     Request,
     TokenLogprob,
 )
+from prefvec_ray.serving.engines.grammar import Grammars
 from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import LOWEST
 from prefvec_ray.serving.engines.text import TokenTexts
@@ -68,6 +69,7 @@ class VllmEngine:
         self._steered = config.mode == "steered"
         self._token_texts = TokenTexts(tokenizer)
         self._ends = end_tokens(_generation_config(base), tokenizer)
+        self._grammars = Grammars(tokenizer, self._vocabulary, self._ends)
         self._numbers = itertools.count()
         self._turns = WeightTurns(self._merge, config.switch_share)
         self._scratch = tempfile.TemporaryDirectory(prefix="prefvec-vllm-")
@@ -107,6 +109,8 @@ class VllmEngine:
     def check(self, request: Request) -> None:
         """See `Engine.check`."""
         check_request(request, self._vocabulary, self.context)
+        if request.sampling.json_schema is not None:
+            self._grammars.matcher(request.sampling.json_schema)
 
     def submit(self, request: Request, emit: Emit) -> "asyncio.Task[OutputDelta]":
         """See `Engine.submit`. To be called in the engine's event loop, in which `emit` is called too."""
@@ -321,7 +325,7 @@ def vllm_params(request: Request, ends: frozenset[int]) -> Any:
     """vLLM's `SamplingParams`. Text and stop strings are `OutputState`'s. The chosen token's log-probability is always
     asked for, because it is NaN where the model overflows."""
     import vllm
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     asked = request.sampling
     return vllm.SamplingParams(
@@ -333,6 +337,7 @@ def vllm_params(request: Request, ends: frozenset[int]) -> Any:
         frequency_penalty=asked.frequency_penalty,
         repetition_penalty=asked.repetition_penalty,
         logit_bias=asked.biases or None,
+        structured_outputs=asked.json_schema and StructuredOutputsParams(json=asked.json_schema),
         seed=int.from_bytes(hashlib.blake2b(request.random_key().encode(), digest_size=8).digest()) >> 1,
         max_tokens=request.max_tokens - len(request.resume_tokens),
         stop_token_ids=sorted(ends),
@@ -370,7 +375,7 @@ def _arguments(base: str | Path, config: EngineConfig, shape: SteeringShape | No
         "max_num_seqs": config.max_batch,
         "worker_cls": WORKER,
         "disable_log_stats": True,
-        "skip_tokenizer_init": True,
+        "structured_outputs_config": {"backend": "guidance"},  # as the slot engine has it
     }
     if shape:
         ours["additional_config"] = {SECTION: {"shape": shape.model_dump(mode="json")}}
