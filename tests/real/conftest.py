@@ -2,11 +2,14 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 collect_ignore_glob = [] if "RUNS" in os.environ else ["test_*.py"]
+# vLLM wants other versions than the rest: an environment of its own.
+collect_ignore = ["test_gemma.py" if find_spec("vllm") else "test_on_vllm.py"]
 
 
 @pytest.fixture(scope="session")
