@@ -49,6 +49,7 @@ test-real: export RUNS := $(or $(RUNS),runs/real)
 test-real: env ## DATA=<folder>: the case study of examples/gemma with a tenth of its data, and checks of what it made
 	examples/gemma/run.sh --short
 	$(BIN)/python -m pytest -q tests/real
+	if [ -x $(VLLM)/bin/python ]; then $(VLLM)/bin/python -m pytest -q tests/real; else echo "without .venv-vllm (make env-vllm) its models were not tried in vLLM"; fi
 
 demo: env ## The whole mission on the embedded tiny world, about 9 minutes on 2 cores
 	$(BIN)/prefvec demo
