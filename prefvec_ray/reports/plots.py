@@ -269,8 +269,8 @@ def save(draw: Callable[[], Figure], folder: Path, name: str) -> str:
     """Draw, and write `<name>.svg` and `<name>.png` into `folder`; returns `name`."""
     with matplotlib.rc_context(STYLE):
         figure = draw()
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", dpi=140)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
     return name
 
 
