@@ -92,6 +92,7 @@ NEEDS = {
     "search": "search",
     "serving": "serve",
     "serving/engines/vllm": "vllm",
+    "serving/vllm_plugin.py": "vllm",
     "tiny_world": "",
     "training": "train",
     "vectors": "",

@@ -30,9 +30,8 @@ def add_steered(y: Tensor, x: Tensor, A: Tensor, scales: Tensor, B: Sequence[Ten
         for part, (B_CO, start) in enumerate(zip(B, starts, strict=True)):
             y[:, start : start + B_CO.shape[1]].addmm_(xA[:, part].to(y.dtype), B_CO)
         return
-    parallel, thread_num = openmp()
     numbers = [y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), A.data_ptr(), scales.data_ptr(), scales.stride(0)]
-    numbers += [rows, x.shape[1], scales.shape[1], len(B), parallel, thread_num, torch.get_num_threads()]
+    numbers += [rows, x.shape[1], scales.shape[1], len(B), openmp(), torch.get_num_threads()]
     for B_CO, start in zip(B, starts, strict=True):
         numbers += (B_CO.data_ptr(), start, B_CO.shape[1])
     library.prefvec_steer(struct.pack(f"{len(numbers)}q", *numbers))

@@ -9,25 +9,16 @@ from datasets import load_from_disk
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
-from prefvec_ray.vectors import LiveModel, Steering, load_vector
+from prefvec_ray.vectors import LiveModel, Steering
 
 BOS, END = 2, 1
 """Of Gemma's tokenizer: begins every text, ends every answer."""
 LENGTHS = (100, 700, 4_000)
 """Tokens of a prompt: within the window of 512, beyond it, and seven windows long."""
-EXPORTED = {"helpful": 1.0, "harmless": 0.5}
-"""What run.sh exports."""
-
-
-@pytest.fixture(scope="module")
-def vectors(runs):
-    registry = open_registry(str(runs / "gemma" / "registry"))
-    return {name: load_vector(registry.fetch(f"{name}@1")) for name in ("helpful", "harmless")}
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +85,8 @@ def test_merged_steered_and_mixed_answers_are_those_of_generate(base, vectors, p
 
 
 @pytest.fixture(scope="module")
-def exact(base, vectors, prompts):
-    """Logits of base + sum of eta phi, all in float64."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, eta in EXPORTED.items():
-            for parameter in vectors[name].entries:
-                parameters[parameter].add_(vectors[name].dense(parameter).double(), alpha=eta)
-        return model(torch.tensor([prompts[0]])).logits
+def exact(exact_logits, exported, prompts):
+    return exact_logits(exported, prompts[0])
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])

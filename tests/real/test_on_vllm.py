@@ -5,16 +5,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
-from prefvec_ray.registry import open_registry
-from prefvec_ray.vectors import load_vector
+from prefvec_ray.serving.engines.vllm.engine import WORKER
 
-WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
-EXPORTED = {"helpful": 1.0, "harmless": 0.5}
-"""What run.sh exports."""
 LENGTH = 300
 """Tokens of the text: more than a block of vLLM's cache on CPUs."""
 
@@ -27,19 +23,11 @@ def text(base, runs):
 
 
 @pytest.fixture(scope="module")
-def exact(base, runs, text):
-    """Coefficients -> log-probabilities of the text's tokens after the first, all in float64, and the largest logit."""
-    registry = open_registry(str(runs / "gemma" / "registry"))
-    vectors = {name: load_vector(registry.fetch(f"{name}@1")) for name in EXPORTED}
+def exact(exact_logits, text):
+    """Coefficients -> log-probabilities of the text's tokens after the first, in float64, and the largest logit."""
 
     def of(etas):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval()
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, eta in etas.items():
-                for parameter in vectors[name].entries:
-                    parameters[parameter].add_(vectors[name].dense(parameter).double(), alpha=eta)
-            logits = model(torch.tensor([text])).logits[0]
+        logits = exact_logits(etas, text)[0]
         likely = torch.log_softmax(logits[:-1], -1).gather(-1, torch.tensor(text[1:]).unsqueeze(-1)).squeeze(-1)
         return likely, logits.abs().max().item()
 
@@ -75,21 +63,21 @@ def check(found, truth):
     assert (found.double() - expected).abs().max() < 2 * 1e-4 * largest
 
 
-def test_the_merged_export(start, runs, text, exact):
-    check(likely(start(runs / "gemma-merged"), text), exact(EXPORTED))
+def test_the_merged_export(start, runs, text, exact, exported):
+    check(likely(start(runs / "gemma-merged"), text), exact(exported))
 
 
-def test_the_adapter(start, base, runs, text, exact):
+def test_the_adapter(start, base, runs, text, exact, exported):
     rank = json.loads((runs / "gemma-adapter" / "adapter_config.json").read_text())["r"]
     llm = start(base, enable_lora=True, max_lora_rank=rank)
-    check(likely(llm, text, lora_request=LoRARequest("both", 1, str(runs / "gemma-adapter"))), exact(EXPORTED))
+    check(likely(llm, text, lora_request=LoRARequest("both", 1, str(runs / "gemma-adapter"))), exact(exported))
 
 
-def test_steered_in_compiled_code(start, base, runs, text, exact):
+def test_steered_in_compiled_code(start, base, runs, text, exact, exported):
     section = {
         "registry": str((runs / "gemma" / "registry").absolute()),
         "vectors": {"helpful": "helpful@1", "harmless": "harmless@1"},
     }
     llm = start(base, worker_cls=WORKER, additional_config={"prefvec": section})
-    for etas in ({}, EXPORTED, {"helpful": -0.5, "harmless": 1.0}):
+    for etas in ({}, exported, {"helpful": -0.5, "harmless": 1.0}):
         check(likely(llm, text, etas), exact(etas))

@@ -148,25 +148,17 @@ def test_compiled_schemas_are_bounded(tokenizer):
     assert torch.equal(masked(logits, [None, other, None])[1], first[1]), "each answer has a matcher of its own"
 
 
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "why not?"}], "max_tokens": 200}
+
+
 def test_openais_client_parses_answers(endpoint):
+    etas = {"preferences": {"helpful": 0.7, "harmless": 0.2}}
     for temperature in (0.0, 1.0):
         parsed = endpoint.client.chat.completions.parse(
-            model="tiny",
-            messages=[{"role": "user", "content": "why not?"}],
-            response_format=Answer,
-            temperature=temperature,
-            seed=1,
-            max_tokens=200,
-            extra_body={"preferences": {"helpful": 0.7, "harmless": 0.2}},
+            **CHAT, response_format=Answer, temperature=temperature, seed=1, extra_body=etas
         )
         assert isinstance(parsed.choices[0].message.parsed, Answer)
-    chunks = endpoint.client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": "why not?"}],
-        response_format=WANTED,
-        stream=True,
-        max_tokens=200,
-    )
+    chunks = endpoint.client.chat.completions.create(**CHAT, response_format=WANTED, stream=True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     jsonschema.validate(json.loads(text), SCHEMA)
 
@@ -183,17 +175,10 @@ def test_openais_client_parses_answers(endpoint):
 )
 def test_a_bad_format_is_a_400(endpoint, wanted, says):
     with pytest.raises(BadRequestError, match=says):
-        endpoint.client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "x"}], response_format=wanted, max_tokens=5
-        )
+        endpoint.client.chat.completions.create(**CHAT, response_format=wanted)
 
 
 def test_any_object_will_do(endpoint):
-    answer = endpoint.client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": "why not?"}],
-        response_format={"type": "json_object"},
-        max_tokens=3,
-        temperature=0,
-    )
+    short = CHAT | {"max_tokens": 3, "temperature": 0}
+    answer = endpoint.client.chat.completions.create(**short, response_format={"type": "json_object"})
     assert answer.choices[0].message.content.startswith("{")

@@ -11,7 +11,7 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.errors import InputError, message_lines
 
 TOO_COMPLEX = "response_format: the schema is too complex to follow; simplify it"
 KEPT = 64
@@ -46,12 +46,12 @@ class Grammars:
                 raise InputError("response_format: this model's tokenizer cannot follow a schema; leave it out")
             self._made = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._ends)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema)
+            matcher = LLMatcher(self._made, LLMatcher.grammar_from_json_schema(schema), log_level=0)
+            if matcher.is_error():
+                raise ValueError(matcher.get_error())
         except ValueError as error:
-            raise InputError(f"response_format: the schema is not usable: {_first_line(error)}") from None
-        matcher = LLMatcher(self._made, grammar, log_level=0)
-        if matcher.is_error():
-            raise InputError(f"response_format: the schema is not usable: {_first_line(matcher.get_error())}")
+            reason = message_lines(error)[0][:300]
+            raise InputError(f"response_format: the schema is not usable: {reason}") from None
         return matcher
 
 
@@ -71,7 +71,3 @@ def masked(logits_RV: Tensor, matchers: Sequence[LLMatcher | None]) -> Tensor:
         allowed_V[: len(allowed)] = torch.from_numpy(allowed.astype(bool))
         logits_RV[row].masked_fill_(~allowed_V.to(logits_RV.device), float("-inf"))
     return logits_RV
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0][:300]

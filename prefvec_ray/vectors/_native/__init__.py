@@ -48,25 +48,22 @@ def steer_library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def openmp() -> tuple[int, int]:
-    """Addresses of `GOMP_parallel` and `omp_get_thread_num` in the OpenMP library of this process; (0, 0) for none.
+def openmp() -> int:
+    """Address of `GOMP_parallel` in the OpenMP library of this process; 0 for none.
 
     LLVM's and Intel's libraries have GNU's entry points too.
     """
     try:
         mapped = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return 0, 0
+        return 0
     loaded = {line.split()[-1] for line in mapped if re.search(r"/lib(gomp|iomp5|omp)[^/]*\.so", line)}
     for path in sorted(loaded, key=lambda path: "iomp" not in path):  # a preloaded one serves all
         try:
-            library = ctypes.CDLL(path)
-            functions = library.GOMP_parallel, library.omp_get_thread_num
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
             continue
-        first, second = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
-        return first or 0, second or 0
-    return 0, 0
+    return 0
 
 
 def _library(name: str, *flags: str) -> ctypes.CDLL | None:

@@ -3,6 +3,7 @@
 // Two small products with the coefficients between them. Columns whose coefficients are all 0 are not read. Four tokens
 // at a time share what is loaded of A and B. Threads are those of the OpenMP library that torch has loaded already: a
 // second pool beside it would wait for the same cores.
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -42,7 +43,6 @@ struct Call {
   const float *A, *S;
   int64_t S_stride, tokens, inputs, columns, parts;
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel, or null for one thread
-  int (*thread_num)();                                           // omp_get_thread_num
   int64_t threads;
   Part part[];
 };
@@ -128,24 +128,31 @@ void group(const Call& c, int64_t t, std::vector<int64_t>& active, std::vector<f
   }
 }
 
-void rows(const Call& c, int64_t t, int64_t end) {
+struct Work {
+  const Call& call;
+  std::atomic<int64_t> next;
+};
+
+// Each thread takes the next four tokens until none is left: OpenMP may give fewer threads than were asked for.
+void take(void* data) {
+  Work& work = *static_cast<Work*>(data);
+  const Call& c = work.call;
   std::vector<int64_t> active;
   std::vector<float> h;
-  for (; t + 4 <= end; t += 4) group<4>(c, t, active, h);
-  for (; t < end; ++t) group<1>(c, t, active, h);
-}
-
-void share(void* data) {
-  const Call& c = *static_cast<const Call*>(data);
-  const int64_t me = c.thread_num();
-  rows(c, c.tokens * me / c.threads, c.tokens * (me + 1) / c.threads);
+  for (int64_t t; (t = work.next.fetch_add(4)) < c.tokens;) {
+    if (t + 4 <= c.tokens)
+      group<4>(c, t, active, h);
+    else
+      for (; t < c.tokens; ++t) group<1>(c, t, active, h);
+  }
 }
 
 }  // namespace
 
 extern "C" void prefvec_steer(const Call* call) {
+  Work work{*call, {0}};
   if (!call->parallel || call->threads < 2 || call->tokens < 2 * call->threads)
-    rows(*call, 0, call->tokens);
+    take(&work);
   else
-    call->parallel(share, const_cast<Call*>(call), unsigned(call->threads), 0);
+    call->parallel(take, &work, unsigned(call->threads), 0);
 }

@@ -17,10 +17,11 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.vllm.plugin import served
+from prefvec_ray.serving.engines.vllm.engine import WORKER
+from prefvec_ray.serving.engines.vllm.section import parsed
+from prefvec_ray.serving.vllm_plugin import ServedVectors
 from tests.conftest import free_port
 
-WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
 PROMPT = "the quick brown fox jumps over the lazy dog while seven wizards cook " * 5
 
 
@@ -125,16 +126,22 @@ def test_cached_blocks_are_read_at_the_same_coefficients_alone(complete, tokeniz
 @pytest.mark.parametrize(
     ("xargs", "says"),
     [
-        ({"preferences": '{"kind": 0.5}'}, "no preference 'kind' is served here; there are: harmless, helpful"),
-        ({"preferences": '{"harmless": -0.1}'}, r"'harmless' may be 0 to 1, got -0\.1"),
-        ({"preferences": '{"helpful": 1.5}'}, r"'helpful' may be -1 to 1, got 1\.5"),
-        ({"preferences": '{"helpful": NaN}'}, "no finite number"),
-        ({"preferences": '{"helpful": 1' + "0" * 400 + "}"}, "no finite number"),
-        ({"preferences": '{"helpful": true}'}, "no finite number"),
-        ({"preferences": "helpful=0.5"}, "a JSON object in a string"),
-        ({"preferences": "[" * 100_000}, "a JSON object in a string"),
-        ({"preferences": 0.5}, "a JSON object in a string"),
-        ({"preferences": ["helpful", 0.5]}, "a JSON object in a string"),
+        ({"preferences": '{"kind": 0.5}'}, "unknown preference 'kind'; served here: harmless, helpful"),
+        (
+            {"preferences": '{"harmless": -0.1}'},
+            r"preference 'harmless': -0\.1 is outside the allowed range \[0, 1\]; choose a value inside it",
+        ),
+        (
+            {"preferences": '{"helpful": 1.5}'},
+            r"preference 'helpful': 1\.5 is outside the allowed range \[-1, 1\]; choose a value inside it",
+        ),
+        ({"preferences": '{"helpful": NaN}'}, "nan is not a finite number"),
+        ({"preferences": '{"helpful": 1' + "0" * 400 + "}"}, "inf is not a finite number"),
+        ({"preferences": '{"helpful": true}'}, "a JSON object of numbers in a string"),
+        ({"preferences": "helpful=0.5"}, "a JSON object of numbers in a string"),
+        ({"preferences": "[" * 100_000}, "a JSON object of numbers in a string"),
+        ({"preferences": 0.5}, "a JSON object of numbers in a string"),
+        ({"preferences": ["helpful", 0.5]}, "a JSON object of numbers in a string"),
         ({"helpful": 0.5}, "'helpful' stands beside it"),
     ],
     ids=str,
@@ -188,7 +195,7 @@ def test_the_rest_of_vllms_api_works_at_any_coefficients(client, complete):
 )
 def test_a_wrong_section_is_refused(change, says, section):
     with pytest.raises(InputError) as error:
-        served(section | change)
+        ServedVectors(parsed(section | change))
     assert says in str(error.value)
 
 

@@ -84,15 +84,13 @@ class SlotEngine:
 
     def check(self, request: Request) -> None:
         """See `Engine.check`."""
-        check_request(request, self._vocabulary, self.context)
-        self._matcher(request)
+        self._checked(request)
 
     def submit(self, request: Request, emit: Emit) -> ScheduledRequest:
         """See `Engine.submit`. `emit` is called in the engine's thread."""
-        self.check(request)
+        matcher = self._checked(request)
         output = OutputState(request, self._tokenizer, self._ends)
-        draws = random.Random(request.random_key())
-        scheduled = ScheduledRequest(request, emit, output, draws, self._matcher(request))
+        scheduled = ScheduledRequest(request, emit, output, random.Random(request.random_key()), matcher)
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
@@ -100,7 +98,9 @@ class SlotEngine:
             self._news.notify()
         return scheduled
 
-    def _matcher(self, request: Request) -> LLMatcher | None:
+    def _checked(self, request: Request) -> LLMatcher | None:
+        """Of the schema that the answer is to follow."""
+        check_request(request, self._vocabulary, self.context)
         schema = request.sampling.json_schema
         return None if schema is None else self._grammars.matcher(schema)
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -42,7 +41,7 @@ from prefvec_ray.serving.engines.grammar import Grammars
 from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.serving.engines.sampling import LOWEST
 from prefvec_ray.serving.engines.text import TokenTexts
-from prefvec_ray.serving.engines.vllm.plugin import FIELD, SECTION
+from prefvec_ray.serving.engines.vllm.section import FIELD, SECTION, salt
 from prefvec_ray.serving.engines.vllm.shape import SteeringShape
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
@@ -200,6 +199,7 @@ class VllmEngine:
         for token in () if scored else resumed:
             if last := push(token):
                 return last
+        # The names of coefficients say which vectors are meant.
         prompt = tokens_input([*request.prompt, *resumed], cache_salt=salt(request.coefficients))
         outputs = self._llm.generate(prompt, vllm_params(request, self._ends), str(next(self._numbers)))
         async with contextlib.aclosing(outputs):
@@ -314,11 +314,6 @@ class WeightTurns:
         finally:
             self._switching = None
         self._go_on()
-
-
-def salt(coefficients: Coefficients) -> str:
-    """What separates cached blocks of different weights: the names of coefficients say which vectors are meant."""
-    return hashlib.blake2b(json.dumps(coefficients).encode(), digest_size=16).hexdigest()
 
 
 def vllm_params(request: Request, ends: frozenset[int]) -> Any:

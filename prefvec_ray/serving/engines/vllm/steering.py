@@ -51,7 +51,7 @@ direct_register_custom_op(
 class SteeringBuffers:
     """The buffers of a model, and what is in them.
 
-    `tokens` is the most tokens of a step. Raises InputError where the model has no layer that `shape` names.
+    `tokens` is the most tokens of a step. Raises InputError for a layer that `shape` names and that cannot be steered.
     """
 
     def __init__(self, model: nn.Module, shape: SteeringShape, tokens: int, device: torch.device):
@@ -176,6 +176,7 @@ class SteeredMethod(LinearMethodBase):
     """How a layer multiplies: as before, and the vectors' share added. Wraps what the layer had, quantized or not."""
 
     def __init__(self, inner: Any, bounds: Sequence[tuple[int, int]], parts: Sequence[int], compiled: bool):
+        """`bounds` of all parts of the outputs, and which `parts` are steered; `compiled`: by `add_steered`."""
         self.inner, self.bounds, self.parts, self.compiled = inner, tuple(bounds), tuple(parts), compiled
 
     def create_weights(self, layer: nn.Module, *args: Any, **named: Any) -> None:
@@ -189,6 +190,7 @@ class SteeredMethod(LinearMethodBase):
             starts = [self.bounds[part][0] for part in self.parts]
             torch.ops.prefvec.add_steered(y, x, layer.prefvec_A, scales_TC, B, starts)
             return y
+        # Out of place: in code that torch compiles, each write into a part of y would copy y.
         xA = linear(x, layer.prefvec_A)
         if len(self.bounds) == 1:
             return torch.addmm(y, (xA * scales_TC).to(y.dtype), layer.prefvec_B0)

@@ -12,11 +12,10 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.vllm import plugin
+from prefvec_ray.serving.engines.vllm import section
 from prefvec_ray.serving.engines.vllm.shape import SteeringShape
 from prefvec_ray.serving.engines.vllm.steering import SteeringBuffers
-from prefvec_ray.vectors import PreferenceVector, load_vector, merged_weights
-from prefvec_ray.vectors.live import check_base
+from prefvec_ray.vectors import PreferenceVector, merged_weights
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _PlatformWorker
@@ -33,18 +32,19 @@ class PreferenceWorker(_PlatformWorker):
     def __init__(self, vllm_config: Any, *args: Any, **named: Any):
         self._vectors: Mapping[str, PreferenceVector] = {}
         self._steering: SteeringBuffers | None = None
-        settings = plugin.settings(vllm_config)
+        settings = section.settings(vllm_config)
         self._shape: SteeringShape | None = None
         if settings and (vllm_config.lora_config or vllm_config.parallel_config.use_ubatching):
             raise InputError("preference vectors are not served beside LoRA adapters (enable_lora) or with dbo")
         if "shape" in settings:
             self._shape = SteeringShape.model_validate(settings["shape"])
         elif settings:
-            self._vectors = plugin.load_vectors(vllm_config)
-            self._shape = SteeringShape.of(self._vectors.values(), settings.get("columns"))
+            config = section.parsed(settings)
+            self._vectors = section.load_vectors(config, vllm_config.model_config)
+            self._shape = SteeringShape.of(self._vectors.values(), config.columns)
             # What is compiled depends on the shape alone: other vectors of this shape find it again.
             vllm_config = copy(vllm_config)
-            rest = {**vllm_config.additional_config, plugin.SECTION: {"shape": self._shape.model_dump(mode="json")}}
+            rest = {**vllm_config.additional_config, section.SECTION: {"shape": self._shape.model_dump(mode="json")}}
             vllm_config.additional_config = rest
         super().__init__(vllm_config, *args, **named)
 
@@ -77,7 +77,7 @@ class PreferenceWorker(_PlatformWorker):
         for name in scheduler_output.finished_req_ids:
             self._requests.pop(name, None)
         for new in scheduler_output.scheduled_new_reqs:
-            self._requests[new.req_id] = plugin.coefficients(new.sampling_params)
+            self._requests[new.req_id] = section.coefficients(new.sampling_params)
         self._prepared = scheduler_output.total_num_scheduled_tokens == 0
         output = super().execute_model(scheduler_output)
         if not self._prepared:
@@ -93,7 +93,7 @@ class PreferenceWorker(_PlatformWorker):
         """Know the vectors in these folders, by name, and no others."""
         assert self._steering is not None
         try:
-            self._steering.load(_opened(folders, base_fingerprint))
+            self._steering.load(section.opened(folders, base_fingerprint))
         except InputError as error:
             return str(error)
         return None
@@ -101,7 +101,7 @@ class PreferenceWorker(_PlatformWorker):
     def prefvec_hold(self, folders: Mapping[str, str], base_fingerprint: str) -> str | None:
         """Have these vectors ready for `prefvec_merge`."""
         try:
-            self._vectors = _opened(folders, base_fingerprint)
+            self._vectors = section.opened(folders, base_fingerprint)
         except InputError as error:
             return str(error)
         return None
@@ -115,13 +115,6 @@ class PreferenceWorker(_PlatformWorker):
         except InputError as error:
             return str(error)
         return None
-
-
-def _opened(folders: Mapping[str, str], base_fingerprint: str) -> dict[str, PreferenceVector]:
-    vectors = {name: load_vector(folder) for name, folder in folders.items()}
-    for vector in vectors.values():
-        check_base(vector, base_fingerprint)
-    return vectors
 
 
 def _before(method: Callable[..., Any], first: Callable[..., None]) -> Callable[..., Any]:
