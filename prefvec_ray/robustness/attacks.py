@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.robustness.threat import Ball, attacked, correct
+from prefvec_ray.robustness.threat import Ball, Norm, attacked
 
 Attack = Literal["apgd-ce", "apgd-t", "fab", "square"]
 TARGETED_CLASSES = 4
 """The targeted DLR loss of APGD compares four logits."""
+TARGETS = 9
+"""Most classes that targeted APGD and FAB aim at, the likeliest first, as AutoAttack does."""
 
 
 def strong_attack(
@@ -49,7 +51,7 @@ def strong_attack(
     devices = [x.device] if x.device.type == "cuda" else []
     with attacked(model), torch.random.fork_rng(devices=devices):
         viewed = _Viewed(model, frame, x.device).eval()
-        attack = _build(name, viewed, ball.epsilon / frame.scale, classes, steps, seed)
+        attack = _build(name, viewed, ball.norm, ball.epsilon / frame.scale, classes, steps, seed)
         for i in range(0, len(x), batch):
             part = x[i : i + batch]
             with torch.enable_grad():
@@ -58,46 +60,29 @@ def strong_attack(
     return found
 
 
-def ensemble(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    ball: Ball,
-    *,
-    classes: int,
-    steps: int,
-    fab_steps: int,
-    seed: int,
-    batch: int,
-) -> Tensor:
-    """Which rows stand after APGD-CE, targeted APGD and FAB, each on what the former left: (N,) bool."""
-    standing = correct(model, x, y, batch)
-    plan: list[tuple[Attack, int]] = [("apgd-ce", steps), ("apgd-t", steps), ("fab", fab_steps)]
-    for name, count in plan:
-        rows = standing.nonzero().flatten()
-        moved = strong_attack(name, model, x[rows], y[rows], ball, classes=classes, steps=count, seed=seed, batch=batch)
-        standing[rows] = correct(model, moved, y[rows], batch)
-    return standing
-
-
-def _build(name: Attack, model: nn.Module, epsilon: float, classes: int, steps: int, seed: int) -> Any:
+def _build(name: Attack, model: nn.Module, norm: Norm, epsilon: float, classes: int, steps: int, seed: int) -> Any:
     try:
         import torchattacks  # type: ignore[import-untyped]
     except ImportError:
         raise InputError(
             "strong attacks need torchattacks: pip install --no-deps torchattacks==3.5.1 (torchvision is not needed)"
         ) from None
-    common = {"norm": "Linf", "eps": epsilon, "seed": seed}
+    common = {"norm": {"linf": "Linf", "l2": "L2"}[norm], "eps": epsilon, "seed": seed}
+    targets = min(classes, TARGETS + 1)  # the library counts the label's own class as well
     if name == "apgd-ce" or (name == "apgd-t" and classes < TARGETED_CLASSES):
         restarts = 1 if name == "apgd-ce" else 5
         return torchattacks.APGD(model, steps=steps, loss="ce", n_restarts=restarts, **common)
     if name == "apgd-t":
-        return torchattacks.APGDT(model, steps=steps, n_classes=classes, **common)
+        return torchattacks.APGDT(model, steps=steps, n_classes=targets, **common)
     if name == "fab":
-        return torchattacks.FAB(model, steps=steps, multi_targeted=True, n_classes=classes, **common)
+        return torchattacks.FAB(model, steps=steps, multi_targeted=True, n_classes=targets, **common)
     if name == "square":
         return torchattacks.Square(model, n_queries=steps, **common)
     raise InputError(f"unknown attack {name!r}; choose one of: apgd-ce, apgd-t, fab, square")
+
+
+LEAST = {"linf": 1, "l2": 5}
+"""The smallest side of an image that the library's Square takes: in L2 it divides by a fifth of it."""
 
 
 class _Frame:
@@ -108,18 +93,18 @@ class _Frame:
     limits the frame is wide enough that none of the ball is cut off.
     """
 
-    def __init__(self, shape: torch.Size, low: float, scale: float) -> None:
+    def __init__(self, shape: torch.Size, low: float, scale: float, least: int) -> None:
         self.shape, self.low, self.scale = shape, low, scale
-        self.square = len(shape) == 3 and shape[1] == shape[2]
+        self.square = len(shape) == 3 and shape[1] == shape[2] >= least
         self.channels = shape[1] if len(shape) == 2 else 1
         self.places = math.prod(shape) // self.channels
-        self.side = math.isqrt(self.places - 1) + 1
+        self.side = max(least, math.isqrt(self.places - 1) + 1)
 
     @classmethod
     def of(cls, x: Tensor, ball: Ball) -> "_Frame":
         low = float(x.min()) - ball.epsilon if ball.low is None else ball.low
         high = float(x.max()) + ball.epsilon if ball.high is None else ball.high
-        return cls(x.shape[1:], low, high - low)
+        return cls(x.shape[1:], low, high - low, least=LEAST[ball.norm])
 
     def to_image(self, x: Tensor) -> Tensor:
         unit = ((x.float() - self.low) / self.scale).clamp(0, 1)

@@ -1,13 +1,13 @@
 """The audit: a ladder of attacks that separates a weak attack from masked gradients, and the card with its findings.
 
-    PGD-10  ->  PGD-100 with restarts  ->  black box alone  ->  full ensemble
+    PGD-10  ->  PGD-100 with restarts  ->  black box alone  ->  full ensemble (APGD, targeted APGD, FAB)
 
 Where PGD-100 closes the gap, PGD-10 was weak. Where an attack without gradients beats PGD-100 with restarts, the
 gradients are masked.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -16,11 +16,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from prefvec_ray.common.config import Config
-from prefvec_ray.robustness.attacks import ensemble, strong_attack
+from prefvec_ray.robustness.attacks import Attack, strong_attack
 from prefvec_ray.robustness.intervals import Gap, Rate
 from prefvec_ray.robustness.losses import pgd
 from prefvec_ray.robustness.metrics import probe
-from prefvec_ray.robustness.threat import Ball, check_data, correct, count_classes
+from prefvec_ray.robustness.suspicion import warnings_of
+from prefvec_ray.robustness.threat import Ball, Norm, check_data, correct, count_classes
 from prefvec_ray.robustness.words import WordAudit
 
 Verdict = Literal["pass", "fail", "inconclusive"]
@@ -56,6 +57,11 @@ class Ladder(Config):
         return f"PGD-{self.strong_steps} with {self.restarts} {'start' if self.restarts == 1 else 'starts'}"
 
 
+LADDERS = {"short": Ladder(), "standard": Ladder(apgd_steps=100, fab_steps=100, square_queries=5000)}
+"""`standard` has AutoAttack's budget (arXiv 2003.01690): 100 steps of APGD, of targeted APGD and of FAB, 5,000 queries
+of Square; many times as long as `short`."""
+
+
 class Audit(Config):
     """What the ladder found. Written as JSON it is the audit card; `words` is filled in for scorers of text."""
 
@@ -67,11 +73,14 @@ class Audit(Config):
     model_digest: str = ""
     space: str
     epsilon: float
+    norm: Norm = "linf"
     clean: Rate
     rungs: tuple[Rate, ...]
     gaps: tuple[Gap, ...]
     """Paired, over the same inputs: `pgd - ensemble`, `pgd - pgd restarts`, `pgd restarts - black box`."""
     probe: dict[str, float]
+    warnings: tuple[str, ...] = ()
+    """What makes attacks of this kind unreliable on this model; see `warnings_of`. They change no verdict."""
     words: WordAudit | None = None
     curve: tuple[dict[str, float], ...] = ()
     """FOSC, SGCS and the inner maximum after each epoch of a scorer's training, on 128 of its texts."""
@@ -99,51 +108,55 @@ def run_attacks(
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    rungs: MutableMapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Which inputs stand on each rung: name -> (N,) bool.
 
     PGD-100 takes what PGD-10 left, the black box (Square) takes all that is right without an attack, and the ensemble
-    is the worst of everything: the rungs before, then APGD-CE, targeted APGD and FAB.
+    is the worst of everything: the rungs before, then APGD-CE, targeted APGD and FAB, each on what the former left.
+
+    What `rungs` holds is not attacked again, and each rung is put there as soon as it is done.
     """
     classes = count_classes(model, x)
     check_data(x, y, ball, classes)
-    report = progress or (lambda done, total: None)
-    standing = {CLEAN: correct(model, x, y, ladder.batch)}
-    report(1, 5)
+    standing = {} if rungs is None else rungs
 
-    def take(rows: Tensor, attack: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        left, index = rows.clone(), rows.nonzero().flatten()
-        if len(index):
-            left[index] = correct(model, attack(x[index], y[index]), y[index], ladder.batch)
-        return left
-
-    def white(steps: int, step_size: float, restarts: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def white(steps: int, step_size: float, restarts: int) -> _Move:
         size = step_size * ball.epsilon
         return lambda a, b: pgd(
             model, a, b, ball, steps=steps, step_size=size, restarts=restarts, seed=seed, batch=ladder.batch
         )
 
-    standing[PGD] = take(standing[CLEAN], white(ladder.pgd_steps, ladder.pgd_step_size, 1))
-    report(2, 5)
-    standing[STRONG] = take(standing[PGD], white(ladder.strong_steps, ladder.strong_step_size, ladder.restarts))
-    report(3, 5)
-    standing[BLACK_BOX] = take(
-        standing[CLEAN],
-        lambda a, b: strong_attack(
-            "square", model, a, b, ball, classes=classes, steps=ladder.square_queries, seed=seed, batch=ladder.batch
-        ),
-    )
-    report(4, 5)
-    left = standing[STRONG] & standing[BLACK_BOX]
-    rows = left.nonzero().flatten()
-    if len(rows):
-        left[rows] = ensemble(
-            model, x[rows], y[rows], ball,
-            classes=classes, steps=ladder.apgd_steps, fab_steps=ladder.fab_steps, seed=seed, batch=ladder.batch,
-        )  # fmt: skip
-    standing[ENSEMBLE] = left
-    report(5, 5)
-    return standing
+    def strong(name: Attack, steps: int) -> _Move:
+        return lambda a, b: strong_attack(
+            name, model, a, b, ball, classes=classes, steps=steps, seed=seed, batch=ladder.batch
+        )
+
+    plan: list[tuple[str, tuple[str, ...], _Move]] = [
+        (CLEAN, (), lambda a, b: a),
+        (PGD, (CLEAN,), white(ladder.pgd_steps, ladder.pgd_step_size, 1)),
+        (STRONG, (PGD,), white(ladder.strong_steps, ladder.strong_step_size, ladder.restarts)),
+        (BLACK_BOX, (CLEAN,), strong("square", ladder.square_queries)),
+        ("apgd-ce", (STRONG, BLACK_BOX), strong("apgd-ce", ladder.apgd_steps)),
+        ("apgd-t", ("apgd-ce",), strong("apgd-t", ladder.apgd_steps)),
+        (ENSEMBLE, ("apgd-t",), strong("fab", ladder.fab_steps)),
+    ]
+    for done, (name, before, move) in enumerate(plan, start=1):
+        if name not in standing:
+            left = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            for other in before:
+                left = left & standing[other]
+            rows = left.nonzero().flatten()
+            if len(rows):
+                left[rows] = correct(model, move(x[rows], y[rows]), y[rows], ladder.batch)
+            standing[name] = left
+        if progress:
+            progress(done, len(plan))
+    return {name: standing[name] for name in (CLEAN, PGD, STRONG, BLACK_BOX, ENSEMBLE)}
+
+
+_Move = Callable[[Tensor, Tensor], Tensor]
+"""Inputs and labels to attacked inputs."""
 
 
 def audit(
@@ -156,10 +169,12 @@ def audit(
     space: str = "inputs",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    rungs: MutableMapping[str, Tensor] | None = None,
 ) -> Audit:
     """Run the ladder of attacks and judge. The same seed and device give the same card, but for its times.
 
     Args:
+        rungs: see `run_attacks`; an audit that is interrupted continues from there.
         x, y: inputs (N, ...) and labels (N,), held out from training; some hundreds, since the intervals decide.
         space: what the inputs are and in which units epsilon counts, for the card's reader.
 
@@ -167,7 +182,7 @@ def audit(
         InputError: as `check_data`.
     """
     ladder, started = ladder or Ladder(), time.monotonic()
-    standing = run_attacks(model, x, y, ball, ladder, seed=seed, progress=progress)
+    standing = run_attacks(model, x, y, ball, ladder, seed=seed, progress=progress, rungs=rungs)
     gaps = (
         Gap.paired(OVERESTIMATE, standing[PGD], standing[ENSEMBLE]),
         Gap.paired(WEAKNESS, standing[PGD], standing[STRONG]),
@@ -184,10 +199,12 @@ def audit(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         space=space,
         epsilon=ball.epsilon,
+        norm=ball.norm,
         clean=rates[0],
         rungs=tuple(rates[1:]),
         gaps=gaps,
         probe={name: round(value, 6) for name, value in vars(measured).items()},
+        warnings=warnings_of(model, x, y, ball, ladder.batch),
         ladder=ladder,
         seed=seed,
         seconds=round(time.monotonic() - started, 2),

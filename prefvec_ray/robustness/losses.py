@@ -49,14 +49,15 @@ def divergence_of(model: nn.Module, x: Tensor) -> Objective:
 def ascend(
     objective: Objective, start: Tensor, x: Tensor, ball: Ball, *, steps: int, step_size: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """`steps` sign-gradient steps from `start`, each projected into the ball around `x`.
+    """`steps` gradient steps from `start`, each projected into the ball around `x`.
 
-    Returns the last point and the gradient at every point that a step started from. `step_size` is in input units.
+    Returns the last point and the gradient at every point that a step started from. `step_size` is in input units: the
+    length of a step in the ball's norm.
     """
     gradients, moved = [], start
     for _ in range(steps):
         gradients.append(gradient_of(objective, moved))
-        moved = ball.project(moved + step_size * gradients[-1].sign(), x)
+        moved = ball.project(moved + step_size * ball.direction(gradients[-1]), x)
     return moved, gradients
 
 

@@ -18,14 +18,14 @@ from prefvec_ray.robustness.threat import Ball, attacked
 
 def fosc(gradient: Tensor, moved: Tensor, x: Tensor, ball: Ball) -> Tensor:
     """First-Order Stationary Condition of each row, (N,): max over the epsilon-ball of <x' - moved, gradient>, which is
-    epsilon |gradient|_1 - <moved - x, gradient>.
+    epsilon |gradient|_1 - <moved - x, gradient> in L-infinity, and the same with the L2 norm in L2.
 
     0 where `moved` is stationary: no gradient, or a corner of the ball that the gradient points to. The published
     form ignores the limits of the box; see `fosc_within`. In units of the objective, so it grows with the scale of
     the logits.
     """
     flat = gradient.flatten(1)
-    return ball.epsilon * flat.abs().sum(1) - (flat * (moved - x).flatten(1)).sum(1)
+    return ball.gain(gradient) - (flat * (moved - x).flatten(1)).sum(1)
 
 
 def fosc_within(gradient: Tensor, moved: Tensor, x: Tensor, ball: Ball) -> Tensor:
@@ -34,15 +34,13 @@ def fosc_within(gradient: Tensor, moved: Tensor, x: Tensor, ball: Ball) -> Tenso
 
     Equal to `fosc` where no limit cuts the ball.
     """
-    up = ball.project(torch.full_like(x, torch.inf), x) - moved
-    down = ball.project(torch.full_like(x, -torch.inf), x) - moved
-    return torch.maximum(gradient * up, gradient * down).flatten(1).sum(1)
+    return (gradient * (ball.furthest(gradient, x) - moved)).flatten(1).sum(1)
 
 
 def relative(condition: Tensor, gradient: Tensor, ball: Ball) -> Tensor:
-    """A FOSC in units of epsilon |gradient|_1: comparable across betas, losses and spaces. From 0, stationary, to 2;
-    about 1 where an attack gained nothing from the gradient; 0 where there is no gradient."""
-    size = ball.epsilon * gradient.flatten(1).abs().sum(1)
+    """A FOSC in units of `ball.gain`, epsilon |gradient|_1 in L-infinity: comparable across betas, losses and spaces.
+    From 0, stationary, to 2; about 1 where an attack gained nothing from the gradient; 0 where there is no gradient."""
+    size = ball.gain(gradient)
     return torch.where(size > 0, condition / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(size))
 
 

@@ -20,8 +20,10 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.extras import require
 from prefvec_ray.common.files import parse_models, read_json, read_model
 from prefvec_ray.common.lines import LineWriter, whole_lines
-from prefvec_ray.robustness.audit import OVERESTIMATE, Audit, Ladder
+from prefvec_ray.robustness.audit import LADDERS, OVERESTIMATE, Audit, Ladder
 from prefvec_ray.robustness.images import Network
+from prefvec_ray.robustness.place import Place
+from prefvec_ray.robustness.threat import Norm
 from prefvec_ray.robustness.train import Method, Moment, Recipe, Remedy
 
 
@@ -37,6 +39,7 @@ class Cell(Config):
         recipe = self.recipe
         return {
             "method": recipe.method,
+            "norm": recipe.norm,
             "epsilon": recipe.epsilon,
             "beta": recipe.beta if recipe.method == "trades" else None,
             "lr": recipe.lr,
@@ -51,9 +54,8 @@ class Cell(Config):
         method = "TRADES" if f["method"] == "trades" else "adversarial"
         beta = f" beta {f['beta']:g}" if f["beta"] is not None else ""
         noise = f", noise {f['noise']}" if f["noise"] else ""
-        return (
-            f"{method}{beta}, eps {f['epsilon']:.3g}, lr {f['lr']:g}, batch {f['batch']}, {f['classes']} classes{noise}"
-        )
+        radius = f"{'L2 ' if f['norm'] == 'l2' else ''}eps {f['epsilon']:.3g}"
+        return f"{method}{beta}, {radius}, lr {f['lr']:g}, batch {f['batch']}, {f['classes']} classes{noise}"
 
 
 class Grid(Config):
@@ -61,6 +63,7 @@ class Grid(Config):
     of seeds."""
 
     methods: tuple[Method, ...] = ("trades",)
+    norm: Norm = "linf"
     epsilon: tuple[float, ...]
     beta: tuple[float, ...] = (1.0,)
     lr: tuple[float, ...] = (0.1,)
@@ -74,11 +77,13 @@ class StudyConfig(Config):
     """What `prefvec robustness study` runs."""
 
     data: str = "digits"
-    """"digits", or a .npz of CIFAR-10."""
+    """"digits", or CIFAR-10 as a .npz or a folder; see `load_images`."""
     network: Network = "tiny"
     grids: tuple[Grid, ...] = Field(min_length=1)
     train: int | None = None
     """How many images to train on; all by default."""
+    merge: bool = False
+    """Fewer classes by merging neighbouring labels: every image stays."""
     watch: int = 200
     test: int = 300
     epochs: int = 20
@@ -97,9 +102,9 @@ class StudyConfig(Config):
             product = itertools.product(grid.methods, grid.epsilon, grid.beta, grid.lr, grid.batch, grid.classes)
             for method, epsilon, beta, lr, batch, classes in product:
                 recipe = Recipe(
-                    method=method, epsilon=epsilon, beta=beta if method == "trades" else 1.0, lr=lr, batch=batch,
-                    epochs=self.epochs, weight_decay=self.weight_decay, drops=self.drops, augment=self.augment,
-                    remedy=grid.remedy, watch_every=self.watch_every,
+                    method=method, norm=grid.norm, epsilon=epsilon, beta=beta if method == "trades" else 1.0, lr=lr,
+                    batch=batch, epochs=self.epochs, weight_decay=self.weight_decay, drops=self.drops,
+                    augment=self.augment, remedy=grid.remedy, watch_every=self.watch_every,
                 )  # fmt: skip
                 cell = Cell(recipe=recipe, classes=classes)
                 key = cell.model_dump_json()
@@ -137,6 +142,16 @@ PRESETS: dict[str, StudyConfig] = {
         ),
         ladder=Ladder(square_queries=500),
     ),
+    "narrow": StudyConfig(
+        data="", network="narrow", train=4800, merge=True, epochs=10, weight_decay=5e-4, drops=(0.7,), augment=True,
+        watch_every=2,
+        grids=(
+            Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0,), batch=(32,), seeds=3),
+            Grid(epsilon=(8 / 255,), beta=(6.0,), lr=(0.02,), batch=(128,), seeds=3),
+            Grid(methods=("trades", "adversarial"), epsilon=(8 / 255,), beta=(1.0,), batch=(32,), classes=(5,),
+            seeds=3),
+        ),
+    ),
     "paper": StudyConfig(
         data="", network="resnet18", watch=500, test=1000, epochs=110, weight_decay=5e-4, drops=(0.68, 0.82, 0.91),
         augment=True, watch_every=5, resources={"cpu": 2.0, "gpu": 1.0},
@@ -145,11 +160,12 @@ PRESETS: dict[str, StudyConfig] = {
             seeds=5), Grid(epsilon=(8 / 255,), lr=(0.01, 0.05), batch=(128,)), Grid(epsilon=(8 / 255,),
             batch=(128,), remedy=Remedy(threshold=0.1, sigma=8 / 255)),
         ),
-        ladder=Ladder(apgd_steps=100, square_queries=5000, batch=500),
+        ladder=LADDERS["standard"].model_copy(update={"batch": 500}),
     ),
 }  # fmt: skip
-"""`quick` is a minute, for tests. `digits` is the default. `cifar` wants a file; so does `paper`, and a GPU: it has
-not been run."""
+"""`quick` is a minute, for tests. `digits` is the default. The others want CIFAR-10. `narrow` is `paper` for a CPU: a
+narrow ResNet, a tenth of the images, few epochs, where the paper predicts overestimation, its opposite and the
+control. `paper` is the paper's size, for a GPU: it has not been run."""
 
 
 class Run(Config):
@@ -167,27 +183,33 @@ class Run(Config):
         return self.audit.gap(OVERESTIMATE).low > self.audit.ladder.tolerance
 
 
-def run_cell(config: StudyConfig, cell: Cell, seed: int) -> Run:
+def run_cell(config: StudyConfig, cell: Cell, seed: int, place: Place | None = None) -> Run:
     """Train and audit one run, on a GPU where torch sees one. Plain torch; the same seed gives the same run on the
-    same device."""
+    same device. With `place` it continues from what is stored there, and raises Pause once the budget is spent."""
     import torch
 
     from prefvec_ray.robustness.audit import audit
     from prefvec_ray.robustness.images import build_network, load_images
+    from prefvec_ray.robustness.place import Rungs
     from prefvec_ray.robustness.threat import Ball
     from prefvec_ray.robustness.train import train_classifier
 
     started = time.monotonic()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
         torch.set_num_threads(1)
-    images = load_images(config.data, cell.classes, train=config.train, watch=config.watch, test=config.test)
+    images = load_images(
+        config.data, cell.classes, train=config.train, watch=config.watch, test=config.test, merge=config.merge
+    )
     train, watch, test = ((x.to(device), y.to(device)) for x, y in (images.train, images.watch, images.test))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build_network(config.network, train[0].shape[1], cell.classes).to(device)
-    curve = train_classifier(model, train, watch, cell.recipe, seed=seed)
-    found = audit(model, *test, Ball(cell.recipe.epsilon), config.ladder, space="images in [0, 1]", seed=seed)
+    recipe = cell.recipe
+    ball = Ball(recipe.epsilon, norm=recipe.norm)
+    curve = train_classifier(model, train, watch, recipe, seed=seed, place=place)
+    rungs = Rungs(place, device) if place else None
+    found = audit(model, *test, ball, config.ladder, space="images in [0, 1]", seed=seed, rungs=rungs)
     return Run(cell=cell, seed=seed, curve=tuple(curve), audit=found, seconds=round(time.monotonic() - started, 2))
 
 

@@ -1,4 +1,4 @@
-"""The threat model: an L-infinity ball, perhaps inside a box of allowed values; and what may enter it.
+"""The threat model: an L-infinity or L2 ball, perhaps inside a box of allowed values; and what may enter it.
 
 Everything in this package works on a *classifier*: a `torch.nn.Module` that turns inputs of any shape (N, ...) into
 logits (N, classes). Images, features and token embeddings differ in their ball alone.
@@ -8,16 +8,21 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from prefvec_ray.common.errors import InputError
 
+Norm = Literal["linf", "l2"]
+_BISECTIONS = 50
+
 
 @dataclass(frozen=True)
 class Ball:
-    """All x' with |x' - x| <= epsilon in every coordinate and low <= x' <= high.
+    """All x' with low <= x' <= high and |x' - x| <= epsilon: in every coordinate (`linf`), or as the root of the sum of
+    squares over all of a row's coordinates (`l2`).
 
     `low` and `high` are None together where inputs have no limits, as embeddings. Images live in [0, 1], the default.
     """
@@ -25,6 +30,7 @@ class Ball:
     epsilon: float
     low: float | None = 0.0
     high: float | None = 1.0
+    norm: Norm = "linf"
 
     def __post_init__(self) -> None:
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float):
@@ -35,17 +41,66 @@ class Ball:
             raise InputError(f"limits {self.low} to {self.high}: give both, or None for both")
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise InputError(f"limits {self.low} to {self.high}: the lower must be below the upper")
+        if self.norm not in get_args(Norm):
+            raise InputError(f"norm {self.norm!r}: expected linf or l2")
 
     def project(self, moved: Tensor, x: Tensor) -> Tensor:
-        """The point of the ball around `x` that is nearest to `moved`."""
-        moved = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon)
+        """A point of the ball around `x`, close to `moved`: first the nearest of the ball without its limits, then
+        cut at the limits. In L-infinity that is the nearest point."""
+        if self.norm == "l2":
+            step = moved - x
+            moved = x + step * (self.epsilon / _norms(step).clamp_min(self.epsilon))
+        else:
+            moved = torch.minimum(torch.maximum(moved, x - self.epsilon), x + self.epsilon)
         return moved if self.low is None else moved.clamp(self.low, self.high)
 
     def around(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """A point of the ball, uniform before the limits are applied. `generator` lives on the CPU, so that a seed
         means the same on every device."""
-        noise = torch.rand(x.shape, generator=generator) * 2 - 1
+        if self.norm == "l2":
+            noise = torch.randn(x.shape, generator=generator)
+            radius = torch.rand(len(x), generator=generator) ** (1 / x[0].numel())
+            noise = noise / _norms(noise) * radius.reshape(-1, *[1] * (x.ndim - 1))
+        else:
+            noise = torch.rand(x.shape, generator=generator) * 2 - 1
         return self.project(x + self.epsilon * noise.to(x), x)
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """The step of length 1 in this norm that climbs most, for each row: the sign, or the normed gradient. 0 where
+        the gradient is 0."""
+        if self.norm == "linf":
+            return gradient.sign()
+        return gradient / _norms(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+    def gain(self, gradient: Tensor) -> Tensor:
+        """How much a linear function of this gradient rises over `epsilon`, without limits, (N,): epsilon times the
+        gradient's L1 (`linf`) or L2 norm (`l2`)."""
+        return self.epsilon * gradient.flatten(1).norm(p=1 if self.norm == "linf" else 2, dim=1)
+
+    def furthest(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The point of the ball inside its limits where a linear function of this gradient is largest.
+
+        In L2 that is `x` plus a multiple of the gradient, cut at the limits: the multiple is found by bisection.
+        """
+        if self.norm == "linf":
+            return self.project(torch.where(gradient > 0, torch.inf, -torch.inf), x)
+        if self.low is None:
+            return x + self.epsilon * self.direction(gradient)
+
+        def reached(exponent: Tensor) -> Tensor:
+            return (x + exponent.exp2() * self.direction(gradient)).clamp(self.low, self.high) - x
+
+        low, high = _norms(x) * 0 - 40.0, _norms(x) * 0 + 40.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            inside = _norms(reached(middle)) <= self.epsilon
+            low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+        return x + reached(low)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """The L2 norm of every row, (N, 1, ...): it broadcasts over `x`."""
+    return x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def check_data(x: Tensor, y: Tensor, ball: Ball, classes: int) -> None:

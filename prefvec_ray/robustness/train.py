@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError, JobError
+from prefvec_ray.common.files import parse_model, taking_apart
 from prefvec_ray.robustness.attacks import TARGETED_CLASSES, strong_attack
 from prefvec_ray.robustness.intervals import Gap
 from prefvec_ray.robustness.losses import Loss, adversarial_loss, pgd, trades_loss
 from prefvec_ray.robustness.metrics import probe
-from prefvec_ray.robustness.threat import Ball, check_data, correct, count_classes
+from prefvec_ray.robustness.place import Pause, Place
+from prefvec_ray.robustness.threat import Ball, Norm, check_data, correct, count_classes
 
 Method = Literal["trades", "adversarial"]
 
@@ -32,6 +34,7 @@ class Recipe(Config):
 
     method: Method = "trades"
     epsilon: float
+    norm: Norm = "linf"
     beta: float = Field(default=6.0, gt=0)
     """Weight of TRADES' robust term; plain adversarial training has none."""
     lr: float = Field(default=0.1, gt=0)
@@ -87,85 +90,175 @@ def train_classifier(
     ball: Ball | None = None,
     seed: int = 0,
     progress: Callable[[Moment], None] | None = None,
+    place: Place | None = None,
 ) -> list[Moment]:
     """Train `model` in place by SGD on `train`; measure every epoch on `watch`. `ball` defaults to images in [0, 1].
 
     The gap of a moment is PGD-10 minus a short strong attack (targeted APGD, then Square), a cheap estimate of what the
     audit measures at the end.
 
+    With `place`, the training continues from what is stored there, stores itself after each epoch, and stops after
+    the first batch that ends past the budget. On a CPU, a training in slices ends in the same bits as one at a stretch.
+
     Raises:
-        InputError: as `check_data`, for either part.
+        InputError: as `check_data`, for either part; or the stored training is damaged or of another recipe.
         JobError: the loss is no number: the run diverged.
+        Pause: the budget is spent.
     """
-    ball = ball or Ball(recipe.epsilon)
-    if ball.epsilon != recipe.epsilon:
-        raise InputError(f"the ball's epsilon is {ball.epsilon}, the recipe's {recipe.epsilon}; give the same")
-    x, y = train
-    classes = count_classes(model, x)
-    check_data(x, y, ball, classes)
-    check_data(*watch, ball, classes)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    milestones = [round(share * recipe.epochs) for share in recipe.drops]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    curve: list[Moment] = []
-    noisy = False
-    for epoch in range(1, recipe.epochs + 1):
-        losses = _epoch(model, x, y, ball, recipe, optimizer, generator, noisy=noisy)
+    ball = ball or Ball(recipe.epsilon, norm=recipe.norm)
+    if (ball.epsilon, ball.norm) != (recipe.epsilon, recipe.norm):
+        raise InputError(
+            f"the ball's epsilon is {ball.epsilon} ({ball.norm}), the recipe's {recipe.epsilon} ({recipe.norm}); "
+            "give the same"
+        )
+    classes = count_classes(model, train[0])
+    for part in (train, watch):
+        check_data(*part, ball, classes)
+    run = _Training(model, recipe, ball, seed, place)
+    while run.epoch <= recipe.epochs:
+        losses = run.finish_epoch(*train)
         if not math.isfinite(losses[1]):
             raise JobError(
-                f"the loss is {losses[1]} in epoch {epoch}: the run diverged; lower the learning rate {recipe.lr}"
+                f"the loss is {losses[1]} in epoch {run.epoch}: the run diverged; lower the learning rate {recipe.lr}"
             )
-        schedule.step()
-        gap = epoch % recipe.watch_every == 0 or epoch == recipe.epochs
-        curve.append(_watched(model, *watch, ball, classes, epoch, losses, noisy, gap=gap, seed=seed))
-        noisy = recipe.remedy is not None and curve[-1].fosc > recipe.remedy.threshold
+        gap = run.epoch % recipe.watch_every == 0 or run.epoch == recipe.epochs
+        moment = _watched(model, *watch, ball, classes, run.epoch, losses, run.noisy, gap=gap, seed=seed)
+        run.next_epoch(moment)
         if progress:
-            progress(curve[-1])
-    return curve
+            progress(moment)
+        if place:
+            place.pause_if_spent(f"epoch {moment.epoch} of {recipe.epochs} done")
+    return run.curve
 
 
-def _epoch(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    ball: Ball,
-    recipe: Recipe,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    *,
-    noisy: bool,
-) -> tuple[float, float]:
-    """One pass over `x` in random order; the means of the natural and of the robust loss over its batches."""
-    model.train()
-    losses = []
-    order = torch.randperm(len(x), generator=generator)
-    # A rest of one input would leave batch normalization without a variance.
-    for rows in [part for part in order.split(recipe.batch) if len(part) > 1]:
-        part = _moved(x[rows], generator) if recipe.augment else x[rows]
-        if noisy and recipe.remedy:
-            noise = torch.randn(part.shape, generator=generator).to(part)
-            part = part + recipe.remedy.sigma * noise
-            part = part if ball.low is None else part.clamp(ball.low, ball.high)
-        loss = robust_loss(model, part, y[rows], ball, recipe, generator)
-        optimizer.zero_grad()
+class _Words(Config):
+    """What a stored training knows beside its tensors."""
+
+    recipe: Recipe
+    seed: int
+    epoch: int
+    noisy: bool
+    curve: tuple[Moment, ...]
+
+
+class _Training:
+    """A model under way: all that the next batch depends on."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, ball: Ball, seed: int, place: Place | None) -> None:
+        self.model, self.recipe, self.ball, self.seed, self.place = model, recipe, ball, seed, place
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self.epoch, self.noisy = 1, False
+        self.curve: list[Moment] = []
+        self.order = torch.zeros(0, dtype=torch.long)
+        """The order of the images in the epoch under way; empty between two epochs."""
+        self.losses: list[tuple[float, float]] = []
+        """Natural and robust loss of every batch of the epoch under way."""
+        if place:
+            self._load(place)
+
+    def finish_epoch(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """The rest of one pass over `x` in random order; the means of the two losses over all its batches."""
+        recipe = self.recipe
+        drops = sum(self.epoch > round(share * recipe.epochs) for share in recipe.drops)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * 0.1**drops
+        if not len(self.order):
+            self.order = torch.randperm(len(x), generator=self.generator)
+        # A rest of one input would leave batch normalization without a variance.
+        batches = [part for part in self.order.split(recipe.batch) if len(part) > 1]
+        for rows in batches[len(self.losses) :]:
+            self._step(x[rows], y[rows])
+            if self.place and self.place.budget.spent and len(self.losses) < len(batches):
+                self._save(self.place)
+                raise Pause(f"epoch {self.epoch} of {recipe.epochs}, batch {len(self.losses)} of {len(batches)}")
+        natural, robust = (sum(values) / len(batches) for values in zip(*self.losses, strict=True))
+        return natural, robust
+
+    def next_epoch(self, moment: Moment) -> None:
+        """Close the epoch that `moment` tells of."""
+        self.curve.append(moment)
+        self.noisy = self.recipe.remedy is not None and moment.fosc > self.recipe.remedy.threshold
+        self.epoch, self.order, self.losses = self.epoch + 1, self.order[:0], []
+        if self.place:
+            self._save(self.place)
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        self.model.train()
+        part = shifted(x, self.generator) if self.recipe.augment else x
+        if self.noisy and self.recipe.remedy:
+            noise = torch.randn(part.shape, generator=self.generator).to(part)
+            part = part + self.recipe.remedy.sigma * noise
+            part = part if self.ball.low is None else part.clamp(self.ball.low, self.ball.high)
+        loss = robust_loss(self.model, part, y, self.ball, self.recipe, self.generator)
+        self.optimizer.zero_grad()
         loss.total.backward()
-        optimizer.step()
-        losses.append((loss.natural, loss.robust))
-    natural, robust = (sum(values) / len(losses) for values in zip(*losses, strict=True))
-    return natural, robust
+        self.optimizer.step()
+        self.losses.append((loss.natural, loss.robust))
+
+    def _momentum(self) -> dict[str, Tensor]:
+        """The optimizer's buffers, by the parameters' names; made where there are none yet."""
+        if not self.recipe.momentum:
+            return {}
+        named = dict(self.model.named_parameters())
+        return {
+            name: self.optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            for name, parameter in named.items()
+        }
+
+    def _save(self, place: Place) -> None:
+        place.save(
+            STORED,
+            {
+                **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
+                **{f"momentum.{name}": tensor for name, tensor in self._momentum().items()},
+                "generator": self.generator.get_state(),
+                "order": self.order,
+                "losses": torch.tensor(self.losses, dtype=torch.float64),
+            },
+            _Words(
+                recipe=self.recipe, seed=self.seed, epoch=self.epoch, noisy=self.noisy, curve=tuple(self.curve)
+            ).model_dump_json(),
+        )
+
+    def _load(self, place: Place) -> None:
+        stored = place.load(STORED)
+        if stored is None:
+            return
+        tensors, text = stored
+        where, advice = f"checkpoint {place.folder}", "delete it, and its run begins anew"
+        words = parse_model(text.encode(), _Words, where, advice)
+        if (words.recipe, words.seed) != (self.recipe, self.seed):
+            raise InputError(f"{where}: of another recipe or seed; {advice}")
+        with taking_apart(where, advice):
+            weights = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
+            self.model.load_state_dict(weights)
+            for name, buffer in self._momentum().items():
+                buffer.copy_(tensors[f"momentum.{name}"])
+            self.generator.set_state(tensors["generator"])
+            self.order = tensors["order"]
+            self.losses = [(natural, robust) for natural, robust in tensors["losses"].reshape(-1, 2).tolist()]
+        self.epoch, self.noisy, self.curve = words.epoch, words.noisy, list(words.curve)
 
 
-def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, C, H, W), each shifted by up to four pixels into black, half of them mirrored."""
+STORED = "training"
+"""The file of a place that holds the training."""
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, C, H, W), each shifted by up to four pixels into black, half of them mirrored. The draws are made on
+    the CPU, so that a seed means the same everywhere; the images stay on their device."""
     n, _, height, width = images.shape
-    padded = nn.functional.pad(images, (4, 4, 4, 4))
     mirrored = torch.rand(n, generator=generator) < 0.5
-    shifts = torch.randint(0, 9, (n, 2), generator=generator).tolist()
-    parts = [image[:, a : a + height, b : b + width] for image, (a, b) in zip(padded, shifts, strict=True)]
-    return torch.stack([part.flip(2) if flip else part for part, flip in zip(parts, mirrored, strict=True)])
+    down, right = torch.randint(0, 9, (n, 2), generator=generator).unbind(1)
+    rows = down.unsqueeze(1) + torch.arange(height)
+    columns = torch.arange(width).expand(n, -1)
+    columns = right.unsqueeze(1) + torch.where(mirrored.unsqueeze(1), columns.flip(1), columns)
+    padded = nn.functional.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    index = [part.to(images.device) for part in (torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :])]
+    return padded[index[0], index[1], index[2]].permute(0, 3, 1, 2).contiguous()
 
 
 def _watched(

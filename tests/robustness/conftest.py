@@ -66,6 +66,8 @@ def exactly_robust(model: Linear, x: Tensor, y: Tensor, ball: Ball) -> Tensor:
         up = ball.project(torch.full_like(x, torch.inf), x).flatten(1)
         down = ball.project(torch.full_like(x, -torch.inf), x).flatten(1)
         worst = torch.where(difference > 0, down, up)
+        if ball.norm == "l2":  # has a test of its own
+            worst = ball.furthest(-difference, x.flatten(1))
         margin = (worst * difference).sum(1) + model.bias[y] - model.bias[other]
         standing &= (margin > 0) | (y == other)
     return standing.detach()

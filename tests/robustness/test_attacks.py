@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.robustness import Ball, strong_attack
-from prefvec_ray.robustness.attacks import ensemble
+from prefvec_ray.robustness import Ball, Ladder, strong_attack
+from prefvec_ray.robustness.audit import run_attacks
 from prefvec_ray.robustness.threat import correct
 
 NAMES = ("apgd-ce", "apgd-t", "fab", "square")
@@ -21,6 +21,8 @@ NAMES = ("apgd-ce", "apgd-t", "fab", "square")
         ((4, 3), Ball(0.5, None, None)),
         ((7,), Ball(0.5, -3.0, 3.0)),
         ((1, 2, 3), Ball(0.1)),
+        ((2, 4, 4), Ball(0.4, norm="l2")),
+        ((4, 3), Ball(1.0, None, None, norm="l2")),
     ],
 )
 def test_any_shape_limits_and_classes(linear, truth, name, classes, shape, ball):
@@ -35,7 +37,8 @@ def test_any_shape_limits_and_classes(linear, truth, name, classes, shape, ball)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert moved.shape == x.shape
     assert not moved.requires_grad
-    assert (moved - x).abs().max() <= ball.epsilon * 1.0001
+    length = (moved - x).flatten(1).norm(p=2 if ball.norm == "l2" else torch.inf, dim=1)
+    assert length.max() <= ball.epsilon * 1.0001
     assert ball.low is None or (moved.min() >= ball.low and moved.max() <= ball.high)
     stands, exact = correct(model, moved, y), truth(model, x, y, ball)
     assert not (exact & ~stands).any(), "nothing can turn these"
@@ -65,7 +68,8 @@ def test_batches_do_not_matter_to_what_is_returned_for_gradient_attacks(plain, d
 def test_the_ensemble_is_at_most_its_weakest_part(plain, digits):
     x, y = digits.test[0][:80], digits.test[1][:80]
     ball = Ball(0.08)
-    full = ensemble(plain, x, y, ball, classes=10, steps=10, fab_steps=3, seed=0, batch=64)
+    ladder = Ladder(strong_steps=5, restarts=1, apgd_steps=10, fab_steps=3, square_queries=30, batch=64)
+    full = run_attacks(plain, x, y, ball, ladder)["ensemble"]
     for name, steps in (("apgd-ce", 10), ("apgd-t", 10)):
         alone = correct(plain, strong_attack(name, plain, x, y, ball, classes=10, steps=steps), y)
         assert full.sum() <= alone.sum() + 1

@@ -8,8 +8,19 @@ from torch import nn
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ball, Ladder, audit
-from prefvec_ray.robustness.audit import BLACK_BOX, ENSEMBLE, MASKING, OVERESTIMATE, PGD, STRONG, WEAKNESS, judge
+from prefvec_ray.robustness.audit import (
+    BLACK_BOX,
+    ENSEMBLE,
+    MASKING,
+    OVERESTIMATE,
+    PGD,
+    STRONG,
+    WEAKNESS,
+    judge,
+    run_attacks,
+)
 from prefvec_ray.robustness.intervals import Gap, Rate
+from prefvec_ray.robustness.suspicion import warnings_of
 
 SHORT = Ladder(strong_steps=20, restarts=2, apgd_steps=10, fab_steps=2, square_queries=150)
 
@@ -155,6 +166,61 @@ def test_two_and_three_classes_have_right_answers(linear, truth, classes):
     found = audit(model, x, y, Ball(0.05), SHORT)
     exact = float(truth(model, x, y, Ball(0.05)).float().mean())
     assert found.rung(ENSEMBLE).mean == pytest.approx(exact, abs=0.02)
+
+
+def test_a_ball_in_l2_has_right_answers_and_says_so_on_the_card(linear, truth):
+    torch.manual_seed(0)
+    model, x = linear(torch.randn(4, 16)), torch.rand(60, 1, 4, 4)
+    y, ball = model(x).argmax(1), Ball(0.3, norm="l2")
+    found = audit(model, x, y, ball, SHORT)
+    assert found.norm == "l2"
+    exact = float(truth(model, x, y, ball).float().mean())
+    assert 0.2 < exact < 0.8
+    assert found.rung(ENSEMBLE).mean == pytest.approx(exact, abs=0.02)
+
+
+class Odd(nn.Module):
+    """A linear model with one habit that misleads attacks."""
+
+    def __init__(self, model: nn.Module, habit: str) -> None:
+        super().__init__()
+        self.model, self.habit = model, habit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.model(x)
+        if self.habit == "randomized":
+            return logits + 0.01 * torch.randn_like(logits)
+        if self.habit == "softmax":
+            return logits.softmax(1)
+        if self.habit == "zero gradient":
+            return 1000 * logits
+        if self.habit == "optimizes while answering":
+            with torch.enable_grad():
+                moved = x.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(self.model(moved).amax(1).sum(), moved)
+            return self.model(x + 0.01 * slope.sign())
+        return logits
+
+
+HABITS = ["randomized", "softmax", "zero gradient", "optimizes while answering"]
+
+
+@pytest.mark.parametrize("habit", [*HABITS, "none"])
+def test_habits_that_mislead_attacks_are_warned_of(linear, habit):
+    torch.manual_seed(0)
+    plain, x = linear(torch.randn(4, 16)), torch.rand(60, 16)
+    y = plain(x).argmax(1)
+    raised = warnings_of(Odd(plain, habit), x, y, Ball(0.01))
+    assert [words.split(":")[0] for words in raised] == ([] if habit == "none" else [habit])
+
+
+def test_what_is_attacked_already_is_not_attacked_again(plain, digits):
+    x, y = digits.test[0][:40], digits.test[1][:40]
+    short = Ladder(strong_steps=2, restarts=1, apgd_steps=2, fab_steps=1, square_queries=5)
+    nothing = torch.zeros(40, dtype=torch.bool)
+    rungs = run_attacks(plain, x, y, Ball(0.1), short, rungs={PGD: nothing})
+    assert not rungs[STRONG].any(), "it starts from what is known"
+    assert rungs[BLACK_BOX].any()
 
 
 def test_intervals_against_published_values():

@@ -38,6 +38,31 @@ def test_fosc_is_the_maximum_that_its_definition_asks_for():
         torch.testing.assert_close(measure(gradient, moved, x, ball), best)
 
 
+@pytest.mark.parametrize("limits", [(None, None), (0.0, 1.0)])
+def test_the_same_in_l2(limits):
+    torch.manual_seed(0)
+    ball, x, gradient = Ball(0.5, *limits, norm="l2"), torch.rand(6, 3), torch.randn(6, 3)
+    best = ball.furthest(gradient, x)
+    assert (best - x).norm(dim=1).max() <= 0.5 + 1e-6
+    assert ball.low is None or (best.min() >= 0 and best.max() <= 1)
+    generator = torch.Generator().manual_seed(1)
+    many = torch.stack([ball.project(x + 4 * torch.randn(6, 3), x) for _ in range(20_000)])
+    reached = ((many - best) * gradient).sum(-1).max(0).values
+    assert reached.max() <= 1e-5, "no other point of the ball is further"
+    assert reached.min() > -0.02, "and some are nearly as far"
+    moved = ball.around(x, generator)
+    measure = fosc if ball.low is None else fosc_within
+    torch.testing.assert_close(measure(gradient, moved, x, ball), ((best - moved) * gradient).sum(1))
+    assert measure(gradient, best, x, ball).abs().max() < 1e-5
+    assert relative(fosc(gradient, x, x, ball), gradient, ball).tolist() == pytest.approx([1.0] * 6)
+
+
+def test_starts_fill_an_l2_ball_evenly():
+    ball, x = Ball(2.0, None, None, norm="l2"), torch.zeros(4000, 2)
+    inside = ball.around(x, torch.Generator().manual_seed(0)).norm(dim=1) < 1.0
+    assert inside.float().mean().item() == pytest.approx(0.25, abs=0.03), "half the radius is a quarter of the disc"
+
+
 def test_a_pixel_at_its_limit_is_stationary_within_the_limits_alone():
     x, gradient = torch.tensor([[0.0, 1.0]]), torch.tensor([[-2.0, 3.0]])
     assert fosc(gradient, x, x, Ball(0.1)).item() == pytest.approx(0.5)

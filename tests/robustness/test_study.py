@@ -153,3 +153,6 @@ def test_presets_are_what_they_say():
     assert {cell.recipe.method for cell in PRESETS["digits"].cells()} == {"trades", "adversarial"}
     assert PRESETS["paper"].network == "resnet18"
     assert {cell.recipe.epsilon for cell in PRESETS["paper"].cells()} == {8 / 255}
+    assert (PRESETS["paper"].ladder.apgd_steps, PRESETS["paper"].ladder.square_queries) == (100, 5000)
+    assert {cell.classes for cell in PRESETS["narrow"].cells()} == {5, 10}
+    assert len(PRESETS["narrow"].runs()) == 15

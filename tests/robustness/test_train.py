@@ -7,7 +7,7 @@ from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.robustness import Ball, Recipe, Remedy, train_classifier
 from prefvec_ray.robustness.images import build_network, load_images
 from prefvec_ray.robustness.threat import correct
-from prefvec_ray.robustness.train import Moment, healed
+from prefvec_ray.robustness.train import Moment, healed, shifted
 
 
 def small(digits, **settings):
@@ -79,6 +79,54 @@ def test_images_are_split_once_and_checked(tmp_path):
         load_images("digits", 2, test=400)
 
 
+def test_pictures_are_shifted_and_mirrored_as_by_hand():
+    images = torch.rand(20, 3, 6, 6)
+    found = shifted(images, torch.Generator().manual_seed(3))
+    draws = torch.Generator().manual_seed(3)
+    mirrored, shifts = torch.rand(20, generator=draws) < 0.5, torch.randint(0, 9, (20, 2), generator=draws)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for i, (down, right) in enumerate(shifts.tolist()):
+        part = padded[i, :, down : down + 6, right : right + 6]
+        assert torch.equal(found[i], part.flip(2) if mirrored[i] else part)
+
+
+def test_merged_classes_keep_every_image():
+    left_out, merged = (load_images("digits", 5, merge=merge) for merge in (False, True))
+    assert len(merged.train[0]) > 1.5 * len(left_out.train[0])
+    whole = load_images("digits", 10)
+    assert len(merged.train[0]) == len(whole.train[0])
+    assert torch.equal(merged.test[0], whole.test[0])
+    assert torch.equal(merged.test[1], whole.test[1] // 2)
+
+
+def test_folders_of_pictures(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 6), ("test", 3)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draw.integers(0, 100, (8, 8, 3)).astype("uint8") + (100 if name == "dog" else 0)
+                Image.fromarray(pixels.astype("uint8")).save(tmp_path / part / name / f"{i}.jpg")
+    images = load_images(str(tmp_path), 2, watch=4, test=6)
+    assert images.train[0].shape == (8, 3, 8, 8)
+    assert torch.equal(images.test[0].mean((1, 2, 3)) > 0.4, images.test[1] == 1), "dogs are bright"
+    (tmp_path / "train" / "dog" / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"dog/broken.jpg: not a readable picture"):
+        load_images(str(tmp_path), 2)
+    Image.new("RGB", (9, 8)).save(tmp_path / "train" / "dog" / "broken.jpg")
+    with pytest.raises(InputError, match=r"\(8, 9, 3\), others are \(8, 8, 3\); give one size"):
+        load_images(str(tmp_path), 2)
+    (tmp_path / "train" / "dog" / "broken.jpg").unlink()
+    (tmp_path / "test" / "emu").mkdir()
+    with pytest.raises(InputError, match="different classes: emu"):
+        load_images(str(tmp_path), 2)
+    with pytest.raises(InputError, match="expected train/CLASS/ and test/CLASS/"):
+        load_images(str(tmp_path / "train"), 2)
+
+
 def test_cifar_files_are_read_and_refused(tmp_path):
     import numpy as np
 
@@ -88,7 +136,7 @@ def test_cifar_files_are_read_and_refused(tmp_path):
     np.savez(path, x_train=pictures, y_train=labels, x_test=pictures, y_test=labels)
     images = load_images(str(path), 10, watch=8, test=20)
     assert images.train[0].shape == (32, 3, 32, 32)
-    for name in ("small", "resnet18"):
+    for name in ("small", "narrow", "resnet18"):
         assert build_network(name, 3, 10)(images.train[0][:2]).shape == (2, 10)
     np.savez(path, x_train=pictures / 255, y_train=labels, x_test=pictures, y_test=labels)
     with pytest.raises(InputError, match="float64 of shape"):
