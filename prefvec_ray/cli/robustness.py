@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,9 +110,10 @@ def robustness_study(
     seconds = _seconds(budget) if budget else None
     found = prepared_study(preset=preset, config=path, data=data, output=output, out=out)
     left = study_slice(console(), found, seconds) if seconds else study_on_ray(console(), found, workers or 4)
-    page = out or output / "robustness.md"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(console(), found, page)
+    if budget and find_spec("matplotlib") is None:
+        console().print("no tables: matplotlib is not installed here; the same command makes them where it is")
+    else:
+        write_page(console(), found, out or output / "robustness.md")
     if left.failed:
         name, reason = next(iter(left.failed.items()))
         raise JobError(f"{len(left.failed)} runs failed, such as {name}: {reason}; the same command tries them again")
@@ -202,6 +204,7 @@ def write_page(console: Console, study: Study, page: Path) -> None:
     """Write the tables and plots of a study."""
     from prefvec_ray.robustness.report import write_study
 
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_study(study, page)
     console.print(f"{len(study.runs)} runs in {study.folder}: {page}", soft_wrap=True)
 

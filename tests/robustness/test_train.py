@@ -90,6 +90,15 @@ def test_pictures_are_shifted_and_mirrored_as_by_hand():
         assert torch.equal(found[i], part.flip(2) if mirrored[i] else part)
 
 
+def test_channels_last_changes_nothing_but_rounding():
+    torch.manual_seed(0)
+    network, x = build_network("narrow", 3, 10).eval(), torch.rand(4, 3, 32, 32)
+    found = network(x)
+    assert network.body.embedder.embedder.convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    usual = network.to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(usual(x), found, atol=1e-5, rtol=1e-4)
+
+
 def test_merged_classes_keep_every_image():
     left_out, merged = (load_images("digits", 5, merge=merge) for merge in (False, True))
     assert len(merged.train[0]) > 1.5 * len(left_out.train[0])
