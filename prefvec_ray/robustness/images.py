@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.extras import require
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 UNPACKED = 1 << 30
@@ -93,6 +94,7 @@ def _read(path: Path) -> tuple[Tensor, ...]:
 
 def _pictures(folder: Path) -> tuple[Tensor, Tensor, set[str]]:
     """The pictures of the folders in `folder`, a class each, in the order of their names."""
+    require("robustness", "PIL")
     from PIL import Image, UnidentifiedImageError
 
     names = sorted(part.name for part in folder.iterdir() if part.is_dir()) if folder.is_dir() else []
