@@ -17,7 +17,7 @@ from prefvec_ray.vectors.forms import to_dtype, to_full, to_int8, to_low_rank
 from prefvec_ray.vectors.live import LiveModel
 from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
 from prefvec_ray.vectors.steering import Steering
-from prefvec_ray.vectors.stream import extract_from_checkpoints
+from prefvec_ray.vectors.stream import extract_from_checkpoints, subtract_deltas
 
 __all__ = [
     "Checkpoint",
@@ -45,6 +45,7 @@ __all__ = [
     "reward_soup",
     "save_vector",
     "subtract",
+    "subtract_deltas",
     "ties",
     "to_dtype",
     "to_full",

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from pydantic import JsonValue
@@ -28,6 +28,7 @@ from prefvec_ray.vectors.file import PreferenceVector, VectorInfo
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.precision import COSINE_WARNING, PrecisionWarning, RoundingStats, StorageLoss
 
+Form: TypeAlias = Literal["full", "low-rank"]
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 
 
@@ -144,27 +145,14 @@ def subtract(
     for name in sorted(set(positive.names()) | set(negative.names())):
         minus = scaled(negative.entry(name), -1.0) if name in negative else None
         plus = positive.entry(name) if name in positive else None
-        if plus is not None and minus is not None and plus.shape != minus.shape:
-            raise InputError(
-                f"'{name}' is {tuple(plus.shape)} in '{positive.info.preference}' but {tuple(minus.shape)} in"
-                f" '{negative.info.preference}'; they are not of one base model"
-            )
+        if plus is not None and minus is not None:
+            check_same_shape(name, positive, negative)
         present = [entry for entry in (plus, minus) if entry is not None]
         entries[name] = added(present[0], present[1]) if len(present) == 2 else scaled(present[0], 1.0)
     runs = {"positive": positive, "negative": negative}
-    same_data = positive.info.data_digest == negative.info.data_digest
-    info = VectorInfo(
-        preference=check_preference(preference),
-        form="low-rank" if any(isinstance(entry, LowRank) for entry in entries.values()) else "full",
-        dtype="float32",
-        base_fingerprint=positive.info.base_fingerprint,
-        parents={polarity: run.digest() for polarity, run in runs.items()},
-        data_digest=positive.info.data_digest if same_data else "",
-        recipe={
-            polarity: run.info.recipe | ({} if same_data else {"data_digest": run.info.data_digest})
-            for polarity, run in runs.items()
-        },
-    )
+    form: Form = "low-rank" if any(isinstance(entry, LowRank) for entry in entries.values()) else "full"
+    info = of_two_runs(positive, negative, preference, form)
+    info = info.model_copy(update={"parents": {polarity: run.digest() for polarity, run in runs.items()}})
     vector = stored_as(info, entries, dtype)
     rounding = {polarity: run.info.precision for polarity, run in runs.items() if _noise(run)}
     if not rounding:
@@ -176,6 +164,33 @@ def subtract(
         message = f"vector '{preference}': its runs' deltas were rounded, expected cosine with phi {cosine:.2f}"
         warnings.warn(f"{message}; keep the deltas in fp32", PrecisionWarning, stacklevel=2)
     return vector.replace(precision=vector.info.precision | {"sources": rounding, "expected_cosine": cosine})
+
+
+def of_two_runs(positive: PreferenceVector, negative: PreferenceVector, preference: str, form: Form) -> VectorInfo:
+    """What phi = theta+ - theta- says about itself, but for its parents' digests and what storing it costs."""
+    runs = {"positive": positive, "negative": negative}
+    same_data = positive.info.data_digest == negative.info.data_digest
+    return VectorInfo(
+        preference=check_preference(preference),
+        form=form,
+        dtype="float32",
+        base_fingerprint=positive.info.base_fingerprint,
+        data_digest=positive.info.data_digest if same_data else "",
+        recipe={
+            polarity: run.info.recipe | ({} if same_data else {"data_digest": run.info.data_digest})
+            for polarity, run in runs.items()
+        },
+    )
+
+
+def check_same_shape(name: str, positive: PreferenceVector, negative: PreferenceVector) -> None:
+    """InputError where both runs change a parameter, and it is not the same one."""
+    plus, minus = tuple(positive.shape(name)), tuple(negative.shape(name))
+    if plus != minus:
+        raise InputError(
+            f"'{name}' is {plus} in '{positive.info.preference}' but {minus} in '{negative.info.preference}'; they are "
+            "not of one base model"
+        )
 
 
 def _noise(run: PreferenceVector) -> float:

@@ -1,9 +1,10 @@
 """phi = theta+ - theta- of two checkpoints of any size, in one streamed pass: as fast as `cp`, in bounded memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from pydantic import JsonValue
@@ -14,7 +15,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, Full, dtype_name
-from prefvec_ray.vectors.extract import check_same_parameters
+from prefvec_ray.vectors.extract import check_same_base, check_same_parameters, check_same_shape, of_two_runs
 from prefvec_ray.vectors.file import STEM, PreferenceVector, VectorInfo, load_vector, to_metadata
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.fused import FusedMerge, Segment
@@ -75,17 +76,87 @@ def extract_from_checkpoints(
         found = parents or {polarity: fingerprint(folder) for polarity, folder in folders.items()}
         return {"base_fingerprint": base_fingerprint or fingerprint(base_folder), "parents": dict(found)}
 
-    like, metadata = {name: plus[name].to("meta", dtype) for name in changed}, to_metadata(info)
+    like = {name: plus[name].to("meta", dtype) for name in changed}
     with (
         new_folder(Path(out)) as folder,
-        ShardWriter(folder, STEM, like, max_shard_size=max_shard_size, threads=threads, metadata=metadata) as writer,
-        ThreadPoolExecutor(1) as aside,  # hashing takes processors where writing waits for the disk
+        ShardWriter(
+            folder, STEM, like, max_shard_size=max_shard_size, threads=threads, metadata=to_metadata(info)
+        ) as writer,
     ):
+        _write(writer, plus, minus, info, lineage, progress)
+    rounding.warn(preference)
+    return load_vector(out)
+
+
+def subtract_deltas(
+    positive: PreferenceVector,
+    negative: PreferenceVector,
+    out: str | Path,
+    *,
+    preference: str,
+    dtype: torch.dtype = torch.bfloat16,
+    precision: Mapping[str, JsonValue] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> PreferenceVector:
+    """`subtract` of two runs' full deltas in fp32, of any size: written as a vector folder, and opened.
+
+    What storing costs is measured on a sample of about a million numbers. `out` appears complete or not at all.
+
+    Args:
+        precision: what else is known of how exact the vector is, for its `info.precision`.
+
+    Raises:
+        InputError: as `subtract`, and for deltas in another form or dtype.
+    """
+    check_same_base([positive, negative])
+    plus, minus = _changes(positive), _changes(negative)
+    for name in plus.keys() & minus.keys():
+        check_same_shape(name, positive, negative)
+    for state, other in ((plus, minus), (minus, plus)):
+        for name in other.keys() - state.keys():  # what one run left alone is 0 there
+            state[name] = torch.zeros(()).expand(other[name].shape)
+    changed = [name for name in sorted(plus) if _differs(name, plus[name], minus[name])]
+    if not changed:
+        raise InputError(f"'{preference}' changes no parameter; nothing was trained, or the two runs are equal")
+    measured, _ = _precision(plus, minus, changed, dtype)
+    known = {"dtype": dtype_name(dtype), "precision": measured | dict(precision or {})}
+    unknown = {"parents": dict.fromkeys(("positive", "negative"), UNKNOWN)}
+    info = of_two_runs(positive, negative, preference, "full").model_copy(update=known | unknown)
+
+    def lineage() -> dict[str, object]:
+        return {"parents": {"positive": positive.digest(), "negative": negative.digest()}}
+
+    like = {name: plus[name].to("meta", dtype) for name in changed}
+    with (
+        new_folder(Path(out)) as folder,
+        ShardWriter(folder, STEM, like, max_shard_size=max_shard_size, metadata=to_metadata(info)) as writer,
+    ):
+        _write(writer, plus, minus, info, lineage)
+    return load_vector(out)
+
+
+def _changes(delta: PreferenceVector) -> dict[str, Tensor]:
+    """Every parameter's change; InputError unless the delta is one of full parameters in fp32."""
+    if (delta.info.form, delta.info.dtype) != ("full", "float32"):
+        raise InputError(
+            f"'{delta.info.preference}' is {delta.info.form} in {delta.info.dtype}; expected full, float32"
+        )
+    return {name: cast(Full, delta.entry(name)).values for name in delta.names()}
+
+
+def _write(
+    writer: ShardWriter,
+    plus: Mapping[str, Tensor],
+    minus: Mapping[str, Tensor],
+    info: VectorInfo,
+    lineage: Callable[[], dict[str, object]],
+    progress: Progress | None = None,
+) -> None:
+    """The numbers, and beside that the digests of what they come from."""
+    with ThreadPoolExecutor(1) as aside:  # hashing takes processors where writing waits for the disk
         hashed = aside.submit(lineage)
         writer.write(partial(_difference, plus, minus), progress)
         writer.finish(to_metadata(info.model_copy(update=hashed.result())))
-    rounding.warn(preference)
-    return load_vector(out)
 
 
 def _difference(
