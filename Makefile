@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 # Every worker imports the project: without cached bytecode it would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-padding bench-data bench-search bench-serve load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -98,6 +98,9 @@ bench-engine: env ## Serving engine: steered and merged against plain and serial
 
 bench-train: env ## Ray Train against a plain loop and stock TRL: cost a step, a run, runs in parallel, references
 	$(BIN)/python benchmarks/bench_train.py
+
+bench-padding: env ## What padding costs a DPO run, and what grouping by length and leaving it out save
+	$(BIN)/python benchmarks/bench_padding.py
 
 bench-head: env ## BASE=<folder>: memory and time of log-probs over a large vocabulary, in tiles and all at once
 	$(BIN)/python benchmarks/bench_head.py --base $(BASE)

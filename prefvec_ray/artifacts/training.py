@@ -33,7 +33,9 @@ class Method(Config):
     lora: dict[str, Any] = {}
     """Fields of PEFT's LoraConfig."""
     deepspeed: dict[str, Any] | None = None
-    """DeepSpeed's settings in full; None: plain DDP."""
+    """DeepSpeed's settings in full; None: no DeepSpeed."""
+    fsdp: dict[str, Any] | None = None
+    """Fields of transformers' `fsdp_config`; None: no FSDP. With neither, plain DDP."""
 
 
 class Watch(Config):

@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import Trainer, TrainerCallback
 
-from prefvec_ray.common.atomic import write_whole
+from prefvec_ray.common.atomic import new_folder, write_whole
 from prefvec_ray.common.errors import InputError, JobError
 
 COMPLETE = "complete.json"
@@ -91,6 +91,20 @@ def keep_checkpoints(trainer: Trainer, every: float | None) -> tuple[str | None,
 def remove_checkpoints(out: str | Path) -> None:
     """Remove all checkpoints of a run that has finished, or was stopped for a reason that they would only repeat."""
     shutil.rmtree(checkpoint_folder(out), ignore_errors=True)
+
+
+@contextmanager
+def shared_folder(out: Path) -> Iterator[Path]:
+    """`new_folder(out)` of rank 0, for all ranks to write into. It appears when all of them have left the block."""
+    if not (dist.is_available() and dist.is_initialized()):
+        with new_folder(out) as folder:
+            yield folder
+        return
+    with new_folder(out) if dist.get_rank() == 0 else nullcontext() as folder:
+        made = [str(folder)]
+        dist.broadcast_object_list(made, src=0)
+        yield Path(made[0])
+        _barrier()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.common.paths import check_lasting
-from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_fields, check_loss
+from prefvec_ray.training.recipe import OWNED, SFT_OWNED, check_batches, check_fields, check_loss
 
 
 class DataSource(Config):
@@ -101,6 +101,8 @@ class TrainingConfig(Config):
     """Any field of PEFT's `LoraConfig`: r, lora_alpha, target_modules …"""
     deepspeed: str | dict[str, Any] | None = None
     """zero1, zero2, zero3, zero2-offload, zero3-offload, a JSON file, or DeepSpeed's own settings; else DDP."""
+    fsdp: str | dict[str, Any] | None = None
+    """fsdp2, fsdp2-offload, or fields of transformers' `fsdp_config`; else DDP."""
     sft: SftStage | None = None
     """Fine-tune the base on demonstrations first, and train the preferences from there."""
     global_batch_size: int | None = Field(default=None, gt=0)
@@ -154,9 +156,11 @@ class TrainingConfig(Config):
 
     @property
     def run_method(self) -> Method:
+        from prefvec_ray.training.fsdp import fsdp_config
         from prefvec_ray.training.zero import deepspeed_config
 
-        return Method(kind=self.method, lora=self.lora, deepspeed=deepspeed_config(self.deepspeed))
+        deepspeed, fsdp = deepspeed_config(self.deepspeed), fsdp_config(self.fsdp)
+        return Method(kind=self.method, lora=self.lora, deepspeed=deepspeed, fsdp=fsdp)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -169,7 +173,8 @@ class TrainingConfig(Config):
     def recipe_key(self) -> str:
         """All that a run's result depends on beside base, data, polarity and seed, as JSON."""
         pairs = self.pairs_at_once * int(self.recipe.get("gradient_accumulation_steps", 1))
-        return json.dumps([self.dpo, self.run_method.model_dump(), pairs], sort_keys=True)
+        method = self.run_method.model_dump(exclude={"fsdp"} if self.fsdp is None else None)
+        return json.dumps([self.dpo, method, pairs], sort_keys=True)
 
     @property
     def pairs_at_once(self) -> int:
@@ -199,8 +204,10 @@ class TrainingConfig(Config):
 
         check_fields("dpo", self.dpo, DPOConfig)
         check_loss(self.dpo)
+        check_batches("dpo", self.dpo)
         if self.sft is not None:
             check_fields("sft", self.sft.recipe, SFTConfig)
+            check_batches("sft", self.sft.recipe)
         if not (self.base / "config.json").is_file():
             raise InputError(f"base {self.base}: no config.json there; give the folder of a Hugging Face model")
         if self.chat_template is not None:
@@ -214,12 +221,17 @@ class TrainingConfig(Config):
 
         Checkpoint(self.base)  # two models, an adapter beside the model, a damaged index
 
+        if self.dpo.get("padding_free"):
+            from prefvec_ray.training.head import check_padding_free
+
+            check_padding_free(self.base, self.dpo)
         if self.method == "lora":
             from prefvec_ray.training.lora import check_lora
 
-            check_lora(self.base, self.lora, deepspeed=self.deepspeed is not None)
+            check_lora(self.base, self.lora, sharded=(self.deepspeed or self.fsdp) is not None)
 
     def _check_method(self) -> None:
+        from prefvec_ray.training.fsdp import fsdp_config
         from prefvec_ray.training.zero import check_installed, deepspeed_config
 
         gpus, workers = self.resources.gpus_per_worker, self.resources.workers
@@ -242,6 +254,14 @@ class TrainingConfig(Config):
         if self.deepspeed is not None:
             deepspeed_config(self.deepspeed)
             check_installed()
+        if self.fsdp is not None:
+            fsdp_config(self.fsdp)
+            if self.deepspeed is not None:
+                raise InputError("fsdp and deepspeed are both set, and each spreads a run over its workers: remove one")
+            if workers == 1:
+                raise InputError(
+                    "fsdp spreads a run over its workers, and resources.workers is 1: give more, or remove it"
+                )
         if self.global_batch_size is not None:
             if "gradient_accumulation_steps" in self.dpo:
                 raise InputError("dpo.gradient_accumulation_steps follows from global_batch_size: remove one of them")

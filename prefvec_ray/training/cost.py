@@ -23,6 +23,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences.measures import common_length, tokenize_pair
 from prefvec_ray.training.checkpoints import gigabytes
 from prefvec_ray.training.config import TrainingConfig
+from prefvec_ray.training.fsdp import sharding
 from prefvec_ray.training.plan import start_run
 from prefvec_ray.training.progress import duration
 from prefvec_ray.training.references import key_of, working_base
@@ -220,7 +221,7 @@ def measure_steps(job: DryRunJob, work_dir: str | Path) -> DryRunResult:
     args = dpo_config(
         job.dpo,
         work_dir,
-        deepspeed=job.method.deepspeed,
+        **sharding(job.method),
         max_steps=DRY_RUN_STEPS,
         save_strategy="no",
         eval_strategy="no",
@@ -329,9 +330,13 @@ def _recomputes(config: TrainingConfig) -> bool:
 def _state(
     parameters: int, trained: int, method: Method, workers: int, *, half: bool, frozen_half: bool
 ) -> dict[str, float]:
-    """Bytes a device, by the table of docs/clusters.md; what DeepSpeed keeps in host memory is not counted."""
+    """Bytes a device, by the table of docs/clusters.md; what lies in host memory is not counted."""
     zero = (method.deepspeed or {}).get("zero_optimization") or {}
     stage = int(zero.get("stage", 0))
+    if method.fsdp is not None:
+        frozen = (parameters - trained if method.kind == "full" else parameters) * (2 if frozen_half else 4)
+        shared = {"weights": frozen + 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+        return {name: 0.0 if method.fsdp.get("cpu_offload") else size / workers for name, size in shared.items()}
     if stage == 0:
         frozen = parameters - trained if method.kind == "full" else parameters
         weights = frozen * (2 if frozen_half and method.kind == "lora" else 4) + 4 * trained

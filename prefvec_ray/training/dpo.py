@@ -4,7 +4,6 @@ No Ray in here: `run_dpo` and `reference_logps` work in one process, and as the 
 """
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -12,22 +11,25 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pyarrow import compute
-from transformers import PreTrainedModel, PrinterCallback
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.artifacts.training import KL, Method, RunResult, RunSpec
-from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import positions
 from prefvec_ray.preferences import flip
+from prefvec_ray.training.batches import GroupedByLength
 from prefvec_ray.training.checkpoints import (
     checkpoint_folder,
     keep_checkpoints,
     remove_checkpoints,
     run_on_disk,
     saving,
+    shared_folder,
 )
-from prefvec_ray.training.delta import Layout, parameter_layout, run_vector, trained_numbers
+from prefvec_ray.training.delta import parameter_layout, trained_numbers, write_delta
+from prefvec_ray.training.fsdp import FSDPOnCPUs, sharding
 from prefvec_ray.training.head import score_answers_only
 from prefvec_ray.training.lora import adapter_config
 from prefvec_ray.training.model import arguments, compute_dtype, load_model, load_tokenizer
@@ -44,7 +46,6 @@ from prefvec_ray.training.watch import (
     training_log,
     whole_batches,
 )
-from prefvec_ray.vectors import PreferenceVector, save_vector
 from prefvec_ray.vectors.checkpoint import check_loaded
 
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -52,7 +53,18 @@ FULL = Method()
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
 
 
-class TokenizedDPOTrainer(DPOTrainer):
+class _WithoutReference(TrainerCallback):
+    """Keeps TRL from loading a reference model of its own onto every worker of an FSDP run: it looks after transformers
+    has set the trainer up and before it scores anything."""
+
+    def __init__(self, trainer: DPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.is_fsdp_enabled = False
+
+
+class TokenizedDPOTrainer(FSDPOnCPUs, DPOTrainer):
     """DPOTrainer that takes pairs already tokenized and scored by the reference model as they are.
 
     The stock trainer would tokenize them again and refuse the reference columns as duplicates. It also keeps a clock,
@@ -64,7 +76,12 @@ class TokenizedDPOTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.clock = Clock()
+        # TRL would warn that it pads all the same, and set it back itself.
+        self._pads, kwargs["args"].padding_free = not kwargs["args"].padding_free, False
+        fsdp = bool(kwargs["args"].fsdp)
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), _WithoutReference(self)]
         super().__init__(*args, **kwargs)
+        self.is_fsdp_enabled = fsdp
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         if set(TOKENIZED) <= set(dataset.column_names):
@@ -73,17 +90,31 @@ class TokenizedDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if not self._scores_answers_only:  # first called once the model has TRL's head, before anything is scored
-            score_answers_only(self.model)
+            score_answers_only(self.model, padding_free=not self._pads)
             self._scores_answers_only = True
         if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         check_context(dataset, self.model, self.args.max_length)
+        if self.args.fsdp:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            fsdp2_prepare_model(self.accelerator, self.model)
         # TRL keeps what it computes beside the data, by the weights alone: a run that computes in bf16 would take the
         # figures of one in fp32.
         args = self.args
-        numbers = [args.bf16, args.fp16, self.is_deepspeed_enabled, args.ld_alpha, args.max_length, self.model.dtype]
+        sharded = [self.is_deepspeed_enabled, bool(args.fsdp)]
+        numbers = [args.bf16, args.fp16, *sharded, args.ld_alpha, args.max_length, self.model.dtype]
         self._precompute_model_hash = f"{self._precompute_model_hash} {numbers}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        pairs = self.train_dataset if train_dataset is None else train_dataset
+        return GroupedByLength(pair_lengths(pairs, self.args.max_length), self.args)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Under DeepSpeed with bf16 transformers rounds all floating inputs to it: reference log-probs of -137.2 would
@@ -109,6 +140,14 @@ class TokenizedDPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
 
+def pair_lengths(tokens: Dataset, max_length: int | None) -> list[int]:
+    """Tokens of the longer conversation of each tokenized pair, after the cut."""
+    table = tokens.select_columns(TOKENIZED).with_format("arrow")[:]
+    prompt, chosen, rejected = (compute.list_value_length(table[column]) for column in TOKENIZED)
+    whole = compute.add(prompt, compute.max_element_wise(chosen, rejected))
+    return (compute.min_element_wise(whole, max_length) if max_length else whole).to_pylist()
+
+
 def check_context(tokens: Dataset, model: PreTrainedModel, max_length: int | None) -> None:
     """Refuse tokenized pairs for which the model has no positions: GPT-2's would end in an index error, rotary ones
     would be trained beyond what the model has learned.
@@ -117,10 +156,7 @@ def check_context(tokens: Dataset, model: PreTrainedModel, max_length: int | Non
         InputError: names the longest pair and the context.
     """
     context = positions(model.config)
-    table = tokens.select_columns(TOKENIZED).with_format("arrow")[:]
-    prompt, chosen, rejected = (compute.list_value_length(table[column]) for column in TOKENIZED)
-    whole = compute.max(compute.add(prompt, compute.max_element_wise(chosen, rejected))).as_py() or 0
-    longest = min(whole, max_length or whole)
+    longest = max(pair_lengths(tokens, max_length), default=0)
     if context is not None and longest > context:
         raise InputError(f"pairs of up to {longest} tokens; the base has a context of {context}: set dpo.max_length")
 
@@ -147,9 +183,10 @@ def reference_logps(
         InputError: transformers loads other weights than the folder's files hold. Under ZeRO-3, where no process has
             them whole, this is not checked.
     """
-    args = dpo_config(recipe, work_dir, deepspeed=method.deepspeed)
+    args = dpo_config(recipe, work_dir, **sharding(method))
     model = load_model(base, method, args)
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if whole and not (method.fsdp and args.local_process_index):
         check_loaded(model, base)
     trainer = TokenizedDPOTrainer(
         model=model,
@@ -176,8 +213,8 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
     """Train one run and write its folder: `delta/` (theta_run - theta_base in fp32, vector file format) and `run.json`.
 
     It continues from its newest whole checkpoint, if it has one, and then equals a run that was never interrupted (bit
-    by bit on CPU). `report` gets what `Watcher` measures as training goes on. Every rank calls this; rank 0 writes and
-    returns the content of run.json, the others return None.
+    by bit on CPU). `report` gets what `Watcher` measures as training goes on. Every rank calls this and writes its part
+    of the delta; rank 0 returns the content of run.json, the others return None.
 
     Raises:
         RunStoppedError: a figure is not finite or held-out accuracy moves the wrong way; nothing is written.
@@ -187,7 +224,7 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
     layout = parameter_layout(spec.base)  # before DeepSpeed is started
     folder = checkpoint_folder(spec.out) if spec.checkpoint_every else work_dir
     method = spec.method
-    args = dpo_config(spec.dpo, folder, seed=spec.seed, deepspeed=method.deepspeed, **_watch_arguments(spec))
+    args = dpo_config(spec.dpo, folder, seed=spec.seed, **sharding(method), **_watch_arguments(spec))
     full, watched = _held_out_sets(spec, args.eval_batch_size * args.world_size)
     watcher = Watcher(report, args.beta, spec.preference, spec.polarity, spec.watch.wrong_way, _sizes(watched))
     train = _training_pairs(spec, args.train_batch_size * args.world_size)
@@ -210,26 +247,27 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
         try:
             trainer.train(resume_from_checkpoint=resumed)
             figures = _measure_end(trainer, watcher, full)
-            adapter = Path(work_dir) / "adapter"
-            vector = _collect(spec, trainer, layout, adapter)
+            with shared_folder(Path(spec.out)) as made:
+                precision = write_delta(trainer, method, layout, spec.base, made, **_labels(spec, trainer))
+                result = RunResult(
+                    spec=spec,
+                    steps=trainer.state.global_step,
+                    pairs=len(train),
+                    seconds=round(time.perf_counter() - started, 2),
+                    seconds_in=trainer.clock.seconds(),
+                    resumed_at=resumed_at,
+                    memory=peak_memory(),
+                    history=[training_log(log, args.beta) for log in trainer.state.log_history if "loss" in log],
+                    precision=precision,
+                    **figures,
+                )
+                if trainer.is_world_process_zero():
+                    (made / "run.json").write_text(json.dumps(result.model_dump(), indent=2))
         except RunStoppedError:
             remove_checkpoints(spec.out)
             raise
-        if vector is None:
-            return None
-        result = RunResult(
-            spec=spec,
-            steps=trainer.state.global_step,
-            pairs=len(train),
-            seconds=round(time.perf_counter() - started, 2),
-            seconds_in=trainer.clock.seconds(),
-            resumed_at=resumed_at,
-            memory=peak_memory(),
-            history=[training_log(log, args.beta) for log in trainer.state.log_history if "loss" in log],
-            precision=vector.info.precision,
-            **figures,
-        )
-        _write_run(spec, vector, result, adapter)
+    if not trainer.is_world_process_zero():
+        return None
     remove_checkpoints(spec.out)
     return result
 
@@ -278,8 +316,8 @@ def _measure_end(trainer: DPOTrainer, watcher: Watcher, full: dict[str, Dataset]
     return {"watched": {**watched, KL: drift}, "held_out": held_out, "kl": watcher.drift(last)[-1].kl}
 
 
-def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout, adapter: Path) -> PreferenceVector | None:
-    """The run's delta with its recipe, on rank 0. A LoRA run's adapter is left in the folder `adapter`."""
+def _labels(spec: RunSpec, trainer: DPOTrainer) -> dict[str, Any]:
+    """What the run's delta says about itself."""
     args, method = trainer.args, spec.method
     recipe: dict[str, Any] = {
         "method": "dpo",
@@ -293,25 +331,13 @@ def _collect(spec: RunSpec, trainer: DPOTrainer, layout: Layout, adapter: Path) 
     }
     if method.kind == "lora":
         recipe["lora"] = method.lora
+    if method.fsdp is not None:
+        recipe["fsdp"] = method.fsdp["version"]
     if method.deepspeed:
         recipe["zero_stage"] = method.deepspeed["zero_optimization"]["stage"]
-    return run_vector(
-        trainer,
-        method,
-        layout,
-        spec.base,
-        adapter,
-        preference=spec.name,
-        base_fingerprint=spec.base_fingerprint,
-        data_digest=spec.data_digest,
-        recipe=recipe,
-    )
-
-
-def _write_run(spec: RunSpec, vector: PreferenceVector, result: RunResult, adapter: Path) -> None:
-    """Write the run's folder, which is complete or absent."""
-    with new_folder(Path(spec.out)) as folder:
-        save_vector(vector, folder / "delta")
-        if spec.method.kind == "lora":
-            shutil.copytree(adapter, folder / "adapter")
-        (folder / "run.json").write_text(json.dumps(result.model_dump(), indent=2))
+    return {
+        "preference": spec.name,
+        "base_fingerprint": spec.base_fingerprint,
+        "data_digest": spec.data_digest,
+        "recipe": recipe,
+    }

@@ -35,12 +35,12 @@ def adapter_config(method: Method) -> "LoraConfig | None":
     return lora_config(method.lora) if method.kind == "lora" else None
 
 
-def check_lora(base: Path, fields: Mapping[str, Any], *, deepspeed: bool) -> None:
+def check_lora(base: Path, fields: Mapping[str, Any], *, sharded: bool) -> None:
     """Build the adapter over the base without memory, and refuse what could not be trained or kept exactly.
 
     Raises:
         InputError: options that are not plain LoRA, modules that the base does not have, an adapter on the head or on
-            tied embeddings, whole parameters trained under DeepSpeed.
+            tied embeddings, whole parameters trained under DeepSpeed or FSDP.
     """
     from prefvec_ray.vectors.adapters import check_adapter_config, skeleton
 
@@ -48,9 +48,9 @@ def check_lora(base: Path, fields: Mapping[str, Any], *, deepspeed: bool) -> Non
     check_adapter_config(config)
     whole = [f"modules_to_save {config.modules_to_save}"] if config.modules_to_save else []
     whole += [f"bias {config.bias!r}"] if config.bias != "none" else []
-    if whole and deepspeed:
+    if whole and sharded:
         raise InputError(
-            f"lora: {whole[0]} trains whole parameters, which is not supported with deepspeed; leave it out"
+            f"lora: {whole[0]} trains whole parameters, which is not supported with deepspeed or fsdp; leave it out"
         )
     try:
         model, layout, _ = skeleton(base, config)

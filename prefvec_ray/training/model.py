@@ -18,6 +18,7 @@ from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import from_pretrained
+from prefvec_ray.training.fsdp import leave_fsdp, start_fsdp
 from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ A = TypeVar("A", bound=TrainingArguments)
 def arguments(kind: type[A], recipe: dict[str, Any], output_dir: str | Path, **owned: Any) -> A:
     """The user's recipe over defaults that hold on CPU and GPU alike, with what the plan owns on top.
 
-    With `deepspeed` among what it owns, DeepSpeed is started: from here on ZeRO-3 loads models in pieces.
+    With `deepspeed` or `fsdp` among what it owns, that is started: it decides how models are loaded from here on.
     """
+    leave_deepspeed()
+    leave_fsdp()
     if owned.get("deepspeed"):
         start_deepspeed()
-    else:
-        leave_deepspeed()
+    elif owned.get("fsdp"):
+        start_fsdp()
     gpu = torch.cuda.is_available()
     defaults: dict[str, Any] = {
         "bf16": gpu and torch.cuda.is_bf16_supported() and not recipe.get("fp16"),

@@ -25,12 +25,13 @@ OWNED = {
     "resume_from_checkpoint": "a run continues from its own checkpoint by itself",
     "sync_ref_model": "the reference is the base model and stays fixed",
     "deepspeed": "give `deepspeed` beside `dpo`",
-    "fsdp": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
-    "fsdp_config": "phi cannot be gathered from FSDP shards; give `deepspeed: zero3`",
+    "fsdp": "give `fsdp` beside `dpo`",
+    "fsdp_config": "give `fsdp` beside `dpo`",
     "load_best_model_at_end": "a run ends with its last step, and is stopped when it goes wrong",
     "auto_find_batch_size": "it would change the pairs of a step unseen",
     "push_to_hub": "vectors are published in the registry",
-    "parallelism_config": "give `resources`, and `deepspeed` for a model larger than one device",
+    "parallelism_config": "tensor, context and sequence parallelism are not supported; give `fsdp` or `deepspeed` "
+    "for a model larger than one device, and dpo.activation_checkpointing for long conversations",
 }
 
 # The same for SFTConfig; its seed is free, since there is one run.
@@ -75,6 +76,19 @@ def check_loss(dpo: dict[str, Any]) -> None:
     if dpo.get("use_weighting") and {"aot", "aot_unpaired"} & set(losses):
         raise InputError(
             "dpo.use_weighting cannot be used with the aot losses: they sort pairs, weights would not follow"
+        )
+
+
+def check_batches(section: str, recipe: Mapping[str, Any]) -> None:
+    """InputError for ways to make batches that would change what a run learns, or do other than they say."""
+    if recipe.get("train_sampling_strategy") == "batch_rebalance":
+        raise InputError(
+            f"{section}.train_sampling_strategy batch_rebalance gives workers batches of unequal size, so that the "
+            "weight of a pair depends on its neighbours: give group_by_length"
+        )
+    if section == "sft" and recipe.get("padding_free") and not recipe.get("packing") and recipe.get("max_length", 1):
+        raise InputError(
+            "sft.padding_free does not cut at sft.max_length (TRL): set sft.packing: true, or sft.max_length: null"
         )
 
 

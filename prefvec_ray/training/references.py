@@ -99,7 +99,7 @@ def _tokenization_key(config: TrainingConfig) -> str:
     shape = {field: config.dpo.get(field) for field in ("max_length", "truncation_mode", "ld_alpha", "pad_token")}
     half = [config.dpo.get("bf16", config.resources.gpus_per_worker > 0), config.dpo.get("fp16", False)]
     if any(half):  # rounded in another way under DeepSpeed, and over a frozen base in bf16
-        shape["half"] = [*half, config.deepspeed is not None, config.method]
+        shape["half"] = [*half, config.deepspeed is not None, config.method, *(["fsdp"] if config.fsdp else [])]
     return key_of(fingerprint(config.base), vocabulary, tokenizer.chat_template or "", json.dumps(shape))
 
 

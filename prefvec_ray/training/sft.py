@@ -6,6 +6,7 @@ own dtypes, keyed by what it was made from. A later job with the same key uses i
 
 import json
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from prefvec_ray.training.config import SftStage, TrainingConfig
 from prefvec_ray.training.plan import run_stage
 from prefvec_ray.training.references import key_of, working_base
 from prefvec_ray.training.workers import worker_setup
-from prefvec_ray.vectors import PreferenceVector, export_model, fingerprint
+from prefvec_ray.vectors import PreferenceVector, export_model, fingerprint, load_vector
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,17 +165,32 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from prefvec_ray.training.checkpoints import checkpoint_folder, keep_checkpoints, remove_checkpoints, saving
-    from prefvec_ray.training.delta import parameter_layout, run_vector
+    from prefvec_ray.training.batches import GroupedByLength
+    from prefvec_ray.training.checkpoints import (
+        checkpoint_folder,
+        keep_checkpoints,
+        remove_checkpoints,
+        saving,
+        shared_folder,
+    )
+    from prefvec_ray.training.delta import parameter_layout, write_delta
+    from prefvec_ray.training.fsdp import FSDPOnCPUs, sharding
     from prefvec_ray.training.head import score_answers_only
     from prefvec_ray.training.lora import adapter_config
     from prefvec_ray.training.model import arguments, load_model, load_tokenizer
 
+    class Trainer(FSDPOnCPUs, SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(train_dataset)
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            return GroupedByLength([len(ids) for ids in rows["input_ids"]], self.args)
+
     base, method = job.base, job.method
     layout = parameter_layout(base)  # before DeepSpeed is started
     folder = checkpoint_folder(job.out) if job.checkpoint_every else work_dir
-    args = arguments(SFTConfig, job.recipe, folder, deepspeed=method.deepspeed, **saving(job.checkpoint_every))
-    trainer = SFTTrainer(
+    args = arguments(SFTConfig, job.recipe, folder, **sharding(method), **saving(job.checkpoint_every))
+    trainer = Trainer(
         model=load_model(base, method, args),
         args=args,
         train_dataset=Dataset.from_file(job.data),
@@ -186,19 +202,20 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
     score_answers_only(trainer.model)
     resumed, _ = keep_checkpoints(trainer, job.checkpoint_every)
     trainer.train(resume_from_checkpoint=resumed)
-    vector = run_vector(
-        trainer,
-        method,
-        layout,
-        base,
-        Path(work_dir) / "adapter",
-        preference="sft",
-        base_fingerprint=job.base_fingerprint,
-        data_digest=job.data_digest,
-        recipe={"method": "sft", "parameters": method.kind, **job.recipe},
-    )
-    if vector is not None:
-        _write_model(job, vector, trainer.state)
+    labels = {
+        "preference": "sft",
+        "base_fingerprint": job.base_fingerprint,
+        "data_digest": job.data_digest,
+        "recipe": {"method": "sft", "parameters": method.kind, **job.recipe},
+    }
+    delta = Path(job.out).with_name(f".{Path(job.out).name}.delta")
+    if trainer.is_world_process_zero():  # of a job that was killed here
+        shutil.rmtree(delta, ignore_errors=True)
+    with shared_folder(delta) as made:
+        write_delta(trainer, method, layout, base, made, **labels)
+    if trainer.is_world_process_zero():
+        _write_model(job, load_vector(delta / "delta"), trainer.state)
+        shutil.rmtree(delta)
         remove_checkpoints(job.out)
 
 

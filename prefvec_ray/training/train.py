@@ -39,7 +39,7 @@ from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.references import compute_references, key_of, working_base
 from prefvec_ray.training.sft import demonstrations, fine_tuned
-from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract
+from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract, subtract_deltas
 
 
 def train_vectors(config: TrainingConfig, prepared: dict[str, PreparedPairs] | None = None) -> TrainingSummary:
@@ -257,10 +257,14 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
         key = key_of(positive.key, negative.key, config.vector_dtype)
         folders[name] = folder = config.folder / "vectors" / f"{name}-{key}"
         if not folder.is_dir():
-            deltas = [load_vector(Path(run.out) / "delta") for run in (positive, negative)]
-            vector = subtract(*deltas, preference=positive.preference, dtype=getattr(torch, config.vector_dtype))
-            kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(positive.base, *deltas)}
-            save_vector(vector.replace(precision=vector.info.precision | kept), folder)
+            plus, minus = (load_vector(Path(run.out) / "delta") for run in (positive, negative))
+            dtype = getattr(torch, config.vector_dtype)
+            kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(positive.base, plus, minus)}
+            if plus.info.form == minus.info.form == "full":
+                subtract_deltas(plus, minus, folder, preference=positive.preference, dtype=dtype, precision=kept)
+            else:
+                vector = subtract(plus, minus, preference=positive.preference, dtype=dtype)
+                save_vector(vector.replace(precision=vector.info.precision | kept), folder)
     return folders
 
 

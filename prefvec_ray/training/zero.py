@@ -80,6 +80,11 @@ def deepspeed_config(setting: str | Mapping[str, Any] | None) -> dict[str, Any] 
     parallel = given.get("tensor_parallel") or {}
     if not isinstance(parallel, Mapping) or parallel.get("autotp_size", 1) not in (0, 1):
         raise InputError(f"{source}: tensor_parallel cuts parameters in a way that phi cannot be gathered from")
+    if given.get("sequence_parallel_size", 1) != 1:
+        raise InputError(
+            f"{source}: sequence_parallel_size cuts conversations, which is not supported: leave it out, and set "
+            "dpo.activation_checkpointing for long ones"
+        )
     return {**FROM_RECIPE, **given}
 
 

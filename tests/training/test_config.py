@@ -5,6 +5,7 @@ import pytest
 from prefvec_ray.common.config import load_config, parse_config, parse_yaml
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import Resources, TrainingConfig
+from prefvec_ray.training.config import SftStage
 from prefvec_ray.training.zero import PRESETS, deepspeed_config
 
 GOOD = {"name": "job", "base": "base", "preferences": {"helpful": {"data": "pairs.jsonl"}}}
@@ -157,6 +158,18 @@ def test_a_base_that_transformers_would_load_otherwise_is_refused(config, tmp_pa
         ({"dpo": {"num_train_epochs": -1}}, r"dpo\.num_train_epochs must be above 0"),
         ({"dpo": {"per_device_train_batch_size": 0}}, r"dpo\.per_device_train_batch_size must be above 0"),
         ({"dpo": {"max_steps": 0}}, r"dpo\.max_steps is 0, so nothing would be trained"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}, "sequence_parallel_size": 2}}, "cuts conversations"),
+        ({"fsdp": "fsdp1"}, "no preset: give one of fsdp2, fsdp2-offload"),
+        ({"fsdp": {"version": 1}}, r"fsdp\.version is decided here"),
+        ({"fsdp": {"activation_checkpointing": True}}, r"set dpo\.activation_checkpointing"),
+        ({"fsdp": "fsdp2", "deepspeed": "zero3", "resources": Resources(workers=2)}, "remove one"),
+        ({"fsdp": "fsdp2"}, r"resources\.workers is 1"),
+        ({"dpo": {"train_sampling_strategy": "batch_rebalance"}}, "give group_by_length"),
+        (
+            {"dpo": {"padding_free": True, "model_init_kwargs": {"attn_implementation": "flash_attention_2"}}},
+            "computes with torch's attention, not flash_attention_2",
+        ),
+        ({"sft": SftStage.model_validate({"data": "x", "padding_free": True})}, "does not cut at sft.max_length"),
         ({"global_batch_size": 24, "resources": Resources(workers=2)}, "no multiple of the 32 pairs"),
         ({"global_batch_size": 32, "dpo": {"gradient_accumulation_steps": 2}}, "remove one of them"),
     ],

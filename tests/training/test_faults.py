@@ -26,6 +26,8 @@ from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.zero import deepspeed_config
 from prefvec_ray.vectors import load_vector
 
+EPOCHS_OF_THREE_STEPS = {"per_device_train_batch_size": 48, "num_train_epochs": 2}
+
 
 class PulledPlugError(Exception):
     pass
@@ -43,10 +45,22 @@ def interrupted(spec, step: int, work_dir: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", [None, "zero3"])
-def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path, deepspeed):
-    method = Method(deepspeed=deepspeed_config(deepspeed))
-    changes = {"out": str(tmp_path / "whole"), "checkpoint_every": 2, "method": method}
+@pytest.mark.parametrize(
+    ("deepspeed", "recipe"),
+    [
+        (None, {}),
+        ("zero3", {}),
+        # step 4 is the first of the second epoch
+        (None, {"train_sampling_strategy": "group_by_length", "padding_free": True, **EPOCHS_OF_THREE_STEPS}),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path, deepspeed, recipe):
+    changes = {
+        "out": str(tmp_path / "whole"),
+        "checkpoint_every": 2,
+        "method": Method(deepspeed=deepspeed_config(deepspeed)),
+        "dpo": scored["spec"].dpo | recipe,
+    }
     whole = scored["spec"].model_copy(update=changes)
     broken = whole.model_copy(update={"out": str(tmp_path / "broken")})
     expected = run_dpo(whole, lambda values: None, tmp_path / "work")

@@ -1,16 +1,26 @@
-"""On CPUs the head is computed for answers alone, and nothing else changes."""
+"""On CPUs the head is computed for answers alone, with `padding_free` padding is left out, and nothing else changes."""
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
 from prefvec_ray.artifacts.training import Method
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.training.dpo import TokenizedDPOTrainer, dpo_config, reference_logps
-from prefvec_ray.training.head import PER_TOKEN, score_answers_only
+from prefvec_ray.training.head import PER_TOKEN, check_padding_free, score_answers_only
 from prefvec_ray.training.lora import adapter_config
 from prefvec_ray.training.model import load_model, load_tokenizer
 from prefvec_ray.training.sft import SftJob, run_sft
@@ -36,6 +46,16 @@ def gemma():
 
 def adapted():
     return get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+
+def gpt2():
+    """Learned positions."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+
+
+def mamba():
+    """Recurrent: what lies in one row is one conversation."""
+    return MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2))
 
 
 def batch():
@@ -84,6 +104,43 @@ def test_the_same_outputs_and_gradients_from_the_rows_of_answers_alone(make, row
     assert gradients_after.keys() == gradients_before.keys()
     for name, expected in gradients_before.items():
         torch.testing.assert_close(gradients_after[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("make", [llama, gemma, gpt2, adapted])
+def test_the_same_outputs_and_gradients_without_padding(make, recomputed):
+    torch.manual_seed(0)
+    model, inputs = make().eval(), batch()
+    add_fused_lm_head(model.get_base_model() if make is adapted else model, outputs=PER_TOKEN)
+    before, gradients_before = scored(model, inputs, PER_TOKEN)
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, given, output: seen.append(given[0].shape))
+    score_answers_only(model, padding_free=True)
+    if recomputed:
+        model.train().gradient_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    scored(model, inputs, PER_TOKEN)
+    after, gradients_after = scored(model, inputs, PER_TOKEN)
+
+    assert seen == [(1, int(inputs["attention_mask"].sum())), (4, 12), (1, int(inputs["attention_mask"].sum()))]
+    for name, expected in before.items():
+        torch.testing.assert_close(after[name], expected, msg=name)
+    assert gradients_after.keys() == gradients_before.keys()
+    for name, expected in gradients_before.items():
+        torch.testing.assert_close(gradients_after[name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_base_that_mixes_what_lies_in_one_row_is_refused(tmp_path):
+    model = mamba()
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="MambaForCausalLM has layers other than torch's attention"):
+        check_padding_free(tmp_path, {})
+    add_fused_lm_head(model, outputs=PER_TOKEN)
+    score_answers_only(model, padding_free=True)
+    with pytest.raises(InputError, match=r"padding_free: log-probs of this base differ by up to 0\.\d+ nats"):
+        scored(model, batch(), PER_TOKEN)
 
 
 def test_batches_without_an_answer_and_plain_calls_are_left_as_they_are():
