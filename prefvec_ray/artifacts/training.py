@@ -154,6 +154,9 @@ class RunResult(Artifact):
     """{"steps", "watching", "checkpoints"}."""
     resumed_at: int | None
     """The step of the checkpoint that it continued from."""
+    workers: int = 1
+    tokens: int = 0
+    """That all workers trained on, prompt and both answers of every pair; as `seconds`, since the run's last start."""
     memory: int
     """Bytes: the peak of its GPU, or of its process."""
     history: list[TrainingPoint]

@@ -74,6 +74,10 @@ def run_train(config: "TrainingConfig", console: "Console", *, dry_run: bool = F
                 limit = config.dpo.get("max_length", "of TRL")
                 say(f"{name}: {count} {part} pairs left out, their prompt alone fills max_length {limit}")
     console.print(_runs_table(summary))
+    hours = sum(run.seconds * run.workers for run in summary.runs) / 3600
+    device = "GPU" if config.resources.gpus_per_worker else "worker"
+    tokens = sum(run.tokens for run in summary.runs)
+    say(f"cost of the runs, each since its last start: {hours:.2f} {device}-hours, {tokens:,} tokens trained on")
     say("Δ chosen: log-prob of the answer the data prefers, KL(base || run): nats an answer")
     say(f"curves: {config.folder / 'training.png'}, tensorboard --logdir {config.folder / 'tensorboard'}")
     registry = start_registry(config.store)  # again: it may have been stopped while the runs trained

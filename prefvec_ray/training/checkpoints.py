@@ -43,7 +43,8 @@ class CompleteCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-            marker = {"step": state.global_step, "workers": args.world_size, "files": files}
+            workers = None if args.fsdp else args.world_size
+            marker = {"step": state.global_step, "workers": workers, "files": files}
             write_whole(folder / COMPLETE, json.dumps(marker))
             _remove(folder.parent, keep=folder)
         _barrier()
@@ -55,16 +56,17 @@ def checkpoint_folder(out: str | Path) -> Path:
 
 
 def newest_checkpoint(folder: Path, workers: int) -> tuple[Path, int] | None:
-    """The newest whole checkpoint and its step; None where there is none that `workers` processes wrote.
+    """The newest whole checkpoint and its step; None where there is none that `workers` processes can continue from.
 
-    With another number of workers a step sees other pairs, and DeepSpeed's shards do not fit: such a run starts over.
+    Under FSDP any number of them can. Otherwise a run with another number of workers starts over: DeepSpeed's shards do
+    not fit, and a step may see other pairs.
     """
     whole = []
     for marker in folder.glob(f"checkpoint-*/{COMPLETE}"):
         content = json.loads(marker.read_text())
         paths = {marker.parent / file: size for file, size in content["files"].items()}
         intact = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-        if intact and content["workers"] == workers:
+        if intact and content["workers"] in (workers, None):
             whole.append((int(content["step"]), marker.parent))
     return max(whole)[::-1] if whole else None
 

@@ -249,18 +249,9 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
             figures = _measure_end(trainer, watcher, full)
             with shared_folder(Path(spec.out)) as made:
                 precision = write_delta(trainer, method, layout, spec.base, made, **_labels(spec, trainer))
-                result = RunResult(
-                    spec=spec,
-                    steps=trainer.state.global_step,
-                    pairs=len(train),
-                    seconds=round(time.perf_counter() - started, 2),
-                    seconds_in=trainer.clock.seconds(),
-                    resumed_at=resumed_at,
-                    memory=peak_memory(),
-                    history=[training_log(log, args.beta) for log in trainer.state.log_history if "loss" in log],
-                    precision=precision,
-                    **figures,
-                )
+                seconds = round(time.perf_counter() - started, 2)
+                figures |= {"seconds": seconds, "resumed_at": resumed_at, "precision": precision}
+                result = RunResult(spec=spec, pairs=len(train), **_progress(trainer), **figures)
                 if trainer.is_world_process_zero():
                     (made / "run.json").write_text(json.dumps(result.model_dump(), indent=2))
         except RunStoppedError:
@@ -298,6 +289,18 @@ def _held_out_sets(spec: RunSpec, batch: int) -> tuple[dict[str, Dataset], dict[
 
 def _sizes(sets: dict[str, Dataset]) -> dict[str, int]:
     return {name: len(pairs) for name, pairs in sets.items()}
+
+
+def _progress(trainer: TokenizedDPOTrainer) -> dict[str, Any]:
+    """How far the training got and what it took, as fields of the run's result."""
+    return {
+        "steps": trainer.state.global_step,
+        "seconds_in": trainer.clock.seconds(),
+        "workers": trainer.args.world_size,
+        "tokens": int(trainer._total_train_tokens),
+        "memory": peak_memory(),
+        "history": [training_log(log, trainer.args.beta) for log in trainer.state.log_history if "loss" in log],
+    }
 
 
 def _measure_end(trainer: DPOTrainer, watcher: Watcher, full: dict[str, Dataset]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from prefvec_ray.artifacts.training import Method, ReferencePairs
 from prefvec_ray.cli.train import run_train
 from prefvec_ray.training.cost import Cost, DryRunJob, DryRunResult, _kept, _state, estimate, measure_steps
 from prefvec_ray.training.dpo import run_dpo
+from prefvec_ray.training.fsdp import PRESETS as FSDP
+from prefvec_ray.training.fsdp import fsdp_config
 from prefvec_ray.training.lora import lora_config
 from prefvec_ray.training.references import ReferenceJob, ScoringTask, write_references
 from prefvec_ray.training.train import plan_runs, prepare_data
@@ -161,12 +163,15 @@ def test_the_lines_name_every_figure():
         ("zero3", (5e8, 5e8, 3e9)),
         ("zero2-offload", (2e9, 5e8, 0)),
         ("zero3-offload", (0, 5e8, 0)),
+        ("fsdp2", (1e9, 1e9, 2e9)),
+        ("fsdp2-offload", (0, 0, 0)),
         (None, (4e9, 4e9, 8e9)),
     ],
 )
 def test_the_bytes_of_a_billion_parameters_are_those_of_the_table(preset, stated):
     """docs/clusters.md, four workers, in 16 bits."""
-    method = Method(deepspeed=deepspeed_config(preset))
+    fsdp = preset if preset in FSDP else None
+    method = Method(deepspeed=deepspeed_config(None if fsdp else preset), fsdp=fsdp_config(fsdp))
     state = _state(10**9, 10**9, method, 4, half=True, frozen_half=False)
     assert (state["weights"], state["gradients"], state["optimizer"]) == stated
 

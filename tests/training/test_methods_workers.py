@@ -43,6 +43,7 @@ TWO_WORKERS: dict[str, tuple[str | None, Kind, dict[str, Any]]] = {
     "zero3-offload": ("zero3-offload", "full", {}),
     "fsdp2": ("fsdp2", "full", {}),
     "fsdp2-resumed": ("fsdp2", "full", {}),
+    "fsdp2-moved": ("fsdp2", "full", {}),  # to four workers after its first step
     "fsdp2-offload": ("fsdp2-offload", "full", {"activation_checkpointing": True}),
     "zero3-bf16": ("zero3", "full", {"bf16": True}),
     "fsdp2-bf16": ("fsdp2", "full", {"bf16": True}),
@@ -105,10 +106,10 @@ def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
     specs = {name: spec_of(**how(folder, name, *way)).model_dump() for name, way in TWO_WORKERS.items()}
     for name in ("zero3-bf16", "fsdp2-bf16"):
         specs[name]["train"] = [str(folder / f"scored-{name}")]
-    specs["fsdp2-resumed"]["checkpoint_every"] = 1
+    for name in ("fsdp2-resumed", "fsdp2-moved"):
+        specs[name]["checkpoint_every"] = 1
 
     def worker(config: dict[str, Any]) -> None:
-
         from prefvec_ray.artifacts.training import RunSpec
         from prefvec_ray.training.dpo import TokenizedDPOTrainer, reference_logps, run_dpo
         from prefvec_ray.training.workers import worker_setup
@@ -117,7 +118,8 @@ def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
             pass
 
         class Breaking(TokenizedDPOTrainer):
-            def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            def training_step(self, *args, **kwargs):  # no types: it is sent to the workers without them
+                assert self.ref_model is None
                 if self.state.global_step == 1:
                     raise BrokenError
                 return super().training_step(*args, **kwargs)
@@ -133,15 +135,21 @@ def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
                     scored.save_to_disk(f"{config['folder']}/scored-{name}")
             torch.distributed.barrier()
             for name, spec in specs.items():
-                if name == "fsdp2-resumed":
+                if name in config["broken"]:
                     with pytest.MonkeyPatch.context() as patch:
                         patch.setattr("prefvec_ray.training.dpo.TokenizedDPOTrainer", Breaking)
                         with pytest.raises(BrokenError):
                             run_dpo(spec, lambda values: None, work_dir)
-                run_dpo(spec, lambda values: None, work_dir)
+                if name != config["left"]:
+                    run_dpo(spec, lambda values: None, work_dir)
 
     config = {"specs": specs, "scored": SCORED, "pairs": str(folder / "pairs"), "folder": str(folder)}
+    config |= {"broken": ("fsdp2-resumed", "fsdp2-moved"), "left": "fsdp2-moved"}
     start_run(worker, config, "two-workers", Resources(workers=2), folder / "ray", retries=0).result()
+    moved = specs["fsdp2-moved"]
+    moved["dpo"] |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    config |= {"specs": {"fsdp2-moved": moved}, "scored": (), "broken": (), "left": ""}
+    start_run(worker, config, "four-workers", Resources(workers=4), folder / "ray", retries=0).result()
     return {name: load_vector(folder / name / "delta") for name in TWO_WORKERS}
 
 
@@ -166,7 +174,10 @@ def test_two_workers_give_the_vector_of_one_process(together, alone):
 
 
 def test_a_resumed_fsdp2_run_equals_an_uninterrupted_one(together, folder):
-    assert json.loads((folder / "fsdp2-resumed" / "run.json").read_text())["resumed_at"] == 1
+    """With as many workers bit by bit, with other ones up to the order of sums."""
+    for name in ("fsdp2-resumed", "fsdp2-moved"):
+        assert json.loads((folder / name / "run.json").read_text())["resumed_at"] == 1
+    assert error(together["fsdp2-moved"], together["fsdp2"]) <= 1e-5
     assert error(together["fsdp2-resumed"], together["fsdp2"]) == 0.0
 
 

@@ -46,6 +46,8 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
     assert [point.step for point in result.watched["helpful"]] == [2, 4, 6, 8]
     assert {point.pairs for point in result.watched["helpful"]} == {32}
     assert result.held_out["helpful"].pairs == 128
+    whole = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in scored["pairs"]]
+    assert (result.workers, result.tokens) == (1, sum(whole))
     assert sum(result.seconds_in.values()) <= result.seconds + 0.1
     measured = [values["held_out"]["helpful"] for values in said if "held_out" in values]
     assert measured[:4] == [point.model_dump() for point in result.watched["helpful"]]
