@@ -33,7 +33,7 @@ from prefvec_ray.vectors import (
     vector_from_adapter,
 )
 from prefvec_ray.vectors.checkpoint import TensorPiece, check_names, checkpoint_layout
-from prefvec_ray.vectors.parts import PartWriter, write_index
+from prefvec_ray.vectors.part_writer import PartWriter, write_index
 from prefvec_ray.vectors.precision import StorageLoss
 
 if TYPE_CHECKING:

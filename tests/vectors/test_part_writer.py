@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import PreferenceVector, VectorInfo, load_vector, subtract, subtract_deltas, vector_from_state
-from prefvec_ray.vectors.parts import PartWriter, write_index
+from prefvec_ray.vectors.part_writer import PartWriter, write_index
 
 BASE = "blake3:" + "0" * 64
 
