@@ -12,7 +12,7 @@ from prefvec_ray.common.text import cell, printable, printable_json
 
 @click.group(cls=Commands)
 def vectors() -> None:
-    """Look at published vectors."""
+    """Look at published vectors, and take them apart."""
 
 
 @vectors.command("list")
@@ -65,6 +65,30 @@ def show_vector(ref: str, registry: str) -> None:
     from prefvec_ray.registry import open_registry
 
     click.echo(printable_json(open_registry(registry).resolve(ref).model_dump(mode="json")))
+
+
+@vectors.command("split")
+@click.argument("ref")
+@click.option("--by", required=True, help="depth:N for N parts of about equally many layers, or module.")
+@registry_option
+def split_vector(ref: str, by: str, registry: str) -> None:
+    """Publish the parts of REF as vectors: `helpful.depth1of3` …, or `helpful.attention`, `helpful.mlp` and
+    `helpful.other`.
+
+    Each keeps in its lineage what it is a part of. With one coefficient for all parts a model is that of the whole.
+    """
+    from tempfile import TemporaryDirectory
+
+    from prefvec_ray.registry import open_registry
+    from prefvec_ray.vectors import load_vector, save_vector, split
+
+    store = open_registry(registry)
+    whole = store.resolve(ref)
+    with TemporaryDirectory() as folder:
+        for label, part in split(load_vector(store.fetch(ref)), by).items():
+            save_vector(part, Path(folder) / label)
+            published = store.publish_vector(Path(folder) / label, name=f"{whole.name}.{label}", license=whole.license)
+            click.echo(f"{whole.ref} {label} -> {published.ref}")
 
 
 @click.group("registry", cls=Commands)

@@ -30,6 +30,18 @@ def check_preference(name: str) -> str:
     return name
 
 
+WHOLE = "whole"
+"""In the parents of a part of a vector: the vector that it was taken from."""
+
+_PART = re.compile(rf"({NAME}?)\.(depth[1-9]\d?of[1-9]\d?|attention|mlp|other)")
+
+
+def part_name(name: str) -> tuple[str, str] | None:
+    """The preference and the part that `helpful.depth1of3` or `helpful.mlp` names; None for any other name."""
+    found = _PART.fullmatch(name)
+    return (found[1], found[2]) if found else None
+
+
 _LOOK_ALIKE = str.maketrans({"i": "l", "1": "l", "0": "o", "5": "s"})
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import WHOLE
 from prefvec_ray.common.text import fenced, markdown_cell, markdown_code
 from prefvec_ray.registry.blobs import hash_file
 from prefvec_ray.registry.errors import StoreError
@@ -71,7 +72,7 @@ def _card(registry: "Registry", version: VectorVersion, base_model: str | None, 
         "digest": markdown_code(version.digest),
         "base fingerprint": markdown_code(version.base_fingerprint),
         "data digest": markdown_code(version.data_digest) if version.data_digest else "not stated",
-        **{f"{markdown_cell(polarity)} run": markdown_code(digest) for polarity, digest in version.parents.items()},
+        **{_made_of(parent): markdown_code(digest) for parent, digest in version.parents.items()},
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     facts = {"Recipe": version.recipe, "Metrics": version.metrics, "Precision": version.precision}
@@ -94,3 +95,7 @@ def _card(registry: "Registry", version: VectorVersion, base_model: str | None, 
     )
     head = f"---\n{data.to_yaml()}\n---\n\n# {version.preference}"
     return "\n\n".join([head, intro, code, f"| | |\n|---|---|\n{table}", *sections, *notes, graph]) + "\n"
+
+
+def _made_of(parent: str) -> str:
+    return "part of" if parent == WHOLE else f"{markdown_cell(parent)} run"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import WHOLE
 from prefvec_ray.common.text import mermaid_label
 from prefvec_ray.registry.records import PresetVersion, Served, VectorVersion
 
@@ -108,7 +109,7 @@ class _Graph:
         for version in versions:
             for polarity, parent in version.parents.items():
                 self.edges.append(Edge(child=digest, parent=parent, role=polarity))
-                self.vector(parent, "delta")
+                self.vector(parent, "vector" if polarity == WHOLE else "delta")
             self._leaf(digest, version.base_fingerprint, "base")
             if version.data_digest:
                 self._leaf(digest, version.data_digest, "data")

@@ -15,6 +15,7 @@ from prefvec_ray.vectors.file import PreferenceVector, VectorInfo, load_vector, 
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.forms import to_dtype, to_full, to_int8, to_low_rank
 from prefvec_ray.vectors.live import LiveModel
+from prefvec_ray.vectors.parts import depth_profile, split
 from prefvec_ray.vectors.precision import PrecisionWarning, RoundingStats
 from prefvec_ray.vectors.steering import Steering
 from prefvec_ray.vectors.stream import extract_from_checkpoints, subtract_deltas
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoint_state",
     "combine",
     "dare",
+    "depth_profile",
     "export_adapter",
     "export_model",
     "extract_from_checkpoints",
@@ -44,6 +46,7 @@ __all__ = [
     "merged_weights",
     "reward_soup",
     "save_vector",
+    "split",
     "subtract",
     "subtract_deltas",
     "ties",

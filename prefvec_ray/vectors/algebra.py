@@ -64,7 +64,7 @@ def combine(
         for name in vectors[key].names() if eta[key] else []:
             term = scaled(vectors[key].entries[name], eta[key])
             entries[name] = added(entries[name], term) if name in entries else term
-    return _result(vectors, entries, preference, dtype, {"method": "combine", "coefficients": dict(eta)})
+    return derived(vectors, entries, preference, dtype, {"method": "combine", "coefficients": dict(eta)})
 
 
 def reward_soup(
@@ -86,9 +86,9 @@ def keep_largest(vector: PreferenceVector, density: float) -> PreferenceVector:
     One threshold over the whole vector, as in the paper. Numbers equal to the threshold are all kept. Full form.
     """
     threshold = magnitude_threshold(vector, density)
-    entries = {name: Full(_trimmed(vector.dense(name), threshold)) for name in vector.names()}
+    entries = {name: Full(trimmed(vector.dense(name), threshold)) for name in vector.names()}
     recipe = {"method": "keep_largest", "density": density}
-    return _result({vector.info.preference: vector}, entries, vector.info.preference, torch.float32, recipe)
+    return derived({vector.info.preference: vector}, entries, vector.info.preference, torch.float32, recipe)
 
 
 def dare(vector: PreferenceVector, density: float, *, seed: int) -> PreferenceVector:
@@ -96,7 +96,7 @@ def dare(vector: PreferenceVector, density: float, *, seed: int) -> PreferenceVe
 
     The expectation is phi. The draw depends on the seed and the parameter's name alone, on CPU.
     """
-    _check_density(density)
+    check_density(density)
     entries: dict[str, Entry] = {}
     for name in vector.names():
         number = int.from_bytes(blake3(f"{seed} {name}".encode()).digest(7), "big")
@@ -104,7 +104,7 @@ def dare(vector: PreferenceVector, density: float, *, seed: int) -> PreferenceVe
         mask = torch.rand(dense.shape, generator=torch.Generator().manual_seed(number)) < density
         entries[name] = Full(dense * mask / density)
     recipe = {"method": "dare", "density": density, "seed": seed}
-    return _result({vector.info.preference: vector}, entries, vector.info.preference, torch.float32, recipe)
+    return derived({vector.info.preference: vector}, entries, vector.info.preference, torch.float32, recipe)
 
 
 def ties(vectors: Vectors, coefficients: Coefficients, *, density: float, preference: str) -> PreferenceVector:
@@ -120,7 +120,7 @@ def ties(vectors: Vectors, coefficients: Coefficients, *, density: float, prefer
     for name in sorted({name for key in thresholds for name in vectors[key].names()}):
         terms = torch.stack(
             [
-                _trimmed(vectors[key].dense(name), threshold) * eta[key]
+                trimmed(vectors[key].dense(name), threshold) * eta[key]
                 for key, threshold in thresholds.items()
                 if name in vectors[key]
             ]
@@ -128,7 +128,7 @@ def ties(vectors: Vectors, coefficients: Coefficients, *, density: float, prefer
         agree = (terms.sign() == terms.sum(0).sign()) & (terms != 0)
         entries[name] = Full((terms * agree).sum(0) / agree.sum(0).clamp(min=1))
     recipe = {"method": "ties", "density": density, "coefficients": dict(eta)}
-    return _result(vectors, entries, preference, torch.float32, recipe)
+    return derived(vectors, entries, preference, torch.float32, recipe)
 
 
 def magnitude_threshold(vector: PreferenceVector, density: float) -> float:
@@ -137,7 +137,7 @@ def magnitude_threshold(vector: PreferenceVector, density: float) -> float:
     Positive fp32 numbers sort as their bits do: one histogram of the high 16 bits finds the bucket, one of the low 16
     bits the number, so nothing of the model's size is held.
     """
-    _check_density(density)
+    check_density(density)
     names = vector.names()
     count = sum(vector.shape(name).numel() for name in names)
     wanted = int(np.ceil(density * count))
@@ -163,16 +163,16 @@ def _from_the_top(chunks: Iterable[Tensor], wanted: int) -> tuple[int, int]:
     return (1 << 16) - 1 - position, int(reached[position - 1]) if position else 0
 
 
-def _trimmed(dense: Tensor, threshold: float) -> Tensor:
+def trimmed(dense: Tensor, threshold: float) -> Tensor:
     return torch.where(dense.abs() >= threshold, dense, torch.zeros_like(dense))
 
 
-def _check_density(density: float) -> None:
+def check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise InputError(f"density is {density}; expected the share of numbers to keep, in (0, 1]")
 
 
-def _result(
+def derived(
     vectors: Vectors,
     entries: Mapping[str, Entry],
     preference: str,

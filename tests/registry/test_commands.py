@@ -11,6 +11,7 @@ from prefvec_ray.registry import Registry
 READING = {
     "list": ["vectors", "list"],
     "show": ["vectors", "show", "helpful"],
+    "split": ["vectors", "split", "helpful", "--by", "module"],
     "presets": ["registry", "presets"],
     "lineage": ["registry", "lineage", "helpful"],
     "verify": ["registry", "verify"],

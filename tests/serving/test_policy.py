@@ -1,15 +1,25 @@
 """What a caller may ask for, and what an operator may write."""
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import pytest
 
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.access.policy import Policy, PreferenceError, no_way_around, policy_of
+from prefvec_ray.serving.access.keys import Key
+from prefvec_ray.serving.access.policy import Policy, PreferenceError, no_way_around, parts_of, policy_for, policy_of
 from prefvec_ray.serving.config import Range, ServingConfig
 
 POLICY = Policy({"helpful": Range(), "harmless": Range(min=0.2, max=1, default=0.5)})
+
+
+@dataclass(frozen=True)
+class Part:
+    digest: str
+    preference: str
+    parents: dict[str, str]
+    recipe: dict[str, object]
 
 
 def config(**settings) -> ServingConfig:
@@ -36,6 +46,93 @@ def test_what_is_outside_is_refused_by_name_and_never_clamped(asked, code, says)
     with pytest.raises(PreferenceError, match=says) as caught:
         POLICY.coefficients(asked)
     assert (caught.value.code, caught.value.preference) == (code, next(iter(asked)))
+
+
+PARTS = {"helpful": ("helpful.attention", "helpful.mlp", "helpful.other")}
+SPLIT = Policy({"helpful": Range(max=1.5), "harmless": Range()}, {"helpful": -0.2}, PARTS)
+
+
+def test_a_split_preference_is_one_preference_or_a_profile():
+    whole = (("harmless", 1.0), ("helpful.attention", 0.7), ("helpful.mlp", 0.7), ("helpful.other", 0.7))
+    assert SPLIT.coefficients({"helpful": 0.7, "harmless": 1}) == whole
+    profile = {"helpful.attention": 0.35, "helpful.mlp": 1.4}
+    assert dict(SPLIT.coefficients(profile)) == {"harmless": 0.0, "helpful.other": 0.0, **profile}
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "says"),
+    [
+        ({"helpful.mlp": 1.6}, "preference_out_of_range", r"outside the allowed range \[-1, 1.5\]"),
+        ({"helpful": 1.6}, "preference_out_of_range", r"outside the allowed range \[-1, 1.5\]"),
+        ({"helpful.mlp": -0.3}, "preference_below_floor", "below the operator's floor of -0.2"),
+        ({"helpful": -0.3}, "preference_below_floor", "below the operator's floor of -0.2"),
+        ({"helpful": 1.0, "helpful.mlp": 0.5}, "preference_and_part", "beside its part 'helpful.mlp'"),
+        ({"helpful.depth1of2": 1.0}, "unknown_preference", "served here: harmless, helpful, helpful.attention"),
+    ],
+)
+def test_the_bounds_of_a_split_preference_hold_on_every_part(asked, code, says):
+    with pytest.raises(PreferenceError, match=says) as caught:
+        SPLIT.coefficients(asked)
+    assert caught.value.code == code
+
+
+def test_keys_bound_the_parts_by_the_preference():
+    key = Key(
+        id="k",
+        name="them",
+        sha256="0" * 64,
+        created=datetime(2026, 1, 1, tzinfo=UTC),
+        ranges={"helpful": Range(min=0, max=0.5)},
+    )
+    policy = policy_for(key, SPLIT)
+    assert dict(policy.coefficients({"helpful": 0.5}))["helpful.mlp"] == 0.5
+    with pytest.raises(PreferenceError, match=r"'helpful\.mlp': 0\.6 is outside"):
+        policy.coefficients({"helpful.mlp": 0.6})
+
+
+def part(label, labels, whole="blake3:1", preference="helpful"):
+    return Part(f"blake3:{label}", preference, {"whole": whole}, {"part": label, "parts": labels})
+
+
+HALVES = ["depth1of2", "depth2of2"]
+WHOLE = Part("blake3:1", "helpful", {}, {})
+
+
+def test_parts_are_found_by_name_and_lineage():
+    halves = {f"helpful.{label}": part(label, HALVES) for label in reversed(HALVES)}
+    assert parts_of(halves | {"harmless": WHOLE}) == {"helpful": ("helpful.depth1of2", "helpful.depth2of2")}
+    assert parts_of({"helpful": WHOLE}) == {}
+    policy = policy_of(
+        config(vectors={}, floors={"helpful": 0.1}, ranges={"helpful": {"min": 0.1, "default": 0.1}}),
+        list(halves),
+        parts_of(halves),
+    )
+    assert policy.coefficients({}) == (("helpful.depth1of2", 0.1), ("helpful.depth2of2", 0.1))
+
+
+@pytest.mark.parametrize(
+    ("vectors", "says"),
+    [
+        ({"helpful.depth1of2": part("depth1of2", HALVES)}, "helpful.depth2of2 is missing"),
+        ({"a": part("depth1of2", HALVES)}, "'a' is a part of a vector; end its name in '.depth1of2'"),
+        ({"helpful.mlp": WHOLE}, "'helpful.mlp' is named as a part, and is none"),
+        ({"helpful": WHOLE, **{f"helpful.{h}": part(h, HALVES) for h in HALVES}}, "it is served whole, too"),
+        ({f"helpful.{h}": part(h, HALVES, whole=f"blake3:{h}") for h in HALVES}, "not the parts of one vector"),
+        ({f"helpful.{h}": part(h, None) for h in HALVES}, "not the parts of one vector"),
+    ],
+)
+def test_parts_that_are_no_whole_are_refused(vectors, says):
+    with pytest.raises(InputError, match=says):
+        parts_of(vectors)
+
+
+def test_a_part_is_no_way_around_a_floor():
+    halves = {f"helpful.{label}": part(label, HALVES) for label in HALVES}
+    no_way_around({"helpful": 0.0}, halves, parts_of(halves))
+    with pytest.raises(InputError, match="'helpful' and 'kind' are vectors of one preference"):
+        no_way_around({"helpful": 0.0}, halves | {"kind": WHOLE}, parts_of(halves))
+    with pytest.raises(InputError, match=r"'kind' and 'helpful\.depth1of2' are vectors of one preference"):
+        no_way_around({"kind": 0.0}, halves | {"kind": WHOLE}, parts_of(halves))
 
 
 def test_a_floor_under_a_misspelt_name_is_an_error():

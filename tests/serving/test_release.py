@@ -1,7 +1,11 @@
 """What a deployment serves: exact versions, and nothing that does not belong together."""
 
-import pytest
+import shutil
 
+import pytest
+from click.testing import CliRunner
+
+from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry, serving_fingerprint
 from prefvec_ray.registry.store import Store
@@ -65,6 +69,34 @@ def test_a_preset_speaks_of_vectors_and_is_bound_by_the_policy(config):
     fewer = resolve_release(config.model_copy(update={"vectors": {"helpful": "helpful@1"}}))
     with pytest.raises(InputError, match="made with harmless@1, which this endpoint does not serve"):
         fewer.preset(registry.resolve_preset("cautious@1"))
+
+
+def test_a_preference_in_parts(config, tmp_path):
+    """Split by the command, served by one coefficient or by a profile, bounded as one preference."""
+    root = str(shutil.copytree(config.registry, tmp_path / "registry"))
+    told = CliRunner().invoke(main, ["vectors", "split", "helpful@1", "--by", "depth:2", "--registry", root])
+    assert told.output.splitlines() == [
+        "helpful@1 depth1of2 -> helpful.depth1of2@1",
+        "helpful@1 depth2of2 -> helpful.depth2of2@1",
+    ]
+    config = config.model_copy(update={"registry": root})
+    assert set(resolve_release(config).vectors) == {"harmless", "helpful"}, "parts are served where they are named"
+    lineage = Registry.open(root).lineage("helpful.depth1of2@1")
+    assert [e.role for e in lineage.edges if e.parent == resolve_release(config).vectors["helpful"].digest] == ["whole"]
+
+    halves = [f"helpful.depth{k}of2" for k in (1, 2)]
+    named = {"harmless": "harmless@1", **{half: f"{half}@1" for half in halves}}
+    bounds = {"ranges": {"helpful": {"min": -0.2}}, "floors": {"helpful": -0.2}}
+    release = resolve_release(ServingConfig.model_validate(config.model_dump() | {"vectors": named} | bounds))
+    assert release.policy.coefficients({"helpful": 0.5}) == (("harmless", 0.0), *((half, 0.5) for half in halves))
+    registry = Registry.open(root)
+    registry.publish_preset("late", {f"{halves[0]}@1": 0.2, f"{halves[1]}@1": 0.9}, reason="later layers more")
+    assert dict(release.preset(registry.resolve_preset("late"))) == {"harmless": 0.0, halves[0]: 0.2, halves[1]: 0.9}
+    registry.publish_preset("low", {f"{halves[0]}@1": 0.2, f"{halves[1]}@1": -0.3}, reason="below the floor")
+    with pytest.raises(PreferenceError, match=r"outside the allowed range \[-0.2, 1\]"):
+        release.preset(registry.resolve_preset("low"))
+    with pytest.raises(InputError, match=r"helpful\.depth2of2 is missing"):
+        resolve_release(config.model_copy(update={"vectors": {halves[0]: f"{halves[0]}@1"}}))
 
 
 def test_a_presets_coefficients_for_one_vector_add_up(config, vector_folders, tmp_path):

@@ -160,7 +160,8 @@ class AdmissionController:
         return size // BYTES_PER_TOKEN + 1
 
     def _admitted(self, known: AuditEntry, coefficients: Coefficients, reservation: Reservation) -> None:
-        below = any(eta < self._config.floors.get(name, -math.inf) for name, eta in coefficients)
+        policy, floors = self.release.policy, self._config.floors
+        below = any(eta < floors.get(policy.preference_of(name), -math.inf) for name, eta in coefficients)
         if not self._audit.admitted(known, below_floor=below) and below:
             # Without a record there is no answer below a floor.
             reservation.settle(0)

@@ -12,7 +12,7 @@ from prefvec_ray.serving.http.admission import Caller
 
 
 class VectorCard(BaseModel):
-    """One preference of `GET /v1/preferences`: what it is and what a caller may ask for."""
+    """One preference of `GET /v1/preferences`, or a part of one: what it is and what a caller may ask for."""
 
     preference: str
     vector: str
@@ -71,14 +71,14 @@ def preferences_card(
     model: str, caller: Caller, presets: Mapping[str, tuple[PresetVersion, Coefficients]]
 ) -> PreferencesCard:
     """What this caller may have of the release that it was identified at, with these presets."""
-    ranges, release = caller.policy.ranges, caller.release
+    policy, release = caller.policy, caller.release
     vectors = [
         VectorCard(
             preference=name,
             vector=vector.ref,
             digest=vector.digest,
             metrics=dict(vector.metrics),
-            **ranges[name].model_dump(),
+            **policy.ranges[policy.preference_of(name)].model_dump(),
         )
         for name, vector in release.vectors.items()
     ]

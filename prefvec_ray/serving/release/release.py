@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.names import WHOLE
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_registry, serving_fingerprint
-from prefvec_ray.serving.access.policy import Policy, no_way_around, policy_of
+from prefvec_ray.serving.access.policy import Policy, no_way_around, parts_of, policy_of
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.request import ReleaseId
@@ -133,8 +134,9 @@ def resolve(config: ServingConfig, base: str, registry: Registry) -> Release:
                 " beside the weights; publish its low-rank form, or serve with mode: merged"
             )
     served = {n: ServedVector(v.ref, v.digest, v.form, dict(v.metrics)) for n, v in sorted(versions.items())}
-    policy = policy_of(config, list(served))
-    no_way_around(config.floors, versions)
+    parts = parts_of(versions)
+    policy = policy_of(config, list(served), parts)
+    no_way_around(config.floors, versions, parts)
     release = Release(base, served, policy, int(time.time()), named=config.vectors)
     for name in config.anonymous.presets or ():
         try:
@@ -145,6 +147,7 @@ def resolve(config: ServingConfig, base: str, registry: Registry) -> Release:
 
 
 def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:
-    """The newest version of every vector of this base; deltas of single runs (`helpful+`) are left out."""
+    """The newest version of every vector of this base; deltas of single runs (`helpful+`) and parts are left out."""
     found = registry.list_vectors(base_fingerprint=base_fingerprint, newest_only=True)
-    return {version.name: version for version in found if not version.preference.endswith(("+", "-"))}
+    whole = [version for version in found if WHOLE not in version.parents]
+    return {version.name: version for version in whole if not version.preference.endswith(("+", "-"))}
