@@ -8,6 +8,7 @@ resumes an interrupted demo, and only draws the report of a finished one.
 import os
 import platform
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -91,15 +92,8 @@ def run_pipeline(config: PipelineConfig, folder: Path, console: Console) -> Path
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     demo = Demo(config, folder, console)
-    stages = Stages(folder, console)
-    run = stages.run
-
-    run("world", "Preference data of the tiny world", [config.world, config.seed], demo.write_world)
-    run("base", "Base model by supervised fine-tuning", None, demo.train_base)
-    recipe = demo.training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
-    trained = run("training", "Reference log-probs, then DPO runs in parallel", recipe, demo.train)
-    with taking_apart(str(folder / "stages" / "training.json"), ADVICE):
-        runs = TrainingSummary.model_validate(trained)
+    run = (stages := Stages(folder, console)).run
+    runs = demo.train_stages(run)
     published = run("vectors", "Vectors into the registry", None, lambda: demo.publish(runs))
     sampled = [config.samples_per_prompt, config.grid_steps]
     run("evaluation", "Baselines and a grid over eta", sampled, demo.evaluate)
@@ -145,6 +139,16 @@ class Demo:
     def first_keys(self) -> dict[str, str]:
         """The `vector_key` of each preference for the first DPO seed: what is searched and served."""
         return {preference: vector_key(preference, self.config.dpo_seeds[0]) for preference in PREFERENCES}
+
+    def train_stages(self, run: Callable[..., Any]) -> TrainingSummary:
+        """World, base and DPO runs; `run` is that of the demo's `Stages`."""
+        config = self.config
+        run("world", "Preference data of the tiny world", [config.world, config.seed], self.write_world)
+        run("base", "Base model by supervised fine-tuning", None, self.train_base)
+        recipe = self.training.model_dump(mode="json", include={"dpo", "seeds", "mixed"})
+        trained = run("training", "Reference log-probs, then DPO runs in parallel", recipe, self.train)
+        with taking_apart(str(self.folder / "stages" / "training.json"), ADVICE):
+            return TrainingSummary.model_validate(trained)
 
     def write_world(self) -> dict[str, Any]:
         self.world.write(self.folder / "world")

@@ -8,6 +8,7 @@ import pytest
 
 from prefvec_ray.common.config import load_config
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.comparison import CompareConfig
 from prefvec_ray.demo import PipelineConfig
 from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import ScorerRecipe
@@ -25,6 +26,7 @@ PARAMETERS = {"Llama-3.2-3B": 3.21, "Llama-3.1-8B": 8.03, "Mistral-7B-v0.1": 7.2
 
 
 KINDS: dict[str, type[Any]] = {
+    "compare": CompareConfig,
     "eval": EvalConfig,
     "search": SearchJob,
     "pipeline": PipelineConfig,

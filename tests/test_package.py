@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prefvec_ray"
 PINNED = Path(__file__).parent / "public_api.txt"
 PUBLIC = (
+    "comparison",
     "evaluation",
     "preferences",
     "registry",
@@ -78,6 +79,7 @@ NEEDS = {
     "cli": "",
     "common": "",
     "common/scheduling.py": "registry",
+    "comparison": "search",
     "demo.py": "all",
     "evaluation": "",
     "preferences": "",

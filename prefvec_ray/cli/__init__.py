@@ -5,6 +5,7 @@ import warnings
 
 import click
 
+from prefvec_ray.cli.compare import compare
 from prefvec_ray.cli.data import data
 from prefvec_ray.cli.demo import demo
 from prefvec_ray.cli.evaluate import evaluate
@@ -38,7 +39,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 
-for command in (demo, train, train_scorer, evaluate, search, roll_out, serve, export):
+for command in (demo, train, train_scorer, evaluate, search, compare, roll_out, serve, export):
     main.add_command(command)
 for group in (data, vectors, registry_group, robustness, keys):
     main.add_command(group)

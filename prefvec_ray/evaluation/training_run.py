@@ -39,6 +39,11 @@ class TrainingRun:
         """Whether a run on all preferences' pairs was made."""
         return any(run.spec.preference == MIXED for run in self.summary.runs)
 
+    @property
+    def base(self) -> Path:
+        """Folder of the base that the vectors belong to."""
+        return self._at(self.summary.base)
+
     def vectors(self, seed: int) -> dict[str, Path]:
         """By the names that `settings.baselines` uses: every phi (`helpful`), every positive run's own delta
         (`helpful+`) and `mixed`.

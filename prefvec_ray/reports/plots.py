@@ -1,6 +1,7 @@
 """The report's pictures. The colours are Okabe and Ito's, safe for the colour-blind; shapes and labels
 repeat them."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -322,3 +323,44 @@ def _word(metric: Metric) -> str:
 
 def _average(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")
+
+
+def comparison_fronts(
+    differences: Mapping[str, tuple[str, float, float]],
+    fronts: Mapping[tuple[str, int, str], Sequence[Mapping[str, float]]],
+    bases: Mapping[tuple[str, int], Mapping[str, float]],
+    objectives: Sequence[str],
+) -> Figure:
+    """Methods against each other: how each one's hypervolume differs from the first one's, and its fronts.
+
+    Args:
+        differences: method -> title, difference and error.
+        fronts: (job, seed, method) -> the objectives of the settings on its front. The first two objectives are drawn,
+            for the first two (job, seed).
+        bases: the base's objectives by (job, seed).
+    """
+    places = list(bases)[:2] if len(objectives) > 1 else []
+    figure, panels = _panels(1 + len(places), width=5.2, height=0.32 * len(differences) + 2.4, share=False)
+    marks = dict(
+        zip(differences, itertools.cycle(itertools.product("os^Dv", (BLUE, RED, GREEN, PURPLE, ORANGE))), strict=False)
+    )
+    for height, (method, (_, difference, error)) in enumerate(reversed(list(differences.items()))):
+        marker, colour = marks[method]
+        panels[0].errorbar(difference, height, xerr=2 * error, fmt=marker, color=colour, ms=6, elinewidth=1)
+    panels[0].set_yticks(range(len(differences)), list(differences)[::-1])
+    panels[0].axvline(0, color=GREY, lw=0.8, ls="--")
+    panels[0].set_title(f"hypervolume less that of {next(iter(differences))}, ± 2 errors")
+    for panel, place in zip(panels[1:], places, strict=True):
+        x, y = objectives[:2]
+        for method, (marker, colour) in marks.items():
+            line = sorted((means[x], means[y]) for means in fronts[*place, method])
+            if line:
+                panel.plot(*zip(*line, strict=True), marker=marker, color=colour, ms=4, lw=0.9, label=method)
+        panel.scatter(bases[place][x], bases[place][y], s=150, color=BLACK, marker="*", label="base", zorder=4)
+        panel.set_xlabel(x)
+        panel.set_ylabel(y)
+        panel.set_title(f"{place[0]}, DPO seed {place[1]}: fronts on the report prompts")
+    if places:
+        handles, labels = panels[1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=9)
+    return figure
