@@ -68,8 +68,8 @@ class MethodFigures(BaseModel):
     title: str
     runs: float
     """DPO runs that it needs, for all preferences together."""
-    seconds: float
-    """Of those runs, on average over the seeds, as they were measured where they ran."""
+    steps: float
+    """Of those runs together."""
     hypervolume: float
     difference: float
     """To the first method's, on average over jobs and seeds."""
@@ -166,7 +166,7 @@ def _method(
         method=name,
         title=METHODS[name].title,
         runs=float(np.mean([len(runs) for runs in costs])),
-        seconds=float(np.mean([sum(run.seconds for run in runs) for runs in costs])),
+        steps=float(np.mean([sum(run.steps for run in runs) for runs in costs])),
         hypervolume=float(np.mean([volumes[*place, name] for place in places])),
         difference=float(np.mean(gains)),
         over_prompts=math.sqrt(sum(variances)) / len(places),

@@ -6,7 +6,6 @@ A method is searched over *parameters*, each in a range that holds 0. All parame
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from prefvec_ray.artifacts.training import MIXED, Polarity
 from prefvec_ray.common.errors import InputError
@@ -46,15 +45,22 @@ class Sources:
     def mixed(self) -> PreferenceVector:
         return load_vector(self.folders[MIXED])
 
-    def needed(self, method: str) -> dict[str, Path]:
-        """Folders of the vectors that a method is made of; InputError where the job has not trained one."""
-        if METHODS[method].trains:
-            return {name: folder for name, folder in self.folders.items() if name != MIXED}
-        if MIXED not in self.folders:
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        return {name: load_vector(folder).digest() for name, folder in self.folders.items()}
+
+    def needed(self, method: str) -> list[str]:
+        """The vectors that a method is made of; InputError where the job has not trained one."""
+        trained = {run.spec.polarity for run in self.run.summary.runs if run.spec.preference != MIXED}
+        if "negative" in METHODS[method].trains and "negative" not in trained:
             raise InputError(
-                f"{self.run.folder} has no mixed run: train with mixed: true, or leave out the method {method!r}"
+                f"{self.run.folder} has positive runs alone: train with polarity: both, or leave out {method!r}"
             )
-        return {MIXED: self.folders[MIXED]}
+        if METHODS[method].trains:
+            return [name for name in self.folders if name != MIXED]
+        if MIXED not in self.folders:
+            raise InputError(f"{self.run.folder} has no mixed run: train with mixed: true, or leave out {method!r}")
+        return [MIXED]
 
 
 @dataclass(frozen=True)

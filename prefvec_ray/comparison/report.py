@@ -31,7 +31,7 @@ def markdown(comparison: Comparison) -> str:
         f"{ERRORS:g} errors.",
         "",
         table(
-            ["method", "DPO runs", "training s", "hypervolume", "difference", "seeds above", "verdict"],
+            ["method", "DPO runs", "DPO steps", "hypervolume", "difference", "seeds above", "verdict"],
             [_row(m, first, len(places)) for m in comparison.methods],
         ),
         "",
@@ -51,7 +51,7 @@ def _row(m: MethodFigures, first: MethodFigures, places: int) -> list[str]:
     return [
         f"`{m.method}`: {cell(m.title)}",
         f"{m.runs:g}",
-        f"{m.seconds:.0f}",
+        f"{m.steps:g}",
         f"{m.hypervolume:.4f}",
         "" if same else f"{m.difference:+.4f} ± {m.error:.4f}",
         "" if same else f"{m.wins} of {places}",

@@ -93,17 +93,13 @@ class MethodCell:
     """One method on one seed of one job."""
 
     job: Job
-    seed: int
+    sources: Sources
     method: str
     config: CompareConfig
 
     @property
     def name(self) -> str:
-        return f"{self.job.name}, DPO seed {self.seed}, {self.method}"
-
-    @cached_property
-    def sources(self) -> Sources:
-        return Sources(self.job.run, self.seed)
+        return f"{self.job.name}, DPO seed {self.sources.seed}, {self.method}"
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -118,10 +114,8 @@ class MethodCell:
     @cached_property
     def keys(self) -> dict[Stage, str]:
         """Of all that the figures depend on, but for how many settings are tried."""
-        from prefvec_ray.vectors import load_vector
-
-        job, needed = self.job, self.sources.needed(self.method)
-        common: list[Any] = [METHODS[self.method].title, {name: load_vector(f).digest() for name, f in needed.items()}]
+        job, digests = self.job, self.sources.digests
+        common: list[Any] = [METHODS[self.method].title, {n: digests[n] for n in self.sources.needed(self.method)}]
         common += [scorer_digest(job.scorer), job.goal.model_dump(mode="json", exclude={"metrics"})]
         stages: dict[Stage, list[Any]] = {"search": job.prompts, "report": job.report_prompts}
         return {
@@ -211,9 +205,8 @@ def compare_methods(config: CompareConfig, console: Console) -> Comparison:
         JobError: a setting that cannot be measured; another process compares into the same folder.
     """
     jobs = [_job(name, run, config) for name, run in (config.runs | trained_worlds(config, console)).items()]
-    cells = [
-        MethodCell(job, seed, method, config) for job in jobs for seed in job.run.seeds for method in config.methods
-    ]
+    sources = [(job, Sources(job.run, seed)) for job in jobs for seed in job.run.seeds]
+    cells = [MethodCell(job, of_seed, method, config) for job, of_seed in sources for method in config.methods]
     for cell in cells:
         cell.sources.needed(cell.method)
     found: dict[tuple[str, int, str], Fronts] = {}
@@ -221,7 +214,7 @@ def compare_methods(config: CompareConfig, console: Console) -> Comparison:
         steps = _counter(bar, len(cells) * (config.settings + 1 + config.front))
         for cell in cells:
             console.print(cell.name, soft_wrap=True)
-            found[cell.job.name, cell.seed, cell.method] = cell.measure(kept, lambda: next(steps))
+            found[cell.job.name, cell.sources.seed, cell.method] = cell.measure(kept, lambda: next(steps))
             cell.__dict__.pop("evaluators", None)  # one model in memory at a time
             cell.__dict__.pop("prepared", None)
     return compared(config, jobs, found)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from prefvec_ray.artifacts.training import KL, MIXED, Method, Watch
+from prefvec_ray.artifacts.training import KL, MIXED, Method, Polarity, Watch
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
@@ -85,7 +85,7 @@ class Resources(Config):
 
 
 class TrainingConfig(Config):
-    """`prefvec train --config FILE`: train each preference in both polarities and publish the vectors."""
+    """`prefvec train --config FILE`: train each preference, by default in both polarities, and publish the vectors."""
 
     name: Name
     """Name of the run folder under `output`."""
@@ -110,6 +110,9 @@ class TrainingConfig(Config):
     changes the speed and not the result. If left out, a step takes `dpo`'s own batch on every worker."""
     seeds: list[int] = Field(default=[0], min_length=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
+    polarity: Literal["both", "positive"] = "both"
+    """both: phi = theta+ - theta-, two runs a preference, as in the paper. positive: phi = theta+ - theta_base, one run
+    and a vector about half as long; docs/methods.md has what is lost."""
     mixed: bool = False
     """Also train one DPO run a seed on an equal share of every preference's pairs: the baseline to beat."""
     chat_template: str | None = None
@@ -168,6 +171,11 @@ class TrainingConfig(Config):
         if self.global_batch_size is None:
             return self.dpo
         return {**self.dpo, "gradient_accumulation_steps": self.global_batch_size // self.pairs_at_once}
+
+    @property
+    def polarities(self) -> list[Polarity]:
+        """Of each preference's runs, the positive one first."""
+        return ["positive", "negative"] if self.polarity == "both" else ["positive"]
 
     @property
     def recipe_key(self) -> str:

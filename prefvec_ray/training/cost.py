@@ -258,8 +258,8 @@ def _evenly(total: int, count: int) -> Iterable[int]:
 
 
 def _pairs_of_runs(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> list[int]:
-    """Training pairs of each run: two polarities a preference, and one run on mixed data where asked for."""
-    counts = [split.pairs for split in prepared.values() for _ in range(2)]
+    """Training pairs of each run: the polarities of each preference, and one run on mixed data where asked for."""
+    counts = [split.pairs for split in prepared.values() for _ in config.polarities]
     if config.mixed:
         counts.append(len(prepared) * (max(counts) // len(prepared)))
     return counts * len(config.seeds)

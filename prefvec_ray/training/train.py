@@ -16,7 +16,6 @@ from trl import DPOConfig, SFTConfig
 
 from prefvec_ray.artifacts.training import (
     MIXED,
-    SIGN,
     Polarity,
     PreparedPairs,
     ReferencePairs,
@@ -40,6 +39,7 @@ from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.references import compute_references, key_of, working_base
 from prefvec_ray.training.sft import demonstrations, fine_tuned
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract, subtract_deltas
+from prefvec_ray.vectors.extract import positive_only
 
 
 def train_vectors(config: TrainingConfig, prepared: dict[str, PreparedPairs] | None = None) -> TrainingSummary:
@@ -204,7 +204,7 @@ def _load_split(config: TrainingConfig, name: str, source: PreferenceData, colle
 def plan_runs(config: TrainingConfig, references: dict[str, ReferencePairs]) -> list[RunSpec]:
     """Preferences x polarities x seeds, and one run on mixed data a seed where asked for. Keys are stable."""
     base = fingerprint(config.base)
-    wanted: list[tuple[list[str], Polarity]] = [([name], polarity) for name in references for polarity in SIGN]
+    wanted: list[tuple[list[str], Polarity]] = [([n], polarity) for n in references for polarity in config.polarities]
     if config.mixed:
         wanted.append((list(references), "positive"))
     specs = []
@@ -240,36 +240,40 @@ def plan_runs(config: TrainingConfig, references: dict[str, ReferencePairs]) -> 
 
 
 def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, Path]:
-    """phi_p = theta_p+ - theta_p- for every preference and seed (arXiv 2504.20106, eq. 4), from the runs' fp32 deltas.
+    """phi_p = theta_p+ - theta_p- for every preference and seed (arXiv 2504.20106, eq. 4), from the runs' fp32
+    deltas; of positive runs alone theta_p+ - theta_base.
 
     Returns:
         Folder of each vector by its `vector_key`, each holding the vector file.
     """
     import torch
 
-    pairs: dict[str, dict[Polarity, RunSpec]] = {}
+    pairs: dict[str, list[RunSpec]] = {}
     for spec in specs:
         if spec.preference != MIXED:
-            pairs.setdefault(spec.vector_key, {})[spec.polarity] = spec
+            pairs.setdefault(spec.vector_key, []).append(spec)
     folders = {}
+    dtype = getattr(torch, config.vector_dtype)
     for name, runs in pairs.items():
-        positive, negative = runs["positive"], runs["negative"]
-        key = key_of(positive.key, negative.key, config.vector_dtype)
+        key = key_of(*(run.key for run in runs), config.vector_dtype)
         folders[name] = folder = config.folder / "vectors" / f"{name}-{key}"
         if not folder.is_dir():
-            plus, minus = (load_vector(Path(run.out) / "delta") for run in (positive, negative))
-            dtype = getattr(torch, config.vector_dtype)
-            kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(positive.base, plus, minus)}
-            if plus.info.form == minus.info.form == "full":
-                subtract_deltas(plus, minus, folder, preference=positive.preference, dtype=dtype, precision=kept)
+            deltas = [load_vector(Path(run.out) / "delta") for run in runs]  # the positive run's first, as planned
+            preference = runs[0].preference
+            kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(runs[0].base, *deltas)}
+            if config.polarity == "positive":
+                vector = positive_only(deltas[0], preference=preference, dtype=dtype)
+            elif all(delta.info.form == "full" for delta in deltas):
+                subtract_deltas(*deltas, folder, preference=preference, dtype=dtype, precision=kept)
+                continue
             else:
-                vector = subtract(plus, minus, preference=positive.preference, dtype=dtype)
-                save_vector(vector.replace(precision=vector.info.precision | kept), folder)
+                vector = subtract(*deltas, preference=preference, dtype=dtype)
+            save_vector(vector.replace(precision=vector.info.precision | kept), folder)
     return folders
 
 
 def publish_vectors(summary: TrainingSummary, registry: Any) -> dict[str, str]:
-    """Publish every vector of `train_vectors` with the held-out figures of its two runs; the same again does nothing.
+    """Publish every vector of `train_vectors` with the held-out figures of its runs; the same again does nothing.
 
     Args:
         registry: a Registry or RegistryClient.

@@ -193,6 +193,21 @@ def check_same_shape(name: str, positive: PreferenceVector, negative: Preference
         )
 
 
+def positive_only(run: PreferenceVector, *, preference: str, dtype: torch.dtype = torch.bfloat16) -> PreferenceVector:
+    """phi = theta+ - theta_base: the positive run's delta as a vector of its own, stored in `dtype`.
+
+    Half the training of `subtract`, and about half as long. The recipe says so and keeps the run's.
+    """
+    changes = {
+        "preference": check_preference(preference),
+        "dtype": "float32",
+        "parents": {"positive": run.digest()},
+        "recipe": {"polarity": "positive", "positive": run.info.recipe},
+        "precision": {},
+    }
+    return stored_as(run.info.model_copy(update=changes), run.entries, dtype)
+
+
 def _noise(run: PreferenceVector) -> float:
     """Relative error of a run's delta: from its source's rounding and from its storage."""
     rounding, stored = run.info.precision.get("rounding"), run.info.precision.get("relative_error")

@@ -6,13 +6,16 @@ import re
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from rich.console import Console
 
+from prefvec_ray.cli import main
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.comparison import CompareConfig, Comparison, compare_methods
 from prefvec_ray.comparison.methods import METHODS, Sources
-from prefvec_ray.comparison.report import markdown, write_comparison
+from prefvec_ray.comparison.report import markdown
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.vectors import combine, load_vector
 
@@ -68,7 +71,7 @@ def test_figures_follow_from_what_was_measured(finished):
     assert contrast.difference == contrast.over_prompts == 0
     assert soup.difference == pytest.approx(soup.hypervolume - contrast.hypervolume)
     assert (contrast.runs, soup.runs, mixed.runs) == (4, 2, 1)
-    assert contrast.seconds > soup.seconds > mixed.seconds > 0
+    assert contrast.steps == 2 * soup.steps == 4 * mixed.steps > 0
     bases = {json.dumps(cell.base) for cell in comparison.cells}
     assert len(bases) == 1, "all methods begin at the same base, on the same prompts"
 
@@ -109,14 +112,18 @@ def test_nothing_is_measured_twice(finished, demo_run):
     path.write_bytes(whole)
 
 
-def test_the_files(finished, tmp_path):
-    _, comparison = finished
-    write_comparison(tmp_path, comparison)
-    assert Comparison.model_validate_json((tmp_path / "comparison.json").read_text()) == comparison
-    text = (tmp_path / "comparison.md").read_text()
+def test_the_command_and_its_files(finished, demo_run):
+    output, comparison = finished
+    given = config(demo_run, output, ["contrast", "soup", "mixed"]).model_dump(mode="json")
+    (output / "compare.yaml").write_text(yaml.safe_dump(given))
+    told = CliRunner().invoke(main, ["compare", "--config", str(output / "compare.yaml")])
+    assert told.exit_code == 0, told.output
+    assert Comparison.model_validate_json((output / "comparison.json").read_text()) == comparison
+    text = (output / "comparison.md").read_text()
     assert text == markdown(comparison)
+    assert text in told.output
     assert "| `soup`: rewarded soup" in text
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

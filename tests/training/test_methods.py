@@ -15,6 +15,7 @@ from prefvec_ray.training.dpo import run_dpo
 from prefvec_ray.training.lora import check_lora, lora_config
 from prefvec_ray.training.model import load_base
 from prefvec_ray.training.recipe import LOSS_TYPES
+from prefvec_ray.training.train import extract_vectors
 from prefvec_ray.training.watch import RunStoppedError
 from prefvec_ray.vectors import (
     LowRank,
@@ -82,6 +83,19 @@ def test_losses_are_combined_with_their_weights(run):
     vector, _ = run("run", loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2], max_steps=1)
     assert vector.info.recipe["loss_type"] == ["sigmoid", "sft"]
     assert vector.info.recipe["loss_weights"] == [1.0, 0.2]
+
+
+def test_a_vector_of_the_positive_run_alone(run, config):
+    delta, result = run("run", max_steps=1)
+    half = config.model_copy(update={"polarity": "positive"})
+    (folder,) = extract_vectors(half, [result.spec]).values()
+    vector = load_vector(folder)
+    assert (vector.info.preference, vector.info.dtype) == ("helpful", "bfloat16")
+    assert vector.info.parents == {"positive": delta.digest()}
+    assert vector.info.recipe == {"polarity": "positive", "positive": delta.info.recipe}
+    assert "in_bf16_checkpoints" in vector.info.precision
+    for name in delta.names():
+        assert torch.equal(vector.dense(name), delta.dense(name).bfloat16().float())
 
 
 LORA = {"r": 4, "lora_alpha": 8}

@@ -83,6 +83,7 @@ def test_a_run_is_known_by_what_it_computes_and_not_by_how_it_is_watched(config)
     assert not set(keys(dpo={**config.dpo, "beta": 0.2})) & set(plan)
     assert set(keys(seeds=[0, 1])) > set(plan)
     assert set(keys(mixed=True)) > set(plan)
+    assert keys(polarity="positive") == [key for key in plan if "-positive-" in key]
 
 
 def test_the_controller_of_a_run_imports_no_training_library():
