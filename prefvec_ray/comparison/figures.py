@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import moocore
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -56,6 +57,8 @@ class CellFigures(BaseModel):
     """The parameters of the chosen settings."""
     means: list[dict[str, float]]
     """Their objectives on the report prompts."""
+    best: list[bool]
+    """Which of them keep the limits there, and are beaten by none of the others."""
     base: dict[str, float]
 
 
@@ -205,6 +208,10 @@ def _resampled(goal: Goal, fronts: Fronts) -> NDArray[np.float64]:
 
 def _cell(key: Key, goal: Goal, fronts: Fronts, volume: float, stderr: float) -> CellFigures:
     run, seed, method = key
+    points_SO = np.array([goal.point(e) for e in fronts.front]).reshape(-1, len(goal.objectives))
+    kept = np.array([goal.keeps_limits(e) for e in fronts.front], dtype=bool)
+    best = kept.copy()
+    best[kept] = moocore.is_nondominated(points_SO[kept], maximise=True) if kept.any() else False
     return CellFigures(
         run=run,
         seed=seed,
@@ -213,5 +220,6 @@ def _cell(key: Key, goal: Goal, fronts: Fronts, volume: float, stderr: float) ->
         stderr=stderr,
         settings=[e.coefficients for e in fronts.front],
         means=[{name: e.mean(name) for name in goal.objectives} for e in fronts.front],
+        best=best.tolist(),
         base={name: fronts.base.mean(name) for name in goal.objectives},
     )

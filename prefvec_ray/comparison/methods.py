@@ -16,8 +16,9 @@ from prefvec_ray.vectors.interference import orthogonal_parts, singular_parts, t
 Parameters = Mapping[str, float]
 Ranges = dict[str, tuple[float, float]]
 
-UP_TO = 1.5
-"""The largest coefficient of a contrast vector. Beyond it the tiny world's text falls apart."""
+UP_TO = 2.0
+"""The largest coefficient of a contrast vector: well beyond where the tiny world's text falls apart, so that the limits
+and not the ranges decide."""
 TIES_DENSITY = 0.2
 """The paper's default (arXiv 2306.01708, section 4)."""
 DARE_DENSITY = 0.2
@@ -131,6 +132,10 @@ def _orthogonal(sources: Sources) -> Prepared:
     return Prepared(orthogonal_parts(sources.contrast), _upto(UP_TO, sources.preferences))
 
 
+def _orthogonal_positives(sources: Sources) -> Prepared:
+    return Prepared(orthogonal_parts(sources.positive), _upto(2 * UP_TO, sources.preferences))
+
+
 def _singular(sources: Sources) -> Prepared:
     return Prepared(singular_parts(sources.contrast), _upto(UP_TO, sources.preferences))
 
@@ -164,6 +169,9 @@ METHODS: dict[str, MergeMethod] = {
     "ties": MergeMethod(f"TIES, {TIES_DENSITY:.0%} kept, signs elected once, 0 to {2 * UP_TO:g}", BOTH, _ties),
     "dare": MergeMethod(f"DARE, {DARE_DENSITY:.0%} kept, 0 to {UP_TO:g}", BOTH, _dare),
     "orthogonal": MergeMethod(f"orthogonal in each parameter, 0 to {UP_TO:g}", BOTH, _orthogonal),
+    "orthogonal-positives": MergeMethod(
+        f"positive runs alone, orthogonal in each parameter, 0 to {2 * UP_TO:g}", ("positive",), _orthogonal_positives
+    ),
     "singular": MergeMethod(f"task singular vectors, 0 to {UP_TO:g}", BOTH, _singular),
     "rank": MergeMethod(f"rank {RANK}, 0 to {UP_TO:g}", BOTH, _low_rank),
     "depth": MergeMethod(f"depth profile of {DEPTHS} parts, tilt -1 to 1, 0 to {UP_TO:g}", BOTH, _depth),

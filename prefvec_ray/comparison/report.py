@@ -1,10 +1,11 @@
 """A comparison as files: `comparison.json` with all figures, `comparison.md` with the tables, `comparison.png`."""
 
+from functools import partial
 from pathlib import Path
 
 from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.comparison.figures import ERRORS, CellFigures, Comparison, MethodFigures
-from prefvec_ray.reports.plots import comparison_fronts
+from prefvec_ray.reports import plots
 from prefvec_ray.reports.report import cell, table
 
 
@@ -13,9 +14,12 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     write_whole(folder / "comparison.json", comparison.model_dump_json(indent=1))
     write_whole(folder / "comparison.md", markdown(comparison))
     best = {m.method: (m.title, m.difference, m.error) for m in comparison.methods}
-    fronts = {(c.run, c.seed, c.method): c.means for c in comparison.cells}
+    fronts = {
+        (c.run, c.seed, c.method): [means for means, best in zip(c.means, c.best, strict=True) if best]
+        for c in comparison.cells
+    }
     bases = {(c.run, c.seed): c.base for c in comparison.cells}
-    comparison_fronts(best, fronts, bases, comparison.objectives).savefig(folder / "comparison.png", dpi=140)
+    plots.save(partial(plots.comparison_fronts, best, fronts, bases, comparison.objectives), folder, "comparison")
 
 
 def markdown(comparison: Comparison) -> str:

@@ -206,7 +206,7 @@ def compare_methods(config: CompareConfig, console: Console) -> Comparison:
     """
     jobs = [_job(name, run, config) for name, run in (config.runs | trained_worlds(config, console)).items()]
     sources = [(job, Sources(job.run, seed)) for job in jobs for seed in job.run.seeds]
-    cells = [MethodCell(job, of_seed, method, config) for job, of_seed in sources for method in config.methods]
+    cells = [MethodCell(job, of_seed, method, config) for method in config.methods for job, of_seed in sources]
     for cell in cells:
         cell.sources.needed(cell.method)
     found: dict[tuple[str, int, str], Fronts] = {}
