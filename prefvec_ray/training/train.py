@@ -264,10 +264,10 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
             if config.polarity == "positive":
                 vector = positive_only(deltas[0], preference=preference, dtype=dtype)
             elif all(delta.info.form == "full" for delta in deltas):
-                subtract_deltas(*deltas, folder, preference=preference, dtype=dtype, precision=kept)
+                subtract_deltas(deltas[0], deltas[1], folder, preference=preference, dtype=dtype, precision=kept)
                 continue
             else:
-                vector = subtract(*deltas, preference=preference, dtype=dtype)
+                vector = subtract(deltas[0], deltas[1], preference=preference, dtype=dtype)
             save_vector(vector.replace(precision=vector.info.precision | kept), folder)
     return folders
 
