@@ -185,7 +185,7 @@ def study_on_ray(console: Console, study: Study, workers: int) -> Slice:
 
 def study_slice(console: Console, study: Study, seconds: float) -> Slice:
     """Run what is missing of a study in this process until the budget is spent, and say what is left."""
-    from prefvec_ray.robustness.place import Budget
+    from prefvec_ray.robustness.run_files import Budget
     from prefvec_ray.robustness.slices import run_slice
 
     found = run_slice(study, Budget(seconds), lambda line: console.print(line, soft_wrap=True))

@@ -13,7 +13,7 @@ from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.errors import JobError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.lines import LineWriter
-from prefvec_ray.robustness.place import Budget, Pause, Place
+from prefvec_ray.robustness.run_files import Budget, Pause, RunFiles
 from prefvec_ray.robustness.study import Cell, Study, run_cell
 
 
@@ -46,12 +46,12 @@ def run_slice(study: Study, budget: Budget, progress: Callable[[str], None] | No
     missing = study.missing
     with LineWriter(study.path, f"another command is running the study in {study.folder}; wait for it") as lines:
         for cell, seed in missing:
-            name, place = f"{cell.name}, seed {seed}", place_of(study, cell, seed, budget)
+            name, files = f"{cell.name}, seed {seed}", files_of(study, cell, seed, budget)
             tell(name)
-            started, clock = time.monotonic(), place.folder / "seconds.json"
+            started, clock = time.monotonic(), files.folder / "seconds.json"
             earlier = read_json(clock)["seconds"] if clock.exists() else 0.0
             try:
-                run = run_cell(study.config, cell, seed, place)
+                run = run_cell(study.config, cell, seed, files)
             except Pause as pause:
                 write_whole(clock, f'{{"seconds": {earlier + time.monotonic() - started:.2f}}}')
                 found.under_way = f"{name}: {pause}"
@@ -62,7 +62,7 @@ def run_slice(study: Study, budget: Budget, progress: Callable[[str], None] | No
                 run = run.model_copy(update={"seconds": round(earlier + run.seconds, 2)})
                 lines.add(run.model_dump_json())
                 study.runs.append(run)
-                place.remove()
+                files.remove()
                 found.finished += 1
             if budget.spent:
                 break
@@ -70,7 +70,7 @@ def run_slice(study: Study, budget: Budget, progress: Callable[[str], None] | No
     return found
 
 
-def place_of(study: Study, cell: Cell, seed: int, budget: Budget) -> Place:
+def files_of(study: Study, cell: Cell, seed: int, budget: Budget) -> RunFiles:
     """Where a run of the study is stored while it is under way."""
     digest = hashlib.sha256(cell.model_dump_json().encode()).hexdigest()[:16]
-    return Place(study.folder / "checkpoints" / f"{digest}-{seed}", budget)
+    return RunFiles(study.folder / "checkpoints" / f"{digest}-{seed}", budget)

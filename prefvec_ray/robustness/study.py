@@ -22,7 +22,7 @@ from prefvec_ray.common.files import parse_models, read_json, read_model
 from prefvec_ray.common.lines import LineWriter, whole_lines
 from prefvec_ray.robustness.audit import LADDERS, OVERESTIMATE, Audit, Ladder
 from prefvec_ray.robustness.images import Network
-from prefvec_ray.robustness.place import Place
+from prefvec_ray.robustness.run_files import RunFiles
 from prefvec_ray.robustness.threat import Norm
 from prefvec_ray.robustness.train import Method, Moment, Recipe, Remedy
 
@@ -183,14 +183,14 @@ class Run(Config):
         return self.audit.gap(OVERESTIMATE).low > self.audit.ladder.tolerance
 
 
-def run_cell(config: StudyConfig, cell: Cell, seed: int, place: Place | None = None) -> Run:
+def run_cell(config: StudyConfig, cell: Cell, seed: int, files: RunFiles | None = None) -> Run:
     """Train and audit one run, on a GPU where torch sees one. Plain torch; the same seed gives the same run on the
-    same device. With `place` it continues from what is stored there, and raises Pause once the budget is spent."""
+    same device. With `files` it continues from what is stored there, and raises Pause once the budget is spent."""
     import torch
 
     from prefvec_ray.robustness.audit import audit
     from prefvec_ray.robustness.images import build_network, load_images
-    from prefvec_ray.robustness.place import Rungs
+    from prefvec_ray.robustness.run_files import Rungs
     from prefvec_ray.robustness.threat import Ball
     from prefvec_ray.robustness.train import train_classifier
 
@@ -207,8 +207,8 @@ def run_cell(config: StudyConfig, cell: Cell, seed: int, place: Place | None = N
         model = build_network(config.network, train[0].shape[1], cell.classes).to(device)
     recipe = cell.recipe
     ball = Ball(recipe.epsilon, norm=recipe.norm)
-    curve = train_classifier(model, train, watch, recipe, seed=seed, place=place)
-    rungs = Rungs(place, device) if place else None
+    curve = train_classifier(model, train, watch, recipe, seed=seed, files=files)
+    rungs = Rungs(files, device) if files else None
     found = audit(model, *test, ball, config.ladder, space="images in [0, 1]", seed=seed, rungs=rungs)
     return Run(cell=cell, seed=seed, curve=tuple(curve), audit=found, seconds=round(time.monotonic() - started, 2))
 

@@ -15,7 +15,7 @@ from prefvec_ray.robustness.attacks import TARGETED_CLASSES, strong_attack
 from prefvec_ray.robustness.intervals import Gap
 from prefvec_ray.robustness.losses import Loss, adversarial_loss, pgd, trades_loss
 from prefvec_ray.robustness.metrics import probe
-from prefvec_ray.robustness.place import Pause, Place
+from prefvec_ray.robustness.run_files import Pause, RunFiles
 from prefvec_ray.robustness.threat import Ball, Norm, check_data, correct, count_classes
 
 Method = Literal["trades", "adversarial"]
@@ -90,14 +90,14 @@ def train_classifier(
     ball: Ball | None = None,
     seed: int = 0,
     progress: Callable[[Moment], None] | None = None,
-    place: Place | None = None,
+    files: RunFiles | None = None,
 ) -> list[Moment]:
     """Train `model` in place by SGD on `train`; measure every epoch on `watch`. `ball` defaults to images in [0, 1].
 
     The gap of a moment is PGD-10 minus a short strong attack (targeted APGD, then Square), a cheap estimate of what the
     audit measures at the end.
 
-    With `place`, the training continues from what is stored there, stores itself after each epoch, and stops after
+    With `files`, the training continues from what is stored there, stores itself after each epoch, and stops after
     the first batch that ends past the budget. On a CPU, a training in slices ends in the same bits as one at a stretch.
 
     Raises:
@@ -114,7 +114,7 @@ def train_classifier(
     classes = count_classes(model, train[0])
     for part in (train, watch):
         check_data(*part, ball, classes)
-    run = _Training(model, recipe, ball, seed, place)
+    run = _Training(model, recipe, ball, seed, files)
     while run.epoch <= recipe.epochs:
         losses = run.finish_epoch(*train)
         if not math.isfinite(losses[1]):
@@ -126,8 +126,8 @@ def train_classifier(
         run.next_epoch(moment)
         if progress:
             progress(moment)
-        if place:
-            place.pause_if_spent(f"epoch {moment.epoch} of {recipe.epochs} done")
+        if files:
+            files.pause_if_spent(f"epoch {moment.epoch} of {recipe.epochs} done")
     return run.curve
 
 
@@ -144,8 +144,8 @@ class _Words(Config):
 class _Training:
     """A model under way: all that the next batch depends on."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, ball: Ball, seed: int, place: Place | None) -> None:
-        self.model, self.recipe, self.ball, self.seed, self.place = model, recipe, ball, seed, place
+    def __init__(self, model: nn.Module, recipe: Recipe, ball: Ball, seed: int, files: RunFiles | None) -> None:
+        self.model, self.recipe, self.ball, self.seed, self.files = model, recipe, ball, seed, files
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -156,8 +156,8 @@ class _Training:
         """The order of the images in the epoch under way; empty between two epochs."""
         self.losses: list[tuple[float, float]] = []
         """Natural and robust loss of every batch of the epoch under way."""
-        if place:
-            self._load(place)
+        if files:
+            self._load(files)
 
     def finish_epoch(self, x: Tensor, y: Tensor) -> tuple[float, float]:
         """The rest of one pass over `x` in random order; the means of the two losses over all its batches."""
@@ -171,8 +171,8 @@ class _Training:
         batches = [part for part in self.order.split(recipe.batch) if len(part) > 1]
         for rows in batches[len(self.losses) :]:
             self._step(x[rows], y[rows])
-            if self.place and self.place.budget.spent and len(self.losses) < len(batches):
-                self._save(self.place)
+            if self.files and self.files.budget.spent and len(self.losses) < len(batches):
+                self._save(self.files)
                 raise Pause(f"epoch {self.epoch} of {recipe.epochs}, batch {len(self.losses)} of {len(batches)}")
         natural, robust = (sum(values) / len(batches) for values in zip(*self.losses, strict=True))
         return natural, robust
@@ -182,8 +182,8 @@ class _Training:
         self.curve.append(moment)
         self.noisy = self.recipe.remedy is not None and moment.fosc > self.recipe.remedy.threshold
         self.epoch, self.order, self.losses = self.epoch + 1, self.order[:0], []
-        if self.place:
-            self._save(self.place)
+        if self.files:
+            self._save(self.files)
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         self.model.train()
@@ -208,8 +208,8 @@ class _Training:
             for name, parameter in named.items()
         }
 
-    def _save(self, place: Place) -> None:
-        place.save(
+    def _save(self, files: RunFiles) -> None:
+        files.save(
             STORED,
             {
                 **{f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
@@ -223,12 +223,12 @@ class _Training:
             ).model_dump_json(),
         )
 
-    def _load(self, place: Place) -> None:
-        stored = place.load(STORED)
+    def _load(self, files: RunFiles) -> None:
+        stored = files.load(STORED)
         if stored is None:
             return
         tensors, text = stored
-        where, advice = f"checkpoint {place.folder}", "delete it, and its run begins anew"
+        where, advice = f"checkpoint {files.folder}", "delete it, and its run begins anew"
         words = parse_model(text.encode(), _Words, where, advice)
         if (words.recipe, words.seed) != (self.recipe, self.seed):
             raise InputError(f"{where}: of another recipe or seed; {advice}")
@@ -244,7 +244,7 @@ class _Training:
 
 
 STORED = "training"
-"""The file of a place that holds the training."""
+"""The name of the training among the files of a run."""
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:

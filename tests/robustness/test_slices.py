@@ -7,8 +7,8 @@ from click.testing import CliRunner
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ladder, Remedy
-from prefvec_ray.robustness.place import Budget
-from prefvec_ray.robustness.slices import place_of, run_slice
+from prefvec_ray.robustness.run_files import Budget
+from prefvec_ray.robustness.slices import files_of, run_slice
 from prefvec_ray.robustness.study import Grid, Study, StudyConfig, run_cell
 
 SHORT = Ladder(strong_steps=2, restarts=1, apgd_steps=2, fab_steps=1, square_queries=5)
@@ -61,7 +61,7 @@ def test_a_slice_says_where_it_stopped_and_refuses_a_damaged_checkpoint(tmp_path
     found = run_slice(study, Budget(1e-9))
     assert (found.finished, found.left, found.failed) == (0, 2, {})
     assert found.under_way.endswith("seed 0: epoch 1 of 2, batch 1 of 3")
-    (file,) = place_of(study, *DIGITS.runs()[0], Budget(1)).folder.glob("*.safetensors")
+    (file,) = files_of(study, *DIGITS.runs()[0], Budget(1)).folder.glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-7])
     with pytest.raises(InputError, match=r"damaged .* delete it, and its run begins anew"):

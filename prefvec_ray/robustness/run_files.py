@@ -33,7 +33,7 @@ class Budget:
         return time.monotonic() - self.started >= self.seconds
 
 
-class Place:
+class RunFiles:
     """The files of one run: safetensors with a line of JSON in the header. No pickle is written or read."""
 
     def __init__(self, folder: Path, budget: Budget) -> None:
@@ -79,13 +79,13 @@ class Rungs(UserDict[str, Tensor]):
     """The rungs of one audit that are done, name -> (N,) bool. Each is on disk as soon as it is put here, and then the
     budget decides whether the next begins."""
 
-    def __init__(self, place: Place, device: torch.device) -> None:
-        kept = place.load("audit")
+    def __init__(self, files: RunFiles, device: torch.device) -> None:
+        kept = files.load("audit")
         super().__init__({name: hits.to(device) for name, hits in kept[0].items()} if kept else {})
-        self.place = place
+        self.files = files
 
     def __setitem__(self, name: str, hits: Tensor) -> None:
         super().__setitem__(name, hits)
-        if hasattr(self, "place"):
-            self.place.save("audit", self.data)
-            self.place.pause_if_spent(f"its audit, {len(self)} attacks done")
+        if hasattr(self, "files"):
+            self.files.save("audit", self.data)
+            self.files.pause_if_spent(f"its audit, {len(self)} attacks done")
