@@ -172,7 +172,13 @@ def dry_run_steps(config: TrainingConfig, prepared: dict[str, PreparedPairs]) ->
     )
     name = f"dry-run-{key_of(split.digest, config.recipe_key)}"
     run = start_run(
-        _dry_run_worker, {"job": job.model_dump()}, name, config.resources, config.folder / "ray", retries=0
+        _dry_run_worker,
+        {"job": job.model_dump()},
+        name,
+        config.resources,
+        config.folder / "ray",
+        retries=0,
+        method=job.method,
     )
     return DryRunResult.model_validate(run.result())
 

@@ -49,6 +49,14 @@ def sharding(method: Method) -> dict[str, Any]:
     return {"deepspeed": method.deepspeed} if method.fsdp is None else {"fsdp": True, "fsdp_config": {**method.fsdp}}
 
 
+def process_group(method: Method, *, gpus: bool) -> str:
+    """The backend of a run's process group, by torch's names. What FSDP has offloaded is summed up on the CPU, where
+    NCCL cannot."""
+    if not gpus:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if method.fsdp and method.fsdp.get("cpu_offload") else "nccl"
+
+
 def start_fsdp() -> None:
     """From here on, models are loaded by one process a node; the others get theirs when the trainer shards them."""
     os.environ.update(dict.fromkeys(_ENVIRONMENT, "true"))

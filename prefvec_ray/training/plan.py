@@ -24,13 +24,14 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from prefvec_ray.artifacts.training import Artifact, RunResult, RunSpec
+from prefvec_ray.artifacts.training import Artifact, Method, RunResult, RunSpec
 from prefvec_ray.common.cluster import lost_because
 from prefvec_ray.common.errors import JobError, from_traceback, message_lines
 from prefvec_ray.common.files import read_model
 from prefvec_ray.common.scheduling import Waiting, check_room
 from prefvec_ray.training.checkpoints import checkpoint_folder, newest_checkpoint, remove_checkpoints
 from prefvec_ray.training.config import Resources, TrainingConfig
+from prefvec_ray.training.fsdp import process_group
 from prefvec_ray.training.progress import ProgressTable, follow, job_board
 from prefvec_ray.training.workers import dpo_worker
 
@@ -40,6 +41,7 @@ LOST = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.WorkerCrashedError,
 )
+PLAIN = Method()
 COLLATERAL = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -120,7 +122,10 @@ def _run_waiting(
             spec = waiting.pop()
             config = {"spec": spec.model_dump(), "board": board}
             lost = _reporter(spec, resources.workers, board, table)
-            running[start_run(dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost)] = spec
+            run = start_run(
+                dpo_worker, config, spec.key, resources, storage, retries=retries, lost=lost, method=spec.method
+            )
+            running[run] = spec
         for run in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
             spec, error = running.pop(run), run.exception()
             if error is not None:
@@ -152,6 +157,7 @@ def start_run(
     *,
     retries: int = 2,
     lost: Callable[[Exception], None] | None = None,
+    method: Method = PLAIN,
 ) -> Future[Any]:
     """One Ray Train run of `worker(config)`, from now on; its result is what its rank 0 returned.
 
@@ -172,7 +178,7 @@ def start_run(
         return TorchTrainer(
             worker,
             train_loop_config=config,
-            torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+            torch_config=TorchConfig(backend=process_group(method, gpus=resources.gpus_per_worker > 0)),
             scaling_config=ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
@@ -221,7 +227,8 @@ def run_stage(
     """
     check_room(what, resources.bundles)
     given = {"job": job.model_dump(), "board": board}
-    run = start_run(worker, given, name, resources, config.folder / "ray", retries=config.retries)
+    storage = config.folder / "ray"
+    run = start_run(worker, given, name, resources, storage, retries=config.retries, method=config.run_method)
     console = Console(highlight=False)
     try:
         follow(run, board, row, steps, console, Waiting(console, what, resources.bundles))

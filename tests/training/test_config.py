@@ -2,10 +2,12 @@ import shutil
 
 import pytest
 
+from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.config import load_config, parse_config, parse_yaml
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training import Resources, TrainingConfig
 from prefvec_ray.training.config import SftStage
+from prefvec_ray.training.fsdp import fsdp_config, process_group
 from prefvec_ray.training.zero import PRESETS, deepspeed_config
 
 GOOD = {"name": "job", "base": "base", "preferences": {"helpful": {"data": "pairs.jsonl"}}}
@@ -209,7 +211,16 @@ def test_a_preset_a_file_and_a_mapping_say_the_same(tmp_path):
         deepspeed_config(str(file))
 
 
+def test_only_what_is_offloaded_is_summed_up_on_the_cpu_beside_gpus():
+    plain, offloaded = (Method(fsdp=fsdp_config(preset)) for preset in ("fsdp2", "fsdp2-offload"))
+    assert [process_group(method, gpus=True) for method in (Method(), plain, offloaded)] == [
+        *("nccl", "nccl", "cpu:gloo,cuda:nccl")
+    ]
+    assert process_group(offloaded, gpus=False) == "gloo"
+
+
 def test_methods_check_on_a_machine_without_gpus(config):
     gpu = config.model_copy(update={"resources": Resources(workers=8, gpus_per_worker=1), "deepspeed": "zero3"})
     gpu.model_copy(update={"dpo": {**config.dpo, "bf16": True, "tf32": True}, "global_batch_size": 128}).check()
+    gpu.model_copy(update={"deepspeed": None, "fsdp": "fsdp2-offload"}).check()
     gpu.model_copy(update={"method": "lora", "lora": {"r": 8, "use_rslora": True}}).check()
