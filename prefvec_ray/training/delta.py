@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from pydantic import JsonValue
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from prefvec_ray.artifacts.training import Method
@@ -69,6 +70,9 @@ def master_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         RunStoppedError: on all ranks, at the end, if a parameter is not finite.
     """
     broken = None
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what the last forward pass has left gathered is rounded to what it computes in
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -157,13 +157,13 @@ def test_lora_over_a_base_stored_in_bf16_changes_the_adapter_only(run, scored, t
 )
 def test_what_could_not_be_kept_exactly_is_refused_before_training(world_folder, fields, message):
     with pytest.raises(InputError, match=message):
-        check_lora(world_folder / "base", fields, deepspeed=False)
+        check_lora(world_folder / "base", fields, sharded=False)
 
 
 def test_whole_parameters_beside_lora_are_refused_under_deepspeed(world_folder):
-    check_lora(world_folder / "base", {"modules_to_save": ["norm"]}, deepspeed=False)
+    check_lora(world_folder / "base", {"modules_to_save": ["norm"]}, sharded=False)
     with pytest.raises(InputError, match="modules_to_save"):
-        check_lora(world_folder / "base", {"modules_to_save": ["norm"]}, deepspeed=True)
+        check_lora(world_folder / "base", {"modules_to_save": ["norm"]}, sharded=True)
 
 
 def test_bf16_compute_keeps_what_bf16_checkpoints_lose(run, scored, tmp_path):

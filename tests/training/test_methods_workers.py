@@ -182,9 +182,14 @@ def test_a_resumed_fsdp2_run_equals_an_uninterrupted_one(together, folder):
 
 
 def test_fsdp2_in_bf16_keeps_fp32_master_weights_of_the_base_itself(together, alone, world_folder):
+    """Also of the head, which the last forward pass leaves gathered and rounded."""
     vector, exact = together["fsdp2-bf16"], alone["full"]
     assert (vector.info.recipe["fsdp"], vector.info.recipe["compute"]) == (2, "bfloat16")
     assert error(vector, exact) < 0.15  # of the compute
+    base = checkpoint_state(load_base(world_folder / "base"))
+    for name in vector.names():
+        trained = base[name] + vector.dense(name)
+        assert (trained == trained.bfloat16().float()).float().mean() < 0.5, name
 
 
 def test_zero3_in_bf16_gives_the_fp32_master_weights_change(together, alone, world_folder):
