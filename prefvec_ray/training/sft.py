@@ -163,9 +163,8 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
         RunStoppedError: the loss or a parameter is not finite; nothing is written.
     """
     from transformers import PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
-    from prefvec_ray.training.batches import GroupedByLength
     from prefvec_ray.training.checkpoints import (
         checkpoint_folder,
         keep_checkpoints,
@@ -174,23 +173,16 @@ def run_sft(job: SftJob, report: "Callable[[dict[str, Any]], None]", work_dir: s
         shared_folder,
     )
     from prefvec_ray.training.delta import parameter_layout, write_delta
-    from prefvec_ray.training.fsdp import FSDPOnCPUs, sharding
+    from prefvec_ray.training.fsdp import sharding
     from prefvec_ray.training.head import score_answers_only
     from prefvec_ray.training.lora import adapter_config
     from prefvec_ray.training.model import arguments, load_model, load_tokenizer
-
-    class Trainer(FSDPOnCPUs, SFTTrainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if self.args.train_sampling_strategy != "group_by_length":
-                return super()._get_train_sampler(train_dataset)
-            rows = self.train_dataset if train_dataset is None else train_dataset
-            return GroupedByLength([len(ids) for ids in rows["input_ids"]], self.args)
 
     base, method = job.base, job.method
     layout = parameter_layout(base)  # before DeepSpeed is started
     folder = checkpoint_folder(job.out) if job.checkpoint_every else work_dir
     args = arguments(SFTConfig, job.recipe, folder, **sharding(method), **saving(job.checkpoint_every))
-    trainer = Trainer(
+    trainer = _trainer_class()(
         model=load_model(base, method, args),
         args=args,
         train_dataset=Dataset.from_file(job.data),
@@ -226,6 +218,24 @@ def _write_model(job: SftJob, vector: PreferenceVector, state: "TrainerState") -
     history = [{"step": log["step"], "loss": log["loss"]} for log in state.log_history if "loss" in log]
     made_from = job.model_dump(include={"base", "base_fingerprint", "data_digest", "recipe", "method"})
     write_whole(out / "sft.json", json.dumps({**made_from, "steps": state.global_step, "history": history}))
+
+
+def _trainer_class() -> Any:
+    from trl import SFTTrainer
+
+    from prefvec_ray.training.batches import GroupedByLength
+    from prefvec_ray.training.fsdp import FSDPOnCPUs
+
+    class Trainer(FSDPOnCPUs, SFTTrainer):
+        """TRL's, with FSDP on CPUs too, and length-grouped batches that are the same when a run is resumed."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if self.args.train_sampling_strategy != "group_by_length":
+                return super()._get_train_sampler(train_dataset)
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            return GroupedByLength([len(ids) for ids in rows["input_ids"]], self.args)
+
+    return Trainer
 
 
 def _reporter(report: "Callable[[dict[str, Any]], None]") -> Any:
