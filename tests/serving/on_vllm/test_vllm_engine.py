@@ -17,11 +17,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError, Request
-from prefvec_ray.serving.engines.output import stream_outputs
-from prefvec_ray.serving.engines.sampling_params import SamplingParams
-from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import SteeredWeights
+from prefvec_ray.generation.base import EngineError, PromptTooLongError, Request
+from prefvec_ray.generation.output import stream_outputs
+from prefvec_ray.generation.sampling_params import SamplingParams
+from prefvec_ray.generation.slots.engine import SlotEngine
+from prefvec_ray.generation.slots.weights import SteeredWeights
 from prefvec_ray.serving.http.openai_protocol import ResponseFormat
 from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
 

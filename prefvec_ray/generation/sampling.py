@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.generation.sampling_params import SamplingParams
 
 LOWEST = -9999.0
 """stands for a log-probability of -inf, which JSON cannot say; OpenAI's API means it by this number"""

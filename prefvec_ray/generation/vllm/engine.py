@@ -27,8 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.config import EngineConfig
-from prefvec_ray.serving.engines.base import (
+from prefvec_ray.generation.base import (
     Coefficients,
     Emit,
     EngineError,
@@ -37,15 +36,16 @@ from prefvec_ray.serving.engines.base import (
     Request,
     TokenLogprob,
 )
-from prefvec_ray.serving.engines.grammar import Grammars
-from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
-from prefvec_ray.serving.engines.sampling import LOWEST
-from prefvec_ray.serving.engines.text import TokenTexts
-from prefvec_ray.serving.engines.vllm.section import FIELD, SECTION, salt
-from prefvec_ray.serving.engines.vllm.shape import SteeringShape
+from prefvec_ray.generation.config import EngineConfig
+from prefvec_ray.generation.grammar import Grammars
+from prefvec_ray.generation.output import OVERFLOW, OutputState, check_request
+from prefvec_ray.generation.sampling import LOWEST
+from prefvec_ray.generation.text import TokenTexts
+from prefvec_ray.generation.vllm.section import FIELD, SECTION, salt
+from prefvec_ray.generation.vllm.shape import SteeringShape
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
-WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
+WORKER = "prefvec_ray.generation.vllm.worker.PreferenceWorker"
 
 
 class VllmEngine:

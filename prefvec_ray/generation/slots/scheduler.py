@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
 
-from prefvec_ray.serving.engines.base import Emit, Request
-from prefvec_ray.serving.engines.output import OutputState
-from prefvec_ray.serving.engines.slots.cache import CacheLayout, SlotCache
-from prefvec_ray.serving.engines.slots.shares import Shares
-from prefvec_ray.serving.engines.slots.weights import WeightBackend
+from prefvec_ray.generation.base import Emit, Request
+from prefvec_ray.generation.output import OutputState
+from prefvec_ray.generation.slots.cache import CacheLayout, SlotCache
+from prefvec_ray.generation.slots.shares import Shares
+from prefvec_ray.generation.slots.weights import WeightBackend
 
 
 @dataclass(eq=False)

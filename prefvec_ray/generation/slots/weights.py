@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedModel
 
-from prefvec_ray.serving.engines.base import Coefficients
+from prefvec_ray.generation.base import Coefficients
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering
 
 

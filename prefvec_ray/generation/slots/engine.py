@@ -28,14 +28,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
-from prefvec_ray.serving.engines.grammar import TOO_COMPLEX, Grammars, masked
-from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
-from prefvec_ray.serving.engines.sampling import adjusted, choose, logprobs
-from prefvec_ray.serving.engines.slots.cache import CacheLayout, Masks, SlotCache, context_length
-from prefvec_ray.serving.engines.slots.scheduler import Batch, ScheduledRequest, Scheduler
-from prefvec_ray.serving.engines.slots.weights import WeightBackend
-from prefvec_ray.serving.engines.text import TokenTexts
+from prefvec_ray.generation.base import Emit, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
+from prefvec_ray.generation.grammar import TOO_COMPLEX, Grammars, masked
+from prefvec_ray.generation.output import OVERFLOW, OutputState, check_request
+from prefvec_ray.generation.sampling import adjusted, choose, logprobs
+from prefvec_ray.generation.slots.cache import CacheLayout, Masks, SlotCache, context_length
+from prefvec_ray.generation.slots.scheduler import Batch, ScheduledRequest, Scheduler
+from prefvec_ray.generation.slots.weights import WeightBackend
+from prefvec_ray.generation.text import TokenTexts
 from prefvec_ray.vectors import PreferenceVector
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.generation.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # torch, which the front does without
     from prefvec_ray.vectors import PreferenceVector

@@ -9,7 +9,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import (
+from prefvec_ray.generation.base import (
     Engine,
     FinishReason,
     OutputDelta,
@@ -19,7 +19,7 @@ from prefvec_ray.serving.engines.base import (
     TokenLogprob,
     TokenLogprobs,
 )
-from prefvec_ray.serving.engines.text import TextStream
+from prefvec_ray.generation.text import TextStream
 
 OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
 

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
-from prefvec_ray.serving.engines.output import stream_outputs
-from prefvec_ray.serving.engines.sampling_params import SamplingParams
-from prefvec_ray.serving.engines.slots.engine import SlotEngine
-from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
+from prefvec_ray.generation.base import EngineError, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.generation.output import stream_outputs
+from prefvec_ray.generation.sampling_params import SamplingParams
+from prefvec_ray.generation.slots.engine import SlotEngine
+from prefvec_ray.generation.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
