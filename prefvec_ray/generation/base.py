@@ -132,6 +132,8 @@ class Engine(Protocol):
 
     context: int
     """most tokens that prompt and answer may have together"""
+    shares_batches: bool
+    """requests of different coefficients are computed in one batch; else they take turns"""
 
     def check(self, request: Request) -> None:
         """Raises InputError where the request cannot be served: no prompt, unknown tokens, longer than the context."""

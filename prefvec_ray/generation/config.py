@@ -25,22 +25,21 @@ class Range(Config):
         return self
 
 
-class EngineConfig(Config):
-    """How one replica generates."""
+class EngineOptions(Config):
+    """How one process generates: evaluation and search take these as they are."""
 
     kind: Literal["transformers", "vllm"] = "transformers"
     """transformers: the slot engine, for any model of transformers. vllm: vLLM, where it is installed"""
-    mode: Literal["merged", "steered"] = "merged"
-    """merged: one set of coefficients at a time in the weights, any vectors, best where callers share settings.
-    steered: low-rank vectors beside the weights, every request its own coefficients in one batch"""
+    mode: Literal["auto", "merged", "steered"] = "auto"
+    """merged: one set of coefficients at a time in the weights, any vectors, best where requests share settings.
+    steered: low-rank vectors beside the weights, every request its own coefficients in one batch. auto: steered where
+    all vectors can be, else merged"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: as the base is stored"""
     device: str = "auto"
-    """auto: the replica's GPU where it was given one, else the CPU"""
-    max_batch: PositiveInt = 32
-    """requests that run at once; the others wait"""
-    max_new_tokens: PositiveInt = 512
-    """most tokens of one answer, and the number where the caller names none"""
+    """auto: the process's GPU where it was given one, else the CPU"""
+    max_batch: PositiveInt = 384
+    """answers that run at once; the others wait"""
     switch_share: float = Field(default=0.1, gt=0, le=1)
     """merged: share of time that may go into rewriting the weights while several sets of coefficients take turns;
     smaller gives more tokens a second and longer pauses within each answer"""
@@ -61,3 +60,13 @@ class EngineConfig(Config):
         if self.kind == "vllm" and self.device != "auto":
             raise ValueError(f"device: {self.device}: vLLM chooses its device itself; leave it out")
         return self
+
+
+class EngineConfig(EngineOptions):
+    """How one replica generates."""
+
+    mode: Literal["merged", "steered"] = "merged"
+    """See `EngineOptions.mode`. There is no auto: how an endpoint answers does not change with what is published"""
+    max_batch: PositiveInt = 32
+    max_new_tokens: PositiveInt = 512
+    """most tokens of one answer, and the number where the caller names none"""

@@ -52,6 +52,8 @@ class OutputState:
         self.generated.append(token)
         self._unsent.append(token)
         ended = token in self._ends
+        if not self.request.sampling.detokenize:
+            return self._last_delta(ended)
         known = self._text.decoded
         text = "" if ended else self._text.push(token)
         if likely:
@@ -75,6 +77,12 @@ class OutputState:
         self._unsent_logprobs = self._unsent_logprobs[len(logprobs) :]
         return delta
 
+    def _last_delta(self, ended: bool) -> OutputDelta | None:
+        """The answer's tokens, once all are there."""
+        if not ended and self.produced < self.request.max_tokens:
+            return None
+        return OutputDelta("", tuple(self.generated), "stop" if ended else "length")
+
 
 def check_request(request: Request, vocabulary: int, context: int) -> None:
     """See `Engine.check`."""
@@ -87,6 +95,8 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
         )
     if wrong := [token for token in request.sampling.biases if token >= vocabulary]:
         raise InputError(f"logit_bias: token {wrong[0]} is outside the model's vocabulary of {vocabulary}; correct it")
+    if not request.sampling.detokenize and (request.sampling.stop or request.sampling.logprobs is not None):
+        raise InputError("detokenize is False, which leaves no text for 'stop' and 'logprobs'; leave them out")
     if not all(0 <= token < vocabulary for token in request.prompt):
         raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
 

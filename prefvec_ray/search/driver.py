@@ -1,4 +1,4 @@
-"""An `Explorer` carried out on Ray Tune: it proposes, trial actors measure, the journal keeps every result."""
+"""An `Explorer` carried out on Ray Tune: it proposes, trials ask the pool, the journal keeps every result."""
 
 import logging
 import os
@@ -20,9 +20,13 @@ from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.search.explore import Explorer
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.ordered import Ordered
+from prefvec_ray.search.pool import DEATHS, start_pool
 from prefvec_ray.search.progress import Progress
 from prefvec_ray.search.result import FailedTrial, Tried
-from prefvec_ray.search.trial import DEATHS, Task, Trial
+from prefvec_ray.search.trial import Task
+
+NO_ROOM = {"memory": 1}
+"""Of a trial's process, which only waits. Ray wants something to be asked for."""
 
 
 def run_trials(
@@ -36,19 +40,19 @@ def run_trials(
     """
     config = explorer.config
     bundle = bundle_of(config.resources)
-    check_room("a trial of the search", [bundle])
+    check_room("a process of the search", [bundle])
     wait = Waiting(Console(highlight=False), "the search", [bundle])
-    monitor = _Monitor(Ordered(explorer, config.actors), journal, progress, began, wait)
+    pool = start_pool(task, config.rungs, config, timeout=config.timeout)
+    monitor = _Monitor(Ordered(explorer, config.in_flight), journal, progress, began, wait, pool)
     scratch = journal.folder / "tune"
-    trial = tune.with_parameters(Trial, task=task, rungs=config.rungs)
-    with _quiet():
+    with _quiet(), _ending(pool):
         shutil.rmtree(scratch, ignore_errors=True)
         tune.Tuner(
-            tune.with_resources(trial, config.resources),
+            tune.with_resources(_trial(pool), NO_ROOM),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposer(monitor.ordered),
                 num_samples=-1,  # the explorer decides when it is enough
-                max_concurrent_trials=config.actors,
+                max_concurrent_trials=config.in_flight,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -68,6 +72,23 @@ def run_trials(
             f"a trial process could not be set up: {monitor.unfit}; {kept} measured settings are kept in "
             f"{journal.folder}, the same command resumes from them"
         )
+
+
+def _trial(pool: Any) -> type[tune.Trainable]:
+    """A trainable of one step a rung, whose process only waits for the pool.
+
+    It is defined in here to travel by value: its process imports neither this package nor torch.
+    """
+
+    class Measurement(tune.Trainable):
+        def step(self) -> dict[str, Any]:
+            found = pool.step.remote(self.config["number"], self.config["coefficients"], self.iteration)
+            return dict(ray.get(found))
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            return True
+
+    return Measurement
 
 
 class _Proposer(Searcher):
@@ -95,8 +116,8 @@ class _Proposer(Searcher):
 
 
 class _Monitor(tune.Callback, tune.Stopper):
-    """Takes in what trials report, stops those that have lost, kills what hangs, and cancels what is in flight when the
-    explorer is closed."""
+    """Takes in what trials report, stops those that have lost, and cancels what is in flight when the explorer is
+    closed."""
 
     def __init__(
         self,
@@ -105,11 +126,10 @@ class _Monitor(tune.Callback, tune.Stopper):
         progress: Callable[[Progress], None] | None,
         began: float,
         wait: Waiting,
+        pool: Any,
     ) -> None:
         self.ordered, self.explorer, self.journal, self.wait = ordered, ordered.explorer, journal, wait
-        self.timeout, self.progress, self.began = ordered.explorer.config.timeout, progress, began
-        self._since: dict[str, float] = {}
-        self._killed: set[str] = set()
+        self.progress, self.began, self._pool, self._up = progress, began, pool, False
         self.unfit = ""
         """Why a trial process could not be set up."""
 
@@ -123,7 +143,6 @@ class _Monitor(tune.Callback, tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Take in what a trial reports after each rung; whether it ends there."""
-        self._since[trial_id] = time.monotonic()
         if self.explorer.closed:
             return False
         if result.get("unfit"):
@@ -150,14 +169,8 @@ class _Monitor(tune.Callback, tune.Stopper):
     def stop_all(self) -> bool:
         return self.explorer.closed
 
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
-        self._since[trial.trial_id] = time.monotonic()
-
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         if self.explorer.closed:
-            return
-        if trial.trial_id in self._killed:
-            self._failed(trial.config, f"no result within {self.timeout:g} s of a rung; its process was killed")
             return
         # The traceback's last line names the exception; the file lies beside the driver and is plain text.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
@@ -166,17 +179,9 @@ class _Monitor(tune.Callback, tune.Stopper):
         self._failed(trial.config, f"its process died {1 + DEATHS} times; {last}")
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        """Kill trials that hang: Tune calls this several times a second."""
-        now = time.monotonic()
-        self.wait.poll(started=any(trial.status == TuneTrial.RUNNING for trial in trials))
-        for trial in trials:
-            actor = trial.temporary_state.ray_actor
-            if trial.status != TuneTrial.RUNNING or actor is None or trial.trial_id in self._killed:
-                continue
-            if now - self._since.get(trial.trial_id, now) > self.timeout:
-                self._killed.add(trial.trial_id)
-                trial.max_failures = 0  # a hang would only hang again
-                ray.kill(actor)
+        """Report what the search waits for: Tune calls this several times a second."""
+        self._up = self._up or ray.get(self._pool.up.remote())
+        self.wait.poll(started=self._up)
 
     def _failed(self, proposal: dict[str, Any], error: str) -> None:
         failure = FailedTrial(coefficients=proposal["coefficients"], error=error)
@@ -214,6 +219,14 @@ _QUIET = {
     # Snapshots that nothing restores.
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",
 }
+
+
+@contextmanager
+def _ending(pool: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        ray.kill(pool)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from prefvec_ray.generation.base import (
     Request,
     TokenLogprob,
 )
-from prefvec_ray.generation.config import EngineConfig
+from prefvec_ray.generation.config import EngineOptions
 from prefvec_ray.generation.grammar import Grammars
 from prefvec_ray.generation.output import OVERFLOW, OutputState, check_request
 from prefvec_ray.generation.sampling import LOWEST
@@ -60,12 +60,12 @@ class VllmEngine:
         base: str | Path,
         base_fingerprint: str,
         tokenizer: PreTrainedTokenizerBase,
-        config: EngineConfig,
+        config: EngineOptions,
     ):
         self._llm, self._base, self._fingerprint, self._tokenizer = llm, str(base), base_fingerprint, tokenizer
         self.context: int = llm.model_config.max_model_len
         self._vocabulary: int = llm.model_config.get_vocab_size()
-        self._steered = config.mode == "steered"
+        self.shares_batches = self._steered = config.mode == "steered"
         self._token_texts = TokenTexts(tokenizer)
         self._ends = end_tokens(_generation_config(base), tokenizer)
         self._grammars = Grammars(tokenizer, self._vocabulary, self._ends)
@@ -88,13 +88,16 @@ class VllmEngine:
         base_fingerprint: str,
         tokenizer: PreTrainedTokenizerBase,
         vectors: Mapping[str, PreferenceVector],
-        config: EngineConfig,
+        config: EngineOptions,
     ) -> "VllmEngine":
         """Start vLLM's processes and load the base and the vectors.
 
         Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors
         that cannot be steered, and where vLLM is not installed.
         """
+        if config.mode == "auto":
+            low_rank = all(vector.info.form == "low-rank" for vector in vectors.values())
+            config = config.model_copy(update={"mode": "steered" if low_rank else "merged"})
         shape = SteeringShape.of(vectors.values(), config.columns) if config.mode == "steered" else None
         llm = await asyncio.to_thread(_start, base, config, shape)
         engine = cls(llm, base, base_fingerprint, tokenizer, config)
@@ -345,7 +348,7 @@ def vllm_params(request: Request, ends: frozenset[int]) -> Any:
     )
 
 
-def _start(base: str | Path, config: EngineConfig, shape: SteeringShape | None) -> Any:
+def _start(base: str | Path, config: EngineOptions, shape: SteeringShape | None) -> Any:
     """vLLM's `AsyncLLM`. It joins the event loop of the first call of one of its coroutines."""
     arguments = _arguments(base, config, shape)
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -353,7 +356,7 @@ def _start(base: str | Path, config: EngineConfig, shape: SteeringShape | None) 
     return AsyncLLM.from_engine_args(arguments)
 
 
-def _arguments(base: str | Path, config: EngineConfig, shape: SteeringShape | None) -> Any:
+def _arguments(base: str | Path, config: EngineOptions, shape: SteeringShape | None) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not torch.cuda.is_available():  # else vLLM takes all of the machine's processors
