@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import Coefficients, Engine, OutputDelta, Request, Submitted
+from prefvec_ray.generation.base import Coefficients, Engine, EngineError, OutputDelta, Request, Submitted
 from prefvec_ray.generation.config import EngineOptions
 from prefvec_ray.generation.load import load_engine
 from prefvec_ray.generation.slots.engine import SlotEngine
@@ -45,6 +45,7 @@ class OfflineEngine:
         threading.Thread(target=self._loop.run_forever, name="offline-engine", daemon=True).start()
         self._engine = self._wait(_called(start))
         self._turn = threading.Lock()
+        self._closed = False
         atexit.register(self.close)  # a thread that still computes when Python ends would abort it
 
     @classmethod
@@ -111,6 +112,9 @@ class OfflineEngine:
         """End the engine, so that its model may leave memory. What still waits for answers gets EngineError. Python's
         own end does the same."""
         atexit.unregister(self.close)
+        if self._closed:
+            return
+        self._closed = True
 
         async def closed() -> None:
             self._engine.close()
@@ -120,6 +124,8 @@ class OfflineEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _gather(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+        if self._closed:
+            raise EngineError("the engine is closed")
         gathered = _Gathered(self._engine, requests)
         self._loop.call_soon_threadsafe(gathered.submit)
         try:
