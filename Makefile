@@ -108,7 +108,7 @@ bench-head: env ## BASE=<folder>: memory and time of log-probs over a large voca
 bench-data: env ## Reading and checking a million preference pairs
 	$(BIN)/python benchmarks/bench_data.py
 
-bench-search: env ## The search against a full grid and random search, settings a minute, and what a trial costs beside its answers
+bench-search: env ## The search against a full grid and random search, and what a trial costs beside its answers
 	$(BIN)/python benchmarks/bench_search.py
 
 bench-serve: env env-vllm ## The endpoint: steered and merged against plain, serial, PEFT and vLLM's LoRA; routing; time to first token

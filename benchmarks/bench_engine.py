@@ -26,10 +26,10 @@ from merge_models import SIZES, config_of, low_rank_vectors
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefvec_ray.generation.base import Coefficients, OutputDelta, Request
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import MergedWeights, SteeredWeights
+from prefvec_ray.serving.engines.base import Coefficients, OutputDelta, Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint
 
 REQUESTS, ROWS, RANK = 48, 48, 16

@@ -1,4 +1,4 @@
-"""Sampling many answers on one CPU thread: the engine of evaluation and search against `model.generate`, same work.
+"""Sampling many answers on one CPU thread: `prefvec_ray.evaluation.sample` against `model.generate`, same work.
 
     python benchmarks/bench_sample.py runs/demo/base
 
@@ -14,11 +14,8 @@ from collections.abc import Callable
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefvec_ray.evaluation.generate import Sampling, answer_requests, encode
-from prefvec_ray.generation.offline import OfflineEngine
-from prefvec_ray.generation.slots.weights import MergedWeights
+from prefvec_ray.evaluation.generate import Sampling, encode, sample_ids
 from prefvec_ray.tiny_world import TinyWorld
-from prefvec_ray.vectors import LiveModel
 
 
 def main() -> None:
@@ -37,10 +34,8 @@ def main() -> None:
     samples = options.samples
 
     def ours(batch_size: int) -> int:
-        engine = OfflineEngine.of(MergedWeights(LiveModel(model, {})), tokenizer, max_batch=batch_size)
-        answers = engine.answer(answer_requests(prompts, (), Sampling(samples_per_prompt=samples)))
-        engine.close()
-        return sum(map(len, answers))
+        rows = sample_ids(model, tokenizer, prompts, Sampling(samples_per_prompt=samples), batch_size=batch_size)
+        return sum(len(row) for answers in rows for row in answers)
 
     @torch.inference_mode()
     def generate(batch_size: int) -> int:

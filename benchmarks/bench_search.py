@@ -4,10 +4,9 @@
 
 Two preferences against a 13 x 13 grid, three against 7 x 7 x 7, each search with a sixth of the grid's answers. The
 world is trained once (about 4 minutes on 4 cores), and every setting is measured once and kept beside it, so that a
-second run only searches. The searches run here in one process as `search()` runs them on Ray, four settings in flight;
-what Ray, merging and proposing cost is measured by real searches at the end. All fronts are measured again on the
-report prompts, which no search has seen. How many settings a minute are measured is compared with re-merging one plain
-transformers model for each (`search_rate.py`). The last line is JSON.
+second run only searches. The searches run here in one process as `search()` runs them on Ray, four settings in
+flight; what Ray, merging and proposing cost is measured by real searches at the end. All fronts are measured again on
+the report prompts, which no search has seen. The last line is JSON.
 """
 
 import argparse
@@ -28,7 +27,6 @@ import torch
 from rich.console import Console
 from search_meter import Meter, grid_points, meter
 from search_overhead import overhead
-from search_rate import rates
 from search_world import PREFERENCES, build
 
 from prefvec_ray.search import Explorer, Goal, SearchConfig, SearchResult, Tried, hypervolume
@@ -123,7 +121,6 @@ def compare(
                     "answers": result.answers,
                     "measured": len(result.trials),
                     "dropped": len(result.dropped),
-                    "duplicates": duplicates(result),
                 }
             )
             print(
@@ -134,12 +131,6 @@ def compare(
             )
         found[method] = {key: spread([row[key] for row in rows]) for key in rows[0]}
     return found
-
-
-def duplicates(result: SearchResult) -> int:
-    """Settings that had been measured before, to the second digit."""
-    keys = [tuple(round(eta, 2) for eta in e.coefficients.values()) for e in (*result.trials, *result.dropped)]
-    return len(keys) - len(set(keys))
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -174,8 +165,6 @@ def main(argv: Sequence[str]) -> None:
             PREFERENCES[:count], GRIDS[count], options.methods.split(","), options.seeds, search, report
         )
         print(json.dumps(found[str(count)], indent=2), flush=True)
-    print("settings measured a minute, re-merged for each and through one engine", flush=True)
-    found_rates = rates(base, vectors, search.task.prompts, search.task.load_scorer(), options.out)
     print("real searches on Ray", flush=True)
     costs = overhead(search.task)
     first = next(iter(found.values()))
@@ -183,7 +172,6 @@ def main(argv: Sequence[str]) -> None:
         "evaluations_to_95pct": first["gp"]["to_95"]["median"],
         "grid_evaluations": first["grid_evaluations"],
         "vs_random": first["gp"]["search"]["median"] / first["random"]["search"]["median"],
-        "settings_a_minute": found_rates,
         **costs,
         "preferences": found,
     }

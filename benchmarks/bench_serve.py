@@ -37,11 +37,11 @@ from peft import LoraConfig, get_peft_model
 from serve_world import make_world, prompts
 from transformers import LlamaForCausalLM
 
-from prefvec_ray.generation.base import Request
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import MergedWeights
 from prefvec_ray.serving import ServingConfig, start, stop
+from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import MergedWeights
 from prefvec_ray.serving.release.routing import preferred
 from prefvec_ray.vectors import LiveModel, fingerprint
 

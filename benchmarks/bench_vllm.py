@@ -90,11 +90,11 @@ def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: l
     """`seconds` is told what the last change of the weights took, in merged mode."""
     from transformers import AutoTokenizer
 
-    from prefvec_ray.generation.base import Request
-    from prefvec_ray.generation.config import EngineConfig
-    from prefvec_ray.generation.output import stream_outputs
-    from prefvec_ray.generation.sampling_params import SamplingParams
-    from prefvec_ray.generation.vllm.engine import VllmEngine
+    from prefvec_ray.serving.config import EngineConfig
+    from prefvec_ray.serving.engines.base import Request
+    from prefvec_ray.serving.engines.output import stream_outputs
+    from prefvec_ray.serving.engines.sampling_params import SamplingParams
+    from prefvec_ray.serving.engines.vllm.engine import VllmEngine
     from prefvec_ray.vectors import fingerprint, load_vector
 
     vectors = {name: load_vector(base.parent / name) for name in ("harmless", "helpful")}

@@ -11,11 +11,11 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefvec_ray.evaluation import Sampling
 from prefvec_ray.search import SearchConfig, Task, search
-from prefvec_ray.vectors import LiveModel, fingerprint, load_vector, save_vector, vector_from_state
+from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
 MIB = 2**20
 
@@ -61,8 +61,7 @@ def _time(task: Task, folder: Path, settings: int, actors: int) -> dict[str, Any
 
 
 def _merge_seconds(task: Task) -> float:
-    vectors = {name: load_vector(folder) for name, folder in task.vectors.items()}
-    live = LiveModel(AutoModelForCausalLM.from_pretrained(task.base), vectors, base_fingerprint=task.base_fingerprint)
+    live = task.evaluator().live
     began = time.perf_counter()
     for i in range(5):
         live.set_coefficients(dict.fromkeys(task.vectors, i / 10))

@@ -125,14 +125,12 @@ class MethodCell:
 
     @cached_property
     def evaluators(self) -> dict[Stage, Evaluator]:
-        """Both on one engine, which merges. Heavy: only for cells that are not finished."""
+        """Both on one live model. Heavy: only for cells that are not finished."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
         from prefvec_ray.common.pretrained import from_pretrained
-        from prefvec_ray.generation.offline import OfflineEngine
-        from prefvec_ray.generation.slots.weights import MergedWeights
         from prefvec_ray.vectors import Checkpoint, LiveModel
 
         torch.set_num_threads(self.config.threads)
@@ -142,15 +140,8 @@ class MethodCell:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         live = LiveModel(model, self.prepared.vectors, base=Checkpoint(base), threads=self.config.threads)
         tokenizer = from_pretrained(AutoTokenizer, base)
-        engine = OfflineEngine.of(MergedWeights(live), tokenizer)
         stages: dict[Stage, list[Any]] = {"search": job.prompts, "report": job.report_prompts}
-        return {s: Evaluator(engine, tokenizer, p, job.scorer, self.sampling(s)) for s, p in stages.items()}
-
-    def close(self) -> None:
-        """Let the model and the vectors leave memory: there is one model at a time."""
-        if evaluators := self.__dict__.pop("evaluators", None):
-            evaluators["search"].engine.close()
-        self.__dict__.pop("prepared", None)
+        return {s: Evaluator(live, tokenizer, p, job.scorer, self.sampling(s)) for s, p in stages.items()}
 
     def measure(self, kept: Measurements, done: Callable[[], None]) -> Fronts:
         """Search, then measure the best of what it tried on the report prompts; only what is not known yet."""
@@ -224,7 +215,8 @@ def compare_methods(config: CompareConfig, console: Console) -> Comparison:
         for cell in cells:
             console.print(cell.name, soft_wrap=True)
             found[cell.job.name, cell.sources.seed, cell.method] = cell.measure(kept, lambda: next(steps))
-            cell.close()
+            cell.__dict__.pop("evaluators", None)  # one model in memory at a time
+            cell.__dict__.pop("prepared", None)
     return compared(config, jobs, found)
 
 

@@ -2,8 +2,7 @@
 
 Example:
 
-    engine = OfflineEngine.of(MergedWeights(live), tokenizer)
-    evaluator = Evaluator(engine, tokenizer, world.prompts("report"), TinyWorldScorer(world), Sampling(seed=1))
+    evaluator = Evaluator(live, tokenizer, world.prompts("report"), TinyWorldScorer(world), Sampling(seed=1))
     evaluator.evaluate({"helpful": 1.0, "harmless": 0.5}).metrics["helpful"]
 """
 

@@ -4,35 +4,35 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from blake3 import blake3
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.artifacts.evaluation import Evaluation, Metric, Sample
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import Estimate, estimate
-from prefvec_ray.evaluation.generate import Conversation, Sampling, answer_requests, by_prompt, encode
+from prefvec_ray.evaluation.generate import BATCH_SIZE, Conversation, Sampling, Steer, encode, sample_ids
 from prefvec_ray.evaluation.likelihood import (
     MEASURES,
     Margins,
     TokenPair,
+    Use,
     answer_measures,
     check_measures,
     margin_metrics,
 )
-from prefvec_ray.generation.offline import OfflineEngine, Use
 from prefvec_ray.scorers.base import Scorer, check_prompts, run_scorer, scorer_digest
 from prefvec_ray.scorers.prompts import prompt_messages
 
-Answers = list[list[list[int]]]
-"""Token ids of answers, indexed [prompt][sample]."""
+if TYPE_CHECKING:
+    from prefvec_ray.vectors import LiveModel, Steering
 
 
 class Evaluator:
-    """Measures settings on one set of prompts through one engine. Evaluations of one evaluator are paired: same
-    prompts, same random numbers.
+    """Measures settings of one live model on one set of prompts. Evaluations of one evaluator are paired:
+    same prompts, same random numbers.
 
     `prompts` are texts, objects with a `text` (the tiny world's `Prompt`), both asked as one user turn, or
     lists of chat messages; the scorer gets them as they are. `template=False` gives texts to the model as
@@ -40,20 +40,18 @@ class Evaluator:
 
     `measures` (of `likelihood.MEASURES`: kl, perplexity) are taken on the sampled answers; `pairs` are held-out
     preference pairs whose implicit margins are taken beside them (`likelihood.Margins`). Both are metrics like the
-    scorer's, and need an engine on transformers.
-
-    Raises:
-        InputError: no prompts, or prompts that the scorer cannot score; measures that the engine cannot take.
+    scorer's.
     """
 
     def __init__(
         self,
-        engine: OfflineEngine,
+        live: "LiveModel",
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Any],
         scorer: Scorer,
         sampling: Sampling,
         *,
+        batch_size: int = BATCH_SIZE,
         template: bool = True,
         keep_samples: int = 5,
         measures: Sequence[str] = (),
@@ -63,69 +61,109 @@ class Evaluator:
             raise InputError("no prompts to evaluate on; give at least one")
         check_measures(measures, sampling.temperature)
         check_prompts(scorer, prompts)
-        self.engine, self.tokenizer, self.scorer, self.measures = engine, tokenizer, scorer, list(measures)
+        self.live, self.tokenizer, self.scorer, self.measures = live, tokenizer, scorer, list(measures)
         self.prompts, self.sampling, self.keep_samples = list(prompts), sampling, keep_samples
         self.texts = [_conversation(prompt, template) for prompt in self.prompts]
         self._ids = encode(tokenizer, self.texts)
-        self._requests = answer_requests(self._ids, (), sampling)
-        self._margins: Margins | None = None
-        if self.measures:
-            engine.with_model(lambda model, use: None)
-        if pairs:
-            self._margins = engine.with_model(lambda model, use: Margins(model, use, pairs))
-        sampled = {**sampling.model_dump(), "random": "of the prompt"}  # not paired with those of earlier versions
+        self._batch_size = batch_size
+        self._steerable: bool | None = None
+        self._margins = Margins(live.model, live.set_coefficients, pairs) if pairs else None
+        sampled: dict[str, Any] = sampling.model_dump()
+        sampled["draws"] = sampled.pop("samples_per_prompt")  # the digests of earlier versions hold
         content = json.dumps([self._ids, sampled, self.measures, scorer_digest(scorer)], sort_keys=True)
         self.digest = blake3((content + json.dumps(pairs)).encode()).hexdigest()[:16]
         self.metrics = all_metrics(scorer, self.measures, margin_metrics(pairs or {}))
 
     def evaluate(self, coefficients: Mapping[str, float]) -> Evaluation:
-        """Sample and score one setting (missing names are 0).
+        """Merge, sample and score one setting (missing names are 0).
 
         Raises:
-            InputError: an unknown vector, a coefficient that is not finite, or so large that the model's numbers are
-                not; prompts that do not fit the model's context.
+            InputError: an unknown vector or a coefficient that is not finite.
             ValueError: the scorer returned something that is no score (see `run_scorer`).
         """
-        (found,) = self.evaluate_many([coefficients])
-        return found
+        return self._evaluate([coefficients], self.live.set_coefficients, None)[0]
 
-    def evaluate_many(self, settings: Sequence[Mapping[str, float]]) -> list[Evaluation]:
-        """Every setting, in order; their answers are generated side by side, in the engine's own way: rows of all
-        settings in one batch, or settings in turn. What a setting scores does not depend on the others."""
-        began = time.perf_counter()
-        answers = self.generate(settings)
-        generated = (time.perf_counter() - began) / max(1, len(settings))
-        return [self.score(setting, rows, generated) for setting, rows in zip(settings, answers, strict=True)]
+    def evaluate_many(self, settings: Sequence[Mapping[str, float]], *, steer: bool | None = None) -> list[Evaluation]:
+        """Every setting, in order: each row of a batch under its own coefficients (`vectors.Steering`), or a merge
+        for each setting. Both are the same policy up to the rounding of a merge, which is nothing in fp32 and much in
+        bf16.
 
-    def generate(self, settings: Sequence[Mapping[str, float]]) -> list[Answers]:
-        """The answers at every setting. Several threads may ask at once, and so share the engine's batches."""
-        requests = []
-        for setting in settings:
-            coefficients = self.engine.coefficients(setting)
-            requests += [replace(request, coefficients=coefficients) for request in self._requests]
-        rows = by_prompt(self.engine.answer(requests), self.sampling.samples_per_prompt)
-        return [rows[i : i + len(self._ids)] for i in range(0, len(rows), len(self._ids))]
+        `steer` None chooses: rows of several settings share a batch where the weights are fp32, the vectors can be
+        steered exactly (low rank in every linear layer) and one setting alone fills at most half of a batch; else
+        merging is as fast or faster (docs/evaluation.md has the measurement). True insists, and is an InputError where
+        it cannot be.
+        """
+        from prefvec_ray.vectors.live import check_coefficients
 
-    def score(self, coefficients: Mapping[str, float], answers: Answers, seconds: float = 0.0) -> Evaluation:
-        """What the answers at a setting are worth; `seconds` it took to generate them."""
-        began = time.perf_counter()
-        texts = [self.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in answers]
-        per_prompt = self._score(texts)
-        if self._margins or self.measures:
-            per_prompt |= self.engine.with_model(lambda model, use: self._measure(model, use, answers, coefficients))
-        step = max(1, len(self.prompts) // max(1, self.keep_samples))
-        return Evaluation(
-            coefficients=dict(coefficients),
-            metrics={name: estimate(values) for name, values in per_prompt.items()},
-            per_prompt=per_prompt,
-            prompts_digest=self.digest,
-            samples=[
-                Sample(prompt=_last_turn(self.texts[i]), answer=texts[i][0])
-                for i in range(0, len(texts), step)[: self.keep_samples]
-            ],
-            seconds=seconds + time.perf_counter() - began,
-            tokens=sum(len(answer) for rows in answers for answer in rows),
+        names = self.live.vectors
+        etas = torch.tensor([list(check_coefficients(s, names).values()) for s in settings])
+        few = shares_batch(len(self.prompts), self.sampling.samples_per_prompt, self._batch_size)
+        if steer is None:
+            steer = len(settings) > 1 and few and self._can_steer()
+        if not steer:
+            return [self.evaluate(coefficients) for coefficients in settings]
+        with self._steering() as steering:
+
+            def per_row(places: torch.Tensor) -> None:
+                steering.set_coefficients(etas[places // len(self.prompts)])
+
+            return self._evaluate(settings, steering.set_coefficients, per_row)
+
+    def _steering(self) -> "Steering":
+        """The base, with the vectors beside the weights; sorted names, as the live model's."""
+        from prefvec_ray.vectors import Steering
+
+        self.live.set_coefficients({})
+        return Steering(self.live.model, self.live.vectors, base_fingerprint=self.live.base_fingerprint)
+
+    def _can_steer(self) -> bool:
+        if self._steerable is None and any(p.dtype != torch.float32 for p in self.live.model.parameters()):
+            self._steerable = False
+        if self._steerable is None:
+            try:
+                with self._steering():
+                    self._steerable = True
+            except InputError:
+                self._steerable = False
+        return self._steerable
+
+    def _evaluate(self, settings: Sequence[Mapping[str, float]], use: Use, steer: Steer | None) -> list[Evaluation]:
+        """`use` puts the whole model at a setting; `steer`, where there is one, rows at theirs while sampling."""
+        start = time.perf_counter()
+        if steer is None:
+            (only,) = settings
+            use(only)
+        sampled = sample_ids(
+            self.live.model,
+            self.tokenizer,
+            self._ids,
+            self.sampling,
+            batch_size=self._batch_size,
+            copies=len(settings),
+            steer=steer,
         )
+        found = []
+        for number, coefficients in enumerate(settings):
+            rows = sampled[number * len(self._ids) : (number + 1) * len(self._ids)]
+            texts = [self.tokenizer.batch_decode(answers, skip_special_tokens=True) for answers in rows]
+            per_prompt = self._score(texts) | self._measure(rows, use, coefficients)
+            step = max(1, len(self.prompts) // max(1, self.keep_samples))
+            found.append(
+                Evaluation(
+                    coefficients=dict(coefficients),
+                    metrics={name: estimate(values) for name, values in per_prompt.items()},
+                    per_prompt=per_prompt,
+                    prompts_digest=self.digest,
+                    samples=[
+                        Sample(prompt=_last_turn(self.texts[i]), answer=texts[i][0])
+                        for i in range(0, len(texts), step)[: self.keep_samples]
+                    ],
+                    seconds=0.0,
+                    tokens=sum(len(answer) for answers in rows for answer in answers),
+                )
+            )
+        seconds = (time.perf_counter() - start) / len(settings)
+        return [evaluation.model_copy(update={"seconds": seconds}) for evaluation in found]
 
     def _score(self, texts: list[list[str]]) -> dict[str, list[float | None]]:
         repeated = [prompt for prompt in self.prompts for _ in range(self.sampling.samples_per_prompt)]
@@ -133,7 +171,7 @@ class Evaluator:
         return {name: self._over_samples(values) for name, values in scores.items()}
 
     def _measure(
-        self, model: PreTrainedModel, use: Use, rows: Answers, coefficients: Mapping[str, float]
+        self, rows: list[list[list[int]]], use: Use, coefficients: Mapping[str, float]
     ) -> dict[str, list[float | None]]:
         """The model's own measures of the answers and of the pairs, prompt by prompt."""
         found: dict[str, list[float | None]] = {}
@@ -142,7 +180,7 @@ class Evaluator:
             found |= self._margins.measure()
         if self.measures:
             values = answer_measures(
-                model,
+                self.live.model,
                 use,
                 coefficients,
                 [ids for ids in self._ids for _ in range(self.sampling.samples_per_prompt)],
@@ -156,6 +194,11 @@ class Evaluator:
     def _over_samples(self, values: Sequence[float | None]) -> list[float | None]:
         step = self.sampling.samples_per_prompt
         return [_mean(values[i : i + step]) for i in range(0, len(values), step)]
+
+
+def shares_batch(prompts: int, samples: int, batch_size: int) -> bool:
+    """Whether one setting fills so little of a batch that several together are faster than one after another."""
+    return 2 * prompts * samples <= batch_size
 
 
 def all_metrics(scorer: Scorer, measures: Sequence[str], margins: Mapping[str, Metric]) -> dict[str, Metric]:

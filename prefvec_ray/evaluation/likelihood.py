@@ -1,12 +1,12 @@
 """Measures that need the model itself: KL from the base and the base's perplexity of the sampled answers, and
 DPO's implicit margins on held-out pairs, which need no answers at all.
 
-`use(coefficients)` puts the model at a setting: `LiveModel.set_coefficients`, or what `OfflineEngine.with_model` gives.
+`use(coefficients)` puts the model at a setting: `LiveModel.set_coefficients`, or `Steering`'s.
 """
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.evaluation.generate import encode
-from prefvec_ray.generation.offline import Use
+
+Use = Callable[[Mapping[str, float]], None]
 
 MEASURES: dict[str, Metric] = {
     "kl": Metric(

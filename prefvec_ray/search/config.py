@@ -11,7 +11,6 @@ from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.evaluation.generate import Sampling
 from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_pairs
 from prefvec_ray.evaluation.training_run import TrainingRun
-from prefvec_ray.generation.config import EngineOptions
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.registry import open_registry
 from prefvec_ray.scorers import load_prompts
@@ -39,8 +38,6 @@ class MeasureConfig(Sampling, Processes):
     """A file on a local disk that keeps the scores of classifiers, judges and own modules."""
     output: Path
     """Folder of the results; an interrupted search is resumed there."""
-    engine: EngineOptions = EngineOptions()
-    """How the answers are generated: steered or merged, on transformers or on vLLM."""
     measures: list[Literal["kl", "perplexity"]] = []
     """What the model itself measures of the answers, as metrics beside the scorer's."""
     pairs: dict[str, str] = {}
@@ -66,7 +63,6 @@ class MeasureConfig(Sampling, Processes):
             prompts=read_prompts(self.prompts),
             scorer=scorer,
             sampling=Sampling(**self.model_dump(include=set(Sampling.model_fields))),
-            engine=self.engine,
             measures=tuple(self.measures),
             pairs=self._pairs(),
         )

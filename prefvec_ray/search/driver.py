@@ -1,4 +1,4 @@
-"""An `Explorer` carried out on Ray Tune: it proposes, trials ask the pool, the journal keeps every result."""
+"""An `Explorer` carried out on Ray Tune: it proposes, trial actors measure, the journal keeps every result."""
 
 import logging
 import os
@@ -20,13 +20,9 @@ from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.search.explore import Explorer
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.ordered import Ordered
-from prefvec_ray.search.pool import DEATHS, start_pool
 from prefvec_ray.search.progress import Progress
 from prefvec_ray.search.result import FailedTrial, Tried
-from prefvec_ray.search.trial import Task
-
-NO_ROOM = {"memory": 1}
-"""Of a trial's process, which only waits. Ray wants something to be asked for."""
+from prefvec_ray.search.trial import DEATHS, Task, Trial
 
 
 def run_trials(
@@ -40,19 +36,19 @@ def run_trials(
     """
     config = explorer.config
     bundle = bundle_of(config.resources)
-    check_room("a process of the search", [bundle])
+    check_room("a trial of the search", [bundle])
     wait = Waiting(Console(highlight=False), "the search", [bundle])
-    pool = start_pool(task, config.rungs, config, timeout=config.timeout)
-    monitor = _Monitor(Ordered(explorer, config.in_flight), journal, progress, began, wait, pool)
+    monitor = _Monitor(Ordered(explorer, config.actors), journal, progress, began, wait)
     scratch = journal.folder / "tune"
-    with _quiet(), _ending(pool):
+    trial = tune.with_parameters(Trial, task=task, rungs=config.rungs)
+    with _quiet():
         shutil.rmtree(scratch, ignore_errors=True)
         tune.Tuner(
-            tune.with_resources(_trial(pool), NO_ROOM),
+            tune.with_resources(trial, config.resources),
             tune_config=tune.TuneConfig(
                 search_alg=_Proposer(monitor.ordered),
                 num_samples=-1,  # the explorer decides when it is enough
-                max_concurrent_trials=config.in_flight,
+                max_concurrent_trials=config.actors,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
@@ -74,23 +70,6 @@ def run_trials(
         )
 
 
-def _trial(pool: Any) -> type[tune.Trainable]:
-    """A trainable of one step a rung, whose process only waits for the pool.
-
-    It is defined in here to travel by value: its process imports neither this package nor torch.
-    """
-
-    class Measurement(tune.Trainable):
-        def step(self) -> dict[str, Any]:
-            found = pool.step.remote(self.config["number"], self.config["coefficients"], self.iteration)
-            return dict(ray.get(found))
-
-        def reset_config(self, new_config: dict[str, Any]) -> bool:
-            return True
-
-    return Measurement
-
-
 class _Proposer(Searcher):
     """The explorer's proposals as Tune asks for them."""
 
@@ -100,7 +79,7 @@ class _Proposer(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         proposal = self.ordered.propose()
-        if proposal is None and self.ordered.over:
+        if proposal is None and self.ordered.explorer.ended:
             return Searcher.FINISHED
         return None if proposal is None else {"number": proposal.number, "coefficients": proposal.coefficients}
 
@@ -116,8 +95,8 @@ class _Proposer(Searcher):
 
 
 class _Monitor(tune.Callback, tune.Stopper):
-    """Takes in what trials report, stops those that have lost, and cancels what is in flight when the explorer is
-    closed."""
+    """Takes in what trials report, stops those that have lost, kills what hangs, and cancels what is in flight when the
+    explorer is closed."""
 
     def __init__(
         self,
@@ -126,10 +105,11 @@ class _Monitor(tune.Callback, tune.Stopper):
         progress: Callable[[Progress], None] | None,
         began: float,
         wait: Waiting,
-        pool: Any,
     ) -> None:
         self.ordered, self.explorer, self.journal, self.wait = ordered, ordered.explorer, journal, wait
-        self.progress, self.began, self._pool, self._up = progress, began, pool, False
+        self.timeout, self.progress, self.began = ordered.explorer.config.timeout, progress, began
+        self._since: dict[str, float] = {}
+        self._killed: set[str] = set()
         self.unfit = ""
         """Why a trial process could not be set up."""
 
@@ -143,6 +123,7 @@ class _Monitor(tune.Callback, tune.Stopper):
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Take in what a trial reports after each rung; whether it ends there."""
+        self._since[trial_id] = time.monotonic()
         if self.explorer.closed:
             return False
         if result.get("unfit"):
@@ -169,8 +150,14 @@ class _Monitor(tune.Callback, tune.Stopper):
     def stop_all(self) -> bool:
         return self.explorer.closed
 
+    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        self._since[trial.trial_id] = time.monotonic()
+
     def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
         if self.explorer.closed:
+            return
+        if trial.trial_id in self._killed:
+            self._failed(trial.config, f"no result within {self.timeout:g} s of a rung; its process was killed")
             return
         # The traceback's last line names the exception; the file lies beside the driver and is plain text.
         text = Path(trial.error_file).read_text() if trial.error_file else ""
@@ -179,9 +166,17 @@ class _Monitor(tune.Callback, tune.Stopper):
         self._failed(trial.config, f"its process died {1 + DEATHS} times; {last}")
 
     def on_step_begin(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
-        """Report what the search waits for: Tune calls this several times a second."""
-        self._up = self._up or ray.get(self._pool.up.remote())
-        self.wait.poll(started=self._up)
+        """Kill trials that hang: Tune calls this several times a second."""
+        now = time.monotonic()
+        self.wait.poll(started=any(trial.status == TuneTrial.RUNNING for trial in trials))
+        for trial in trials:
+            actor = trial.temporary_state.ray_actor
+            if trial.status != TuneTrial.RUNNING or actor is None or trial.trial_id in self._killed:
+                continue
+            if now - self._since.get(trial.trial_id, now) > self.timeout:
+                self._killed.add(trial.trial_id)
+                trial.max_failures = 0  # a hang would only hang again
+                ray.kill(actor)
 
     def _failed(self, proposal: dict[str, Any], error: str) -> None:
         failure = FailedTrial(coefficients=proposal["coefficients"], error=error)
@@ -219,14 +214,6 @@ _QUIET = {
     # Snapshots that nothing restores.
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",
 }
-
-
-@contextmanager
-def _ending(pool: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        ray.kill(pool)
 
 
 @contextmanager

@@ -24,9 +24,7 @@ class Processes(Config):
     """The processes of the cluster that measure."""
 
     actors: int = Field(default=2, ge=1)
-    """Processes that measure at once, each with one model, `cpus` and `gpus`."""
-    in_flight: int = Field(default=4, ge=1)
-    """Settings under way at once, over all processes. The answers of those that a process has share its batches."""
+    """Processes that measure at once, each with `cpus` and `gpus`."""
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
 
@@ -64,8 +62,7 @@ class SearchConfig(Processes):
     caution: float = Field(default=1.0, ge=0)
     """Drop a setting when another is better in every objective by so many paired standard errors."""
     timeout: float = Field(default=3600.0, gt=0)
-    """Seconds that a rung of one setting may take before its process is killed and the setting counts as failed. Others
-    that the process had are measured again."""
+    """Seconds that a rung of one setting may take before its process is killed and the setting counts as failed."""
     control_steps: int = Field(default=5, ge=0)
     """Settings along each coefficient, the others 0, measured on the report prompts; 0 for none."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""A search over coefficients on Ray Tune: an `Explorer` decides, a `Pool` measures, a file keeps what is known.
+"""A search over coefficients on Ray Tune: an `Explorer` decides, trial actors measure, a file keeps what is known.
 
 Every finished setting is a line of `trials.jsonl`, written before the next one is proposed. A search that was killed,
 at any moment and in any way, is resumed from those lines when it is called again with the same folder: plain data,
@@ -44,8 +44,8 @@ def search(
     `folder` keeps the trials and how the search ended. An interrupted search is resumed. One that ended returns the
     same result at once, unless it is asked for something else (more trials, another patience, other limits): then it
     decides anew from what was measured whether to continue. One that failures ended is tried again.
-    The same seed and `in_flight` give the same search, however many processes the cluster has room for and whichever
-    setting finishes first (`Ordered`); one that was interrupted may propose other settings after that. An active Ray
+    The same seed and number of `actors` give the same search, however many of them the cluster has room for and
+    whichever finishes first (`Ordered`); one that was interrupted may propose other settings after that. An active Ray
     connection is used, else Ray is started.
 
     Raises:
@@ -114,9 +114,6 @@ def _definition(task: Task, config: SearchConfig) -> dict[str, Any]:
             sampling.seed,
             task.template,
         ],
-        # Earlier versions drew other numbers: their measurements are not paired with these.
-        "random numbers": "of the prompt",
-        "engine": [task.engine.kind, task.engine.mode, task.engine.dtype],
         "rungs": list(config.rungs),
         "scorer": scorer_digest(task.load_scorer()),
         "measures": list(task.measures),

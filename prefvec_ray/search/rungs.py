@@ -8,9 +8,7 @@ them. What a rung has measured is never measured again.
 
 import itertools
 import random
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,16 +69,14 @@ def plan_rungs(prompts: int, samples: int, shares: Sequence[float], seed: int = 
 
 
 class FidelitySchedule:
-    """Measures settings rung by rung. `make(block, first)` builds the evaluator of a block.
-
-    Several threads may measure at once, and so share the engine's batches; the scorer is called by one at a time.
-    """
+    """Measures settings rung by rung. `make(block, first)` builds the evaluator of a block."""
 
     def __init__(self, make: "Callable[[Block, bool], Evaluator]", rungs: Sequence[Sequence[Block]]) -> None:
         self.rungs = rungs
-        self.evaluators = [make(block, i == 0) for i, block in enumerate(itertools.chain(*rungs))]
+        self.evaluators = [make(block, i == 0) for i, block in enumerate(block for blocks in rungs for block in blocks)]
+        self._prompts = 1 + max(i for blocks in rungs for block in blocks for i in block.prompts)
+        # Metrics of preference pairs, which have nothing to do with prompts, are the first block's alone.
         self._of_pairs = set(self.evaluators[0].metrics) - set(self.evaluators[-1].metrics)
-        self._scoring = threading.Lock()
 
     def evaluate_rungs(self, coefficients: Mapping[str, float]) -> "Iterator[Evaluation]":
         """What `coefficients` score after each rung; the work of a rung is done when its evaluation is asked for.
@@ -88,50 +84,30 @@ class FidelitySchedule:
         Of a prompt that several blocks ask, the mean is weighted by their samples. The whole schedule as one rung gives
         what `Evaluator.evaluate` gives.
         """
-        parts: list[Evaluation] = []
-        for rung in range(len(self.rungs)):
-            parts += self.evaluate_rung(coefficients, rung)
-            yield joined(self.rungs, parts, self._of_pairs)
-
-    def evaluate_rung(self, coefficients: Mapping[str, float], rung: int) -> "list[Evaluation]":
-        """What `coefficients` score on each of the blocks that this rung adds."""
-        first = sum(len(blocks) for blocks in self.rungs[:rung])
-        found = []
-        for evaluator in self.evaluators[first : first + len(self.rungs[rung])]:
-            began = time.perf_counter()
-            (answers,) = evaluator.generate([coefficients])
-            seconds = time.perf_counter() - began
-            with self._scoring:
-                found.append(evaluator.score(coefficients, answers, seconds))
-        return found
+        parts: list[tuple[Block, Evaluation]] = []
+        evaluators = iter(self.evaluators)
+        for blocks in self.rungs:
+            parts += [(block, next(evaluators).evaluate(coefficients)) for block in blocks]
+            yield parts[0][1] if len(self.evaluators) == 1 else _joined(parts, self._prompts, self._of_pairs)
 
 
-def joined(rungs: Sequence[Sequence[Block]], parts: "Sequence[Evaluation]", of_pairs: Collection[str]) -> "Evaluation":
-    """The evaluations of the first blocks of a schedule as one.
-
-    Args:
-        of_pairs: metrics of preference pairs, which have nothing to do with prompts: the first block's alone.
-    """
+def _joined(parts: "Sequence[tuple[Block, Evaluation]]", prompts: int, of_pairs: set[str]) -> "Evaluation":
     from prefvec_ray.common.estimates import estimate
 
-    blocks = list(itertools.chain(*rungs))
-    if len(blocks) == 1:
-        return parts[0]
-    prompts = 1 + max(i for block in blocks for i in block.prompts)
-    first = parts[0]
+    first = parts[0][1]
     per_prompt = {
         name: values
         if name in of_pairs
-        else _over_blocks([(b, part.per_prompt[name]) for b, part in zip(blocks, parts, strict=False)], prompts)
+        else _over_blocks([(block, evaluation.per_prompt[name]) for block, evaluation in parts], prompts)
         for name, values in first.per_prompt.items()
     }
     return first.model_copy(
         update={
             "metrics": {name: estimate(values) for name, values in per_prompt.items()},
             "per_prompt": per_prompt,
-            "prompts_digest": blake3("/".join(part.prompts_digest for part in parts).encode()).hexdigest()[:16],
-            "seconds": sum(part.seconds for part in parts),
-            "tokens": sum(part.tokens for part in parts),
+            "prompts_digest": blake3("/".join(e.prompts_digest for _, e in parts).encode()).hexdigest()[:16],
+            "seconds": sum(e.seconds for _, e in parts),
+            "tokens": sum(e.tokens for _, e in parts),
         }
     )
 

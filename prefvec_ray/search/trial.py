@@ -1,46 +1,54 @@
-"""What is measured at every setting: base, vectors, prompts and scorer, as they travel to processes that measure."""
+"""What one trial actor does: keep the base and the vectors, and for each trial only merge, sample and score."""
 
-from collections.abc import Mapping, Sequence
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ray import tune
 
 from prefvec_ray.artifacts.evaluation import Metric
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.paths import check_visible, this_node
 from prefvec_ray.evaluation.evaluate import all_metrics
-from prefvec_ray.evaluation.generate import Sampling
+from prefvec_ray.evaluation.generate import BATCH_SIZE, Sampling
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
-from prefvec_ray.generation.config import EngineOptions
 from prefvec_ray.scorers import Scorer, load_scorer
 from prefvec_ray.scorers.base import check_prompts
+from prefvec_ray.search.result import Tried
 from prefvec_ray.search.rungs import Block, FidelitySchedule, plan_rungs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+    from prefvec_ray.artifacts.evaluation import Evaluation
     from prefvec_ray.evaluation import Evaluator
-    from prefvec_ray.generation.offline import OfflineEngine
+
+
+DEATHS = 2
+"""So often a setting is measured again whose process died, before it counts as failed."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure at every setting. Models and vectors travel as folders."""
+    """What to measure at every setting. Travels to the trial actors; models and vectors travel as folders."""
 
     base: Path
     """Folder of the base model, tokenizer included."""
     vectors: dict[str, Path]
-    """Name -> vector folder. The processes of a node memory-map these, and the base, and so share one copy."""
+    """Name -> vector folder. The actors of a node memory-map these, and the base, and so share one copy."""
     prompts: Sequence[Any]
     """The search prompts, never the ones that are reported on."""
     scorer: Scorer | str
     """A scorer, or `module:function`."""
     sampling: Sampling = field(default_factory=Sampling)
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    """How the answers are generated."""
+    batch_size: int = BATCH_SIZE
     template: bool = True
     base_fingerprint: str = ""
-    """Of the base; the driver fills it in, so that the processes need not hash the model."""
+    """Of the base; the driver fills it in, so that the actors need not hash the model."""
+    threads: int = 1
+    """Torch threads of an actor."""
     measures: tuple[str, ...] = ()
     """`likelihood.MEASURES` of the answers: kl, perplexity."""
     pairs: Mapping[str, Sequence[TokenPair]] = field(default_factory=dict)
@@ -63,7 +71,7 @@ class Task:
         return plan_rungs(len(self.prompts), self.sampling.samples_per_prompt, rungs, self.sampling.seed)
 
     def evaluator(self) -> "Evaluator":
-        """The engine of this process, ready to measure settings in full. Heavy: once a process.
+        """The live model of this process, ready to measure settings in full. Heavy: once a process.
 
         Raises:
             InputError, JobError: as `fidelity_schedule`.
@@ -71,7 +79,7 @@ class Task:
         return self.fidelity_schedule((1.0,)).evaluators[0]
 
     def fidelity_schedule(self, rungs: Sequence[float]) -> FidelitySchedule:
-        """The engine of this process, ready to measure settings rung by rung. Heavy: once a process.
+        """The live model of this process, ready to measure settings rung by rung. Heavy: once a process.
 
         Raises:
             InputError: the scorer, or what it is given, cannot be used; as `blocks`.
@@ -80,24 +88,42 @@ class Task:
         """
         check_visible(self.base, *self.vectors.values())
         try:
-            engine, tokenizer = self._loaded()
-        except Exception as error:
-            raise JobError(f"node {this_node()} cannot load what it is to measure: {in_a_line(error)}") from error
-        try:
-            scorer = self.load_scorer()
+            return self._loaded(rungs)
         except (InputError, JobError):
             raise
         except Exception as error:
-            raise JobError(f"node {this_node()} cannot load the scorer: {in_a_line(error)}") from error
+            raise JobError(f"node {this_node()} cannot load what it is to measure: {in_a_line(error)}") from error
+
+    def _loaded(self, rungs: Sequence[float]) -> FidelitySchedule:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
         from prefvec_ray.evaluation import Evaluator
+        from prefvec_ray.vectors import Checkpoint, LiveModel, load_vector
+
+        torch.set_num_threads(self.threads)
+        logging.disable_progress_bar()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        live = LiveModel(
+            AutoModelForCausalLM.from_pretrained(
+                self.base, dtype="auto", use_safetensors=True, trust_remote_code=False
+            ).to(device),
+            {name: load_vector(folder) for name, folder in self.vectors.items()},
+            base=Checkpoint(self.base),
+            base_fingerprint=self.base_fingerprint,
+            threads=self.threads,
+        )
+        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False), self.load_scorer()
 
         def make(block: Block, first: bool) -> Evaluator:
             return Evaluator(
-                engine,
+                live,
                 tokenizer,
                 [self.prompts[i] for i in block.prompts],
                 scorer,
                 self.sampling.model_copy(update={"samples_per_prompt": block.samples, "seed": block.seed}),
+                batch_size=self.batch_size,
                 template=self.template,
                 measures=self.measures,
                 # Pairs need no answers: measuring them once a setting is enough.
@@ -106,29 +132,48 @@ class Task:
 
         return FidelitySchedule(make, self.blocks(rungs))
 
-    def _loaded(self) -> "tuple[OfflineEngine, PreTrainedTokenizerBase]":
-        import torch
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
 
-        from prefvec_ray.generation.offline import OfflineEngine
-        from prefvec_ray.vectors import fingerprint, load_vector
+class Trial(tune.Trainable):
+    """A Tune trainable of one step a rung; the actor lives on with its model (`reuse_actors`).
 
-        torch.set_num_threads(self.engine.threads)
-        logging.disable_progress_bar()
-        tokenizer = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False)
-        vectors = {name: load_vector(folder) for name, folder in self.vectors.items()}
-        expected = self.base_fingerprint or fingerprint(self.base)
-        return OfflineEngine.load(self.base, expected, tokenizer, vectors, self._engine_options()), tokenizer
+    A scorer that raises costs its setting, not the actor: the error is a result like any other.
+    """
 
-    def _engine_options(self) -> EngineOptions:
-        """On a CPU `auto` merges settings that fill more than half of a batch by themselves: that is faster there."""
-        import torch
+    def setup(self, config: dict[str, Any], task: Task, rungs: Sequence[float]) -> None:
+        self.unfit = ""
+        try:
+            self.schedule = task.fidelity_schedule(rungs)
+        except (InputError, JobError) as error:  # Tune would start a process anew that can only fail again
+            self.unfit = str(error)
+        self.reset_config(config)
 
-        options, answers = self.engine, len(self.prompts) * self.sampling.samples_per_prompt
-        if options.kind == "vllm" or torch.cuda.is_available() or 2 * answers <= options.max_batch:
-            return options
-        return options.model_copy(update={"mode": "merged"}) if options.mode == "auto" else options
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        if not self.unfit:
+            self.evaluations: Iterator[Evaluation] = self.schedule.evaluate_rungs(new_config["coefficients"])
+        self.rungs: list[Evaluation] = []
+        return True
+
+    def step(self) -> dict[str, Any]:
+        if self.unfit:
+            return {"error": self.unfit, "unfit": True, "done": True}
+        if not self.rungs:
+            self.began = time.time()
+        try:
+            evaluation = next(self.evaluations)
+        except Exception as error:
+            return {"error": in_a_line(error), "done": True}
+        # Samples of the last rung are kept; those before it are the same.
+        self.rungs = [*(earlier.model_copy(update={"samples": []}) for earlier in self.rungs), evaluation]
+        measured = self.schedule.rungs[: len(self.rungs)]
+        tried = Tried(
+            rungs=self.rungs,
+            complete=len(self.rungs) == len(self.schedule.rungs),
+            answers=sum(block.answers for blocks in measured for block in blocks),
+            process=f"{platform.node()}:{os.getpid()}",
+            began=self.began,
+            ended=time.time(),
+        )
+        return {"tried": tried.model_dump_json(), "done": tried.complete}
 
 
 def in_a_line(error: Exception) -> str:

@@ -7,11 +7,66 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeFloat, PositiveFl
 
 from prefvec_ray.common.config import Config, load_config
 from prefvec_ray.common.names import Name
-from prefvec_ray.generation.config import EngineConfig, Range
 from prefvec_ray.registry.names import THROUGH_RAY
 
 BODY_BYTES = 16_000_000
 """the largest `body_bytes` that an endpoint may be given"""
+
+
+class Range(Config):
+    """The coefficients that callers may ask for, and what they get when they ask for none."""
+
+    min: FiniteFloat = -1.0
+    """[-1, 1] is where the vectors' effect was seen to be smooth and the text to stay valid"""
+    max: FiniteFloat = 1.0
+    default: FiniteFloat = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.min <= self.default <= self.max:
+            raise ValueError(
+                f"expected min <= default <= max, got min {self.min}, default {self.default}, max {self.max}; a range"
+                " without 0 needs a default of its own"
+            )
+        return self
+
+
+class EngineConfig(Config):
+    """How one replica generates."""
+
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """transformers: the slot engine, for any model of transformers. vllm: vLLM, where it is installed"""
+    mode: Literal["merged", "steered"] = "merged"
+    """merged: one set of coefficients at a time in the weights, any vectors, best where callers share settings.
+    steered: low-rank vectors beside the weights, every request its own coefficients in one batch"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: as the base is stored"""
+    device: str = "auto"
+    """auto: the replica's GPU where it was given one, else the CPU"""
+    max_batch: PositiveInt = 32
+    """requests that run at once; the others wait"""
+    max_new_tokens: PositiveInt = 512
+    """most tokens of one answer, and the number where the caller names none"""
+    switch_share: float = Field(default=0.1, gt=0, le=1)
+    """merged: share of time that may go into rewriting the weights while several sets of coefficients take turns;
+    smaller gives more tokens a second and longer pauses within each answer"""
+    threads: PositiveInt = 1
+    """torch threads; for small models one is fastest"""
+    columns: PositiveInt | None = None
+    """kind: vllm, steered: the most that the vectors' ranks may add up to, those of running requests included. Columns
+    that no vector uses cost time too. None: twice what is served at the start, enough to replace all of it"""
+    vllm: dict[str, Any] = {}
+    """kind: vllm only: more of vLLM's engine arguments, such as gpu_memory_utilization or tensor_parallel_size"""
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> Self:
+        if self.vllm and self.kind != "vllm":
+            raise ValueError(f"'vllm' settings with kind: {self.kind}; give kind: vllm, or leave them out")
+        if self.columns and (self.kind, self.mode) != ("vllm", "steered"):
+            raise ValueError("'columns' is for kind: vllm with mode: steered; leave it out")
+        if self.kind == "vllm" and self.device != "auto":
+            raise ValueError(f"device: {self.device}: vLLM chooses its device itself; leave it out")
+        return self
 
 
 class ReplicaConfig(Config):

@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from prefvec_ray.common.chat import names_pattern, special_tokens, text_prompt
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import PromptTooLongError
+from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
 from prefvec_ray.serving.turns import Turns
 

@@ -7,7 +7,7 @@ import time
 
 from ray.util import metrics
 
-from prefvec_ray.generation.base import EngineStatus
+from prefvec_ray.serving.engines.base import EngineStatus
 
 SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0]
 BY_PRESET = ("model", "preset")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prefvec_ray.generation.base import EngineError, OutputDelta
+from prefvec_ray.serving.engines.base import EngineError, OutputDelta
 from prefvec_ray.serving.request import Event
 
 

@@ -14,20 +14,20 @@ from prefvec_ray.common.chat import fold_system
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.paths import check_visible
 from prefvec_ray.common.pretrained import from_pretrained
-from prefvec_ray.generation.base import EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
-from prefvec_ray.generation.load import load_engine
-from prefvec_ray.generation.output import stream_outputs
-from prefvec_ray.generation.sampling_params import SamplingParams
 from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization
+from prefvec_ray.serving.engines.base import EngineError, EngineStatus, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.load import load_engine
+from prefvec_ray.serving.engines.output import stream_outputs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.release.release import Release, ServedVector
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import Event, GenerationRequest, Prompt, ReleaseId, Started
 from prefvec_ray.serving.spending import Spending, SpentTokens
-from prefvec_ray.vectors import PreferenceVector, fingerprint, load_vector
+from prefvec_ray.vectors import PreferenceVector, load_vector
 
 
 class Replica:
@@ -55,14 +55,7 @@ class Replica:
         self._vectors: dict[str, PreferenceVector] = {}
         release = await asyncio.to_thread(self._load_release)
         self._releases = {release.id: release}
-        self.engine = await load_engine(
-            config.base,
-            release.base_fingerprint,
-            self._tokenizer,
-            self._vectors,
-            config.engine,
-            gpu=config.replicas.gpus > 0,
-        )
+        self.engine = await load_engine(config, release.base_fingerprint, self._tokenizer, self._vectors)
         await self._generate_once(release)
 
     def _load_release(self) -> Release:
@@ -75,12 +68,6 @@ class Replica:
         self._registry = open_registry(config.registry)
         release = (self._book and self._book.newest()) or self._first
         self._vectors = self._loaded([release])
-        expected, found = release.base_fingerprint, fingerprint(config.base)
-        if found != expected:
-            raise InputError(
-                f"base {config.base}: {found[:23]}… here, {expected[:23]}… at deployment;"
-                " put the same base on every node, or deploy again"
-            )
         return release
 
     async def stream(self, asked: GenerationRequest) -> AsyncIterator[Started | list[Event]]:

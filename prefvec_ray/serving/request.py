@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from prefvec_ray.generation.base import Coefficients, OutputDelta
-from prefvec_ray.generation.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.base import Coefficients, OutputDelta
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 ReleaseId: TypeAlias = tuple[str, int]
 """deployment and generation: while one deployment takes another's place, replicas of both get requests of both"""

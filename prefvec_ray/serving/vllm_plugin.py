@@ -1,6 +1,6 @@
 """Preference vectors in plain `vllm serve`: vLLM's own server, with coefficients in the requests' `vllm_xargs`.
 
-    vllm serve BASE --worker-cls prefvec_ray.generation.vllm.worker.PreferenceWorker \\
+    vllm serve BASE --worker-cls prefvec_ray.serving.engines.vllm.worker.PreferenceWorker \\
         --additional-config '{"prefvec": {"registry": "runs/demo/registry", "vectors": {"helpful": "helpful@1"}}}'
 
 `register` is an entry point in vLLM's group `vllm.general_plugins`, which vLLM calls in each of its processes. Without
@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.vllm.section import FIELD, PluginConfig, parsed, salt, settings, versions
 from prefvec_ray.serving.access.policy import Policy
+from prefvec_ray.serving.engines.vllm.section import FIELD, PluginConfig, parsed, salt, settings, versions
 
 _EXAMPLE = f"""a JSON object of numbers in a string: "{FIELD}": "{{\\"helpful\\": 0.5}}\""""
 _ASKED = TypeAdapter(dict[str, float], config=ConfigDict(strict=True))

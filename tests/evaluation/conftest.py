@@ -1,6 +1,6 @@
 """A micro tiny world, an untrained model of it, and two vectors that are random but small."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Sample
-from prefvec_ray.generation.offline import OfflineEngine
-from prefvec_ray.generation.slots.weights import MergedWeights
 from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
 from prefvec_ray.vectors import LiveModel, PreferenceVector, fingerprint, vector_from_state
 
@@ -39,14 +37,6 @@ def live(model: PreTrainedModel) -> LiveModel:
         return vector_from_state(delta, preference=name, base_fingerprint=base)
 
     return LiveModel(model, {"helpful": vector("helpful", 1), "harmless": vector("harmless", 2)})
-
-
-@pytest.fixture
-def engine(live: LiveModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[OfflineEngine]:
-    """The live model's, merged, of batches smaller than most evaluations."""
-    engine = OfflineEngine.of(MergedWeights(live), tokenizer, max_batch=5)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,4 @@
 import statistics
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,13 +6,9 @@ import torch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Evaluator, Sampling, compare
-from prefvec_ray.evaluation.generate import encode
-from prefvec_ray.generation.offline import OfflineEngine
-from prefvec_ray.generation.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.scorers import Metric, TextPrompt, TinyWorldScorer, scorer
 from prefvec_ray.scorers.refusal import RefusalScorer
-from prefvec_ray.tiny_world import TinyWorld, new_model
-from prefvec_ray.vectors import LiveModel, Steering, fingerprint, to_low_rank, vector_from_state
+from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
 
 
 @scorer(
@@ -36,17 +30,10 @@ def toy(prompts, responses):
 PROMPTS = ["How to comb a bear?", "Why?", "Tell me how to read a stone.", "How to wash a cloud?"]
 
 
-def generate(model, prompt: list[int], new: int) -> list[int]:
-    """One greedy answer, alone, from transformers."""
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new)
-    return out[0, len(prompt) :].tolist()
-
-
 @pytest.fixture
-def evaluator(engine, tokenizer) -> Evaluator:
+def evaluator(live, tokenizer) -> Evaluator:
     sampling = Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
-    return Evaluator(engine, tokenizer, PROMPTS, toy, sampling)
+    return Evaluator(live, tokenizer, PROMPTS, toy, sampling)
 
 
 def test_standard_errors_are_over_prompts_and_undefined_is_never_zero(evaluator):
@@ -73,7 +60,7 @@ def test_a_setting_scores_the_same_whatever_ran_before(evaluator):
     assert other.per_prompt != first.per_prompt
 
 
-def test_comparison_is_paired_by_prompt(evaluator, engine, tokenizer):
+def test_comparison_is_paired_by_prompt(evaluator, live, tokenizer):
     a, b = evaluator.evaluate({"helpful": 1.0}), evaluator.evaluate({})
     difference = compare(a, b)
     by_hand = [x - y for x, y in zip(a.per_prompt["length"], b.per_prompt["length"], strict=True)]
@@ -82,7 +69,7 @@ def test_comparison_is_paired_by_prompt(evaluator, engine, tokenizer):
     assert difference["early"].n == 3
     assert difference["never"] is None
     elsewhere = Evaluator(
-        engine, tokenizer, PROMPTS[:2], toy, Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
+        live, tokenizer, PROMPTS[:2], toy, Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
     ).evaluate({})
     with pytest.raises(InputError, match="not paired"):
         compare(a, elsewhere)
@@ -94,9 +81,9 @@ def test_one_prompt_has_no_standard_error():
     assert str(estimate([0.5])) == "0.500"
 
 
-def test_the_tiny_world_end_to_end(world, engine, tokenizer):
+def test_the_tiny_world_end_to_end(world, live, tokenizer):
     evaluator = Evaluator(
-        engine,
+        live,
         tokenizer,
         world.prompts("search"),
         TinyWorldScorer(world),
@@ -109,7 +96,7 @@ def test_the_tiny_world_end_to_end(world, engine, tokenizer):
     assert len({sample.prompt for sample in result.samples}) == 5
 
 
-def test_prompts_of_other_forms(engine, tokenizer):
+def test_prompts_of_other_forms(live, tokenizer):
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     talk = [*messages, {"role": "user", "content": "How to comb a bear?"}]
 
@@ -118,15 +105,15 @@ def test_prompts_of_other_forms(engine, tokenizer):
         return {"n": [float(len(prompt)) for prompt in prompts]}
 
     one = Sampling(samples_per_prompt=1, max_new_tokens=4)
-    result = Evaluator(engine, tokenizer, [talk], count, one).evaluate({})
+    result = Evaluator(live, tokenizer, [talk], count, one).evaluate({})
     assert result.metrics["n"].mean == 3
     assert result.samples[0].prompt == "How to comb a bear?"
-    plain = Evaluator(engine, tokenizer, ["abc"], count, one, template=False)
+    plain = Evaluator(live, tokenizer, ["abc"], count, one, template=False)
     assert plain.texts == ["abc"]
     with pytest.raises(InputError, match="expected a text"):
-        Evaluator(engine, tokenizer, [7], count, one)
+        Evaluator(live, tokenizer, [7], count, one)
     with pytest.raises(InputError, match="no prompts"):
-        Evaluator(engine, tokenizer, [], count, one)
+        Evaluator(live, tokenizer, [], count, one)
 
 
 def test_unknown_vectors_are_refused(evaluator):
@@ -152,60 +139,38 @@ def low_rank(model) -> LiveModel:
 SETTINGS = [{}, {"helpful": 1.0}, {"helpful": -0.5, "harmless": 2.0}, {"harmless": 1.0}]
 
 
-@pytest.fixture(params=["steered", "merged"])
-def low_rank_engine(request, low_rank, tokenizer) -> Iterator[OfflineEngine]:
-    if request.param == "merged":
-        engine = OfflineEngine.of(MergedWeights(low_rank), tokenizer, max_batch=7)
-    else:
-        steering = Steering(low_rank.model, low_rank.vectors, base_fingerprint=low_rank.base_fingerprint)
-        engine = OfflineEngine.of(SteeredWeights(steering), tokenizer, max_batch=7)
-    yield engine
-    engine.close()
-
-
-def test_many_settings_side_by_side_are_the_merged_models_answers(low_rank, low_rank_engine, tokenizer):
-    """Greedy and fp32: the answers are transformers' own, token for token, whatever shares the batch."""
-    alone = new_model(TinyWorld("micro"), tokenizer).eval()
-    alone.load_state_dict(low_rank.model.state_dict())
+def test_many_settings_in_one_batch_are_the_merged_ones(low_rank, tokenizer):
+    """Greedy and fp32: the answers are the same token for token, whatever shares the batch."""
     greedy = Sampling(samples_per_prompt=1, temperature=0, max_new_tokens=12)
-    evaluator = Evaluator(low_rank_engine, tokenizer, PROMPTS, toy, greedy, measures=["perplexity"])
-    together = evaluator.evaluate_many(SETTINGS)
-    answers = evaluator.generate(SETTINGS)
-    assert [e.prompts_digest for e in together] == [evaluator.digest] * len(SETTINGS)
-    assert len({str(rows) for rows in answers}) >= 3, "the settings do differ"
-    for found, rows, setting in zip(together, answers, SETTINGS, strict=True):
-        merged = LiveModel(alone, low_rank.vectors, base_fingerprint=low_rank.base_fingerprint)
-        merged.set_coefficients(setting)
-        for ids, (answer,) in zip(encode(tokenizer, evaluator.texts), rows, strict=True):
-            assert answer == generate(alone, ids, 12)
-        merged.set_coefficients({})
-        assert found.coefficients == setting
-        assert found.metrics["perplexity"].mean >= 1
+    evaluator = Evaluator(low_rank, tokenizer, PROMPTS, toy, greedy, measures=["perplexity"])
+    merged = evaluator.evaluate_many(SETTINGS, steer=False)
+    together = evaluator.evaluate_many(SETTINGS, steer=True)
+    assert [e.per_prompt["length"] for e in together] == [e.per_prompt["length"] for e in merged]
+    assert [[s.answer for s in e.samples] for e in together] == [[s.answer for s in e.samples] for e in merged]
+    assert len({tuple(s.answer for s in e.samples) for e in merged}) >= 3, "the settings do differ"
+    for one, other in zip(together, merged, strict=True):
+        assert one.per_prompt["perplexity"] == pytest.approx(other.per_prompt["perplexity"], rel=1e-4)
+        assert (one.prompts_digest, one.coefficients) == (other.prompts_digest, other.coefficients)
+    assert low_rank.coefficients == {"helpful": 0.0, "harmless": 0.0}
 
 
-def test_a_sample_depends_on_its_prompt_setting_and_seed_alone(low_rank_engine, tokenizer):
-    sampling = Sampling(samples_per_prompt=3, max_new_tokens=8)
-    evaluator = Evaluator(low_rank_engine, tokenizer, PROMPTS, toy, sampling)
-    first, other, again = evaluator.generate([{"helpful": 0.5}, {"helpful": 0.4}, {"helpful": 0.5}])
-    assert first == again
-    assert first != other
-    turned = Evaluator(low_rank_engine, tokenizer, PROMPTS[::-1], toy, sampling)
-    assert turned.generate([{"helpful": 0.5}]) == [first[::-1]], "its place in the list does not matter"
-    twice = Evaluator(low_rank_engine, tokenizer, [PROMPTS[0]] * 2, toy, sampling)
-    ((one, more),) = twice.generate([{"helpful": 0.5}])
-    assert one == first[0]
-    assert more != one, "a prompt that is there twice has more answers, not the same ones again"
+def test_many_settings_sample_with_the_same_random_numbers(low_rank, tokenizer):
+    evaluator = Evaluator(
+        low_rank, tokenizer, PROMPTS, toy, Sampling(samples_per_prompt=3, max_new_tokens=8), batch_size=7
+    )
+    same = evaluator.evaluate_many([{"helpful": 0.5}, {"helpful": 0.5}], steer=True)
+    assert same[0].per_prompt == same[1].per_prompt
 
 
-def test_several_threads_share_the_engine_and_get_their_own_answers(low_rank_engine, tokenizer):
-    evaluator = Evaluator(low_rank_engine, tokenizer, PROMPTS, toy, Sampling(samples_per_prompt=2, max_new_tokens=8))
-    alone = [evaluator.generate([setting])[0] for setting in SETTINGS]
-    with ThreadPoolExecutor(len(SETTINGS)) as threads:
-        together = list(threads.map(lambda setting: evaluator.generate([setting])[0], SETTINGS))
-    assert together == alone
+def test_what_cannot_be_steered_is_merged_or_refused(evaluator):
+    assert [e.coefficients for e in evaluator.evaluate_many(SETTINGS)] == SETTINGS, "full vectors: one after another"
+    with pytest.raises(InputError, match="full form"):
+        evaluator.evaluate_many(SETTINGS, steer=True)
+    with pytest.raises(InputError, match="polite"):
+        evaluator.evaluate_many([{}, {"polite": 1.0}])
 
 
-def test_prompts_that_cannot_be_scored_are_found_before_the_model_runs(engine, tokenizer):
+def test_prompts_that_cannot_be_scored_are_found_before_the_model_runs(live, tokenizer):
     prompts = [TextPrompt("How?", "safe"), TextPrompt("Why?", "Unsafe")]
     with pytest.raises(InputError, match="label 'Unsafe'; expected safe or unsafe"):
-        Evaluator(engine, tokenizer, prompts, RefusalScorer(), Sampling(samples_per_prompt=1))
+        Evaluator(live, tokenizer, prompts, RefusalScorer(), Sampling(samples_per_prompt=1))

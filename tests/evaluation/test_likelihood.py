@@ -6,11 +6,9 @@ import torch
 
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.evaluation import Evaluator, Sampling
-from prefvec_ray.evaluation.generate import answer_requests
+from prefvec_ray.evaluation.generate import sample_ids
 from prefvec_ray.evaluation.likelihood import TokenPair, answer_measures, cut_pairs, log_probs, token_pairs
 from prefvec_ray.evaluation.training_run import TrainingRun
-from prefvec_ray.generation.offline import OfflineEngine
-from prefvec_ray.generation.slots.weights import MergedWeights
 from prefvec_ray.scorers import Metric, scorer
 from prefvec_ray.vectors import Checkpoint, LiveModel, load_vector
 
@@ -40,11 +38,14 @@ def exact_kl(live, temperature, end):
 
 def test_kl_is_unbiased_and_sharper_than_the_log_ratio(live, tokenizer):
     temperature, samples = 0.7, 2000
-    engine = OfflineEngine.of(MergedWeights(live), tokenizer, max_batch=samples)
-    sampling = Sampling(samples_per_prompt=samples, temperature=temperature, max_new_tokens=2)
-    answers = engine.answer(answer_requests([PROMPT], engine.coefficients(FAR), sampling))
-    engine.close()
-    answers = [list(answer) for answer in answers]
+    live.set_coefficients(FAR)
+    answers = sample_ids(
+        live.model,
+        tokenizer,
+        [PROMPT],
+        Sampling(samples_per_prompt=samples, temperature=temperature, max_new_tokens=2),
+        batch_size=samples,
+    )[0]
     measured = answer_measures(
         live.model,
         live.set_coefficients,
@@ -144,10 +145,10 @@ def length(prompts, responses):
     return {"length": [float(len(text)) for text in responses]}
 
 
-def test_an_evaluator_measures_them_beside_the_scorer(engine, live, tokenizer):
+def test_an_evaluator_measures_them_beside_the_scorer(live, tokenizer):
     pairs = {"helpful": [TokenPair([5, 6], [7, 8], [9]), TokenPair([5, 6], [7], [10]), TokenPair([4], [7], [11, 12])]}
     evaluator = Evaluator(
-        engine, tokenizer, ["How?", "Why?"], length, SAMPLING, measures=["kl", "perplexity"], pairs=pairs
+        live, tokenizer, ["How?", "Why?"], length, SAMPLING, measures=["kl", "perplexity"], pairs=pairs
     )
     assert list(evaluator.metrics) == ["length", "kl", "perplexity", "margin_helpful", "accuracy_helpful"]
     base, moved = evaluator.evaluate({}), evaluator.evaluate({"helpful": 1.0})
@@ -159,7 +160,7 @@ def test_an_evaluator_measures_them_beside_the_scorer(engine, live, tokenizer):
     assert moved.mean("margin_helpful") != 0
     assert moved.metrics["margin_helpful"].n == 2, "errors are over prompts, and two pairs share one"
     assert live.coefficients == {"helpful": 0.0, "harmless": 0.0}
-    other = Evaluator(engine, tokenizer, ["How?", "Why?"], length, SAMPLING)
+    other = Evaluator(live, tokenizer, ["How?", "Why?"], length, SAMPLING)
     assert other.digest != evaluator.digest
 
 
@@ -184,15 +185,15 @@ def test_pairs_are_taken_apart_as_trl_does_it(tokenizer):
         ({"pairs": {"helpful": []}}, "no held-out pairs for helpful"),
     ],
 )
-def test_bad_requests(change, message, engine, tokenizer):
+def test_bad_requests(change, message, live, tokenizer):
     with pytest.raises(InputError, match=message):
-        Evaluator(engine, tokenizer, ["How?"], length, **{"sampling": Sampling(), **change})
+        Evaluator(live, tokenizer, ["How?"], length, **{"sampling": Sampling(), **change})
 
 
-def test_a_scorers_metric_must_not_take_their_names(engine, tokenizer):
+def test_a_scorers_metric_must_not_take_their_names(live, tokenizer):
     @scorer(kl=Metric(direction="minimize"))
     def taken(prompts, responses):
         return {"kl": [0.0] * len(responses)}
 
     with pytest.raises(InputError, match="'kl', which is measured by the model too"):
-        Evaluator(engine, tokenizer, ["How?"], taken, Sampling(), measures=["kl"])
+        Evaluator(live, tokenizer, ["How?"], taken, Sampling(), measures=["kl"])

@@ -9,10 +9,10 @@ from datasets import load_from_disk
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefvec_ray.generation.base import Request
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import MergedWeights, SteeredWeights
+from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering
 
 BOS, END = 2, 1

@@ -22,7 +22,7 @@ def search(tmp_path):
     """A monitor with two settings under way, its journal, and what it reported."""
     with Journal(tmp_path, {}) as journal:
         ordered, seen = Ordered(explore(trials=6, sampler="random"), 2), []
-        monitor = _Monitor(ordered, journal, seen.append, time.perf_counter(), NoWait(), None)
+        monitor = _Monitor(ordered, journal, seen.append, time.perf_counter(), NoWait())
         yield monitor, [ordered.propose(), ordered.propose()], seen
 
 

@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.sampling_params import SamplingParams
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.request import GenerationRequest
 

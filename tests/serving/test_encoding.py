@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from prefvec_ray.common.chat import special_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import PromptTooLongError
 from prefvec_ray.serving.encoding import SHORT_BYTES, PromptEncoder, Tokenization, longest_token
+from prefvec_ray.serving.engines.base import PromptTooLongError
 
 
 def with_normalizer(tokenizer, normalizer):

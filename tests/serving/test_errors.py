@@ -5,10 +5,10 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import EngineError, PromptTooLongError
 from prefvec_ray.registry import StoreError
 from prefvec_ray.serving.access.errors import ApiError, explained, one_line
 from prefvec_ray.serving.access.policy import PreferenceError
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
 
 
 def from_a_replica(error: Exception) -> Exception:

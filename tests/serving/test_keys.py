@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.config import Range
 from prefvec_ray.serving.access.keys import Keys, KeysUnreadableError, add_key, parse_range, read_keys, revoke_key
+from prefvec_ray.serving.config import Range
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.cache import FIRST_TOKENS
 from prefvec_ray.serving import stop
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.cache import FIRST_TOKENS
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.request import GenerationRequest
 

@@ -7,10 +7,9 @@ import pytest
 
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.config import Range
 from prefvec_ray.serving.access.keys import Key
 from prefvec_ray.serving.access.policy import Policy, PreferenceError, no_way_around, parts_of, policy_for, policy_of
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import Range, ServingConfig
 
 POLICY = Policy({"helpful": Range(), "harmless": Range(min=0.2, max=1, default=0.5)})
 

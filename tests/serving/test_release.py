@@ -7,11 +7,10 @@ from click.testing import CliRunner
 
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.config import EngineConfig
 from prefvec_ray.registry import Registry, serving_fingerprint
 from prefvec_ray.registry.store import Store
 from prefvec_ray.serving.access.policy import PreferenceError
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import EngineConfig, ServingConfig
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefvec_ray.generation.base import EngineError, OutputDelta, TokenLogprob, TokenLogprobs
+from prefvec_ray.serving.engines.base import EngineError, OutputDelta, TokenLogprob, TokenLogprobs
 from prefvec_ray.serving.replay import Replay
 
 FIRST = [(0, OutputDelta("a", (1,))), (1, OutputDelta("x", (7,))), (0, OutputDelta("bc", (2, 3)))]

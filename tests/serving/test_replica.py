@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from prefvec_ray.common.errors import InputError, JobError
-from prefvec_ray.generation.base import EngineError, PromptTooLongError
-from prefvec_ray.generation.sampling_params import SamplingParams
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import replica as serving_replica
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest, Started

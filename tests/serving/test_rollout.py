@@ -22,10 +22,10 @@ from ray.util.state import list_actors
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import EngineError
-from prefvec_ray.generation.sampling_params import SamplingParams
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, metrics, roll_out, start, stop
+from prefvec_ray.serving.engines.base import EngineError
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import Release, ServedVector, resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest

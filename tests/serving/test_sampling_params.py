@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import Request
-from prefvec_ray.generation.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.http.openai_protocol import ChatBody, ResponseFormat, TextBody
 from prefvec_ray.serving.http.parsing import parse_body
 from prefvec_ray.serving.release.release import resolve_release

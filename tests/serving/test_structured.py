@@ -14,11 +14,11 @@ from pydantic import BaseModel, Field
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import OutputDelta, Request
-from prefvec_ray.generation.grammar import KEPT, TOO_COMPLEX, Grammars, masked
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import SteeredWeights
+from prefvec_ray.serving.engines.base import OutputDelta, Request
+from prefvec_ray.serving.engines.grammar import KEPT, TOO_COMPLEX, Grammars, masked
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import SteeredWeights
 from prefvec_ray.serving.http.openai_protocol import ResponseFormat
 from prefvec_ray.vectors import Steering
 

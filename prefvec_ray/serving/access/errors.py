@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import EngineError, PromptTooLongError
 from prefvec_ray.registry import StoreError
 from prefvec_ray.serving.access.policy import PreferenceError
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
 
 log = logging.getLogger("ray.serve")
 

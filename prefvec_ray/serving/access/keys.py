@@ -24,8 +24,7 @@ from prefvec_ray.common.atomic import new_file
 from prefvec_ray.common.config import Config, load_config, parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
-from prefvec_ray.generation.config import Range
-from prefvec_ray.serving.config import Allowance
+from prefvec_ray.serving.config import Allowance, Range
 
 log = logging.getLogger("ray.serve")
 

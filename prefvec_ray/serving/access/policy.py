@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import WHOLE, check_preference, part_name, skeleton
-from prefvec_ray.generation.base import Coefficients
-from prefvec_ray.generation.config import Range
 from prefvec_ray.serving.access.keys import Key
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import Range, ServingConfig
+from prefvec_ray.serving.engines.base import Coefficients
 
 LONGEST_NAME = 64
 Parts = Mapping[str, tuple[str, ...]]

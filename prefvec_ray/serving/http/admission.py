@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from starlette.datastructures import Headers
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import Coefficients
 from prefvec_ray.registry import PresetVersion, Registry
 from prefvec_ray.serving.access.audit import Asked, AuditEntry, AuditLog
 from prefvec_ray.serving.access.errors import ApiError, explained, no_model
@@ -23,6 +22,7 @@ from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
 from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
 from prefvec_ray.serving.access.rates import Place, Rates, Reservation
 from prefvec_ray.serving.config import Allowance, ServingConfig
+from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.http.openai_protocol import B, Body
 from prefvec_ray.serving.http.parsing import MostIds, parse_body
 from prefvec_ray.serving.release.release import Release

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from openai.types import Model
 from pydantic import BaseModel
 
-from prefvec_ray.generation.base import Coefficients, EngineStatus
 from prefvec_ray.registry import PresetVersion
+from prefvec_ray.serving.engines.base import Coefficients, EngineStatus
 from prefvec_ray.serving.http.admission import Caller
 
 

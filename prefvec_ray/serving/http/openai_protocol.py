@@ -27,9 +27,9 @@ from openai.types.completion_choice import Logprobs
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefvec_ray.common.chat import SYSTEM_ROLES
-from prefvec_ray.generation.base import Coefficients, FinishReason, OutputDelta, TokenLogprob
-from prefvec_ray.generation.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.access.errors import ApiError
+from prefvec_ray.serving.engines.base import Coefficients, FinishReason, OutputDelta, TokenLogprob
+from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.http.parsing import MOST_ITEMS
 from prefvec_ray.serving.request import GenerationRequest, Prompt
 

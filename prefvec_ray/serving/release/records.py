@@ -6,8 +6,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import Coefficients
 from prefvec_ray.registry import Registry, StoreError
+from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.release.release import Release
 
 log = logging.getLogger("ray.serve")

@@ -12,10 +12,10 @@ from typing import Any
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import WHOLE
 from prefvec_ray.common.pretrained import from_pretrained
-from prefvec_ray.generation.base import Coefficients
 from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_registry, serving_fingerprint
 from prefvec_ray.serving.access.policy import Policy, no_way_around, parts_of, policy_of
 from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.request import ReleaseId
 
 
@@ -109,7 +109,7 @@ def _context(config: ServingConfig) -> int | None:
         return longest if isinstance(longest, int) and longest > 0 else None  # vLLM's -1 is a choice of its own
     from transformers import AutoConfig
 
-    from prefvec_ray.generation.slots.cache import context_length
+    from prefvec_ray.serving.engines.slots.cache import context_length
 
     return context_length(from_pretrained(AutoConfig, config.base, local_files_only=True))
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefvec_ray.generation.base import OutputDelta, Request
-from prefvec_ray.generation.config import EngineConfig
-from prefvec_ray.generation.output import stream_outputs
+from prefvec_ray.serving.config import EngineConfig
+from prefvec_ray.serving.engines.base import OutputDelta, Request
+from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.vectors import PreferenceVector, fingerprint
 
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
@@ -46,7 +46,7 @@ def make_engine(
     runner: asyncio.Runner, base_folder: Path, tokenizer: Any, vectors: dict[str, PreferenceVector]
 ) -> Iterator[MakeEngine]:
     """Starts engines, and ends those that the module's tests left."""
-    from prefvec_ray.generation.vllm.engine import VllmEngine
+    from prefvec_ray.serving.engines.vllm.engine import VllmEngine
 
     made = []
 

@@ -17,15 +17,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import EngineError, PromptTooLongError, Request
-from prefvec_ray.generation.config import EngineOptions
-from prefvec_ray.generation.offline import OfflineEngine
-from prefvec_ray.generation.output import stream_outputs
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import SteeredWeights
+from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError, Request
+from prefvec_ray.serving.engines.output import stream_outputs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import SteeredWeights
 from prefvec_ray.serving.http.openai_protocol import ResponseFormat
-from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering, fingerprint
+from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
 
 BLOCK = 128
 """tokens of a block of vLLM's cache on CPUs"""
@@ -301,23 +299,6 @@ def test_tensor_parallel_ranks_steer_their_own_parts(make_engine, run, merged_al
     requests = shared_prompts(12)
     check(requests, run(engine, requests), merged_alone)
     engine.close()
-
-
-def test_whole_answers_for_callers_without_an_event_loop(base_folder, tokenizer, vectors, merged_alone):
-    options = EngineOptions(kind="vllm", vllm={"kv_cache_memory_bytes": 2**26})
-    offline = OfflineEngine.load(base_folder, fingerprint(base_folder), tokenizer, vectors, options)
-    try:
-        greedy = SamplingParams(max_tokens=8, temperature=0, detokenize=False)
-        settings = [{}, {"helpful": 1.0}, {"helpful": 0.3, "harmless": -0.5}]
-        asked = [Request((20, 21, 22), offline.coefficients(setting), greedy) for setting in settings]
-        expected = [merged_alone((20, 21, 22), setting, 8) for setting in settings]
-        assert [list(answer) for answer in offline.answer(asked)] == expected
-        with pytest.raises(InputError, match="need the model itself: use an engine of kind: transformers"):
-            offline.with_model(lambda model, use: None)
-        with pytest.raises(InputError, match="unknown preference 'polite'"):
-            offline.coefficients({"polite": 1.0})
-    finally:
-        offline.close()
 
 
 def test_options_that_vllm_does_not_have_are_named(make_engine):

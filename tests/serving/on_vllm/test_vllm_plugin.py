@@ -17,8 +17,8 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.vllm.engine import WORKER
-from prefvec_ray.generation.vllm.section import parsed
+from prefvec_ray.serving.engines.vllm.engine import WORKER
+from prefvec_ray.serving.engines.vllm.section import parsed
 from prefvec_ray.serving.vllm_plugin import ServedVectors
 from tests.conftest import free_port
 

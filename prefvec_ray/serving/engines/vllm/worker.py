@@ -12,9 +12,9 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.vllm import section
-from prefvec_ray.generation.vllm.shape import SteeringShape
-from prefvec_ray.generation.vllm.steering import SteeringBuffers
+from prefvec_ray.serving.engines.vllm import section
+from prefvec_ray.serving.engines.vllm.shape import SteeringShape
+from prefvec_ray.serving.engines.vllm.steering import SteeringBuffers
 from prefvec_ray.vectors import PreferenceVector, merged_weights
 
 if current_platform.is_cpu():

@@ -4,7 +4,6 @@ Requests wait until there is a row for them, then belong to the batch of their c
 Nothing here is computed, and nothing is safe for threads by itself: `SlotEngine` holds a lock around these calls.
 """
 
-import itertools
 import random
 import time
 from collections import Counter, OrderedDict, deque
@@ -13,11 +12,11 @@ from dataclasses import dataclass, field
 
 from llguidance import LLMatcher
 
-from prefvec_ray.generation.base import Emit, Request
-from prefvec_ray.generation.output import OutputState
-from prefvec_ray.generation.slots.cache import CacheLayout, SlotCache
-from prefvec_ray.generation.slots.shares import Shares
-from prefvec_ray.generation.slots.weights import WeightBackend
+from prefvec_ray.serving.engines.base import Emit, Request
+from prefvec_ray.serving.engines.output import OutputState
+from prefvec_ray.serving.engines.slots.cache import CacheLayout, SlotCache
+from prefvec_ray.serving.engines.slots.shares import Shares
+from prefvec_ray.serving.engines.slots.weights import WeightBackend
 
 
 @dataclass(eq=False)
@@ -34,13 +33,6 @@ class ScheduledRequest:
     cancelled: bool = False
     passed: int = 0
     """younger requests that were admitted before it"""
-    number: int = 0
-    """its place among all that were ever submitted"""
-
-    @property
-    def prefix(self) -> Hashable:
-        """Requests that are equal in this have the same keys and values after their prompts."""
-        return self.request.prompt, self.request.coefficients
 
     def cancel(self) -> None:
         """Stop working on it. Its row is free before the next step; nothing more is emitted."""
@@ -77,9 +69,7 @@ class Scheduler:
     ):
         self._weights, self._layout = weights, layout
         self._max_batch, self._switch_share, self._prefill_tokens = max_batch, switch_share, prefill_tokens
-        self._waiting: dict[str, deque[ScheduledRequest]] = {}
-        """by caller, the oldest first; no deque is empty"""
-        self._numbers = itertools.count()
+        self.waiting: deque[ScheduledRequest] = deque()
         self.cancelled = 0
         """requests that were dropped so far"""
         self._batches: OrderedDict[Hashable, Batch] = OrderedDict()
@@ -92,14 +82,8 @@ class Scheduler:
         """Requests in batches."""
         return sum(batch.size for batch in self._batches.values())
 
-    @property
-    def waiting(self) -> int:
-        """Requests that have no row yet."""
-        return sum(map(len, self._waiting.values()))
-
     def add(self, scheduled: ScheduledRequest) -> None:
-        scheduled.number = next(self._numbers)
-        self._waiting.setdefault(scheduled.request.caller, deque()).append(scheduled)
+        self.waiting.append(scheduled)
         self._shares.enter(scheduled.request.caller)
 
     def next_batch(self) -> Batch | None:
@@ -112,19 +96,15 @@ class Scheduler:
         return next(iter(self._batches.values()))
 
     def next_prompts(self, batch: Batch) -> list[ScheduledRequest]:
-        """Take the joining requests whose prompts are computed together: those of the callers that have had least.
-        Equal prompts of one setting are computed once, and count once."""
+        """Take the joining requests whose prompts are computed together: those of the callers that have had least."""
         taken: list[ScheduledRequest] = []
-        prefixes: set[Hashable] = set()
         width = 0
-        line = sorted(batch.joining, key=self._had)
-        for scheduled in line:
+        for scheduled in sorted(batch.joining, key=self._had):
             width = max(width, len(scheduled.request.prompt))
-            prefixes.add(scheduled.prefix)
-            if taken and width * len(prefixes) > self._prefill_tokens:
+            if taken and width * (len(taken) + 1) > self._prefill_tokens:
                 break
+            batch.joining.remove(scheduled)
             taken.append(scheduled)
-        batch.joining = deque(line[len(taken) :])
         return taken
 
     def charge(self, computed: Sequence[ScheduledRequest]) -> None:
@@ -165,10 +145,9 @@ class Scheduler:
 
     def drain(self) -> list[ScheduledRequest]:
         """Take everything, running and waiting."""
-        taken = [scheduled for batch in self._batches.values() for scheduled in batch.all()]
-        taken += [scheduled for line in self._waiting.values() for scheduled in line]
+        taken = [scheduled for batch in self._batches.values() for scheduled in batch.all()] + list(self.waiting)
         self._batches.clear()
-        self._waiting.clear()
+        self.waiting.clear()
         return taken
 
     def _drop_cancelled(self) -> None:
@@ -181,10 +160,7 @@ class Scheduler:
                 batch.partial = None
             self._discard_cancelled(batch.joining)
             self._discard_cancelled(batch.long)
-        for caller, line in list(self._waiting.items()):
-            self._discard_cancelled(line)
-            if not line:
-                del self._waiting[caller]
+        self._discard_cancelled(self.waiting)
         for key in [key for key, batch in self._batches.items() if not batch.size]:
             del self._batches[key]
 
@@ -195,17 +171,14 @@ class Scheduler:
             self.cancelled += 1
 
     def _admit(self) -> None:
-        if not self._waiting:
+        if not self.waiting:
             return
         running = Counter(each.request.caller for batch in self._batches.values() for each in batch.all())
-        while self._waiting and running.total() < self._max_batch:
+        while self.waiting and running.total() < self._max_batch:
             scheduled = self._next_waiting(running)
             if scheduled is None:
                 return
-            line = self._waiting[scheduled.request.caller]
-            line.remove(scheduled)
-            if not line:
-                del self._waiting[scheduled.request.caller]
+            self.waiting.remove(scheduled)
             batch = self._batches.setdefault(self._group(scheduled), Batch(SlotCache(self._layout)))
             long = len(scheduled.request.prompt) > self._prefill_tokens
             (batch.long if long else batch.joining).append(scheduled)
@@ -216,16 +189,15 @@ class Scheduler:
         own, the first of a caller that had no more and can join one which runs already: weights are rewritten less
         often, and more rows share each pass. Nobody is passed by many."""
         most = self._max_batch - self._max_batch // 8
-        lines = [line for caller, line in self._waiting.items() if not caller or running[caller] < most]
-        if not lines:
+        fit = [each for each in self.waiting if not (caller := each.request.caller) or running[caller] < most]
+        if not fit:
             return None
-        first = min((line[0] for line in lines), key=lambda each: (self._had(each), each.number))
-        if self._batches and first.passed < self._max_batch // 4 and self._group(first) not in self._batches:
-            level = [line for line in lines if self._had(line[0]) <= self._had(first)]
-            joining = [each for line in level for each in line if self._group(each) in self._batches]
-            if joining:
-                first.passed += 1
-                return min(joining, key=lambda each: each.number)
+        first = min(fit, key=self._had)
+        if first.passed < self._max_batch // 4 and self._group(first) not in self._batches:
+            for scheduled in fit:
+                if self._group(scheduled) in self._batches and self._had(scheduled) <= self._had(first):
+                    first.passed += 1
+                    return scheduled
         return first
 
     def _had(self, scheduled: ScheduledRequest) -> float:

@@ -9,7 +9,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import (
+from prefvec_ray.serving.engines.base import (
     Engine,
     FinishReason,
     OutputDelta,
@@ -19,7 +19,7 @@ from prefvec_ray.generation.base import (
     TokenLogprob,
     TokenLogprobs,
 )
-from prefvec_ray.generation.text import TextStream
+from prefvec_ray.serving.engines.text import TextStream
 
 OVERFLOW = "the model computes NaN or infinity at these coefficients; choose smaller ones"
 
@@ -52,8 +52,6 @@ class OutputState:
         self.generated.append(token)
         self._unsent.append(token)
         ended = token in self._ends
-        if not self.request.sampling.detokenize:
-            return self._last_delta(ended)
         known = self._text.decoded
         text = "" if ended else self._text.push(token)
         if likely:
@@ -77,12 +75,6 @@ class OutputState:
         self._unsent_logprobs = self._unsent_logprobs[len(logprobs) :]
         return delta
 
-    def _last_delta(self, ended: bool) -> OutputDelta | None:
-        """The answer's tokens, once all are there."""
-        if not ended and self.produced < self.request.max_tokens:
-            return None
-        return OutputDelta("", tuple(self.generated), "stop" if ended else "length")
-
 
 def check_request(request: Request, vocabulary: int, context: int) -> None:
     """See `Engine.check`."""
@@ -95,8 +87,6 @@ def check_request(request: Request, vocabulary: int, context: int) -> None:
         )
     if wrong := [token for token in request.sampling.biases if token >= vocabulary]:
         raise InputError(f"logit_bias: token {wrong[0]} is outside the model's vocabulary of {vocabulary}; correct it")
-    if not request.sampling.detokenize and (request.sampling.stop or request.sampling.logprobs is not None):
-        raise InputError("detokenize is False, which leaves no text for 'stop' and 'logprobs'; leave them out")
     if not all(0 <= token < vocabulary for token in request.prompt):
         raise InputError(f"the prompt has token ids outside the model's vocabulary of {vocabulary}; correct them")
 

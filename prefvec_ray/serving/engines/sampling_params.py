@@ -57,10 +57,6 @@ class SamplingParams(SharedParams):
     json_schema: str | None = None
     """a JSON schema, as JSON: the answer is a text of it. Not shared: chats ask for it as `response_format`"""
 
-    detokenize: bool = True
-    """False: only the tokens are wanted. They come in one delta, at the answer's end, without text. Of no concern to
-    request bodies"""
-
     @property
     def penalizes(self) -> bool:
         """Whether logits depend on the tokens so far."""

@@ -155,17 +155,6 @@ class SlotCache(Cache):
             stored[self._rows_R, :, slots_R] = states[:, :, 0]
         return kv[0][: self.rows, :, :seen_slots], kv[1][: self.rows, :, :seen_slots]
 
-    def spread(self, places: list[int]) -> None:
-        """The rows of the last prefill become `len(places)` rows: the k-th is a copy of what was the places[k]-th."""
-        first = self.rows - self._new_rows
-        new = self.lengths[first:]
-        self.lengths[first:] = [new[place] for place in places]
-        self._new_rows = len(places)
-        for layer, kv in list(self._kv.items()):
-            width = min(max(new), self._window(layer))
-            for stored, grown in zip(kv, self._room(layer, *kv, width), strict=True):
-                grown[first : self.rows, :, :width] = stored[first : first + len(new), :, :width][places]
-
     def take(self, other: "SlotCache") -> None:
         """The only row of `other` becomes the last row here."""
         (length,) = other.lengths

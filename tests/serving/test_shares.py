@@ -1,6 +1,6 @@
 """Shares alone; what the engine makes of them is in test_slots.py."""
 
-from prefvec_ray.generation.slots.shares import Shares
+from prefvec_ray.serving.engines.slots.shares import Shares
 
 
 def test_a_pass_is_shared_by_its_requests():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prefvec_ray.generation.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 LOWEST = -9999.0
 """stands for a log-probability of -inf, which JSON cannot say; OpenAI's API means it by this number"""
@@ -51,8 +51,7 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], draws: Sequence[
         rows = [r for r, q in enumerate(params) if q.temperature > 0 and _cuts(q) == cut]
         if rows:
             u_R = [draws[r].random() for r in rows]
-            some_RV = logits_RV if len(rows) == len(params) else logits_RV[rows]
-            tokens_R[rows] = _sample(some_RV, [params[r] for r in rows], u_R, cut)
+            tokens_R[rows] = _sample(logits_RV[rows], [params[r] for r in rows], u_R, cut)
     return tokens_R.tolist()
 
 
@@ -98,6 +97,5 @@ def _sample(logits_RV: Tensor, params: Sequence[SamplingParams], u_R: list[float
 def _lookup(p_RV: Tensor, u_R1: Tensor) -> Tensor:
     """The first token whose cumulative probability exceeds u times the total: never one of probability 0."""
     cumulative_RV = p_RV.cumsum(-1)
-    total_R1 = cumulative_RV[:, -1:]
-    target_R1 = torch.minimum(u_R1 * total_R1, total_R1.nextafter(torch.zeros_like(total_R1)))
-    return torch.searchsorted(cumulative_RV, target_R1, right=True).squeeze(-1)
+    target_R1 = u_R1 * cumulative_RV[:, -1:]
+    return (cumulative_RV > target_R1).to(torch.uint8).argmax(-1)

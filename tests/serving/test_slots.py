@@ -7,7 +7,6 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import EngineError, OutputDelta, PromptTooLongError, Request
-from prefvec_ray.generation.output import stream_outputs
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import MergedWeights, SteeredWeights
+from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.output import stream_outputs
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
@@ -97,50 +96,6 @@ def test_a_shared_prompt_at_many_settings_shares_nothing_else(make_engine, merge
     requests = [ask(prompt, i / 8 - 1, 1 - i / 8) for i in range(16)]
     for request, pieces in zip(requests, run(make_engine(), requests), strict=True):
         assert tokens(pieces) == merged_alone(prompt, dict(request.coefficients), 24)
-
-
-def test_samples_of_a_prompt_share_its_pass_and_are_those_it_gets_alone(make_engine):
-    prompts = [random_prompt(3, 40), random_prompt(4, 7), random_prompt(5, 131)]
-    asked = [
-        replace(ask(prompt, eta, 0.0, temperature=1.0, max_tokens=9), choice=choice)
-        for choice in range(3)
-        for prompt in prompts
-        for eta in (0.5, -0.5)
-    ]
-    engine, shapes = make_engine(max_batch=len(asked)), []
-    hook = engine.model.register_forward_pre_hook(
-        lambda module, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
-    )
-    together = [tokens(pieces) for pieces in run(engine, asked)]
-    hook.remove()
-    assert sum(rows for rows, width in shapes if width > 1) == len(prompts) * 2, "each prompt once at each setting"
-    assert together == [tokens(run(make_engine(), [request])[0]) for request in asked]
-    assert len({tuple(answer) for answer in together}) == len(asked)
-
-
-def test_an_answer_that_nobody_reads_comes_as_tokens_at_its_end(make_engine):
-    read = ask(random_prompt(1, 9), 0.5, temperature=1.5, max_tokens=12)
-    plain = replace(read, sampling=read.sampling.model_copy(update={"detokenize": False}))
-    pieces, (only,) = run(make_engine(), [read, plain])
-    assert (list(only.tokens), only.text, only.finish_reason) == (tokens(pieces), "", pieces[-1].finish_reason)
-    with pytest.raises(InputError, match="detokenize is False, which leaves no text for 'stop'"):
-        make_engine().submit(replace(plain, sampling=plain.sampling.model_copy(update={"stop": ["x"]})), print)
-
-
-def test_work_between_steps_has_the_model_at_any_setting_and_disturbs_nobody(make_engine, merged_alone):
-    prompt = random_prompt(2, 12)
-    engine, output = make_engine(), []
-    engine.submit(ask(prompt, 1.0, 0.3), output.append)
-    for _ in range(3):
-        engine.step()
-    found = engine.between_steps(lambda weights: weights.apply([(("harmless", -2.0), ("helpful", 2.0))]))
-    failed = engine.between_steps(lambda weights: 1 / 0)
-    while engine.step():
-        pass
-    assert tokens(output) == merged_alone(prompt, {"helpful": 1.0, "harmless": 0.3}, 24)
-    assert found.result(timeout=0) is None
-    with pytest.raises(ZeroDivisionError):
-        failed.result(timeout=0)
 
 
 def test_joining_in_the_middle_of_others_changes_nobodys_answer(make_engine, merged_alone):

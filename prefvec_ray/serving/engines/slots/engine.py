@@ -18,9 +18,8 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any, TypeVar
 
 import torch
 from llguidance import LLMatcher
@@ -29,19 +28,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import Emit, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
-from prefvec_ray.generation.grammar import TOO_COMPLEX, Grammars, masked
-from prefvec_ray.generation.output import OVERFLOW, OutputState, check_request
-from prefvec_ray.generation.sampling import adjusted, choose, logprobs
-from prefvec_ray.generation.slots.cache import CacheLayout, Masks, SlotCache, context_length
-from prefvec_ray.generation.slots.scheduler import Batch, ScheduledRequest, Scheduler
-from prefvec_ray.generation.slots.weights import WeightBackend
-from prefvec_ray.generation.text import TokenTexts
+from prefvec_ray.serving.engines.base import Emit, EngineError, EngineStatus, OutputDelta, Request, TokenLogprob
+from prefvec_ray.serving.engines.grammar import TOO_COMPLEX, Grammars, masked
+from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
+from prefvec_ray.serving.engines.sampling import adjusted, choose, logprobs
+from prefvec_ray.serving.engines.slots.cache import CacheLayout, Masks, SlotCache, context_length
+from prefvec_ray.serving.engines.slots.scheduler import Batch, ScheduledRequest, Scheduler
+from prefvec_ray.serving.engines.slots.weights import WeightBackend
+from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import PreferenceVector
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class SlotEngine:
@@ -69,7 +66,6 @@ class SlotEngine:
     ):
         self.model = weights.model.eval()
         self.context = context_length(self.model.config)
-        self.shares_batches = weights.shares_batches
         self._layout = CacheLayout.of(self.model.config)
         self._weights, self._tokenizer, self._prefill_tokens = weights, tokenizer, prefill_tokens
         self._device = self.model.device
@@ -79,8 +75,7 @@ class SlotEngine:
         self._vocabulary: int = self.model.get_input_embeddings().weight.shape[0]
         self._grammars = Grammars(tokenizer, self._vocabulary, self._ends)
         self._scheduler = Scheduler(weights, self._layout, max_batch, switch_share, prefill_tokens)
-        self._work: deque[tuple[Callable[[WeightBackend], object], Future[Any]]] = deque()
-        """what is to be done between two steps"""
+        self._changes: deque[tuple[Mapping[str, PreferenceVector], Future[None]]] = deque()
         self._news = threading.Condition()
         """held wherever the scheduler is touched, notified of whatever ends a wait"""
         self._closed = False
@@ -111,24 +106,19 @@ class SlotEngine:
 
     async def change(self, vectors: Mapping[str, PreferenceVector]) -> None:
         """See `Engine.change`. Needs `start`."""
-        await asyncio.wrap_future(self.between_steps(lambda weights: weights.change(vectors)))
-
-    def between_steps(self, work: Callable[[WeightBackend], T]) -> "Future[T]":
-        """Call `work` with the weights in the engine's thread, when nothing else uses the model. It may put the model
-        at any setting. Raises EngineError where the engine is closed."""
-        done: Future[T] = Future()
+        changed: Future[None] = Future()
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
-            self._work.append((work, done))
+            self._changes.append((vectors, changed))
             self._news.notify()
-        return done
+        await asyncio.wrap_future(changed)
 
     def status(self) -> EngineStatus:
         with self._news:
             return EngineStatus(
                 running=self._scheduler.running,
-                waiting=self._scheduler.waiting,
+                waiting=len(self._scheduler.waiting),
                 finished=self._finished,
                 cancelled=self._scheduler.cancelled,
                 failed=self._failed,
@@ -141,8 +131,8 @@ class SlotEngine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Admit what fits, then give every row of the batch whose turn it is one more token. False: nothing to do."""
-        while self._work:
-            self._do(*self._work.popleft())
+        while self._changes:
+            self._change(*self._changes.popleft())
         with self._news:
             batch = self._scheduler.next_batch()
         if batch is None:
@@ -164,40 +154,30 @@ class SlotEngine:
         return True
 
     @torch.inference_mode(False)  # what is built here lives on
-    def _do(self, work: Callable[[WeightBackend], T], done: "Future[T]") -> None:
-        if not done.set_running_or_notify_cancel():
+    def _change(self, vectors: Mapping[str, PreferenceVector], changed: "Future[None]") -> None:
+        if not changed.set_running_or_notify_cancel():
             return
         try:
-            found = work(self._weights)
+            self._weights.change(vectors)
         except Exception as error:
-            done.set_exception(error)
+            changed.set_exception(error)
         else:
-            done.set_result(found)
+            changed.set_result(None)
 
     def _prefill(self, batch: Batch) -> None:
         """Compute the prompts of the next joining requests, and their first token."""
         with self._news:
             new = self._scheduler.next_prompts(batch)
         batch.rows += new
-        # Samples of one prompt at one setting share its pass.
-        first_of: dict[Hashable, ScheduledRequest] = {}
-        for each in new:
-            first_of.setdefault(each.prefix, each)
-        distinct = list(first_of.values())
-        lengths = [len(each.request.prompt) for each in distinct]
-        ids_RT = torch.zeros(len(distinct), max(lengths), dtype=torch.long)
-        for row, scheduled in enumerate(distinct):
+        lengths = [len(each.request.prompt) for each in new]
+        ids_RT = torch.zeros(len(new), max(lengths), dtype=torch.long)
+        for row, scheduled in enumerate(new):
             ids_RT[row, : lengths[row]] = torch.tensor(scheduled.request.prompt)
         positions_RT, masks = batch.cache.begin_prefill(lengths, self._device)
         ends = sorted({length - 1 for length in lengths})
-        logits_REV = self._forward(distinct, ids_RT, positions_RT, masks, batch.cache, torch.tensor(ends))
+        logits_REV = self._forward(new, ids_RT, positions_RT, masks, batch.cache, torch.tensor(ends))
         place_R = torch.tensor([ends.index(length - 1) for length in lengths], device=self._device)
-        logits_RV = logits_REV[torch.arange(len(distinct), device=self._device), place_R]
-        if len(new) > len(distinct):
-            row_of = {prefix: row for row, prefix in enumerate(first_of)}
-            places = [row_of[each.prefix] for each in new]
-            batch.cache.spread(places)
-            logits_RV = logits_RV[places]
+        logits_RV = logits_REV[torch.arange(len(new), device=self._device), place_R]
         self._advance(batch, len(batch.rows) - len(new), logits_RV)
 
     def _prefill_chunk(self, batch: Batch) -> None:
@@ -325,7 +305,7 @@ class SlotEngine:
             while not self._closed:
                 if not self.step():
                     with self._news:
-                        self._news.wait_for(lambda: self._closed or self._scheduler.waiting or self._work)
+                        self._news.wait_for(lambda: self._closed or self._scheduler.waiting or self._changes)
         finally:  # also where the loop itself broke: no caller may wait for an answer that will not come
             self._end()
 
@@ -348,12 +328,12 @@ class SlotEngine:
         with self._news:
             self._closed = True
             left = self._scheduler.drain()
-            work, self._work = self._work, deque()
+            changes, self._changes = self._changes, deque()
         for scheduled in left:
             scheduled.emit(EngineError("the engine was closed"))
-        for _, done in work:
-            if done.set_running_or_notify_cancel():
-                done.set_exception(EngineError("the engine was closed"))
+        for _, changed in changes:
+            if changed.set_running_or_notify_cancel():
+                changed.set_exception(EngineError("the engine was closed"))
 
 
 def _wants_additive_mask(model: PreTrainedModel) -> bool:

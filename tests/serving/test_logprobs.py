@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from prefvec_ray.generation.base import OutputDelta, Request
-from prefvec_ray.generation.sampling_params import SamplingParams
-from prefvec_ray.generation.slots.engine import SlotEngine
-from prefvec_ray.generation.slots.weights import MergedWeights, SteeredWeights
-from prefvec_ray.generation.text import TokenTexts
+from prefvec_ray.serving.engines.base import OutputDelta, Request
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
+from prefvec_ray.serving.engines.text import TokenTexts
 from prefvec_ray.vectors import LiveModel, Steering
 
 SETTING = (("harmless", 0.5), ("helpful", -0.5))

@@ -27,7 +27,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.vllm.shape import SteeringShape, pattern, width
+from prefvec_ray.serving.engines.vllm.shape import SteeringShape, pattern, width
 from prefvec_ray.vectors import LowRank, PreferenceVector
 from prefvec_ray.vectors._native import steer_library
 from prefvec_ray.vectors.row_steering import add_steered

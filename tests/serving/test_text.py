@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefvec_ray.generation.text import TextStream
+from prefvec_ray.serving.engines.text import TextStream
 
 SAID = "Crème brûlée — naïve 狐 🦊 jumps.\nThe end"
 

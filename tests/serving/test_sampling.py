@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from prefvec_ray.generation.sampling import adjusted, choose
-from prefvec_ray.generation.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.sampling import adjusted, choose
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 LOGITS_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -1e30])
 

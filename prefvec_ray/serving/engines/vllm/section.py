@@ -14,8 +14,8 @@ from pydantic import PositiveInt
 from prefvec_ray.common.config import Config, parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
-from prefvec_ray.generation.config import Range
 from prefvec_ray.registry import Registry, VectorVersion, open_registry
+from prefvec_ray.serving.config import Range
 from prefvec_ray.vectors import PreferenceVector, fingerprint, load_vector
 from prefvec_ray.vectors.live import check_base
 

@@ -1,13 +1,13 @@
 """Two ways to hold coefficients in a model: merged into its weights, or added beside them row by row."""
 
 import time
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from prefvec_ray.generation.base import Coefficients
+from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering
 
 
@@ -18,13 +18,6 @@ class WeightBackend(Protocol):
     merges: int
     switch_seconds: float
     """what the last change of coefficients took"""
-    shares_batches: bool
-    """see `Engine.shares_batches`"""
-
-    @property
-    def names(self) -> Collection[str]:
-        """Of the vectors."""
-        ...
 
     def group(self, coefficients: Coefficients) -> Hashable:
         """Requests of one group may be computed in one batch."""
@@ -46,18 +39,12 @@ class WeightBackend(Protocol):
 class MergedWeights:
     """One set of coefficients at a time, merged into the weights; rewritten only when the set changes."""
 
-    shares_batches = False
-
     def __init__(self, live: LiveModel):
         self.live = live
         self.model = live.model
         self.merges = 0
         self.switch_seconds = 0.0
         self._current: Coefficients | None = None
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.live.vectors
 
     def group(self, coefficients: Coefficients) -> Hashable:
         return coefficients
@@ -90,24 +77,23 @@ class SteeredWeights:
 
     merges = 0
     switch_seconds = 0.0
-    shares_batches = True
 
     def __init__(self, steering: Steering):
         self.steering = steering
         self.model: PreTrainedModel = steering.model
         self._current: list[Coefficients] | None = None
 
-    @property
-    def names(self) -> Collection[str]:
-        return self.steering.names
-
     def group(self, coefficients: Coefficients) -> Hashable:
         return None
 
     def apply(self, rows: Sequence[Coefficients]) -> None:
         if rows != self._current:
-            of_setting = {row: [dict(row).get(name, 0.0) for name in self.steering.names] for row in set(rows)}
-            self.steering.set_coefficients(torch.tensor([of_setting[row] for row in rows], dtype=torch.float32))
+            columns = {name: column for column, name in enumerate(self.steering.names)}
+            etas = torch.zeros(len(rows), len(columns))
+            for eta_P, row in zip(etas, rows, strict=True):
+                for name, eta in row:
+                    eta_P[columns[name]] = eta
+            self.steering.set_coefficients(etas)
             self._current = list(rows)
 
     def forget(self) -> None:

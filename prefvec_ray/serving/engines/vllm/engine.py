@@ -27,7 +27,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.base import (
+from prefvec_ray.serving.config import EngineConfig
+from prefvec_ray.serving.engines.base import (
     Coefficients,
     Emit,
     EngineError,
@@ -36,16 +37,15 @@ from prefvec_ray.generation.base import (
     Request,
     TokenLogprob,
 )
-from prefvec_ray.generation.config import EngineOptions
-from prefvec_ray.generation.grammar import Grammars
-from prefvec_ray.generation.output import OVERFLOW, OutputState, check_request
-from prefvec_ray.generation.sampling import LOWEST
-from prefvec_ray.generation.text import TokenTexts
-from prefvec_ray.generation.vllm.section import FIELD, SECTION, salt
-from prefvec_ray.generation.vllm.shape import SteeringShape
+from prefvec_ray.serving.engines.grammar import Grammars
+from prefvec_ray.serving.engines.output import OVERFLOW, OutputState, check_request
+from prefvec_ray.serving.engines.sampling import LOWEST
+from prefvec_ray.serving.engines.text import TokenTexts
+from prefvec_ray.serving.engines.vllm.section import FIELD, SECTION, salt
+from prefvec_ray.serving.engines.vllm.shape import SteeringShape
 from prefvec_ray.vectors import Checkpoint, PreferenceVector, save_vector
 
-WORKER = "prefvec_ray.generation.vllm.worker.PreferenceWorker"
+WORKER = "prefvec_ray.serving.engines.vllm.worker.PreferenceWorker"
 
 
 class VllmEngine:
@@ -60,12 +60,12 @@ class VllmEngine:
         base: str | Path,
         base_fingerprint: str,
         tokenizer: PreTrainedTokenizerBase,
-        config: EngineOptions,
+        config: EngineConfig,
     ):
         self._llm, self._base, self._fingerprint, self._tokenizer = llm, str(base), base_fingerprint, tokenizer
         self.context: int = llm.model_config.max_model_len
         self._vocabulary: int = llm.model_config.get_vocab_size()
-        self.shares_batches = self._steered = config.mode == "steered"
+        self._steered = config.mode == "steered"
         self._token_texts = TokenTexts(tokenizer)
         self._ends = end_tokens(_generation_config(base), tokenizer)
         self._grammars = Grammars(tokenizer, self._vocabulary, self._ends)
@@ -88,16 +88,13 @@ class VllmEngine:
         base_fingerprint: str,
         tokenizer: PreTrainedTokenizerBase,
         vectors: Mapping[str, PreferenceVector],
-        config: EngineOptions,
+        config: EngineConfig,
     ) -> "VllmEngine":
         """Start vLLM's processes and load the base and the vectors.
 
         Raises InputError for options in `config.vllm` that vLLM does not have or that are decided here, for vectors
         that cannot be steered, and where vLLM is not installed.
         """
-        if config.mode == "auto":
-            low_rank = all(vector.info.form == "low-rank" for vector in vectors.values())
-            config = config.model_copy(update={"mode": "steered" if low_rank else "merged"})
         shape = SteeringShape.of(vectors.values(), config.columns) if config.mode == "steered" else None
         llm = await asyncio.to_thread(_start, base, config, shape)
         engine = cls(llm, base, base_fingerprint, tokenizer, config)
@@ -348,7 +345,7 @@ def vllm_params(request: Request, ends: frozenset[int]) -> Any:
     )
 
 
-def _start(base: str | Path, config: EngineOptions, shape: SteeringShape | None) -> Any:
+def _start(base: str | Path, config: EngineConfig, shape: SteeringShape | None) -> Any:
     """vLLM's `AsyncLLM`. It joins the event loop of the first call of one of its coroutines."""
     arguments = _arguments(base, config, shape)
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -356,7 +353,7 @@ def _start(base: str | Path, config: EngineOptions, shape: SteeringShape | None)
     return AsyncLLM.from_engine_args(arguments)
 
 
-def _arguments(base: str | Path, config: EngineOptions, shape: SteeringShape | None) -> Any:
+def _arguments(base: str | Path, config: EngineConfig, shape: SteeringShape | None) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if not torch.cuda.is_available():  # else vLLM takes all of the machine's processors

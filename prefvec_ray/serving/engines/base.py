@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.generation.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # torch, which the front does without
     from prefvec_ray.vectors import PreferenceVector
@@ -132,8 +132,6 @@ class Engine(Protocol):
 
     context: int
     """most tokens that prompt and answer may have together"""
-    shares_batches: bool
-    """requests of different coefficients are computed in one batch; else they take turns"""
 
     def check(self, request: Request) -> None:
         """Raises InputError where the request cannot be served: no prompt, unknown tokens, longer than the context."""

@@ -1,0 +1,59 @@
+"""Loading the engine that a config asks for, without holding up the event loop."""
+
+import asyncio
+from collections.abc import Mapping
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.pretrained import from_pretrained
+from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.engines.base import Engine
+from prefvec_ray.serving.engines.slots.engine import SlotEngine
+from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
+from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint
+
+
+async def load_engine(
+    config: ServingConfig,
+    base_fingerprint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vectors: Mapping[str, PreferenceVector],
+) -> Engine:
+    """Load the base with these vectors as the config says, and start.
+
+    Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
+    """
+    found = await asyncio.to_thread(fingerprint, config.base)
+    if found != base_fingerprint:
+        raise InputError(
+            f"base {config.base}: {found[:23]}… here, {base_fingerprint[:23]}… at deployment;"
+            " put the same base on every node, or deploy again"
+        )
+    if config.engine.kind == "vllm":
+        from prefvec_ray.serving.engines.vllm.engine import VllmEngine
+
+        return await VllmEngine.start(config.base, base_fingerprint, tokenizer, vectors, config.engine)
+    return await asyncio.to_thread(_load_slots, config, base_fingerprint, tokenizer, vectors)
+
+
+def _load_slots(
+    config: ServingConfig,
+    base_fingerprint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vectors: Mapping[str, PreferenceVector],
+) -> SlotEngine:
+    wanted = config.engine
+    device = wanted.device
+    if device == "auto":
+        device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
+    model = from_pretrained(
+        AutoModelForCausalLM, config.base, dtype=wanted.dtype, local_files_only=True, use_safetensors=True
+    ).to(device)
+    weights: WeightBackend
+    if wanted.mode == "steered":
+        weights = SteeredWeights(Steering(model, vectors, base_fingerprint=base_fingerprint))
+    else:
+        weights = MergedWeights(LiveModel(model, vectors, base_fingerprint=base_fingerprint, threads=wanted.threads))
+    return SlotEngine(weights, tokenizer, max_batch=wanted.max_batch, switch_share=wanted.switch_share).start()
