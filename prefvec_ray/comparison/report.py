@@ -25,7 +25,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
 def markdown(comparison: Comparison) -> str:
     """How it was measured in a paragraph, the methods in one table, every seed in another."""
     first, places = comparison.methods[0], sorted({(c.run, c.seed) for c in comparison.cells})
-    limits = "".join(f", {name} within {limit:g}" for name, limit in comparison.limits.items())
+    limits = "".join(f", limit of {name} {limit:g}" for name, limit in comparison.limits.items())
     lines = [
         f"Objectives: {', '.join(comparison.objectives)}{limits}. Each method was searched over {comparison.settings} "
         f"settings ({comparison.answers} answers) on each of {len(places)} (job, DPO seed). What it chose was measured "
