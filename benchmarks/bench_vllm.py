@@ -88,44 +88,60 @@ def adapters(base: Path, requests: list[dict[str, Any]]) -> list[Any]:
 
 def preference(base: Path, requests: list[dict[str, Any]], mode: str, seconds: list[float], **options: Any) -> Variant:
     """`seconds` is told what the last change of the weights took, in merged mode."""
-    from transformers import AutoTokenizer
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     from prefvec_ray.serving.config import EngineConfig
-    from prefvec_ray.serving.engines.base import Request
-    from prefvec_ray.serving.engines.output import stream_outputs
-    from prefvec_ray.serving.engines.sampling_params import SamplingParams
-    from prefvec_ray.serving.engines.vllm.engine import VllmEngine
+    from prefvec_ray.serving.engines.vllm.client import REQUEST, PreferenceClient, RequestRecord
+    from prefvec_ray.serving.engines.vllm.options import engine_options, environment
+    from prefvec_ray.serving.engines.vllm.section import SECTION
+    from prefvec_ray.serving.engines.vllm.shape import SteeringShape
+    from prefvec_ray.serving.spending import Spending
     from prefvec_ray.vectors import fingerprint, load_vector
 
     vectors = {name: load_vector(base.parent / name) for name in ("harmless", "helpful")}
     config = EngineConfig(
         kind="vllm",
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]
         max_batch=BATCH,
-        columns=2 * RANK if mode == "steered" else None,
-        vllm=OURS | {"enable_prefix_caching": False} | options,  # type: ignore[arg-type]
+        vllm=OURS | {"enable_prefix_caching": False} | options,
     )
+    os.environ.update(environment(config, cpu=True))
+    arguments = engine_options(base, config)
+    del arguments["enable_prompt_tokens_details"]  # of vLLM's server, not of its engine
+    if mode == "steered":
+        shape = SteeringShape.of(vectors.values(), 2 * RANK)
+        arguments["additional_config"] = {SECTION: {"shape": shape.model_dump(mode="json")}}
+
+    async def start() -> tuple[AsyncLLM, PreferenceClient]:
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(base), **arguments))
+        client = PreferenceClient(llm, base, fingerprint(base), config)
+        await client.change(vectors)
+        return llm, client
+
     runner = asyncio.Runner()
-    engine = runner.run(VllmEngine.start(base, fingerprint(base), AutoTokenizer.from_pretrained(base), vectors, config))
-    made = [
-        Request(
-            tuple(r["prompt"]),
-            tuple(sorted(r["etas"].items())),
-            SamplingParams(max_tokens=r["tokens"], temperature=0.0),
+    llm, client = runner.run(start())
+
+    async def answer(index: int, request: dict[str, Any]) -> list[int]:
+        params = SamplingParams(
+            max_tokens=request["tokens"],
+            temperature=0.0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={REQUEST: str(index)},
         )
-        for r in requests
-    ]
+        with client.recorded(str(index), RequestRecord(tuple(sorted(request["etas"].items())), Spending())):
+            prompt = {"type": "token", "prompt_token_ids": request["prompt"]}
+            (output,) = [each async for each in llm.generate(prompt, params, str(index))]
+        return list(output.outputs[0].token_ids)
 
     async def everything() -> dict[int, list[int]]:
-        answers: dict[int, list[int]] = {index: [] for index in range(len(made))}
-        async for deltas in stream_outputs(engine, made):
-            for index, delta in deltas:
-                answers[index] += delta.tokens
-        return answers
+        answers = await asyncio.gather(*(answer(index, request) for index, request in enumerate(requests)))
+        return dict(enumerate(answers))
 
     def run() -> dict[int, list[int]]:
         told = runner.run(everything())
-        seconds.append(engine._turns.switch_seconds)
+        seconds.append(client.turns.switch_seconds)
         return told
 
     return run

@@ -95,6 +95,7 @@ NEEDS = {
     "serving": "serve",
     "serving/engines/vllm": "vllm",
     "serving/vllm_plugin.py": "vllm",
+    "serving/vllm_server.py": "vllm",
     "tiny_world": "",
     "training": "train",
     "vectors": "",

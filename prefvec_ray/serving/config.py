@@ -1,5 +1,6 @@
 """What an operator writes to serve a base model with its preference vectors: the `args` of `serve_configs/*.yaml`."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -67,6 +68,12 @@ class EngineConfig(Config):
         if self.kind == "vllm" and self.device != "auto":
             raise ValueError(f"device: {self.device}: vLLM chooses its device itself; leave it out")
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Parts that a replica's model is split into."""
+        sizes = [self.vllm.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+        return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 class ReplicaConfig(Config):
@@ -217,6 +224,25 @@ class ServingConfig(Config):
         if self.keys is None and not self.anonymous.allowed:
             raise ValueError("nobody may call: anonymous callers are not allowed and there are no 'keys'; name a file")
         return self
+
+    @model_validator(mode="after")
+    def _gpus_for_ranks(self) -> Self:
+        gpus, ranks = self.replicas.gpus, self.engine.ranks
+        if self.engine.kind == "vllm" and gpus not in (0, ranks) and not (ranks == 1 and gpus < 1):
+            raise ValueError(
+                f"replicas: gpus is {gpus:g}, but tensor_parallel_size x pipeline_parallel_size is {ranks}; each needs"
+                " one GPU"
+            )
+        return self
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """What one replica needs: of each bundle all on one node. vLLM's ranks may be on several."""
+        wanted = self.replicas
+        if self.engine.kind != "vllm" or not wanted.gpus:
+            return [{"cpu": wanted.cpus, "gpu": wanted.gpus}]
+        each = {"cpu": 0.0, "gpu": wanted.gpus / self.engine.ranks}
+        return [each | {"cpu": wanted.cpus}, *[each] * (self.engine.ranks - 1)]
 
     def absolute(self) -> "ServingConfig":
         """The same with absolute paths, for processes that run in other folders."""

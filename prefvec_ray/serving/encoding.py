@@ -3,15 +3,17 @@ fit refused by its bytes alone."""
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from prefvec_ray.common.chat import names_pattern, special_tokens, text_prompt
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.serving.engines.base import PromptTooLongError
 from prefvec_ray.serving.request import Prompt
 from prefvec_ray.serving.turns import Turns
@@ -53,22 +55,32 @@ class Tokenization:
         its turn and begin another. Raises PromptTooLongError as `encode`, and InputError for a chat that the template
         refuses, or of which it would leave out a message.
         """
-        hidden = [m | {"content": self._names.sub(lambda found: self._masks[found[0]], m["content"])} for m in chat]
+        hidden = [m | {"content": self.hidden(m["content"])} for m in chat]
         try:
             text = str(self.tokenizer.apply_chat_template(hidden, add_generation_prompt=True, tokenize=False))
         except jinja2.TemplateError as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        for message in hidden:  # templates may shorten earlier answers, by their reasoning for example
-            if message["role"] != "assistant" and message["content"].strip() not in text:
-                raise InputError(f"the model's chat template leaves out this message of role {message['role']!r}")
+        check_whole(hidden, text)
         self._check_size(text, most)
+        return tuple(self.revealed(text))
+
+    def hidden(self, text: str) -> str:
+        """The text with a private character for each name of a special token."""
+        return self._names.sub(lambda found: self._masks[found[0]], text)
+
+    def hides(self, text: str) -> bool:
+        """Whether such characters are in it."""
+        return self._masked.search(text) is not None
+
+    def revealed(self, text: str) -> list[int]:
+        """The tokens of what a template made of hidden messages: the template's special tokens, and typed names."""
         parts = self._masked.split(text)  # texts, and between two of them the mask of a typed name
         ids: list[list[int]] = [[] for _ in parts]
         ids[::2] = self.tokenizer(parts[::2], add_special_tokens=False)["input_ids"]
         if len(parts) > 1:
             typed = self.tokenizer(list(self.special), add_special_tokens=False, split_special_tokens=True)["input_ids"]
             ids[1::2] = [typed[ord(mask) - PRIVATE] for mask in parts[1::2]]
-        return tuple(token for part in ids for token in part)
+        return [token for part in ids for token in part]
 
     def _check_size(self, text: str, most: int) -> None:
         if self._longest is not None:
@@ -109,6 +121,29 @@ class PromptEncoder:
             return work(self._long, *args, **kwargs)
 
         return await self._long_turns.run(caller, long)
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The base folder's tokenizer."""
+    tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, base, local_files_only=True)
+    return tokenizer
+
+
+def check_stops(texts: Iterable[str], special: Iterable[str]) -> None:
+    """Raises InputError for a stop string that no answer's text can hold."""
+    for text in texts:
+        for token in special:
+            if token in text:
+                raise InputError(f"stop: {token!r} is a token that is never part of an answer's text; leave it out")
+
+
+def check_whole(chat: Iterable[Mapping[str, Any]], text: str) -> None:
+    """Raises InputError where what the template wrote lacks a message. It may shorten earlier answers, by their
+    reasoning for example, and write any as JSON."""
+    for message in chat:
+        said = str(message["content"]).strip()
+        if message["role"] != "assistant" and said not in text and json.dumps(said, ensure_ascii=False) not in text:
+            raise InputError(f"the model's chat template leaves out this message of role {message['role']!r}")
 
 
 def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -1,7 +1,8 @@
 """What the front asks of a replica, and what comes back: plain data that travels between processes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from prefvec_ray.serving.engines.base import Coefficients, OutputDelta
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
@@ -34,6 +35,47 @@ class GenerationRequest:
     @property
     def answers(self) -> int:
         return len(self.prompts) * self.sampling.n
+
+
+@dataclass(frozen=True)
+class PassedRequest:
+    """One HTTP request for vLLM's own server code."""
+
+    chat: bool
+    """or a text completion"""
+    body: Mapping[str, Any]
+    """OpenAI's, without anything of ours"""
+    coefficients: Coefficients
+    max_prompt_tokens: int | None = None
+    """as of a `GenerationRequest`; so are the other fields"""
+    release: ReleaseId = ("", 0)
+    caller: str = ""
+    id: str = ""
+
+
+Job: TypeAlias = GenerationRequest | PassedRequest
+
+
+@dataclass(frozen=True)
+class WholeAnswer:
+    """OpenAI's object for a `PassedRequest` that does not stream."""
+
+    body: bytes
+    """as JSON"""
+    prompt_tokens: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class StreamPart:
+    """The next events of the stream of a `PassedRequest`."""
+
+    events: bytes
+    """as they go to the caller"""
+    prompt_tokens: int
+    """of all of its prompts that generate already"""
+    new_tokens: int
+    """generated so far"""
 
 
 @dataclass(frozen=True)

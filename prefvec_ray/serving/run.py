@@ -9,7 +9,7 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
@@ -131,20 +131,19 @@ def serve_forever(name: str = APP) -> None:
 
 @dataclass
 class _Endpoint:
-    """What is to be deployed. `app` is built before the cluster is joined, where that does without it."""
+    """What is to be deployed. `release` is found before the cluster is joined, where that does without it."""
 
     config: ServingConfig
     name: str
     host: str
     port: int
     deployment: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    app: Any = None
+    release: "Release | None" = None
 
     @property
     def bundles(self) -> list[dict[str, float]]:
         """What the replicas that it begins with need."""
-        wanted = self.config.replicas
-        return [bundle_of({"cpu": wanted.cpus, "gpu": wanted.gpus})] * max(1, wanted.min)
+        return [bundle_of(needs) for needs in self.config.bundles] * max(1, self.config.replicas.min)
 
     @property
     def url(self) -> str:
@@ -162,12 +161,13 @@ class _Endpoint:
         if not 0 < self.port < 65_536:
             raise InputError(f"port {self.port}: expected a number from 1 to 65535")
         if not self.config.registry.startswith(THROUGH_RAY):
-            self.build()
+            self.resolve()
 
-    def build(self) -> None:
-        from prefvec_ray.serving.http.app import application
+    def resolve(self) -> "Release":
+        from prefvec_ray.serving.http.app import checked
 
-        self.app = self.app or application(self.config, self.deployment)
+        self.release = self.release or checked(self.config, self.deployment)
+        return self.release
 
 
 def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
@@ -175,11 +175,12 @@ def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
+    from prefvec_ray.serving.http.app import application
     from prefvec_ray.serving.http.ingress import Address, close_ingress, open_ingress
     from prefvec_ray.serving.instance import inspect_serve
     from prefvec_ray.serving.placement import choose_route, proxy_url
 
-    new.build()
+    app = application(new.config, new.resolve())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # what Serve reports of starting, this function returns
     found = inspect_serve()
     route = choose_route(found, new.config, new.name, Address(new.host, new.port), replace)
@@ -193,7 +194,7 @@ def _deploy(new: _Endpoint, replace: bool, console: Console) -> str:
                 _started.add(started.controller)
         _deployed.pop(new.name)  # Serve shows the new deployment a moment late: what has the name now is to be deleted
         # The wait for replicas is `_await_running`, which can say what it waits for.
-        serve.run_many([serve.RunTarget(new.app, new.name, route)], wait_for_applications_running=False)
+        serve.run_many([serve.RunTarget(app, new.name, route)], wait_for_applications_running=False)
         _await_running(new, console)
         _deployed[new.name] = new
         if route == "/":

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.lora.request import LoRARequest
 
-from prefvec_ray.serving.engines.vllm.engine import WORKER
+from prefvec_ray.serving.engines.vllm.options import WORKER
 
 LENGTH = 300
 """Tokens of the text: more than a block of vLLM's cache on CPUs."""

@@ -13,6 +13,8 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 
+from tests.serving.api_cases import check_table
+
 CHAT: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "the quick brown fox"}],
@@ -154,3 +156,7 @@ def test_a_caller_sees_what_it_may_ask_for(endpoint):
     assert (mine["coefficients"], everybodys["coefficients"]) == ("presets", "free")
     assert (mine["presets"], [p["model"] for p in everybodys["presets"]]) == ([], ["tiny@cautious"])
     assert card("pv-guess")["error"]["code"] == "invalid_api_key"
+
+
+def test_the_table_of_the_documentation_is_true(endpoint):
+    check_table(endpoint.url, 1)

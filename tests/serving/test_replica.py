@@ -13,10 +13,10 @@ import pytest
 
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.registry import Registry
-from prefvec_ray.serving import replica as serving_replica
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import EngineError, PromptTooLongError
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.release import loaded
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest, Started
@@ -144,7 +144,7 @@ def test_the_event_loop_goes_on_while_a_replica_is_constructed(base_folder, regi
         assert loop_went_on.wait(60), "the event loop stands still"
         return load_vector(folder)
 
-    monkeypatch.setattr(serving_replica, "load_vector", load_vector_once_the_loop_went_on)
+    monkeypatch.setattr(loaded, "load_vector", load_vector_once_the_loop_went_on)
     config = ServingConfig(model="tiny", base=base_folder, registry=registry_root)
     replica = Replica.__new__(Replica)
 

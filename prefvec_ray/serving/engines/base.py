@@ -1,6 +1,6 @@
 """What an engine is: tokens and coefficients in, parts of a text out. It knows nothing of HTTP, Ray or policies.
 
-`SlotEngine` (slots/engine.py) is the embedded one, on plain transformers models; `VllmEngine` (vllm/engine.py) is vLLM.
+`SlotEngine` (slots/engine.py) is one, on plain transformers models. vLLM has its own: see vllm/client.py.
 """
 
 import secrets

@@ -1,4 +1,4 @@
-"""Loading the engine that a config asks for, without holding up the event loop."""
+"""Loading the slot engine as a config asks for it, without holding up the event loop."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,13 +6,11 @@ from collections.abc import Mapping
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.serving.config import ServingConfig
-from prefvec_ray.serving.engines.base import Engine
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights, WeightBackend
-from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint
+from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering
 
 
 async def load_engine(
@@ -20,21 +18,11 @@ async def load_engine(
     base_fingerprint: str,
     tokenizer: PreTrainedTokenizerBase,
     vectors: Mapping[str, PreferenceVector],
-) -> Engine:
+) -> SlotEngine:
     """Load the base with these vectors as the config says, and start.
 
-    Raises InputError where the base is no longer what it was at deployment, or cannot be served in this mode.
+    Raises InputError where the base cannot be served in this mode.
     """
-    found = await asyncio.to_thread(fingerprint, config.base)
-    if found != base_fingerprint:
-        raise InputError(
-            f"base {config.base}: {found[:23]}… here, {base_fingerprint[:23]}… at deployment;"
-            " put the same base on every node, or deploy again"
-        )
-    if config.engine.kind == "vllm":
-        from prefvec_ray.serving.engines.vllm.engine import VllmEngine
-
-        return await VllmEngine.start(config.base, base_fingerprint, tokenizer, vectors, config.engine)
     return await asyncio.to_thread(_load_slots, config, base_fingerprint, tokenizer, vectors)
 
 

@@ -1,7 +1,7 @@
 """Sampling parameters, each declared once: its name, type, bounds and default.
 
-To add one, declare it in `SharedParams` and use it where tokens are chosen: `sampling.py` for the slot engine,
-`vllm/engine.py: vllm_params` for vLLM. Request bodies accept it and it travels to the engine without further edits.
+To add one, declare it in `SharedParams`, by the name that vLLM's request bodies have for it, and use it where the slot
+engine chooses tokens (`sampling.py`). Request bodies accept it and it travels to the engines without further edits.
 Names and order of what is applied are vLLM's: bias and penalties, temperature, `min_p`, `top_k`, `top_p`.
 """
 

@@ -23,10 +23,10 @@ from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
 from prefvec_ray.serving.access.rates import Place, Rates, Reservation
 from prefvec_ray.serving.config import Allowance, ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.http.openai_protocol import B, Body
+from prefvec_ray.serving.http.openai_protocol import BYTES_PER_TOKEN, Body
 from prefvec_ray.serving.http.parsing import MostIds, parse_body
 from prefvec_ray.serving.release.release import Release
-from prefvec_ray.serving.request import GenerationRequest, Prompt
+from prefvec_ray.serving.request import Job
 from prefvec_ray.serving.turns import Turns
 
 log = logging.getLogger("ray.serve")
@@ -34,8 +34,6 @@ log = logging.getLogger("ray.serve")
 ANONYMOUS = "anonymous"
 NO_KEY = "none"
 """the key of callers who have none: OpenAI's client insists on sending one"""
-BYTES_PER_TOKEN = 4
-"""of text, about"""
 INLINE_BYTES = 8_000
 """bodies up to this are parsed at once, larger ones in a thread, callers in turn"""
 MOST_NAMED = 20
@@ -60,13 +58,11 @@ class AdmittedRequest:
 
     caller: Caller
     body: Body
-    job: GenerationRequest
+    job: Job
     seconds: float
     """until its deadline"""
     reservation: Reservation
     place: Place
-    prompt_tokens: int
-    """of its prompts, by their bytes: how many there really are only the replica knows"""
     headers: Mapping[str, str]
     """for its answer: what the caller has left"""
 
@@ -104,7 +100,7 @@ class AdmissionController:
         AdmissionController(self._config, release, self._registry)
 
     async def admit(
-        self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[B]
+        self, route: str, headers: Headers, read: Callable[[], Awaitable[bytes]], kind: type[Body]
     ) -> AdmittedRequest:
         """Check a request from its headers on; `read` returns its body. Raises ApiError.
 
@@ -122,9 +118,7 @@ class AdmissionController:
             caller = self._identify(headers, known)  # once more: the release may have changed meanwhile
             coefficients = await self._coefficients(caller, body.model, body.preferences)
             job = self._sized(caller, body, coefficients)
-            prompt_tokens = sum(_about(prompt) for prompt in job.prompts)
-            longest = job.sampling.max_tokens or self._config.engine.max_new_tokens
-            most = prompt_tokens + job.answers * longest
+            most = body.prompt_tokens + body.answers * (body.new_tokens or self._config.engine.max_new_tokens)
             reservation = self._rates.reserve(caller.id, caller.allowance, most)
             self._admitted(known, coefficients, reservation)
         except BaseException as error:
@@ -137,9 +131,9 @@ class AdmissionController:
             raise
         seconds = min(self._config.limits.seconds, caller.allowance.seconds or math.inf)
         left = self._rates.headers(caller.id, caller.allowance)
-        return AdmittedRequest(caller, body, job, seconds, reservation, place, prompt_tokens, left)
+        return AdmittedRequest(caller, body, job, seconds, reservation, place, left)
 
-    async def _parsed(self, caller: Caller, content: bytes, kind: type[B]) -> B:
+    async def _parsed(self, caller: Caller, content: bytes, kind: type[Body]) -> Body:
         most = self._most_ids(caller)
         if len(content) <= INLINE_BYTES:
             return parse_body(content, kind, most)
@@ -278,12 +272,13 @@ class AdmissionController:
             raise no_model(model, [self._config.model])
         return version
 
-    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> GenerationRequest:
+    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> Job:
         job = body.job(coefficients, self._prompt_tokens(caller))
         most = _least(self._config.limits.answers, caller.allowance.answers)
-        if most is not None and job.answers > most:
-            raise ApiError(400, f"{len(job.prompts)} prompts x n = {job.sampling.n}: at most {most} answers", param="n")
-        longest, asked = self._config.engine.max_new_tokens, job.sampling.max_tokens or 0
+        if most is not None and body.answers > most:
+            prompts = body.answers // body.n
+            raise ApiError(400, f"{prompts} prompts x n = {body.n}: at most {most} answers", param="n")
+        longest, asked = self._config.engine.max_new_tokens, body.new_tokens or 0
         if asked > longest:
             param = "max_tokens" if body.max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{param}: {asked} is more than {longest}", param=param)
@@ -305,15 +300,6 @@ def _may_name(caller: Caller, preset: str) -> bool:
 
 def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _about(prompt: Prompt) -> int:
-    """The prompt's tokens, guessed by its bytes where it is text."""
-    if isinstance(prompt, str):
-        return len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN + 1
-    if prompt and isinstance(prompt[0], int):
-        return len(prompt)
-    return sum(_about(part["content"]) for part in prompt if not isinstance(part, int))
 
 
 def _of_request(route: str, headers: Headers) -> AuditEntry:

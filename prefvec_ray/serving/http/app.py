@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import Response
@@ -31,12 +31,14 @@ from prefvec_ray.registry import open_registry
 from prefvec_ray.serving.access.errors import ApiError, answer_in_openai_form
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.http.admission import AdmissionController
-from prefvec_ray.serving.http.answering import Answering
 from prefvec_ray.serving.http.cards import Health, ModelList, PreferencesCard, model_card, preferences_card
-from prefvec_ray.serving.http.openai_protocol import B, ChatBody, TextBody
+from prefvec_ray.serving.http.openai_protocol import Body, ChatBody, TextBody
 from prefvec_ray.serving.http.page import PAGE_HEADERS
 from prefvec_ray.serving.http.page import router as page
 from prefvec_ray.serving.http.reference import render
+from prefvec_ray.serving.http.slot_answers import SlotAnswering
+from prefvec_ray.serving.http.vllm_answers import VllmAnswering
+from prefvec_ray.serving.http.vllm_protocol import VllmChatBody, VllmTextBody
 from prefvec_ray.serving.metrics import FrontMetrics
 from prefvec_ray.serving.release.records import ServingRecords
 from prefvec_ray.serving.release.release import Release, resolve_release
@@ -44,6 +46,17 @@ from prefvec_ray.serving.release.rollout import ReleaseBook, RollOut
 from prefvec_ray.serving.release.routing import SettingRouter
 
 HEALTH_SECONDS = 5.0
+BODIES: dict[str, tuple[type[Body], type[Body]]] = {
+    "transformers": (ChatBody, TextBody),
+    "vllm": (VllmChatBody, VllmTextBody),
+}
+"""of chats and of text completions, by the engine's kind"""
+CHAT, TEXT = 0, 1
+UNSERVED = {
+    "/v1/embeddings": "this endpoint has a model that writes, not one for embeddings",
+    "/v1/responses": "use /v1/chat/completions, which every client of OpenAI has too",
+}
+"""routes of OpenAI's API that clients may try, and why they are refused"""
 
 
 class _Api(FastAPI):
@@ -52,7 +65,10 @@ class _Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:
             template = "#/components/schemas/{model}"
-            _, bodies = models_json_schema([(ChatBody, "validation"), (TextBody, "validation")], ref_template=template)
+            models: list[tuple[type[Body], Literal["validation"]]] = [
+                (m, "validation") for kinds in BODIES.values() for m in kinds
+            ]
+            _, bodies = models_json_schema(models, ref_template=template)
             super().openapi().setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
         return super().openapi()
 
@@ -73,9 +89,9 @@ async def reference() -> Response:
     return Response(render(api.openapi()), headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
 
-def _takes(model: type[ChatBody | TextBody]) -> dict[str, Any]:
-    """The request body for the OpenAPI document."""
-    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+def _takes(route: int) -> dict[str, Any]:
+    """The request bodies for the OpenAPI document."""
+    schema = {"anyOf": [{"$ref": f"#/components/schemas/{bodies[route].__name__}"} for bodies in BODIES.values()]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -100,7 +116,8 @@ class Front:
         self._records = ServingRecords(registry, release.deployment)
         self._records.hold(self._release_of)
         self._metrics = FrontMetrics(config.model)
-        self._answering = Answering(replicas, self._records)
+        answering = VllmAnswering if config.engine.kind == "vllm" else SlotAnswering
+        self._answering = answering(replicas, self._records)
         self._metrics.serves(self._release_of.generation)
         self._rollout = RollOut(config, registry, book, self._admission, self._records, replicas)
         if config.follow_seconds:
@@ -124,13 +141,19 @@ class Front:
         """Serve asks this every few seconds."""
         self._metrics.serves(self._release_of.generation)
 
-    @api.post("/v1/chat/completions", openapi_extra=_takes(ChatBody))
+    @api.post("/v1/chat/completions", openapi_extra=_takes(CHAT))
     async def chat(self, request: HttpRequest) -> Response:
-        return await self._complete(request, ChatBody)
+        return await self._complete(request, CHAT)
 
-    @api.post("/v1/completions", openapi_extra=_takes(TextBody))
+    @api.post("/v1/completions", openapi_extra=_takes(TEXT))
     async def complete(self, request: HttpRequest) -> Response:
-        return await self._complete(request, TextBody)
+        return await self._complete(request, TEXT)
+
+    @api.post("/v1/embeddings", include_in_schema=False)
+    @api.post("/v1/responses", include_in_schema=False)
+    async def unserved(self, request: HttpRequest) -> Response:
+        await self._admission.identify(_route(request), request.headers)
+        raise ApiError(404, f"{_route(request)} is not served here: {UNSERVED[_route(request)]}", code="not_served")
 
     @api.get("/v1/models")
     async def models(self, request: HttpRequest) -> ModelList:
@@ -163,11 +186,11 @@ class Front:
             raise ApiError(503, "no replica is running", code="unavailable")
         return Health(status="ok" if replicas else "idle", replicas=replicas)
 
-    async def _complete(self, request: HttpRequest, kind: type[B]) -> Response:
+    async def _complete(self, request: HttpRequest, route: int) -> Response:
         async def read() -> bytes:
             return await self._body(request)
 
-        began = asyncio.get_running_loop().time()
+        began, kind = asyncio.get_running_loop().time(), BODIES[self._config.engine.kind][route]
         try:
             entry = await self._admission.admit(_route(request), request.headers, read, kind)
         except ApiError as error:
@@ -201,30 +224,65 @@ def build_app(args: Mapping[str, Any] | ServingConfig) -> serve.Application:
     """
     if not isinstance(args, ServingConfig):
         args = parse_config(dict(args), ServingConfig, source="args")
-    return application(args, uuid.uuid4().hex[:12])
+    return application(args, checked(args, uuid.uuid4().hex[:12]))
 
 
-def application(config: ServingConfig, deployment: str) -> serve.Application:
-    """`build_app` under a given identity. Identity and config can be read from the running application
-    (`instance.py`), by whoever wants to deploy under the same name."""
-    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
-
+def checked(config: ServingConfig, deployment: str) -> Release:
+    """What `application` is to serve, under this identity. Raises InputError as `build_app`, and needs no cluster
+    unless the registry is there. Identity and config can be read from the running application (`instance.py`), by
+    whoever wants to deploy under the same name."""
     config = config.absolute()
-    if config.engine.kind == "vllm" and find_spec("vllm") is None:
-        raise InputError("engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out")
+    if config.engine.kind == "vllm":
+        if find_spec("vllm") is None:
+            raise InputError(
+                "engine.kind: vllm, but vLLM is not installed here; see docs/serving.md, or leave 'kind' out"
+            )
+        from prefvec_ray.serving.engines.vllm.options import llm_config
+
+        llm_config(config)
     release = replace(resolve_release(config), deployment=deployment)
     # Keys and audit are checked here, before anything is deployed.
     AdmissionController(config, release, open_registry(config.registry))
-    replica = serve.deployment(Replica, name=_replica_name(config, release)).options(**_scale(config))
-    replicas = replica.bind(config, release, ReleaseBook(release.deployment))
+    return release
+
+
+def application(config: ServingConfig, release: Release) -> serve.Application:
+    """The application for what `checked` has found. For vLLM, Ray is started where this process is in no cluster."""
+    config = config.absolute()
+    replicas = _vllm_replicas(config, release) if config.engine.kind == "vllm" else _slot_replicas(config, release)
     front = serve.deployment(Front, name="front").options(
-        user_config={"deployment": deployment, "config": config.model_dump(mode="json")},
+        user_config={"deployment": release.deployment, "config": config.model_dump(mode="json")},
         logging_config=_logs(config),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections
         ray_actor_options={"num_cpus": 0},  # with one replica an endpoint fits on one CPU
     )
     return front.bind(config, release, replicas)
+
+
+def _slot_replicas(config: ServingConfig, release: Release) -> serve.Application:
+    from prefvec_ray.serving.replica import Replica  # brings torch, which the front does without
+
+    wanted = config.replicas
+    resources = {"ray_actor_options": {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}}
+    replica = serve.deployment(Replica, name=_replica_name(config, release)).options(**_scale(config), **resources)
+    return replica.bind(config, release, ReleaseBook(release.deployment))
+
+
+def _vllm_replicas(config: ServingConfig, release: Release) -> serve.Application:
+    """Ray Serve LLM's deployment: it says what a replica's ranks need, and where they go."""
+    from ray.serve.llm import build_llm_deployment
+
+    from prefvec_ray.serving.engines.vllm.options import llm_config
+    from prefvec_ray.serving.vllm_server import PreferenceServer
+
+    application: serve.Application = build_llm_deployment(
+        llm_config(config),
+        deployment_cls=PreferenceServer,
+        bind_kwargs={"config": config, "release": release, "book": ReleaseBook(release.deployment)},
+        override_serve_options={"name": _replica_name(config, release)} | _scale(config),
+    )
+    return application
 
 
 def _replica_name(config: ServingConfig, release: Release) -> str:
@@ -249,7 +307,6 @@ def _scale(config: ServingConfig) -> dict[str, Any]:
         "max_queued_requests": config.limits.queued_requests,
         # A replica that must go finishes the answers it has begun.
         "graceful_shutdown_timeout_s": config.limits.seconds,
-        "ray_actor_options": {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus},
     }
     if config.engine.mode == "merged":
         options["request_router_config"] = RequestRouterConfig(request_router_class=SettingRouter)

@@ -7,6 +7,7 @@ brings the next release to all of them, as another generation, and every request
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from prefvec_ray.common.errors import InputError
@@ -100,6 +101,18 @@ def resolve_release(config: ServingConfig) -> Release:
         raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
     release = resolve(config, fingerprint(config.base), open_registry(config.registry))
     return replace(release, context=_context(config))
+
+
+def check_unchanged(base: Path, base_fingerprint: str) -> None:
+    """Raises InputError where the base is no longer what it was at deployment."""
+    from prefvec_ray.vectors import fingerprint
+
+    found = fingerprint(base)
+    if found != base_fingerprint:
+        raise InputError(
+            f"base {base}: {found[:23]}… here, {base_fingerprint[:23]}… at deployment;"
+            " put the same base on every node, or deploy again"
+        )
 
 
 def _context(config: ServingConfig) -> int | None:

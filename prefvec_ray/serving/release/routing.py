@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from prefvec_ray.serving.request import GenerationRequest
+from prefvec_ray.serving.request import Job
 
 ROOM = 1.25
 """times the fair share that one replica takes before a setting spills over to its next"""
@@ -51,7 +51,5 @@ class SettingRouter(RequestRouter):
 
 
 def _setting(request: PendingRequest | None) -> Hashable:
-    jobs: Sequence[GenerationRequest] = [
-        arg for arg in (request.args if request else ()) if isinstance(arg, GenerationRequest)
-    ]
+    jobs: Sequence[Job] = [arg for arg in (request.args if request else ()) if isinstance(arg, Job)]
     return (jobs[0].release, jobs[0].coefficients) if jobs else None

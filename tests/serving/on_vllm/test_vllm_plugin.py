@@ -17,7 +17,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.serving.engines.vllm.engine import WORKER
+from prefvec_ray.serving.engines.vllm.options import WORKER
 from prefvec_ray.serving.engines.vllm.section import parsed
 from prefvec_ray.serving.vllm_plugin import ServedVectors
 from tests.conftest import free_port
