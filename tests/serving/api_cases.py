@@ -15,7 +15,7 @@ import jsonschema
 
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 CHAT, TEXT = "/chat/completions", "/completions"
-ASK = {"role": "user", "content": "the quick brown fox"}
+ASK: dict[str, Any] = {"role": "user", "content": "the quick brown fox"}
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"legs": {"type": "integer", "minimum": 0, "maximum": 99}, "kind": {"enum": ["fox", "dog"]}},
@@ -26,9 +26,9 @@ TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "count", "description": "Count legs.", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "wait", "parameters": {"type": "object", "additionalProperties": False}}},
 ]
-NAMED = {"type": "function", "function": {"name": "count"}}
+NAMED: dict[str, Any] = {"type": "function", "function": {"name": "count"}}
 CALLED = {"id": "call-1", "type": "function", "function": {"name": "count", "arguments": '{"legs": 4, "kind": "dog"}'}}
-HISTORY = [
+HISTORY: list[dict[str, Any]] = [
     ASK,
     {"role": "assistant", "content": None, "tool_calls": [CALLED]},
     {"role": "tool", "tool_call_id": "call-1", "content": '{"counted": "four"}'},
