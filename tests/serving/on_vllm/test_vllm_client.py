@@ -224,11 +224,15 @@ def test_vectors_change_under_running_requests(mode, make_engine, run, runner, b
         return Request(prompt, etas, SamplingParams(max_tokens=length, temperature=0.0))
 
     async def everything() -> tuple[list[Any], list[Any]]:
-        long = stream(engine, of(1, some_prompt(2, 30), 300))
-        began = [await anext(long)]
+        async def answer(request: Request) -> list[Any]:
+            return [part async for part in stream(engine, request)]
+
+        long = asyncio.create_task(answer(of(1, some_prompt(2, 30), 300)))
+        while not engine.client.status().running:
+            await asyncio.sleep(0.01)
         await engine.client.change(named | turned)
-        new = [delta async for delta in stream(engine, of(2, some_prompt(2, 30), 30))]
-        return began + [delta async for delta in long], new
+        new = await answer(of(2, some_prompt(2, 30), 30))
+        return await long, new
 
     old, new = runner.run(everything())
     assert streamed(old) == merged_alone(some_prompt(2, 30), {"harmless": 0.5, "helpful": 0.8}, 300)
