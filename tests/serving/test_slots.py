@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import itertools
 import random
 import time
@@ -20,6 +21,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.engines.base import EngineError, OutputDelta, PromptTooLongError, Request
 from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
+from prefvec_ray.serving.engines.slots import scheduler
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
 from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
@@ -167,6 +169,42 @@ def test_the_mask_of_a_long_prompt_does_not_grow_with_its_square(make_engine, mo
         masks.clear()
         run(engine, [ask(random_prompt(1, length), max_tokens=1)])
         assert max(masks) <= max(4 * 16**2, length), length
+
+
+def test_one_callers_prompts_hold_up_nobody_elses_tokens(make_engine, merged_alone, monkeypatch):
+    """On a machine where any pass takes too long: with another caller busy, prompts go in the smallest passes."""
+    monkeypatch.setattr(scheduler, "PASS_SECONDS", 0.0)
+    engine = make_engine(prefill_tokens=512)
+    alone: list[int] = []
+    beside: list[int] = []
+    forward = engine._forward
+
+    def watched(rows: list[Any], ids: torch.Tensor, *args: Any) -> Any:
+        (beside if engine._scheduler._shares.busy > 1 else alone).append(ids.numel())
+        return forward(rows, ids, *args)
+
+    monkeypatch.setattr(engine, "_forward", watched)
+    crowd = [dataclasses.replace(ask(random_prompt(i, 120), 0.5), caller="crowd") for i in range(3)]
+    assert all(len(tokens(output)) == 24 for output in run(engine, crowd))
+    assert max(alone) == 360, "alone, a caller's prompts are computed together"
+    assert not beside
+    other = dataclasses.replace(ask(random_prompt(7, 150), 0.5, max_tokens=40), caller="other")
+    requests = [*crowd, other]
+    for request, output in zip(requests, run(engine, requests), strict=True):
+        assert tokens(output) == merged_alone(request.prompt, dict(request.coefficients), request.max_tokens)
+    assert max(beside) == scheduler.LEAST_PROMPT_TOKENS
+
+
+def test_of_long_prompts_that_of_the_caller_that_had_least_is_next(make_engine):
+    engine = make_engine(prefill_tokens=16, max_batch=8)
+    ended: list[str] = []
+    for number, caller in enumerate(["crowd"] * 4 + ["other"]):
+        request = dataclasses.replace(ask(random_prompt(number, 64), 0.5, max_tokens=1), caller=caller)
+        engine.submit(request, lambda _, caller=caller: ended.append(caller))
+        engine.step()  # the crowd has had something when the other comes
+    while engine.step():
+        pass
+    assert ended.index("other") < 4, "not behind all of the crowd's"
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_a_crowd(make_engine):

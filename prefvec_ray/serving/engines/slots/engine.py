@@ -50,7 +50,8 @@ class SlotEngine:
     switch_share: in merged mode, the share of time that may go into rewriting the weights while several sets of
         coefficients take turns. Smaller: longer turns, more tokens a second, longer pauses within each answer.
     prefill_tokens: most prompt tokens (padding included) computed between two steps; a longer prompt goes alone, in
-        chunks, between which the running requests have their tokens.
+        chunks, between which the running requests have their tokens. Where several callers are busy, as many as are
+        computed in about 20 ms, if that is fewer.
 
     Raises InputError for models whose cache is not keys and values by position.
     """
@@ -178,18 +179,19 @@ class SlotEngine:
         logits_REV = self._forward(new, ids_RT, positions_RT, masks, batch.cache, torch.tensor(ends))
         place_R = torch.tensor([ends.index(length - 1) for length in lengths], device=self._device)
         logits_RV = logits_REV[torch.arange(len(new), device=self._device), place_R]
-        self._advance(batch, len(batch.rows) - len(new), logits_RV)
+        self._advance(batch, len(batch.rows) - len(new), logits_RV, ids_RT.numel())
 
     def _prefill_chunk(self, batch: Batch) -> None:
         """Compute the next part of a long prompt; at its end its row joins the others, with its first token."""
         batch.rested = False
-        scheduled = batch.long[0]
+        with self._news:
+            scheduled, most = self._scheduler.next_long(batch), self._scheduler.prompt_tokens
         prompt = scheduled.request.prompt
         if batch.partial is None:  # an empty cache is false
             batch.partial = SlotCache(self._layout, rows=1)
-        start, most = batch.partial.get_seq_length(), self._prefill_tokens
+        start = batch.partial.get_seq_length()
         # A chunk's mask has four times the numbers of that of a whole prompt of `prefill_tokens` at most, or one row's.
-        width = min(len(prompt) - start, most, max(1, 4 * most**2 // len(prompt)))
+        width = min(len(prompt) - start, most, max(1, 4 * self._prefill_tokens**2 // len(prompt)))
         ids_1T = torch.tensor([prompt[start : start + width]])
         positions_1T, masks = batch.partial.begin_chunk(width, self._device)
         logits_1EV = self._forward([scheduled], ids_1T, positions_1T, masks, batch.partial, torch.tensor([width - 1]))
@@ -197,11 +199,11 @@ class SlotEngine:
             batch.cache.take(batch.partial)
             batch.partial = None
             batch.rows.append(batch.long.popleft())
-            self._advance(batch, len(batch.rows) - 1, logits_1EV[:, 0])
+            self._advance(batch, len(batch.rows) - 1, logits_1EV[:, 0], width)
         else:
             logits_1EV.sum().item()  # the pass is over when this is known
             with self._news:
-                self._scheduler.charge([scheduled])
+                self._scheduler.charge([scheduled], width)
 
     def _decode(self, batch: Batch) -> None:
         batch.rested = True
@@ -234,8 +236,8 @@ class SlotEngine:
         )
         return out.logits.float()
 
-    def _advance(self, batch: Batch, first: int, logits_RV: Tensor) -> None:
-        """Give the rows from `first` on their next token, and free those that are done."""
+    def _advance(self, batch: Batch, first: int, logits_RV: Tensor, prompt_tokens: int = 0) -> None:
+        """Give the rows from `first` on their next token; free what is done. `prompt_tokens`: see `charge`."""
         rows = batch.rows[first:]
         sound = torch.isfinite(logits_RV.amax(-1)).tolist()  # the largest is NaN where any is
         if not all(sound):
@@ -255,7 +257,7 @@ class SlotEngine:
             else:
                 deltas.append(each.output.push(token, best))
         with self._news:
-            self._scheduler.charge(rows)
+            self._scheduler.charge(rows, prompt_tokens)
             self._tokens += sum(sound)
             for row in reversed(range(len(rows))):
                 delta = deltas[row]

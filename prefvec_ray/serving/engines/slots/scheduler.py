@@ -18,6 +18,11 @@ from prefvec_ray.serving.engines.slots.cache import CacheLayout, SlotCache
 from prefvec_ray.serving.engines.slots.shares import Shares
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
 
+PASS_SECONDS = 0.02
+"""Where several callers are busy, prompts are computed in passes of about this length: everybody else waits for it."""
+LEAST_PROMPT_TOKENS = 64
+"""of such a pass, however slow the model is"""
+
 
 @dataclass(eq=False)
 class ScheduledRequest:
@@ -76,6 +81,15 @@ class Scheduler:
         """the first one's turn it is"""
         self._turn_began = self._pass_began = time.monotonic()
         self._shares = Shares()
+        self._token_seconds = 0.0
+        """that a prompt's token took lately"""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Most prompt tokens of a pass: `prefill_tokens`, or what takes PASS_SECONDS where several callers are busy."""
+        if self._shares.busy < 2 or self._token_seconds * self._prefill_tokens <= PASS_SECONDS:
+            return self._prefill_tokens
+        return min(self._prefill_tokens, max(LEAST_PROMPT_TOKENS, int(PASS_SECONDS / self._token_seconds)))
 
     @property
     def running(self) -> int:
@@ -101,15 +115,26 @@ class Scheduler:
         width = 0
         for scheduled in sorted(batch.joining, key=self._had):
             width = max(width, len(scheduled.request.prompt))
-            if taken and width * (len(taken) + 1) > self._prefill_tokens:
+            if taken and width * (len(taken) + 1) > self.prompt_tokens:
                 break
             batch.joining.remove(scheduled)
             taken.append(scheduled)
         return taken
 
-    def charge(self, computed: Sequence[ScheduledRequest]) -> None:
-        """The pass is over; it was for these."""
-        self._shares.charge([each.request.caller for each in computed], time.monotonic() - self._pass_began)
+    def next_long(self, batch: Batch) -> ScheduledRequest:
+        """The long prompt whose next chunk is computed: the one that was begun, else the caller's that had least."""
+        if batch.partial is None:
+            following = min(batch.long, key=self._had)
+            batch.long.remove(following)
+            batch.long.appendleft(following)
+        return batch.long[0]
+
+    def charge(self, computed: Sequence[ScheduledRequest], prompt_tokens: int = 0) -> None:
+        """The pass is over; it was for these, and computed so many tokens of prompts, padding included."""
+        seconds = time.monotonic() - self._pass_began
+        self._shares.charge([each.request.caller for each in computed], seconds)
+        if prompt_tokens:
+            self._token_seconds += 0.2 * (seconds / prompt_tokens - self._token_seconds)
 
     def free(self, batch: Batch, row: int) -> None:
         """Row `row` has ended; the last row takes its place."""
@@ -180,7 +205,7 @@ class Scheduler:
                 return
             self.waiting.remove(scheduled)
             batch = self._batches.setdefault(self._group(scheduled), Batch(SlotCache(self._layout)))
-            long = len(scheduled.request.prompt) > self._prefill_tokens
+            long = len(scheduled.request.prompt) > self.prompt_tokens
             (batch.long if long else batch.joining).append(scheduled)
             running[scheduled.request.caller] += 1
 

@@ -15,6 +15,11 @@ class Shares:
         self._had: dict[str, float] = {}
         self._busy: Counter[str] = Counter()
 
+    @property
+    def busy(self) -> int:
+        """Callers that have requests here."""
+        return len(self._busy)
+
     def enter(self, caller: str) -> None:
         if not self._busy[caller]:
             self._had[caller] = max(self.had(caller), self._least())
