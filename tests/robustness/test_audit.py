@@ -43,8 +43,8 @@ def masked(plain, digits):
 
 
 @pytest.fixture(scope="module")
-def healthy(robust, digits):
-    return audit(robust, *digits.test, Ball(0.1), SHORT)
+def healthy(robust, many_digits):
+    return audit(robust, *many_digits.test, Ball(0.1), SHORT)
 
 
 def test_masked_gradients_are_caught(masked, plain, digits):
@@ -74,15 +74,15 @@ def test_rungs_only_go_down(masked, healthy):
         assert means["clean"] >= means[BLACK_BOX] >= means[ENSEMBLE]
 
 
-def test_the_card(healthy, robust, digits):
+def test_the_card(healthy, robust, many_digits):
     card = json.loads(healthy.model_dump_json())
     assert card["format"] == 1
     assert {"verdict", "reason", "created", "model_digest", "space", "epsilon", "clean", "rungs", "words"} <= set(card)
     for rate in (card["clean"], *card["rungs"]):
         assert set(rate) == {"name", "mean", "low", "high", "n"}
         assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
-        assert rate["n"] == 200
-    again = audit(robust, *digits.test, Ball(0.1), SHORT)
+        assert rate["n"] == 600
+    again = audit(robust, *many_digits.test, Ball(0.1), SHORT)
     kept = {"created", "seconds"}
     assert again.model_dump(exclude=kept) == healthy.model_dump(exclude=kept), "the same seed gives the same card"
 
