@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
-from ray.llm._internal.common.callbacks.base import CallbackBase  # Ray documents it under this name
+from ray.llm._internal.common.callbacks.base import CallbackBase  # it has no public name
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
