@@ -37,6 +37,11 @@ class Method(Config):
     fsdp: dict[str, Any] | None = None
     """Fields of transformers' `fsdp_config`; None: no FSDP. With neither, plain DDP."""
 
+    @property
+    def key(self) -> dict[str, Any]:
+        """For the keys of results. Without `fsdp` where it is None, so that those of earlier releases hold."""
+        return self.model_dump(exclude={"fsdp"} if self.fsdp is None else None)
+
 
 class Watch(Config):
     """What is measured of a run while it trains, and when it is stopped. It changes no result and is no part of a

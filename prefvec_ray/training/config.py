@@ -181,8 +181,7 @@ class TrainingConfig(Config):
     def recipe_key(self) -> str:
         """All that a run's result depends on beside base, data, polarity and seed, as JSON."""
         pairs = self.pairs_at_once * int(self.recipe.get("gradient_accumulation_steps", 1))
-        method = self.run_method.model_dump(exclude={"fsdp"} if self.fsdp is None else None)
-        return json.dumps([self.dpo, method, pairs], sort_keys=True)
+        return json.dumps([self.dpo, self.run_method.key, pairs], sort_keys=True)
 
     @property
     def pairs_at_once(self) -> int:

@@ -61,7 +61,7 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
     start = working_base(config)
     data, digest, examples = write_examples(config.sft, start, config.folder / "data")
     template = json.dumps([(start / name).read_text() for name in _tokenizer_files(start)])
-    recipe = json.dumps([config.sft.recipe, config.run_method.model_dump(), config.resources.workers], sort_keys=True)
+    recipe = json.dumps([config.sft.recipe, config.run_method.key, config.resources.workers], sort_keys=True)
     base = fingerprint(start)
     key = key_of(base, digest, template, recipe)
     job = SftJob(

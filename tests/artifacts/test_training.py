@@ -1,4 +1,6 @@
-"""The files of training keep their form: what an earlier release wrote is read, and written again byte for byte."""
+"""The files of training keep their form: what was written is read, and written again byte for byte.
+
+What an earlier release wrote is read too."""
 
 import json
 
@@ -23,7 +25,7 @@ SPEC = {
     "train": ["reference/helpful-7b2d/train"],
     "test": {"helpful": "reference/helpful-7b2d/test"},
     "dpo": {"learning_rate": 4e-05, "beta": 0.1},
-    "method": {"kind": "full", "lora": {}, "deepspeed": None},
+    "method": {"kind": "full", "lora": {}, "deepspeed": None, "fsdp": None},
     "out": "dpo/helpful-positive-s0-d21f9b6f31",
     "answers": ["reference/helpful-7b2d/answers-16x64"],
     "watch": WATCH,
@@ -37,6 +39,8 @@ RUN = {
     "seconds": 14.83,
     "seconds_in": {"steps": 11.66, "watching": 2.64, "checkpoints": 0.23},
     "resumed_at": None,
+    "workers": 2,
+    "tokens": 51200,
     "memory": 780075008,
     "history": [{**POINT, "grad_norm": float("nan"), "tokens_per_s": 1542.7, "memory": 771813376}],
     "watched": {"helpful": [HELD_OUT], "kl": [{"step": 10, "kl": 0.04}, {"step": 20, "kl": None}]},
@@ -58,6 +62,13 @@ def test_a_record_is_read_and_written_again_byte_for_byte(tmp_path, content, mod
     text = json.dumps(content, indent=2)
     (tmp_path / "record.json").write_text(text)
     assert json.dumps(read_model(tmp_path / "record.json", model).model_dump(), indent=2) == text
+
+
+def test_a_run_of_an_earlier_release_is_read():
+    earlier = {name: value for name, value in RUN.items() if name not in ("workers", "tokens")}
+    method = {name: value for name, value in SPEC["method"].items() if name != "fsdp"}
+    run = RunResult.model_validate(earlier | {"spec": SPEC | {"method": method}})
+    assert run == RunResult.model_validate(RUN | {"workers": 1, "tokens": 0})
 
 
 def test_measurements_and_the_drift_are_told_apart():
