@@ -111,7 +111,7 @@ async def phase(url: str, keys: list[str], seconds: float, attack: tuple[str, by
     }
 
 
-def measure(seconds: float, rounds: int, kinds: list[str]) -> dict[str, Any]:
+def measure(seconds: float, rounds: int, kinds: list[str], mode: str) -> dict[str, Any]:
     """The kinds, one after the other, on one endpoint."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         base, registry = make_world(Path(folder))
@@ -128,7 +128,7 @@ def measure(seconds: float, rounds: int, kinds: list[str]) -> dict[str, Any]:
                 "registry": str(registry.store.folder),
                 "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
                 "keys": keys,
-                "engine": {"max_batch": 8, "max_new_tokens": 32},
+                "engine": {"mode": mode, "max_batch": 8, "max_new_tokens": 32},
                 "replicas": {"cpus": 0.5},
             }
         )
@@ -145,7 +145,14 @@ def measure(seconds: float, rounds: int, kinds: list[str]) -> dict[str, Any]:
         stop()
     ratios = {kind: statistics.median(found["p99_ratio"] for found in under[kind]) for kind in kinds}
     load = os.getloadavg()[0]
-    return {"seconds": seconds, "load_average": round(load, 1), "quiet": quiet, "under": under, "p99_ratio": ratios}
+    return {
+        "mode": mode,
+        "seconds": seconds,
+        "load_average": round(load, 1),
+        "quiet": quiet,
+        "under": under,
+        "p99_ratio": ratios,
+    }
 
 
 def main() -> None:
@@ -153,10 +160,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="of each phase")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", choices=ATTACKS, action="append", help="only this one; may be repeated")
+    parser.add_argument("--mode", choices=("merged", "steered"), default="merged", help="of the engine")
     asked = parser.parse_args()
     os.environ[PROXY_SETTING] = PROXY_MIDDLEWARE
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
-    found = measure(asked.seconds, asked.rounds, asked.kind or list(ATTACKS))
+    found = measure(asked.seconds, asked.rounds, asked.kind or list(ATTACKS), asked.mode)
     ray.shutdown()
     print(json.dumps(found))
     sys.exit(0 if max(found["p99_ratio"].values()) <= 2 else 1)
