@@ -12,7 +12,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.vectors.entries import Entry, Full, added, scaled
+from prefvec_ray.vectors.entries import Entry, Full, added, form_of, scaled
 from prefvec_ray.vectors.extract import check_same_base, stored_as
 from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.fingerprint import fingerprint
@@ -96,7 +96,7 @@ def dare(vector: PreferenceVector, density: float, *, seed: int) -> PreferenceVe
 
     The expectation is phi. The draw depends on the seed and the parameter's name alone, on CPU.
     """
-    check_density(density)
+    _check_density(density)
     entries: dict[str, Entry] = {}
     for name in vector.names():
         number = int.from_bytes(blake3(f"{seed} {name}".encode()).digest(7), "big")
@@ -125,7 +125,7 @@ def ties(vectors: Vectors, coefficients: Coefficients, *, density: float, prefer
                 if name in vectors[key]
             ]
         )
-        agree = (terms.sign() == terms.sum(0).sign()) & (terms != 0)
+        agree = agreeing(terms)
         entries[name] = Full((terms * agree).sum(0) / agree.sum(0).clamp(min=1))
     recipe = {"method": "ties", "density": density, "coefficients": dict(eta)}
     return derived(vectors, entries, preference, torch.float32, recipe)
@@ -137,7 +137,7 @@ def magnitude_threshold(vector: PreferenceVector, density: float) -> float:
     Positive fp32 numbers sort as their bits do: one histogram of the high 16 bits finds the bucket, one of the low 16
     bits the number, so nothing of the model's size is held.
     """
-    check_density(density)
+    _check_density(density)
     names = vector.names()
     count = sum(vector.shape(name).numel() for name in names)
     wanted = int(np.ceil(density * count))
@@ -163,11 +163,16 @@ def _from_the_top(chunks: Iterable[Tensor], wanted: int) -> tuple[int, int]:
     return (1 << 16) - 1 - position, int(reached[position - 1]) if position else 0
 
 
+def agreeing(terms: Tensor) -> Tensor:
+    """Which numbers of the terms (first dimension: the vectors) have the sign that TIES elects, that of their sum."""
+    return (terms.sign() == terms.sum(0).sign()) & (terms != 0)
+
+
 def trimmed(dense: Tensor, threshold: float) -> Tensor:
     return torch.where(dense.abs() >= threshold, dense, torch.zeros_like(dense))
 
 
-def check_density(density: float) -> None:
+def _check_density(density: float) -> None:
     if not 0 < density <= 1:
         raise InputError(f"density is {density}; expected the share of numbers to keep, in (0, 1]")
 
@@ -184,12 +189,11 @@ def derived(
     if not sources:
         raise InputError("there is no vector to combine; give at least one")
     check_same_base(sources)
-    low_rank = any(not isinstance(entry, Full) for entry in entries.values())
     info = sources[0].info.model_validate(
         sources[0].info.model_dump()
         | {
             "preference": preference,
-            "form": "low-rank" if low_rank else "full",
+            "form": form_of(entries),
             "dtype": "float32",
             "parents": {key: vector.digest() for key, vector in vectors.items()},
             "data_digest": sources[0].info.data_digest if len({v.info.data_digest for v in sources}) == 1 else "",

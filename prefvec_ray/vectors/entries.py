@@ -5,7 +5,7 @@ An entry knows its numbers and how to become a dense fp32 tensor; it knows nothi
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -95,6 +95,12 @@ class LowRank:
 
 
 Entry: TypeAlias = Full | Int8 | LowRank
+Form: TypeAlias = Literal["full", "low-rank"]
+
+
+def form_of(entries: Mapping[str, Entry]) -> Form:
+    """The form of a vector of these entries: low-rank if any of them is."""
+    return "low-rank" if any(isinstance(entry, LowRank) for entry in entries.values()) else "full"
 
 
 def scaled(entry: Entry, factor: float) -> Entry:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from pydantic import JsonValue
@@ -15,12 +15,14 @@ from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import state_of
 from prefvec_ray.vectors.entries import (
     Entry,
+    Form,
     Full,
     Int8,
     LowRank,
     added,
     cast,
     dtype_name,
+    form_of,
     is_finite,
     scaled,
 )
@@ -28,7 +30,6 @@ from prefvec_ray.vectors.file import PreferenceVector, VectorInfo
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.precision import COSINE_WARNING, PrecisionWarning, RoundingStats, StorageLoss
 
-Form: TypeAlias = Literal["full", "low-rank"]
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 
 
@@ -150,8 +151,7 @@ def subtract(
         present = [entry for entry in (plus, minus) if entry is not None]
         entries[name] = added(present[0], present[1]) if len(present) == 2 else scaled(present[0], 1.0)
     runs = {"positive": positive, "negative": negative}
-    form: Form = "low-rank" if any(isinstance(entry, LowRank) for entry in entries.values()) else "full"
-    info = of_two_runs(positive, negative, preference, form)
+    info = of_two_runs(positive, negative, preference, form_of(entries))
     info = info.model_copy(update={"parents": {polarity: run.digest() for polarity, run in runs.items()}})
     vector = stored_as(info, entries, dtype)
     rounding = {polarity: run.info.precision for polarity, run in runs.items() if _noise(run)}

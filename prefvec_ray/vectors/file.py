@@ -26,7 +26,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import parse_json
 from prefvec_ray.common.names import DeltaName
 from prefvec_ray.common.text import printable
-from prefvec_ray.vectors.entries import Entry, Full, from_parts, is_finite
+from prefvec_ray.vectors.entries import Entry, Form, Full, from_parts, is_finite
 from prefvec_ray.vectors.numbers import read_tensor
 from prefvec_ray.vectors.shards import Shards
 
@@ -45,7 +45,7 @@ class VectorInfo(BaseModel):
     format_version: int = FORMAT_VERSION
     preference: DeltaName
     """the preference's name; a run's delta carries its polarity: `helpful+`"""
-    form: Literal["full", "low-rank"]
+    form: Form
     dtype: Literal["float32", "bfloat16", "float16", "int8"]
     base_fingerprint: str
     parents: dict[str, str] = {}
@@ -165,7 +165,8 @@ def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size:
     for file_name, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
         with new_file(folder / file_name) as temporary:
-            _save_shard(shard, temporary, metadata)
+            save_file(shard, temporary, metadata)
+            replace_metadata(temporary, metadata)
     if split.is_sharded:
         text = json.dumps(
             {"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=1, sort_keys=True
@@ -176,17 +177,18 @@ def save_vector(vector: PreferenceVector, folder: str | Path, *, max_shard_size:
     return folder
 
 
-def _save_shard(shard: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors writes `__metadata__` in an order of chance. In order of its keys, equal vectors are equal files, and
-    a store that knows files by their bytes knows a vector again."""
-    save_file(shard, path, metadata)
+def replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write `__metadata__` of a safetensors file in place; blanks fill its header up to where the numbers begin.
+
+    safetensors writes it in an order of chance. In order of its keys, equal vectors are equal files, and a store that
+    knows files by their bytes knows a vector again.
+    """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header = json.loads(file.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         if len(text) > size:
-            raise AssertionError(f"the header of {path} grew from {size} to {len(text)} bytes as it was put in order")
+            raise AssertionError(f"the header of {path} grew from {size} to {len(text)} bytes")
         file.seek(8)
         file.write(text.ljust(size))
     path.chmod(0o644)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.vectors.algebra import Vectors, derived, magnitude_threshold, trimmed
+from prefvec_ray.vectors.algebra import Vectors, agreeing, derived, magnitude_threshold, trimmed
 from prefvec_ray.vectors.entries import Entry, Full, LowRank
 from prefvec_ray.vectors.file import PreferenceVector
 from prefvec_ray.vectors.forms import svd
@@ -26,11 +26,11 @@ def ties_parts(vectors: Vectors, *, density: float) -> dict[str, PreferenceVecto
     """
     thresholds = {key: magnitude_threshold(vector, density) for key, vector in vectors.items()}
     parts: Parts = {key: {} for key in vectors}
-    for name, holders in _holders(vectors).items():
-        terms = torch.stack([trimmed(vectors[key].dense(name), thresholds[key]) for key in holders])
-        agree = (terms.sign() == terms.sum(0).sign()) & (terms != 0)
+    for name, keys in _changing(vectors).items():
+        terms = torch.stack([trimmed(vectors[key].dense(name), thresholds[key]) for key in keys])
+        agree = agreeing(terms)
         kept = terms * agree / agree.sum(0).clamp(min=1)
-        for key, values in zip(holders, kept, strict=True):
+        for key, values in zip(keys, kept, strict=True):
             parts[key][name] = Full(values)
     return _made(vectors, parts, {"method": "ties_parts", "density": density})
 
@@ -45,16 +45,16 @@ def orthogonal_parts(vectors: Vectors) -> dict[str, PreferenceVector]:
         InputError: two vectors change a parameter in the same direction, so that no such set is near.
     """
     parts: Parts = {key: {} for key in vectors}
-    for name, holders in _holders(vectors).items():
-        dense = torch.stack([vectors[key].dense(name) for key in holders])
+    for name, keys in _changing(vectors).items():
+        dense = torch.stack([vectors[key].dense(name) for key in keys])
         flat_PN = dense.double().flatten(1)
         norm_P = flat_PN.norm(dim=1, keepdim=True)
         unit_PN = flat_PN / norm_P
         value_P, basis_PP = torch.linalg.eigh(unit_PN @ unit_PN.mT)
         if value_P[0] < 1e-6:
-            raise InputError(f"'{name}' is changed in one direction by {', '.join(holders)}: nothing can be orthogonal")
+            raise InputError(f"'{name}' is changed in one direction by {', '.join(keys)}: nothing can be orthogonal")
         made_PN = norm_P * (basis_PP * value_P.rsqrt() @ basis_PP.mT @ unit_PN)
-        for key, values in zip(holders, made_PN.float().view_as(dense), strict=True):
+        for key, values in zip(keys, made_PN.float().view_as(dense), strict=True):
             parts[key][name] = Full(values)
     return _made(vectors, parts, {"method": "orthogonal_parts"})
 
@@ -67,17 +67,17 @@ def singular_parts(vectors: Vectors) -> dict[str, PreferenceVector]:
     stays as it is.
     """
     parts: Parts = {key: {} for key in vectors}
-    for name, holders in _holders(vectors).items():
-        entries = [vectors[key].entry(name) for key in holders]
+    for name, keys in _changing(vectors).items():
+        entries = [vectors[key].entry(name) for key in keys]
         if len(entries[0].shape) != 2:
-            parts |= {key: parts[key] | {name: Full(vectors[key].dense(name))} for key in holders}
+            parts |= {key: parts[key] | {name: Full(vectors[key].dense(name))} for key in keys}
             continue
-        rank = max(1, min(entries[0].shape) // len(holders))
+        rank = max(1, min(entries[0].shape) // len(keys))
         found = [svd(entry) for entry in entries]
         kept = [min(rank, S_K.numel()) for _, S_K, _ in found]
         U_OR = _orthonormal(torch.cat([U[:, :k] for (U, _, _), k in zip(found, kept, strict=True)], dim=1))
         V_IR = _orthonormal(torch.cat([V[:, :k] for (_, _, V), k in zip(found, kept, strict=True)], dim=1))
-        pieces = zip(holders, found, kept, U_OR.split(kept, 1), V_IR.split(kept, 1), strict=True)
+        pieces = zip(keys, found, kept, U_OR.split(kept, 1), V_IR.split(kept, 1), strict=True)
         for key, (_, S_K, _), k, U, V in pieces:
             root = S_K[:k].sqrt()
             parts[key][name] = LowRank((V * root).mT.float().contiguous(), (U * root).float().contiguous())
@@ -90,7 +90,7 @@ def _orthonormal(matrix: Tensor) -> Tensor:
     return U @ Vh
 
 
-def _holders(vectors: Vectors) -> dict[str, list[str]]:
+def _changing(vectors: Vectors) -> dict[str, list[str]]:
     """Parameter -> the vectors that change it."""
     names = sorted({name for vector in vectors.values() for name in vector.names()})
     return {name: [key for key in sorted(vectors) if name in vectors[key]] for name in names}

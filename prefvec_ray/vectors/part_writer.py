@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefvec_ray.common.atomic import sync
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.vectors.file import STEM, VectorInfo, to_metadata
+from prefvec_ray.vectors.file import STEM, VectorInfo, replace_metadata, to_metadata
 from prefvec_ray.vectors.writer import write_text
 
 RESERVE = 4096
@@ -52,7 +52,8 @@ class PartWriter:
             self._flush()
         metadata = to_metadata(self.info.model_copy(update={"precision": dict(precision)}))
         for file in self.files:
-            _replace_metadata(self.folder / file, metadata)
+            replace_metadata(self.folder / file, metadata)
+            sync(self.folder / file)
         return self.files
 
 
@@ -79,17 +80,3 @@ def write_index(folder: Path, parts: Sequence[Mapping[str, Mapping[str, int]]]) 
     total = sum(size for entries in files.values() for size in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_text(folder / INDEX, json.dumps(index, indent=1, sort_keys=True))
-
-
-def _replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """In place: blanks fill the header up to where the numbers begin."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) > size:
-            raise AssertionError(f"the header of {path} grew from {size} to {len(text)} bytes")
-        file.seek(8)
-        file.write(text.ljust(size))
-    path.chmod(0o644)
-    sync(path)

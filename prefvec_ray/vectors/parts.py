@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import WHOLE
-from prefvec_ray.vectors.entries import LowRank
+from prefvec_ray.vectors.entries import form_of
 from prefvec_ray.vectors.file import PreferenceVector
 
 MODULES = ("attention", "mlp", "other")
@@ -64,9 +64,8 @@ def _part(
     vector: PreferenceVector, names: list[str], by: str, label: str, labels: list[str], digest: str
 ) -> PreferenceVector:
     entries = {name: vector.entries[name] for name in names}
-    low_rank = any(isinstance(entry, LowRank) for entry in entries.values())
     changes = {
-        "form": "low-rank" if low_rank else "full",
+        "form": form_of(entries),
         "parents": {WHOLE: digest},
         "recipe": vector.info.recipe | {"split": by, "part": label, "parts": labels},
         "precision": {},

@@ -77,13 +77,7 @@ def extract_from_checkpoints(
         return {"base_fingerprint": base_fingerprint or fingerprint(base_folder), "parents": dict(found)}
 
     like = {name: plus[name].to("meta", dtype) for name in changed}
-    with (
-        new_folder(Path(out)) as folder,
-        ShardWriter(
-            folder, STEM, like, max_shard_size=max_shard_size, threads=threads, metadata=to_metadata(info)
-        ) as writer,
-    ):
-        _write(writer, plus, minus, info, lineage, progress)
+    _write(Path(out), like, plus, minus, info, lineage, max_shard_size, threads, progress)
     rounding.warn(preference)
     return load_vector(out)
 
@@ -127,11 +121,7 @@ def subtract_deltas(
         return {"parents": {"positive": positive.digest(), "negative": negative.digest()}}
 
     like = {name: plus[name].to("meta", dtype) for name in changed}
-    with (
-        new_folder(Path(out)) as folder,
-        ShardWriter(folder, STEM, like, max_shard_size=max_shard_size, metadata=to_metadata(info)) as writer,
-    ):
-        _write(writer, plus, minus, info, lineage)
+    _write(Path(out), like, plus, minus, info, lineage, max_shard_size)
     return load_vector(out)
 
 
@@ -145,15 +135,29 @@ def _changes(delta: PreferenceVector) -> dict[str, Tensor]:
 
 
 def _write(
-    writer: ShardWriter,
+    out: Path,
+    like: Mapping[str, Tensor],
     plus: Mapping[str, Tensor],
     minus: Mapping[str, Tensor],
     info: VectorInfo,
     lineage: Callable[[], dict[str, object]],
+    max_shard_size: int | str,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """The numbers, and beside that the digests of what they come from."""
-    with ThreadPoolExecutor(1) as aside:  # hashing takes processors where writing waits for the disk
+    """The vector's folder, whole or not at all: the numbers, and beside that the digests of what they come from.
+
+    Args:
+        like: meta tensors of what is stored.
+        lineage: computes fields of `info` that are not known yet.
+    """
+    with (
+        new_folder(out) as folder,
+        ShardWriter(
+            folder, STEM, like, max_shard_size=max_shard_size, threads=threads, metadata=to_metadata(info)
+        ) as writer,
+        ThreadPoolExecutor(1) as aside,  # hashing takes processors where writing waits for the disk
+    ):
         hashed = aside.submit(lineage)
         writer.write(partial(_difference, plus, minus), progress)
         writer.finish(to_metadata(info.model_copy(update=hashed.result())))
