@@ -43,6 +43,10 @@ class Method(Config):
         return self.model_dump(exclude={"fsdp"} if self.fsdp is None else None)
 
 
+PLAIN = Method()
+"""A full run under plain DDP."""
+
+
 class Watch(Config):
     """What is measured of a run while it trains, and when it is stopped. It changes no result and is no part of a
     key."""

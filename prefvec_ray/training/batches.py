@@ -1,13 +1,14 @@
 """Batches of conversations of like length: `train_sampling_strategy: group_by_length`, the same in every repetition."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import TrainingArguments
 
 
@@ -33,3 +34,17 @@ class GroupedByLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         drawn = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
         return iter(get_length_grouped_indices(self.lengths, self.step, generator=drawn))
+
+
+class GroupsByLength:
+    """For a Trainer: `GroupedByLength` where its arguments ask for that."""
+
+    def _lengths(self, rows: "Dataset") -> list[int]:
+        """Tokens of each training example."""
+        raise NotImplementedError
+
+    def _get_train_sampler(self: Any, train_dataset: "Dataset | None" = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]  # of the Trainer beside it
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return GroupedByLength(self._lengths(rows), self.args)

@@ -15,11 +15,11 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from prefvec_ray.artifacts.training import KL, Method, RunResult, RunSpec
+from prefvec_ray.artifacts.training import KL, PLAIN, Method, RunResult, RunSpec
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import positions
 from prefvec_ray.preferences import flip
-from prefvec_ray.training.batches import GroupedByLength
+from prefvec_ray.training.batches import GroupsByLength
 from prefvec_ray.training.checkpoints import (
     checkpoint_folder,
     keep_checkpoints,
@@ -49,7 +49,6 @@ from prefvec_ray.training.watch import (
 from prefvec_ray.vectors.checkpoint import check_loaded
 
 TOKENIZED = ["prompt_ids", "chosen_ids", "rejected_ids"]
-FULL = Method()
 REFERENCE = ["ref_chosen_logps", "ref_rejected_logps"]
 
 
@@ -64,7 +63,7 @@ class _WithoutReference(TrainerCallback):
         self.trainer.is_fsdp_enabled = False
 
 
-class TokenizedDPOTrainer(FSDPOnCPUs, DPOTrainer):
+class TokenizedDPOTrainer(GroupsByLength, FSDPOnCPUs, DPOTrainer):
     """DPOTrainer that takes pairs already tokenized and scored by the reference model as they are.
 
     The stock trainer would tokenize them again and refuse the reference columns as duplicates. It also keeps a clock,
@@ -107,11 +106,8 @@ class TokenizedDPOTrainer(FSDPOnCPUs, DPOTrainer):
         self._precompute_model_hash = f"{self._precompute_model_hash} {numbers}"
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        pairs = self.train_dataset if train_dataset is None else train_dataset
-        return GroupedByLength(pair_lengths(pairs, self.args.max_length), self.args)
+    def _lengths(self, rows: Dataset) -> list[int]:
+        return pair_lengths(rows, self.args.max_length)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset)
@@ -168,7 +164,7 @@ def dpo_config(recipe: dict[str, Any], output_dir: str | Path, *, seed: int = 0,
 
 
 def reference_logps(
-    base: str, pairs: Dataset, recipe: dict[str, Any], work_dir: str | Path, method: Method = FULL
+    base: str, pairs: Dataset, recipe: dict[str, Any], work_dir: str | Path, method: Method = PLAIN
 ) -> Dataset:
     """Tokenize `pairs` and add the base model's summed log-probability of each answer (DPO, eq. 7: pi_ref).
 

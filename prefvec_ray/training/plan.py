@@ -24,7 +24,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
-from prefvec_ray.artifacts.training import Artifact, Method, RunResult, RunSpec
+from prefvec_ray.artifacts.training import PLAIN, Artifact, Method, RunResult, RunSpec
 from prefvec_ray.common.cluster import lost_because
 from prefvec_ray.common.errors import JobError, from_traceback, message_lines
 from prefvec_ray.common.files import read_model
@@ -41,7 +41,6 @@ LOST = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.WorkerCrashedError,
 )
-PLAIN = Method()
 COLLATERAL = (
     "Connection closed by peer",
     "Connection reset by peer",

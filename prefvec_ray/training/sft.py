@@ -223,17 +223,14 @@ def _write_model(job: SftJob, vector: PreferenceVector, state: "TrainerState") -
 def _trainer_class() -> Any:
     from trl import SFTTrainer
 
-    from prefvec_ray.training.batches import GroupedByLength
+    from prefvec_ray.training.batches import GroupsByLength
     from prefvec_ray.training.fsdp import FSDPOnCPUs
 
-    class Trainer(FSDPOnCPUs, SFTTrainer):
+    class Trainer(GroupsByLength, FSDPOnCPUs, SFTTrainer):
         """TRL's, with FSDP on CPUs too, and length-grouped batches that are the same when a run is resumed."""
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            if self.args.train_sampling_strategy != "group_by_length":
-                return super()._get_train_sampler(train_dataset)
-            rows = self.train_dataset if train_dataset is None else train_dataset
-            return GroupedByLength([len(ids) for ids in rows["input_ids"]], self.args)
+        def _lengths(self, rows: Dataset) -> list[int]:
+            return [len(ids) for ids in rows["input_ids"]]
 
     return Trainer
 
