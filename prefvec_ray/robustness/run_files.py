@@ -81,11 +81,11 @@ class Rungs(UserDict[str, Tensor]):
 
     def __init__(self, files: RunFiles, device: torch.device) -> None:
         kept = files.load("audit")
-        super().__init__({name: hits.to(device) for name, hits in kept[0].items()} if kept else {})
+        super().__init__()
         self.files = files
+        self.data = {name: hits.to(device) for name, hits in kept[0].items()} if kept else {}
 
     def __setitem__(self, name: str, hits: Tensor) -> None:
         super().__setitem__(name, hits)
-        if hasattr(self, "files"):
-            self.files.save("audit", self.data)
-            self.files.pause_if_spent(f"its audit, {len(self)} attacks done")
+        self.files.save("audit", self.data)
+        self.files.pause_if_spent(f"its audit, {len(self)} attacks done")

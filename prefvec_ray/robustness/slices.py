@@ -42,12 +42,12 @@ def run_slice(study: Study, budget: Budget, progress: Callable[[str], None] | No
         JobError: another command is running the study.
     """
     found = Slice()
-    tell = progress or (lambda line: None)
+    report = progress or (lambda line: None)
     missing = study.missing
     with LineWriter(study.path, f"another command is running the study in {study.folder}; wait for it") as lines:
         for cell, seed in missing:
             name, files = f"{cell.name}, seed {seed}", files_of(study, cell, seed, budget)
-            tell(name)
+            report(name)
             started, clock = time.monotonic(), files.folder / "seconds.json"
             earlier = read_json(clock)["seconds"] if clock.exists() else 0.0
             try:
