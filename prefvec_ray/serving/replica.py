@@ -10,7 +10,6 @@ from ray import serve
 
 from prefvec_ray.common.chat import fold_system
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.common.paths import check_visible
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization, check_stops, load_tokenizer
 from prefvec_ray.serving.engines.base import EngineStatus, OutputDelta, PromptTooLongError, Request
@@ -19,7 +18,7 @@ from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.release.loaded import LoadedReleases
-from prefvec_ray.serving.release.release import Release, check_unchanged
+from prefvec_ray.serving.release.release import Release
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import Event, GenerationRequest, Prompt, ReleaseId, Started
 from prefvec_ray.serving.spending import Spending, SpentTokens
@@ -39,20 +38,18 @@ class Replica:
         self._config = config
         self._spent = SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
-        self._releases = LoadedReleases(config.registry, release, book, self._change, self._generate_once)
+        self._releases = LoadedReleases(config.base, config.registry, release, book, self._change, self._generate_once)
         release = await asyncio.to_thread(self._begin)
         self.engine = await load_engine(config, release.base_fingerprint, self._tokenizer, self._releases.vectors)
         await self._generate_once(release)
 
     def _begin(self) -> Release:
-        """The tokenizer, and the release that is served now, which it returns."""
+        """The release that is served now, which it returns, and the tokenizer."""
         config = self._config
-        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
+        release = self._releases.begin()
         torch.set_num_threads(config.engine.threads)
         self._tokenizer = load_tokenizer(config.base)
         self._encoder = PromptEncoder(self._tokenizer, lambda: load_tokenizer(config.base))
-        release = self._releases.begin()
-        check_unchanged(config.base, release.base_fingerprint)
         return release
 
     async def stream(self, asked: GenerationRequest) -> AsyncIterator[Started | list[Event]]:

@@ -21,7 +21,6 @@ from vllm.exceptions import VLLMClientError
 
 from prefvec_ray.common.chat import fold_system, special_tokens
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.common.paths import check_visible
 from prefvec_ray.serving.access.errors import one_line
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import Tokenization, check_stops, check_whole, load_tokenizer
@@ -31,7 +30,7 @@ from prefvec_ray.serving.engines.vllm.section import SECTION
 from prefvec_ray.serving.engines.vllm.shape import SteeringShape
 from prefvec_ray.serving.metrics import ReplicaMetrics
 from prefvec_ray.serving.release.loaded import LoadedReleases
-from prefvec_ray.serving.release.release import Release, check_unchanged
+from prefvec_ray.serving.release.release import Release
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import PassedRequest, ReleaseId, StreamPart, WholeAnswer
 from prefvec_ray.serving.spending import SpentTokens
@@ -44,7 +43,7 @@ TOO_LONG = "maximum context length"
 
 
 class BaseIsThere(CallbackBase):
-    """Ray would start a process on each node to download the model first: it is a folder, which `check_visible` saw."""
+    """Ray would start a process on each node to download the model first: it is a folder, which each replica checks."""
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
@@ -61,7 +60,7 @@ class PreferenceServer(LLMServer):
     ) -> None:
         self._config, self._spent = config, SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag)
-        self._releases = LoadedReleases(config.registry, release, book, self._change, self._generate_once)
+        self._releases = LoadedReleases(config.base, config.registry, release, book, self._change, self._generate_once)
         release = await asyncio.to_thread(self._begin)
         if config.engine.mode == "steered":
             shape = SteeringShape.of(self._releases.vectors.values(), config.engine.columns)
@@ -78,13 +77,11 @@ class PreferenceServer(LLMServer):
         await self.engine.start()
 
     def _begin(self) -> Release:
-        """The tokenizer, and the release that is served now, which it returns."""
+        """The release that is served now, which it returns, and the tokenizer."""
         config = self._config
-        check_visible(config.base, *([] if ":" in config.registry else [config.registry]))
+        release = self._releases.begin()
         tokenizer = load_tokenizer(config.base)
         self._encoder, self._turns = Tokenization(tokenizer, None, special_tokens(tokenizer)), Turns("prompts")
-        release = self._releases.begin()
-        check_unchanged(config.base, release.base_fingerprint)
         return release
 
     async def stream_answer(self, asked: PassedRequest, marks: Mapping[str, Any]) -> AsyncGenerator[StreamPart]:

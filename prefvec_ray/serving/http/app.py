@@ -46,12 +46,10 @@ from prefvec_ray.serving.release.rollout import ReleaseBook, RollOut
 from prefvec_ray.serving.release.routing import SettingRouter
 
 HEALTH_SECONDS = 5.0
-BODIES: dict[str, tuple[type[Body], type[Body]]] = {
-    "transformers": (ChatBody, TextBody),
-    "vllm": (VllmChatBody, VllmTextBody),
-}
-"""of chats and of text completions, by the engine's kind"""
-CHAT, TEXT = 0, 1
+Bodies = dict[str, type[Body]]
+"""of one route, by the engine's kind"""
+CHATS: Bodies = {"transformers": ChatBody, "vllm": VllmChatBody}
+TEXTS: Bodies = {"transformers": TextBody, "vllm": VllmTextBody}
 UNSERVED = {
     "/v1/embeddings": "this endpoint has a model that writes, not one for embeddings",
     "/v1/responses": "use /v1/chat/completions, which every client of OpenAI has too",
@@ -66,7 +64,7 @@ class _Api(FastAPI):
         if not self.openapi_schema:
             template = "#/components/schemas/{model}"
             models: list[tuple[type[Body], Literal["validation"]]] = [
-                (m, "validation") for kinds in BODIES.values() for m in kinds
+                (model, "validation") for model in (*CHATS.values(), *TEXTS.values())
             ]
             _, bodies = models_json_schema(models, ref_template=template)
             super().openapi().setdefault("components", {}).setdefault("schemas", {}).update(bodies["$defs"])
@@ -89,9 +87,9 @@ async def reference() -> Response:
     return Response(render(api.openapi()), headers=PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
 
-def _takes(route: int) -> dict[str, Any]:
+def _takes(bodies: Bodies) -> dict[str, Any]:
     """The request bodies for the OpenAPI document."""
-    schema = {"anyOf": [{"$ref": f"#/components/schemas/{bodies[route].__name__}"} for bodies in BODIES.values()]}
+    schema = {"anyOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in bodies.values()]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -141,13 +139,13 @@ class Front:
         """Serve asks this every few seconds."""
         self._metrics.serves(self._release_of.generation)
 
-    @api.post("/v1/chat/completions", openapi_extra=_takes(CHAT))
+    @api.post("/v1/chat/completions", openapi_extra=_takes(CHATS))
     async def chat(self, request: HttpRequest) -> Response:
-        return await self._complete(request, CHAT)
+        return await self._complete(request, CHATS)
 
-    @api.post("/v1/completions", openapi_extra=_takes(TEXT))
+    @api.post("/v1/completions", openapi_extra=_takes(TEXTS))
     async def complete(self, request: HttpRequest) -> Response:
-        return await self._complete(request, TEXT)
+        return await self._complete(request, TEXTS)
 
     @api.post("/v1/embeddings", include_in_schema=False)
     @api.post("/v1/responses", include_in_schema=False)
@@ -186,11 +184,11 @@ class Front:
             raise ApiError(503, "no replica is running", code="unavailable")
         return Health(status="ok" if replicas else "idle", replicas=replicas)
 
-    async def _complete(self, request: HttpRequest, route: int) -> Response:
+    async def _complete(self, request: HttpRequest, bodies: Bodies) -> Response:
         async def read() -> bytes:
             return await self._body(request)
 
-        began, kind = asyncio.get_running_loop().time(), BODIES[self._config.engine.kind][route]
+        began, kind = asyncio.get_running_loop().time(), bodies[self._config.engine.kind]
         try:
             entry = await self._admission.admit(_route(request), request.headers, read, kind)
         except ApiError as error:

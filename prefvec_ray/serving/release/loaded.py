@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.common.paths import check_visible
 from prefvec_ray.registry import VectorVersion, open_registry
 from prefvec_ray.registry.cache import entry_key
 from prefvec_ray.serving.engines.base import EngineError
-from prefvec_ray.serving.release.release import Release, ServedVector
+from prefvec_ray.serving.release.release import Release, ServedVector, check_unchanged
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import ReleaseId
 from prefvec_ray.vectors import PreferenceVector, load_vector
@@ -24,13 +26,14 @@ class LoadedReleases:
 
     def __init__(
         self,
+        base: Path,
         registry: str,
         first: Release,
         book: ReleaseBook | None,
         change: Callable[[Mapping[str, PreferenceVector]], Awaitable[None]],
         try_out: Callable[[Release], Awaitable[None]],
     ):
-        self._where, self._first, self._book = registry, first, book
+        self._base, self._where, self._first, self._book = base, registry, first, book
         self._change, self._try_out = change, try_out
         self._running: Counter[ReleaseId] = Counter()
         """requests, by release"""
@@ -43,11 +46,17 @@ class LoadedReleases:
         self._releases: dict[ReleaseId, Release] = {}
 
     def begin(self) -> Release:
-        """Read the release that is served now, and its vectors, which the engine is to start with. Blocks."""
+        """Read the release that is served now, and its vectors, which the engine is to start with. Blocks.
+
+        Raises JobError, before anything is loaded, where this node does not see the base or the registry's folder, and
+        InputError where the base is no longer what it was at deployment.
+        """
+        check_visible(self._base, *([] if ":" in self._where else [self._where]))
         self._registry = open_registry(self._where)
         release = (self._book and self._book.newest()) or self._first
         self.vectors = self._loaded([release])
         self._releases = {release.id: release}
+        check_unchanged(self._base, release.base_fingerprint)
         return release
 
     def check(self) -> None:
