@@ -208,7 +208,24 @@ def running() -> Iterator[list[Endpoint]]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster, running, base_folder, registry_root, tmp_path_factory) -> Endpoint:
+def guarded(base_folder, registry_root, tmp_path_factory) -> dict[str, Any]:
+    """What an endpoint is told of its model, vectors, floor, keys and audit, whichever engine answers."""
+    folder = tmp_path_factory.mktemp("guarded")
+    add_key(folder / "keys.yaml", "nobody")
+    return {
+        "model": "tiny",
+        "base": base_folder,
+        "registry": registry_root,
+        "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
+        "ranges": {"harmless": {"min": 0}},
+        "floors": {"harmless": 0},
+        "keys": folder / "keys.yaml",
+        "audit": {"file": folder / "audit.jsonl"},
+    }
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster, running, guarded) -> Endpoint:
     """Deployed by the first file that needs it, and again where a file has taken it down. Harmless has a floor of 0;
     callers without a key may ask for anything above, and `endpoint.key(...)` makes keys with other bounds."""
     if running and running[-1].answers():
@@ -216,19 +233,9 @@ def endpoint(ray_cluster, running, base_folder, registry_root, tmp_path_factory)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("door")
-    keys, audit = folder / "keys.yaml", folder / "audit.jsonl"
-    add_key(keys, "nobody")
     config = ServingConfig.model_validate(
         {
-            "model": "tiny",
-            "base": base_folder,
-            "registry": registry_root,
-            "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
-            "ranges": {"harmless": {"min": 0}},
-            "floors": {"harmless": 0},
-            "keys": keys,
-            "audit": {"file": audit},
+            **guarded,
             "engine": {"max_new_tokens": 400, "max_batch": 8},
             "replicas": {"cpus": 0.5},
             "limits": {"answers": 20, "body_bytes": 50_000, "body_seconds": 2, "queued_requests": 32},
@@ -236,5 +243,5 @@ def endpoint(ray_cluster, running, base_folder, registry_root, tmp_path_factory)
     )
     url = start(config, port=port)
     client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
-    running.append(Endpoint(url, client, Registry.open(registry_root), keys, audit))
+    running.append(Endpoint(url, client, Registry.open(config.registry), guarded["keys"], guarded["audit"]["file"]))
     return running[-1]

@@ -18,7 +18,6 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from prefvec_ray.common.chat import special_tokens
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
-from prefvec_ray.serving.access.keys import add_key
 from prefvec_ray.serving.encoding import Tokenization
 from prefvec_ray.vectors import LowRank, load_vector, save_vector
 from tests.conftest import free_port
@@ -38,19 +37,10 @@ ASK = [{"role": "user", "content": "why not?"}]
 
 
 @pytest.fixture(scope="module", params=["steered", "merged"])
-def settings(request, base_folder, registry_root, tmp_path_factory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("door")
-    add_key(folder / "keys.yaml", "nobody")
+def settings(request, guarded) -> dict[str, Any]:
     options = {"kv_cache_memory_bytes": 2**26, "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     return {
-        "model": "tiny",
-        "base": base_folder,
-        "registry": registry_root,
-        "vectors": {"harmless": "harmless@1", "helpful": "helpful@1"},
-        "ranges": {"harmless": {"min": 0}},
-        "floors": {"harmless": 0},
-        "keys": folder / "keys.yaml",
-        "audit": {"file": folder / "audit.jsonl"},
+        **guarded,
         "engine": {"kind": "vllm", "mode": request.param, "max_new_tokens": 200, "vllm": options},
         "limits": {"answers": 20},
     }
