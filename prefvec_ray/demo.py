@@ -329,6 +329,7 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
     """The body of the fine-tuning task, on whatever node has a CPU for it."""
     import torch
 
+    from prefvec_ray.common.device import best_device
     from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
     from prefvec_ray.tiny_world.base_model import fine_tune
     from prefvec_ray.vectors import fingerprint
@@ -338,7 +339,7 @@ def _fine_tune(preset: str, seed: int, out: Path, board: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     world = TinyWorld(preset, seed)
     tokenizer = build_tokenizer(world)
-    model = new_model(world, tokenizer, seed)
+    model = new_model(world, tokenizer, seed).to(best_device())
 
     def progress(step: int, total: int, loss: float) -> None:
         if step % 20 == 0:

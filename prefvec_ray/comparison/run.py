@@ -130,6 +130,7 @@ class MethodCell:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from prefvec_ray.common.device import best_device
         from prefvec_ray.common.pretrained import from_pretrained
         from prefvec_ray.vectors import Checkpoint, LiveModel
 
@@ -137,7 +138,7 @@ class MethodCell:
         logging.disable_progress_bar()
         base, job = self.job.run.base, self.job
         model = from_pretrained(AutoModelForCausalLM, base, dtype="auto", use_safetensors=True)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(best_device())
         live = LiveModel(model, self.prepared.vectors, base=Checkpoint(base), threads=self.config.threads)
         tokenizer = from_pretrained(AutoTokenizer, base)
         stages: dict[Stage, list[Any]] = {"search": job.prompts, "report": job.report_prompts}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prefvec_ray.common.atomic import write_whole
 from prefvec_ray.common.config import Config
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.pretrained import from_pretrained
@@ -163,8 +164,8 @@ def train_scorer(
     _check_labels(names, held, safe)
     torch.manual_seed(seed)  # of new weights, and of an encoder's dropout
     model, tokenizer = _build(train, recipe, names)
-    encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(_device()))
-    view.eval().check(*encoder(train.rows[:16], _device()))
+    encoder, view = Encoder(tokenizer, recipe.max_length), EmbeddingClassifier(model.to(best_device()))
+    view.eval().check(*encoder(train.rows[:16], best_device()))
     curve = _fit(view, encoder, train, recipe, seed, progress)
     about = HarmScorerFile(
         kind="classifier",
@@ -198,7 +199,7 @@ def _fit(
     progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, int | float]]:
     """Train `view` in place; its curve, see `HarmScorerFile`."""
-    device, model = _device(), view.model
+    device, model = best_device(), view.model
     y = _targets(train, train.names).to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.01)
@@ -257,8 +258,8 @@ def audit_scorer(
         raise InputError(f"{folder} reads texts as {stated['encoding']!r}, these are of kind {texts.encoding!r}")
     ball = Ball(_epsilon(folder, stated, epsilon), None, None)
     view, encoder, names = _load(folder, stated, texts)
-    y = _targets(texts, names).to(_device())
-    tokens = encoder(texts.rows, _device())
+    y = _targets(texts, names).to(best_device())
+    tokens = encoder(texts.rows, best_device())
     view.check(*(part[:16] for part in tokens))
     with torch.no_grad():
         x = view.embed(*tokens)
@@ -299,11 +300,7 @@ def _load(folder: Path, stated: dict[str, Any], texts: Texts) -> tuple[Embedding
         raise InputError(f"texts labelled {', '.join(unknown)}: {folder.name} knows only {', '.join(names)}")
     length = stated.get("max_length") or min(512, getattr(model.config, "max_position_embeddings", 512))
     encoder = Encoder(from_pretrained(AutoTokenizer, folder, what="scorer", truncation_side="left"), length)
-    return EmbeddingClassifier(model.to(_device())).eval(), encoder, names
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return EmbeddingClassifier(model.to(best_device())).eval(), encoder, names
 
 
 def _targets(texts: Texts, names: tuple[str, ...]) -> Tensor:
@@ -378,7 +375,7 @@ def _loss(
 
 @torch.no_grad()
 def _logits(view: EmbeddingClassifier, encoder: Encoder, rows: Sequence[tuple[str, ...]]) -> Tensor:
-    parts = [view(view.embed(*encoder(rows[i : i + 256], _device()))).cpu() for i in range(0, len(rows), 256)]
+    parts = [view(view.embed(*encoder(rows[i : i + 256], best_device()))).cpu() for i in range(0, len(rows), 256)]
     return torch.cat(parts)
 
 

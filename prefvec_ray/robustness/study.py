@@ -188,6 +188,7 @@ def run_cell(config: StudyConfig, cell: Cell, seed: int, files: RunFiles | None 
     same device. With `files` it continues from what is stored there, and raises Pause once the budget is spent."""
     import torch
 
+    from prefvec_ray.common.device import best_device
     from prefvec_ray.robustness.audit import audit
     from prefvec_ray.robustness.images import build_network, load_images
     from prefvec_ray.robustness.run_files import Rungs
@@ -195,7 +196,7 @@ def run_cell(config: StudyConfig, cell: Cell, seed: int, files: RunFiles | None 
     from prefvec_ray.robustness.train import train_classifier
 
     started = time.monotonic()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
     images = load_images(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefvec_ray.artifacts.evaluation import Direction, Metric
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.paths import check_visible
@@ -138,7 +139,7 @@ class ClassifierScorer:
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             check_visible(self.folder)
-            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = self.device or best_device()
             tokenizer = from_pretrained(AutoTokenizer, self.folder, what="scorer", truncation_side="left")
             model, info = from_pretrained(
                 AutoModelForSequenceClassification,

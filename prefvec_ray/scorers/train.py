@@ -18,7 +18,6 @@ from prefvec_ray.common.extras import require
 
 require("train", "trl", "accelerate")
 
-import torch
 from datasets import Dataset
 from pydantic import Field
 from rich.console import Console
@@ -28,6 +27,7 @@ from trl import RewardConfig, RewardTrainer
 
 from prefvec_ray.common.atomic import new_folder
 from prefvec_ray.common.config import Config
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.files import read_json
 from prefvec_ray.common.paths import check_lasting
@@ -190,7 +190,7 @@ def _recipe(config: ScorerTrainingConfig, max_length: int, folder: Path) -> Rewa
         if name in OWNED or name == "max_length" or name not in known:
             why = "is no field of TRL's RewardConfig" if name not in known else "is set by this job"
             raise InputError(f"trainer.{name} {why}; remove it")
-    gpu = torch.cuda.is_available()
+    gpu = best_device().type == "cuda"
     defaults: dict[str, Any] = {
         "bf16": gpu,
         "use_cpu": not gpu,

@@ -99,12 +99,13 @@ class Task:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
+        from prefvec_ray.common.device import best_device
         from prefvec_ray.evaluation import Evaluator
         from prefvec_ray.vectors import Checkpoint, LiveModel, load_vector
 
         torch.set_num_threads(self.threads)
         logging.disable_progress_bar()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device()
         live = LiveModel(
             AutoModelForCausalLM.from_pretrained(
                 self.base, dtype="auto", use_safetensors=True, trust_remote_code=False

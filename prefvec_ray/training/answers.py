@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from prefvec_ray.common.chat import end_tokens
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.pretrained import position_room
 from prefvec_ray.training.model import load_base, load_tokenizer
 
@@ -44,7 +45,7 @@ def base_answers(
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.to(best_device()).eval()
     torch.manual_seed(seed)
     width = max(len(ids) for ids in prompts)
     ids_BL = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])

@@ -16,6 +16,7 @@ from transformers import (
 
 from prefvec_ray.artifacts.training import Method
 from prefvec_ray.common.chat import end_tokens
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.training.fsdp import leave_fsdp, start_fsdp
@@ -39,7 +40,7 @@ def arguments(kind: type[A], recipe: dict[str, Any], output_dir: str | Path, **o
         start_deepspeed()
     elif owned.get("fsdp"):
         start_fsdp()
-    gpu = torch.cuda.is_available()
+    gpu = best_device().type == "cuda"
     defaults: dict[str, Any] = {
         "bf16": gpu and torch.cuda.is_bf16_supported() and not recipe.get("fp16"),
         "activation_checkpointing": False,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.files import read_json
 
@@ -107,12 +108,9 @@ def start_deepspeed() -> None:
     Takes the group that Ray Train made, or makes one of this process alone. On CPUs gloo carries everything:
     DeepSpeed's own shared-memory operation would first have to be compiled on every node, for 40 seconds.
     """
-    import torch
     import torch.distributed as dist
 
-    gpu = torch.cuda.is_available()
-    if not gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    gpu = best_device().type == "cuda"
     import deepspeed
 
     # A line from torch for each collective that DeepSpeed calls by its old name, in every step of every worker.

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Mapping
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from prefvec_ray.common.device import best_device
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
@@ -35,7 +35,7 @@ def _load_slots(
     wanted = config.engine
     device = wanted.device
     if device == "auto":
-        device = "cuda" if config.replicas.gpus and torch.cuda.is_available() else "cpu"
+        device = best_device().type if config.replicas.gpus else "cpu"
     model = from_pretrained(
         AutoModelForCausalLM, config.base, dtype=wanted.dtype, local_files_only=True, use_safetensors=True
     ).to(device)
