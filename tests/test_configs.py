@@ -10,6 +10,7 @@ from prefvec_ray.common.config import load_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.comparison import CompareConfig
 from prefvec_ray.demo import PipelineConfig
+from prefvec_ray.on_policy import OnPolicyConfig
 from prefvec_ray.robustness import Ladder
 from prefvec_ray.robustness.scorer import ScorerRecipe
 from prefvec_ray.robustness.study import StudyConfig
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Any]] = {
     "eval": EvalConfig,
     "search": SearchJob,
     "pipeline": PipelineConfig,
+    "pairs": OnPolicyConfig,
     "classes": StudyConfig,
     "ladder": Ladder,
     "scorer": ScorerRecipe,

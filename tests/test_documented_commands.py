@@ -50,7 +50,7 @@ def test_a_cluster_by_hand_and_every_job(machine, request):
     start, submit, elsewhere, with_token = blocks("docs/clusters.md")
     submit, stop = submit[: submit.rindex(".venv/bin/ray stop")], submit[submit.rindex(".venv/bin/ray stop") :]
     scripts = {script.name: of_docstring(script) for script in sorted((ROOT / "jobs").glob("[a-z]*.py"))}
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     machine.succeeds(start)
     try:
         printed = machine.succeeds(submit)

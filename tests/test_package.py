@@ -23,6 +23,7 @@ PINNED = Path(__file__).parent / "public_api.txt"
 PUBLIC = (
     "comparison",
     "evaluation",
+    "on_policy",
     "preferences",
     "registry",
     "robustness",
@@ -78,10 +79,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDS = {
     "cli": "",
     "common": "",
+    "common/pool.py": "registry",
     "common/scheduling.py": "registry",
     "comparison": "search",
     "demo.py": "all",
     "evaluation": "",
+    "on_policy": "search",
     "preferences": "",
     "registry": "",
     "registry/actor.py": "registry",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from prefvec_ray.on_policy import MadePairs
     from prefvec_ray.preferences import DataCheck
     from prefvec_ray.preferences.measures import Lengths, PreferenceCheck
     from prefvec_ray.preferences.show import ShownPair
@@ -104,6 +105,29 @@ def show_data(
     loaded = load_preferences(str(source), rows=count, **options)
     for number, row in enumerate(loaded.dataset.to_list(), start=1):
         print_pair(number, show_pair(row, tokenizer, max_length), max_length)
+
+
+@data.command("make")
+@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
+def make_data(path: Path) -> None:
+    """Make pairs of a base's own answers, ranked by a scorer; an interrupted run is resumed."""
+    from rich.markup import escape
+
+    from prefvec_ray.common.cluster import connect, progress_bar
+    from prefvec_ray.common.paths import check_lasting
+
+    config = load(path, "prefvec_ray.on_policy", "OnPolicyConfig")
+    check_lasting(output=config.output)
+    from prefvec_ray.on_policy import make_pairs
+
+    out = console()
+    connect(out)
+    with progress_bar(out, "prompts") as show:
+        made = make_pairs(config, out, progress=show)
+    out.print(made_table(made))
+    for line in made.warnings():
+        out.print(f"[yellow]warning[/yellow]: {escape(line)}", soft_wrap=True)
+    out.print(f"{config.output / 'pairs.jsonl'}, and made.json beside it: where they come from", soft_wrap=True)
 
 
 @data.command("formats")
@@ -245,6 +269,24 @@ def print_request(chat: str, tokenizer: Any) -> None:
         raise InputError("the base has no chat template; give --chat-template")
     ids = Tokenization(tokenizer, None, special_tokens(tokenizer)).encode_chat(turns, len(chat) * 100)
     click.echo(f"{len(ids)} tokens: {printable(marked(ids, tokenizer))}")
+
+
+def made_table(made: "MadePairs") -> "Table":
+    """How many pairs were made, and what they are like."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=escape(f"Pairs for {made.preference}, by {made.rank_by}"), title_justify="left", show_header=False
+    )
+    lines = {name.replace("_", " "): str(count) for name, count in made.counts.model_dump().items()}
+    lines["chosen better by"] = f"{made.gain}"
+    lines["chosen longer by, in tokens"] = f"{made.longer_by}"
+    if made.chosen_longer is not None:
+        lines["chosen is the longer"] = f"{made.chosen_longer:.1%}"
+    for name, value in lines.items():
+        table.add_row(name, value)
+    return table
 
 
 def formats_table() -> "Table":

@@ -97,7 +97,7 @@ def _unmet(preset: str) -> str:
 def _reporting(config: "SearchJob", task: "Task", goal: "Goal") -> "tuple[Task, dict[str, str]] | None":
     """The task on the report prompts and the rules of the presets, checked before the search; None without prompts."""
     from prefvec_ray.common.errors import InputError
-    from prefvec_ray.search.config import read_prompts
+    from prefvec_ray.scorers.config import read_prompts
     from prefvec_ray.search.confirmation import report_task
     from prefvec_ray.search.presets import COMPROMISE, check_rules, default_rules
 

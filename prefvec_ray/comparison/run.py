@@ -29,9 +29,8 @@ from prefvec_ray.evaluation import Evaluator, Sampling, is_base
 from prefvec_ray.evaluation.prompts import check_disjoint
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.scorers.base import Scorer, scorer_digest
-from prefvec_ray.scorers.config import build_scorers
+from prefvec_ray.scorers.config import build_scorers, read_prompts
 from prefvec_ray.search import Explorer, Goal, SearchConfig, Tried
-from prefvec_ray.search.config import read_prompts
 
 ADVICE = "delete the file, and all is measured again"
 Stage = Literal["search", "report"]

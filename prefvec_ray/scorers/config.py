@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,7 @@ from prefvec_ray.scorers.classifiers import ClassifierScorer, Encoding
 from prefvec_ray.scorers.isolated import IsolatedScorer
 from prefvec_ray.scorers.judge import JudgeScorer
 from prefvec_ray.scorers.judge_config import JudgeConfig
+from prefvec_ray.scorers.prompts import load_prompts
 from prefvec_ray.scorers.refusal import RefusalScorer
 from prefvec_ray.tiny_world import TinyWorld
 
@@ -180,3 +181,15 @@ def world_from_name(name: str, example: str) -> tuple[TinyWorld, list[str]]:
     if len(words) != example.count(":") or not words[1].isdigit():
         raise InputError(f"{name!r}: expected something like {example}")
     return TinyWorld(words[0], int(words[1])), words[2:]
+
+
+def read_prompts(source: str) -> list[Any]:
+    """The prompts of a file (see `load_prompts`), or of `tiny-world:<preset>:<seed>:<split>`.
+
+    Raises:
+        InputError: they cannot be read, or there are none.
+    """
+    if source.startswith(TINY_WORLD):
+        world, (split,) = world_from_name(source, "tiny-world:tiny:0:report")
+        return list(world.prompts(split))  # type: ignore[arg-type]
+    return list(load_prompts(source))

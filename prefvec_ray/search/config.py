@@ -1,7 +1,7 @@
 """What `prefvec eval` and `prefvec search` are given: published vectors, prompts, a scorer."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -13,8 +13,7 @@ from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_p
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.registry import open_registry
-from prefvec_ray.scorers import load_prompts
-from prefvec_ray.scorers.config import TINY_WORLD, ScorerConfig, build_scorers, world_from_name
+from prefvec_ray.scorers.config import ScorerConfig, build_scorers, read_prompts
 from prefvec_ray.search.options import Processes, SearchConfig
 from prefvec_ray.search.trial import Task
 
@@ -112,11 +111,3 @@ class SearchJob(MeasureConfig, SearchConfig):
     presets: dict[str, str] = {}
     """Name -> rule: `compromise`, or an objective: the best of it with every other objective at least the base's.
     Measured on `report_prompts`, and published unless those refute them."""
-
-
-def read_prompts(source: str) -> list[Any]:
-    """The prompts that `MeasureConfig.prompts` names."""
-    if source.startswith(TINY_WORLD):
-        world, (split,) = world_from_name(source, "tiny-world:tiny:0:report")
-        return list(world.prompts(split))  # type: ignore[arg-type]
-    return list(load_prompts(source))

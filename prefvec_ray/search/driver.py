@@ -16,13 +16,14 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from prefvec_ray.common.errors import JobError
+from prefvec_ray.common.pool import DEATHS
 from prefvec_ray.common.scheduling import Waiting, bundle_of, check_room
 from prefvec_ray.search.explore import Explorer
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.ordered import Ordered
 from prefvec_ray.search.progress import Progress
 from prefvec_ray.search.result import FailedTrial, Tried
-from prefvec_ray.search.trial import DEATHS, Task, Trial
+from prefvec_ray.search.trial import Task, Trial
 
 
 def run_trials(

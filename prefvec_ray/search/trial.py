@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from prefvec_ray.evaluation import Evaluator
 
 
-DEATHS = 2
-"""So often a setting is measured again whose process died, before it counts as failed."""
-
-
 @dataclass(frozen=True)
 class Task:
     """What to measure at every setting. Travels to the trial actors; models and vectors travel as folders."""
