@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prefvec_ray.cli.shared import console, load
+from prefvec_ray.cli.shared import Commands, console, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -17,12 +17,60 @@ if TYPE_CHECKING:
     from prefvec_ray.training import TrainingConfig
 
 
-@click.command()
-@click.option("--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
+config_option = click.option(
+    "--config", "path", required=True, type=click.Path(path_type=Path), help="YAML, see jobs/configs."
+)
+
+
+@click.group(cls=Commands, invoke_without_command=True)
+@click.option("--config", "path", type=click.Path(path_type=Path), help="YAML, see jobs/configs.")
 @click.option("--dry-run", is_flag=True, help="Check the data, train a few steps, and print what it would cost.")
-def train(path: Path, dry_run: bool) -> None:
+@click.pass_context
+def train(context: click.Context, path: Path | None, dry_run: bool) -> None:
     """Train every preference of a config in both polarities and publish the vectors. Finished runs are skipped."""
+    if context.invoked_subcommand is not None:
+        if path is not None or dry_run:
+            raise click.UsageError(f"give the options after {context.invoked_subcommand!r}")
+        return
+    if path is None:
+        raise click.UsageError("Missing option '--config'.")
     run_train(load(path, "prefvec_ray.training", "TrainingConfig"), console(), dry_run=dry_run)
+
+
+@train.command("status")
+@config_option
+def train_status(path: Path) -> None:
+    """What the training of a config is doing, from any terminal that sees its folder."""
+    from prefvec_ray.training.progress import ProgressTable
+    from prefvec_ray.training.status import read_status
+
+    config, out = load(path, "prefvec_ray.training", "TrainingConfig"), console()
+    status = read_status(config.folder)
+    where = f"process {status.pid} on {status.host}"
+    gone = f"ended: {status.ended}" if status.ended else f"{where} is gone: it has not reported for a minute"
+    table = ProgressTable([run.label for run in status.runs], title="DPO runs", console=out)
+    table.rows = status.rows
+    table.states.update({run.label: status.state(run, config.resources.workers) for run in status.runs})
+    if status.runs:
+        out.print(table.render())
+    else:
+        for stage, row in status.rows.items():
+            out.print(f"{stage}: step {row.get('step', 0)} of {row.get('total', '?')}")
+    for name, row in status.rows.items():
+        if "failed" in row:
+            out.print(f"{name} failed: {row['failed']}", markup=False, soft_wrap=True)
+    out.print(f"{config.folder}: {'training, ' + where if status.alive else gone}", soft_wrap=True, markup=False)
+
+
+@train.command("cancel")
+@config_option
+def cancel_training(path: Path) -> None:
+    """End the training of a config, from any terminal that sees its folder. Finished runs and checkpoints are kept."""
+    from prefvec_ray.training.status import cancel
+
+    config = load(path, "prefvec_ray.training", "TrainingConfig")
+    cancel(config.folder)
+    click.echo(f"{config.folder}: cancelled; the same `prefvec train` continues from what is finished")
 
 
 @click.command("train-scorer")

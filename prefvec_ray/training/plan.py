@@ -130,6 +130,7 @@ def _run_waiting(
             if error is not None:
                 known = isinstance(error, RunsFailedError)
                 failures[spec.label] = str(error) if known else f"{type(error).__name__}: {error}"
+                board.fail.remote(spec.label, failures[spec.label])
             table.finish(spec.label, "failed" if error else "finished", failures.get(spec.label, ""))
             _ask_autoscaler(len(waiting) + len(running), resources)
         with suppress(ray.exceptions.RayActorError):  # the board's node was lost: the runs continue without it

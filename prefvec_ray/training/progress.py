@@ -59,6 +59,10 @@ class Board:
             row["first"] = (time.monotonic(), values["step"])
         row.update(values, seen=time.monotonic())
 
+    def fail(self, key: str, reason: str) -> None:
+        """The run has failed for good."""
+        self.rows.setdefault(key, {})["failed"] = reason
+
     def read(self) -> dict[str, dict[str, Any]]:
         rows = {}
         for key, row in self.rows.items():
@@ -152,10 +156,10 @@ class ProgressTable:
 
     def __exit__(self, *exc: object) -> None:
         if self.live:
-            self.live.update(self._table())
+            self.live.update(self.render())
             self.live.stop()
         else:
-            self.console.print(self._table())
+            self.console.print(self.render())
         for name, reason in self.reasons.items():
             self.say(f"{name} {self.states[name]}: {reason}")
 
@@ -165,7 +169,7 @@ class ProgressTable:
             if self.states.get(name) == "queued":
                 self.states[name] = "running"
         if self.live:
-            self.live.update(self._table())
+            self.live.update(self.render())
             return
         for name, row in rows.items():
             measured = max((point["step"] for point in row.get("held_out", {}).values()), default=-1)
@@ -183,7 +187,7 @@ class ProgressTable:
         if reason:
             self.reasons[name] = reason
         if self.live:
-            self.live.update(self._table())
+            self.live.update(self.render())
         elif reason:
             self.say(f"{name} {state}: {reason}")
 
@@ -219,7 +223,8 @@ class ProgressTable:
         cells = dict(zip(COLUMNS, self._cells(name), strict=True))
         return ", ".join(f"{column} {text}" for column, text in cells.items() if text and column not in COLUMNS[:2])
 
-    def _table(self) -> Table:
+    def render(self) -> Table:
+        """The table as it is now."""
         columns = COLUMNS if self.console.width >= 110 else NARROW
         table = Table(title=self.title, title_justify="left")
         for column in columns:

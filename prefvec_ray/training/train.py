@@ -38,6 +38,7 @@ from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.references import compute_references, key_of, working_base
 from prefvec_ray.training.sft import demonstrations, fine_tuned
+from prefvec_ray.training.status import job_status
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract, subtract_deltas
 from prefvec_ray.vectors.extract import positive_only
 
@@ -55,15 +56,21 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, PreparedPairs] | N
         InputError: bad config, data or base; before any run starts.
         RunsFailedError: some runs failed; the others are kept and skipped next time.
         DiskFullError: names the folder.
+        JobError: another job trains into the folder, or this one was cancelled (`training.status.cancel`).
     """
     config.check()
     prepared = prepare_data(config) if prepared is None else prepared
-    with job_board(config.folder) as board, named_when_full(config.folder):
+    with (
+        job_board(config.folder) as board,
+        job_status(config.folder, board) as status,
+        named_when_full(config.folder),
+    ):
         config = fine_tuned(config, board)
         references = compute_references(config, prepared, board)
         left_out = {name: _left_out(data, references[name]) for name, data in prepared.items()}
         specs = plan_runs(config, references)
         _check_space(config, specs)
+        status.plan(specs)
         runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries, board=board)
         vectors = extract_vectors(config, specs)
     summary = TrainingSummary(

@@ -12,8 +12,10 @@ import pytest
 import ray
 import torch
 import yaml
+from click.testing import CliRunner, Result
 from rich.console import Console
 
+from prefvec_ray.cli import main
 from prefvec_ray.cli.train import run_train
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry, start_registry, stop_registry
@@ -48,10 +50,21 @@ def train(config: TrainingConfig, folder: Path) -> "subprocess.Popen[str]":
 def test_two_trainings_and_two_registries_on_one_cluster(ray_cluster, config, tmp_path):
     first, second = user(config, "first"), user(config, "second")
     processes = [train(first, tmp_path), train(second, tmp_path)]
+    asked = CliRunner()
+
+    def ask(command: str, of: TrainingConfig) -> Result:
+        return asked.invoke(main, ["train", command, "--config", str(tmp_path / f"{of.name}.yaml")])
+
     try:
         wait_for(lambda: (first.folder / "dpo").is_dir())
-        processes[0].kill()
+        assert f"training, process {processes[0].pid} on" in ask("status", first).output
+        assert ask("cancel", first).exit_code == 0
+        assert "cancelled from another terminal" in processes[0].communicate(timeout=60)[0]
+        assert processes[0].returncode == 1
+        assert "ended: cancelled" in ask("status", first).output
+        assert "no training is running there; it ended: cancelled" in ask("cancel", first).output
         printed = processes[1].communicate(timeout=300)[0]
+        assert ask("status", second).output.count("finished") == 3  # two runs, and the job
     finally:
         for process in processes:
             process.kill()
@@ -63,7 +76,7 @@ def test_two_trainings_and_two_registries_on_one_cluster(ray_cluster, config, tm
     assert printed.index("accuracy") < printed.index("helpful@1"), "the results come before they are published"
     assert [version.ref for version in open_registry(f"ray:{theirs}").list_vectors()] == ["helpful@1"]
 
-    # The first goes on from where it was killed; what cannot be published is an error after its results are shown.
+    # The first goes on from where it was cancelled; what cannot be published is an error after its results are shown.
     other = vector_from_state({"w": torch.ones(2)}, preference="Helpful", base_fingerprint="blake3:" + "b" * 64)
     start_registry(first.store).publish_vector(save_vector(other, tmp_path / "Helpful"))
     again = train(first, tmp_path)
