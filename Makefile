@@ -19,6 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
+# PEFT imports bitsandbytes in every process where it is installed, for more than a second: here it lies apart, for its tests.
 env: $(STAMP) ## Create .venv and install the pinned versions
 
 $(STAMP): pyproject.toml constraints.txt
@@ -27,6 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,deepspeed,test,lint]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchattacks
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --target $(VENV)/qlora --upgrade bitsandbytes
 	@touch $@
 
 # vLLM needs other versions than the rest, and its CPU build is a package of its own. The torch libraries that it brings

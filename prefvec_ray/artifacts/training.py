@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from prefvec_ray.common.config import Config
 
 Polarity = Literal["positive", "negative"]
+Quantization = Literal["nf4", "int8"]
 SIGN: dict[Polarity, str] = {"positive": "+", "negative": "-"}
 MIXED = "mixed"
 """In place of a preference: the baseline trained on all preferences' pairs at once."""
@@ -36,11 +37,15 @@ class Method(Config):
     """DeepSpeed's settings in full; None: no DeepSpeed."""
     fsdp: dict[str, Any] | None = None
     """Fields of transformers' `fsdp_config`; None: no FSDP. With neither, plain DDP."""
+    quantize: Quantization | None = None
+    """What the base's linear layers are rounded to while adapters are trained beside them; None: they stay as they
+    are."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """For the keys of results. Without `fsdp` where it is None, so that those of earlier releases hold."""
-        return self.model_dump(exclude={"fsdp"} if self.fsdp is None else None)
+        """For the keys of results. Without fields that came later where they are None, so that keys of earlier releases
+        hold."""
+        return self.model_dump(exclude={name for name in ("fsdp", "quantize") if getattr(self, name) is None})
 
 
 PLAIN = Method()

@@ -7,26 +7,42 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig
 
+from prefvec_ray.artifacts.training import Quantization
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.device import best_device
 from prefvec_ray.common.pretrained import position_room
 from prefvec_ray.training.model import load_base, load_tokenizer
+from prefvec_ray.training.quantized import quantized_loading
 
 
 def base_answers(
-    base: str | Path, pairs: Dataset, *, samples: int, tokens: int, max_length: int | None, seed: int = 0
+    base: str | Path,
+    pairs: Dataset,
+    *,
+    samples: int,
+    tokens: int,
+    max_length: int | None,
+    seed: int = 0,
+    quantize: Quantization | None = None,
 ) -> Dataset:
     """Two answers of the base to each of `samples / 2` prompts, sampled from its whole distribution at temperature 1.
 
     Args:
         pairs: tokenized (`prompt_ids`); the first distinct prompts that leave room for `tokens` are taken.
         max_length: of prompt and answer together, from the recipe.
+        quantize: as the runs do.
 
     Returns:
         `prompt_ids`, `chosen_ids` (one answer), `rejected_ids` (another); the end-of-text token is part of an answer.
         Empty where no prompt leaves room.
     """
-    model = load_base(base)
+    device = best_device()
+    if quantize:
+        model = load_base(
+            base, **quantized_loading(quantize, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        )
+    else:
+        model = load_base(base).to(device)
     limit = min((size for size in (max_length, position_room(model)) if size), default=sys.maxsize)
     distinct = dict.fromkeys(tuple(ids) for ids in pairs["prompt_ids"] if len(ids) + tokens <= limit)
     prompts = [list(ids) for ids in distinct][: samples // 2]
@@ -45,7 +61,7 @@ def base_answers(
         eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.to(best_device()).eval()
+    model.eval()
     torch.manual_seed(seed)
     width = max(len(ids) for ids in prompts)
     ids_BL = torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in prompts])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from prefvec_ray.artifacts.training import KL, MIXED, Method, Polarity, Watch
+from prefvec_ray.artifacts.training import KL, MIXED, Method, Polarity, Quantization, Watch
 from prefvec_ray.common.config import Config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
@@ -101,6 +101,9 @@ class TrainingConfig(Config):
     """Any field of PEFT's `LoraConfig`: r, lora_alpha, target_modules …"""
     deepspeed: str | dict[str, Any] | None = None
     """zero1, zero2, zero3, zero2-offload, zero3-offload, a JSON file, or DeepSpeed's own settings; else DDP."""
+    quantize: Quantization | None = None
+    """Round the base's linear layers to nf4 (4 bits) or int8 while LoRA adapters are trained beside them (QLoRA); the
+    vector still belongs to the base as it is."""
     fsdp: str | dict[str, Any] | None = None
     """fsdp2, fsdp2-offload, or fields of transformers' `fsdp_config`; else DDP."""
     sft: SftStage | None = None
@@ -163,7 +166,7 @@ class TrainingConfig(Config):
         from prefvec_ray.training.zero import deepspeed_config
 
         deepspeed, fsdp = deepspeed_config(self.deepspeed), fsdp_config(self.fsdp)
-        return Method(kind=self.method, lora=self.lora, deepspeed=deepspeed, fsdp=fsdp)
+        return Method(kind=self.method, lora=self.lora, deepspeed=deepspeed, fsdp=fsdp, quantize=self.quantize)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -232,10 +235,17 @@ class TrainingConfig(Config):
             from prefvec_ray.training.head import check_padding_free
 
             check_padding_free(self.base, self.dpo)
+        sharded = (self.deepspeed or self.fsdp) is not None
+        if self.quantize is not None:
+            from prefvec_ray.training.quantized import check_quantization
+
+            check_quantization(self.quantize, self.base, self.method, sharded=sharded)
+            if self.sft is not None:
+                raise InputError("quantize: an SFT stage trains the base itself; run it as a training of its own first")
         if self.method == "lora":
             from prefvec_ray.training.lora import check_lora
 
-            check_lora(self.base, self.lora, sharded=(self.deepspeed or self.fsdp) is not None)
+            check_lora(self.base, self.lora, sharded=sharded)
 
     def _check_method(self) -> None:
         from prefvec_ray.training.fsdp import fsdp_config

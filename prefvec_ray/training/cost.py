@@ -26,6 +26,7 @@ from prefvec_ray.training.config import TrainingConfig
 from prefvec_ray.training.fsdp import sharding
 from prefvec_ray.training.plan import start_run
 from prefvec_ray.training.progress import duration
+from prefvec_ray.training.quantized import BITS
 from prefvec_ray.training.references import key_of, working_base
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def estimate(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> Cost
     from trl import DPOConfig
 
     method, workers = config.run_method, config.resources.workers
-    model, parameters, trained = _skeleton(config)
+    model, parameters, trained, linear = _skeleton(config)
     lengths = [_lengths(config, split) for split in prepared.values()]
     longest = max((whole for _, whole in lengths), default=1)
     pairs = _pairs_of_runs(config, prepared)
@@ -137,7 +138,8 @@ def estimate(config: TrainingConfig, prepared: dict[str, PreparedPairs]) -> Cost
     if (most := int(config.recipe.get("max_steps", -1))) > 0:
         steps = [most] * len(steps)
     half = _half(config)
-    state = _state(parameters, trained, method, workers, half=half, frozen_half=half and _stored_half(config.base))
+    stored_half = half and _stored_half(config.base)
+    state = _state(parameters, trained, method, workers, half=half, frozen_half=stored_half, linear=linear)
     batch = config.pairs_at_once // workers
     kept = _kept(model, longest, half=half, recompute=_recomputes(config))
     return Cost(
@@ -291,10 +293,12 @@ def _lengths(config: TrainingConfig, split: PreparedPairs) -> tuple[float, int]:
     return (fmean(totals) if totals else 0.0), longest
 
 
-def _skeleton(config: TrainingConfig) -> "tuple[PreTrainedModel, int, int]":
-    """The model without memory, with its adapter if it has one; all its parameters, and those that are trained."""
+def _skeleton(config: TrainingConfig) -> "tuple[PreTrainedModel, int, int, int]":
+    """The model without memory, with its adapter if it has one; all its parameters, those that are trained, and those
+    of linear layers that `quantize` rounds."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
     from prefvec_ray.common.pretrained import from_pretrained
     from prefvec_ray.training.lora import lora_config
@@ -309,10 +313,12 @@ def _skeleton(config: TrainingConfig) -> "tuple[PreTrainedModel, int, int]":
             f"base {config.base}: transformers builds no language model of its config ({error})"
         ) from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    linear = sum(layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings())
     if config.method == "lora":
         adapted, _, _ = skeleton(config.base, lora_config(config.lora))
         model = adapted.get_base_model()
-    return model, parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return model, parameters, sum(p.numel() for p in model.parameters() if p.requires_grad), linear
 
 
 def _half(config: TrainingConfig) -> bool:
@@ -334,7 +340,14 @@ def _recomputes(config: TrainingConfig) -> bool:
 
 
 def _state(
-    parameters: int, trained: int, method: Method, workers: int, *, half: bool, frozen_half: bool
+    parameters: int,
+    trained: int,
+    method: Method,
+    workers: int,
+    *,
+    half: bool,
+    frozen_half: bool,
+    linear: int = 0,
 ) -> dict[str, float]:
     """Bytes a device, by the table of docs/clusters.md; what lies in host memory is not counted."""
     zero = (method.deepspeed or {}).get("zero_optimization") or {}
@@ -343,6 +356,9 @@ def _state(
         frozen = (parameters - trained if method.kind == "full" else parameters) * (2 if frozen_half else 4)
         shared = {"weights": frozen + 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
         return {name: 0.0 if method.fsdp.get("cpu_offload") else size / workers for name, size in shared.items()}
+    if method.quantize is not None:
+        rounded = linear * BITS[method.quantize] / 8 + (parameters - linear) * (2 if half else 4)
+        return {"weights": rounded + 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
     if stage == 0:
         frozen = parameters - trained if method.kind == "full" else parameters
         weights = frozen * (2 if frozen_half and method.kind == "lora" else 4) + 4 * trained

@@ -81,6 +81,9 @@ class TokenizedDPOTrainer(GroupsByLength, FSDPOnCPUs, DPOTrainer):
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), _WithoutReference(self)]
         super().__init__(*args, **kwargs)
         self.is_fsdp_enabled = fsdp
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            for parameter in self.model.parameters():  # TRL rounds adapters beside a quantized base to bf16
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         if set(TOKENIZED) <= set(dataset.column_names):
@@ -189,6 +192,8 @@ def reference_logps(
         args=args,
         train_dataset=pairs,
         processing_class=load_tokenizer(base),
+        # Transformers wants a trainer of a quantized model to have adapters; they are switched off for the reference.
+        peft_config=adapter_config(method) if method.quantize else None,
     )
     return trainer.train_dataset.select_columns(TOKENIZED + REFERENCE)
 
@@ -330,6 +335,8 @@ def _labels(spec: RunSpec, trainer: DPOTrainer) -> dict[str, Any]:
     }
     if method.kind == "lora":
         recipe["lora"] = method.lora
+    if method.quantize is not None:
+        recipe["quantize"] = method.quantize
     if method.fsdp is not None:
         recipe["fsdp"] = method.fsdp["version"]
     if method.deepspeed:

@@ -20,6 +20,7 @@ from prefvec_ray.common.device import best_device
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.training.fsdp import leave_fsdp, start_fsdp
+from prefvec_ray.training.quantized import quantized_loading
 from prefvec_ray.training.zero import leave_deepspeed, start_deepspeed
 
 if TYPE_CHECKING:
@@ -93,8 +94,10 @@ def load_model(base: str | Path, method: Method, args: "DPOConfig | SFTConfig") 
     )  # so that TRL does not warn that it is ignored
     stored = getattr(from_pretrained(AutoConfig, base, trust_remote_code=args.trust_remote_code), "dtype", None)
     frozen = method.kind == "lora" and method.deepspeed is None and args.bf16 and stored == torch.bfloat16
-    dtype = torch.bfloat16 if frozen else torch.float32
-    return load_base(base, dtype=dtype, **{"trust_remote_code": args.trust_remote_code, **options})
+    loading: dict[str, Any] = {"dtype": torch.bfloat16 if frozen else torch.float32}
+    if method.quantize is not None:
+        loading = quantized_loading(method.quantize, compute_dtype(args))
+    return load_base(base, **{"trust_remote_code": args.trust_remote_code, **loading, **options})
 
 
 def compute_dtype(args: "DPOConfig | SFTConfig") -> torch.dtype:

@@ -100,6 +100,8 @@ def _tokenization_key(config: TrainingConfig) -> str:
     half = [config.dpo.get("bf16", config.resources.gpus_per_worker > 0), config.dpo.get("fp16", False)]
     if any(half):  # rounded in another way under DeepSpeed, and over a frozen base in bf16
         shape["half"] = [*half, config.deepspeed is not None, config.method, *(["fsdp"] if config.fsdp else [])]
+    if config.quantize:
+        shape["quantize"] = config.quantize
     return key_of(fingerprint(config.base), vocabulary, tokenizer.chat_template or "", json.dumps(shape))
 
 
@@ -167,7 +169,8 @@ def _draw(job: ReferenceJob, task: ScoringTask, work_dir: str) -> Dataset:
 
     limit = dpo_config(job.dpo, work_dir).max_length
     prompts = load_from_disk(task.source)
-    return base_answers(job.base, prompts, samples=task.samples or 0, tokens=task.tokens, max_length=limit)
+    count, quantize = task.samples or 0, job.method.quantize
+    return base_answers(job.base, prompts, samples=count, tokens=task.tokens, max_length=limit, quantize=quantize)
 
 
 def _save(pairs: Dataset, folder: Path) -> None:

@@ -185,13 +185,13 @@ def check_names(model: nn.Module, folder: str | Path) -> None:
 def check_loaded(model: nn.Module, folder: str | Path) -> None:
     """Refuse a model whose parameters are not what this project reads from the files of its folder.
 
-    The model may be in another dtype than the files. Tensors of the files that it does not have are left alone: those
-    of another modality, say. Raises InputError.
+    The model may be in another dtype than the files; quantized parameters are not compared. Tensors of the files that
+    it does not have are left alone: those of another modality, say. Raises InputError.
     """
     check_names(model, folder)
     stored = Checkpoint(folder)
     for name, tensor in _parameters(model).items():
-        if not torch.equal(stored[name].to(tensor.dtype), tensor.cpu()):
+        if tensor.is_floating_point() and not torch.equal(stored[name].to(tensor.dtype), tensor.cpu()):
             raise InputError(f"base {folder}: transformers loads another {name} than its files hold; {SAVE_AGAIN}")
 
 
