@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.vectors import checkpoint_state, fingerprint
+from prefvec_ray.vectors import LowRank, checkpoint_state, fingerprint
 from prefvec_ray.vectors.adapters import vector_from_adapter, vectors_from_adapters
 from prefvec_ray.vectors.algebra import combine, merge
 
@@ -77,7 +77,9 @@ def test_two_adapters_make_one_vector_of_both_ranks(base, tmp_path):
     vector = vectors_from_adapters(*runs, base=base, preference="helpful")
     name = "model.layers.1.self_attn.q_proj"
     deltas = [run.get_submodule(f"base_model.model.{name}").get_delta_weight("default") for run in runs]
-    assert vector.entry(f"{name}.weight").rank == 7
+    entry = vector.entry(f"{name}.weight")
+    assert isinstance(entry, LowRank)
+    assert entry.rank == 7
     torch.testing.assert_close(vector.dense(f"{name}.weight"), deltas[0] - deltas[1], atol=1e-6, rtol=1e-5)
     assert vector.info.form == "low-rank"
     assert vector.info.base_fingerprint == fingerprint(base)
@@ -90,7 +92,8 @@ def test_adapters_on_fused_experts(family, tiny_model, tokens, tmp_path):
     run = trained(tmp_path / "base", 3, r=2, lora_alpha=4, target_modules=["q_proj"], target_parameters=targets)
     run.save_pretrained(tmp_path / "run")
     vector = vector_from_adapter(tmp_path / "run", base=tmp_path / "base", preference="helpful+")
-    assert all(vector.entry(name).rank == 2 for name in vector.names())
+    entries = [vector.entry(name) for name in vector.names()]
+    assert all(isinstance(entry, LowRank) and entry.rank == 2 for entry in entries)
     live = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     state = checkpoint_state(live)
     with torch.no_grad():

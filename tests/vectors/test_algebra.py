@@ -124,8 +124,9 @@ def test_a_combination_merges_like_its_parts():
     base = toy(0)
     vectors = {"a": to_low_rank(toy_vector(1, base), rank=2), "b": to_low_rank(toy_vector(2, base), rank=3)}
     together = combine(vectors, {"a": 0.5, "b": 2.0}, preference="both")
-    assert isinstance(together.entry("w"), LowRank)
-    assert together.entry("w").rank == 5
+    entry = together.entry("w")
+    assert isinstance(entry, LowRank)
+    assert entry.rank == 5
     assert together.info.parents == {key: vector.digest() for key, vector in vectors.items()}
     apart = merge(base, vectors, {"a": 0.5, "b": 2.0})
     for name, tensor in merge(base, {"both": together}, {"both": 1.0}).items():

@@ -155,12 +155,13 @@ def test_bf16_sources_are_reported_and_warned_about(tiny_model):
     rounded = [run.bfloat16() for run in runs]
     with pytest.warns(PrecisionWarning, match="taken from bfloat16 checkpoints"):
         coarse = vector_from_checkpoints(*rounded, base=base, preference="p", dtype=torch.float32)
-    flat = [
+    fine, rough = [
         torch.cat([v.dense(n).flatten() if n in v else torch.zeros(exact.shape(n)).flatten() for n in exact.names()])
         for v in (exact, coarse)
     ]
-    truth = torch.nn.functional.cosine_similarity(*flat, dim=0).item()
+    truth = torch.nn.functional.cosine_similarity(fine, rough, dim=0).item()
     report = coarse.info.precision["rounding"]
+    assert isinstance(report, dict)
     assert report["source_dtype"] == "bfloat16"
     assert report["expected_cosine"] == pytest.approx(truth, abs=0.03)
     with pytest.warns(PrecisionWarning, match="taken from bfloat16"):

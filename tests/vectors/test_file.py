@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import JsonValue
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +34,7 @@ BASE = "blake3:" + "0" * 64
 
 def example(dtype=torch.float32):
     delta = {"layer.weight": torch.randn(6, 4), "experts": torch.randn(3, 5, 4), "norm.weight": torch.randn(4)}
-    recipe = {"method": "dpo", "beta": 0.1, "steps": [1, 2], "note": None}
+    recipe: dict[str, JsonValue] = {"method": "dpo", "beta": 0.1, "steps": [1, 2], "note": None}
     return vector_from_state(delta, preference="helpful", base_fingerprint=BASE, dtype=dtype, recipe=recipe)
 
 
@@ -66,17 +67,17 @@ def test_saved_and_loaded_is_the_same(form, shard, tmp_path):
 @settings(deadline=None)  # a busy machine is no failure
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
     name=st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20),
 )
 def test_any_numbers_survive_storage(values, dtype, name):
-    stored = torch.tensor(values).clamp(-1e38, 1e38).to(dtype)
-    info = VectorInfo(preference="p", form="full", dtype=str(dtype)[6:], base_fingerprint=BASE)
+    stored = torch.tensor(values).clamp(-1e38, 1e38).to(getattr(torch, dtype))
+    info = VectorInfo(preference="p", form="full", dtype=dtype, base_fingerprint=BASE)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_vector(save_vector(PreferenceVector(info, {name: Full(stored)}), folder))
         entry = loaded.entry(name)
         assert isinstance(entry, Full)
-        width = torch.int32 if dtype == torch.float32 else torch.int16
+        width = torch.int32 if dtype == "float32" else torch.int16
         assert torch.equal(entry.values.view(width), stored.view(width))  # signs of zero and denormals included
 
 
@@ -101,7 +102,10 @@ def test_a_single_file_and_loading_lazily(tmp_path):
     entry = load_vector(folder / "vector.safetensors").entry("layer.weight")
     assert isinstance(entry, Full)
     again = load_vector(folder)
-    assert again.entry("layer.weight").values.data_ptr() == again.entry("layer.weight").values.data_ptr()
+    first, second = again.entry("layer.weight"), again.entry("layer.weight")
+    assert isinstance(first, Full)
+    assert isinstance(second, Full)
+    assert first.values.data_ptr() == second.values.data_ptr()
 
 
 def test_names_that_look_like_factors(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from prefvec_ray.common.errors import InputError
@@ -176,7 +177,12 @@ def test_a_folder_is_hashed_once_and_again_when_a_file_changes(tmp_path, monkeyp
     file, hour = tmp_path / "model.safetensors", 3600 * 10**9
     hashed = []
     real = fingerprints.tensor_digest
-    monkeypatch.setattr(fingerprints, "tensor_digest", lambda tensor: hashed.append(tensor.shape) or real(tensor))
+
+    def counted(tensor: Tensor) -> str:
+        hashed.append(tensor.shape)
+        return real(tensor)
+
+    monkeypatch.setattr(fingerprints, "tensor_digest", counted)
 
     def written(change: float, age: int) -> str:
         save_file(state | {"b.weight": torch.full((4,), change)}, file)

@@ -1,5 +1,7 @@
 """Other forms of the same vector, and the errors that they state."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,7 +47,8 @@ CONVERSIONS = {
 def test_the_stated_error_is_the_true_one(conversion, vector):
     convert, low, high = CONVERSIONS[conversion]
     other = convert(vector)
-    stated = other.info.precision["conversions"][-1]["relative_error"]
+    precision: dict[str, Any] = other.info.precision
+    stated = precision["conversions"][-1]["relative_error"]
     assert stated == pytest.approx(relative_error(vector, other), rel=1e-3, abs=1e-7)
     assert low <= stated <= high
     assert other.names() == vector.names()
@@ -61,7 +64,9 @@ def test_truncation_is_the_best_of_its_rank(vector):
         best = (U[..., :3] * S[..., None, :3]) @ Vh[..., :3, :]
         torch.testing.assert_close(low.dense(name).double(), best, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(singular_values(vector.entry(name)), S, atol=1e-6, rtol=1e-6)
-        assert low.entry(name).rank == 3
+        entry = low.entry(name)
+        assert isinstance(entry, LowRank)
+        assert entry.rank == 3
     assert not isinstance(low.entry("norm"), LowRank)
     assert torch.equal(low.dense("norm"), vector.dense("norm"))
 
@@ -69,19 +74,24 @@ def test_truncation_is_the_best_of_its_rank(vector):
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
 def test_energy_takes_the_smallest_rank_that_keeps_it(energy, vector):
     low = to_low_rank(vector, energy=energy)
-    assert to_low_rank(vector, energy=1.0).entry("rank 5").rank == 5
+    exact = to_low_rank(vector, energy=1.0).entry("rank 5")
+    assert isinstance(exact, LowRank)
+    assert exact.rank == 5
     for name in ("wide", "tall", "rank 5"):
         squares = torch.linalg.svdvals(vector.dense(name).double()).square()
-        kept, rank = squares.cumsum(0) / squares.sum(), low.entry(name).rank
-        assert kept[rank - 1] >= energy - 1e-9
-        assert rank == 1 or kept[rank - 2] < energy
+        kept, entry = squares.cumsum(0) / squares.sum(), low.entry(name)
+        assert isinstance(entry, LowRank)
+        assert kept[entry.rank - 1] >= energy - 1e-9
+        assert entry.rank == 1 or kept[entry.rank - 2] < energy
 
 
 def test_a_low_rank_vector_is_shortened_from_its_factors(vector):
     once, twice = to_low_rank(vector, rank=2), to_low_rank(to_low_rank(vector, rank=4), rank=2)
     for name in ("wide", "experts"):
         torch.testing.assert_close(once.dense(name), twice.dense(name), atol=1e-5, rtol=1e-4)
-    assert len(twice.info.precision["conversions"]) == 2
+    conversions = twice.info.precision["conversions"]
+    assert isinstance(conversions, list)
+    assert len(conversions) == 2
 
 
 def test_int8_has_one_scale_per_row(vector):
