@@ -3,6 +3,7 @@
 What an earlier release wrote is read too."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ SHIFTS = {"chosen_shift": 0.07, "rejected_shift": -0.07}
 HELD_OUT = {"step": 10, "accuracy": 0.86, "margin": 0.014, "loss": 0.686, "pairs": 64, **SHIFTS}
 POINT = {"step": 3, "loss": 0.69, "accuracy": 0.5, "margin": 0.001, "chosen_shift": 0.01}
 WATCH = {"evaluations": 5, "held_out_pairs": 64, "kl_samples": 16, "kl_tokens": 64, "wrong_way": 3.0, "report_to": []}
-SPEC = {
+SPEC: dict[str, Any] = {
     "key": "helpful-positive-s0-d21f9b6f31",
     "preference": "helpful",
     "polarity": "positive",

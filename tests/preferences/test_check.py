@@ -145,6 +145,7 @@ def test_lengths_are_those_that_trl_trains_on(tokenizer, tmp_path):
         processing_class=tokenizer,
     )
     kept = trainer.train_dataset
+    assert lengths is not None
     assert lengths.left_out == len(rows) - len(kept) > 5
     longest = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in kept]
     assert lengths.truncated == lengths.left_out + sum(length > limit for length in longest) > lengths.left_out
@@ -167,8 +168,8 @@ def test_pairs_beyond_the_context_of_the_base_are_an_error(tokenizer):
     found = check_splits(splits, tokenizer=tokenizer, max_length=1024, context=64)
     (error,) = found.errors
     assert "and the base has a context of 64; set dpo.max_length to 64 or less" in error
-    for fits in ({"max_length": 64, "context": 64}, {"max_length": 1024, "context": 1024}, {"max_length": 1024}):
-        assert check_splits(splits, tokenizer=tokenizer, **fits).errors == []
+    for limit, context in ((64, 64), (1024, 1024), (1024, None)):
+        assert check_splits(splits, tokenizer=tokenizer, max_length=limit, context=context).errors == []
 
 
 def test_a_chat_template_that_takes_no_system_messages_is_an_error_that_says_what_to_do(tokenizer):
@@ -181,7 +182,9 @@ def test_a_chat_template_that_takes_no_system_messages_is_an_error_that_says_wha
     assert "system: fold" in kept.errors[0]
     folded = check_splits({"helpful": load_split(rows, system="fold")}, tokenizer=tokenizer, max_length=200)
     assert folded.errors == []
-    assert folded.preferences["helpful"].lengths.refused == 0
+    lengths = folded.preferences["helpful"].lengths
+    assert lengths is not None
+    assert lengths.refused == 0
 
 
 def framed(tokenizer, template, **special):

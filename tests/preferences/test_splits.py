@@ -61,6 +61,7 @@ def test_prompts_that_differ_in_white_space_or_unicode_form_only_stay_together()
 
 def test_held_out_pairs_from_a_source_of_their_own(tmp_path):
     split = load_split(rows(9), test=rows(3), rows=5)
+    assert split.loaded_test is not None
     assert (len(split.train), len(split.test), split.loaded_test.rows) == (5, 3, 3)
     assert split.train[0] == rows(1)[0]
     with pytest.raises(InputError, match="must both be texts or conversations"):

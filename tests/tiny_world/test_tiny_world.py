@@ -150,9 +150,9 @@ def test_mistakes_are_named():
     with pytest.raises(InputError, match="preset 'huge'"):
         TinyWorld("huge")
     with pytest.raises(InputError, match="split 'test'"):
-        world.prompts("test")
+        world.prompts("test")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="split of preference rows 'search'"):
-        world.preference_rows("search")
+        world.preference_rows("search")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="not in this world"):
         world.score(Prompt("How to fly?", "fly", "safe", "How to {task}?"), "Use a broom.")
     with pytest.raises(InputError, match="1 prompts but 2 responses"):
