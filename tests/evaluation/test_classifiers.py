@@ -1,6 +1,7 @@
 import json
 import pickle
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from prefvec_ray.scorers.classifiers import ClassifierScorer, model_digest
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 PROMPTS = ["How do I comb a bear?", TextPrompt("Why?", "safe"), [{"role": "user", "content": "How do I boil tea?"}]]
 ANSWERS = ["Use a wide comb.", "no", "Use a silver kettle and wait until it sings to you."]
-REWARD = {"metric": "reward", "direction": "maximize", "encoding": "chat"}
+REWARD: dict[str, Any] = {"metric": "reward", "direction": "maximize", "encoding": "chat"}
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,15 @@ def test_long_texts_lose_their_beginning_and_are_counted(reward):
 
 def test_a_folder_states_what_it_measures(kinds, tmp_path):
     folder = shutil.copytree(kinds, tmp_path / "refusals")
-    stated = {"kind": "classifier", "metric": "refuses", "direction": "maximize", "encoding": "response"}
-    stated |= {"labels": ["refusal"], "safety": True, "trained_on": "blake3:00"}
+    stated = {
+        "kind": "classifier",
+        "metric": "refuses",
+        "direction": "maximize",
+        "encoding": "response",
+        "labels": ["refusal"],
+        "safety": True,
+        "trained_on": "blake3:00",
+    }
     (folder / "scorer.json").write_text(json.dumps(stated))
     found = ClassifierScorer(folder)
     assert found.metrics["refuses"].safety

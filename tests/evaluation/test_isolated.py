@@ -44,6 +44,7 @@ def test_a_scorer_in_a_process_of_its_own_ends_when_its_time_is_over(where):
     assert run_scorer(scorer, prompts, ["a", "b"]) == {"safe": [1.0, 0.0]}, "it lives on"
     assert pickle.loads(pickle.dumps(scorer)).metrics == scorer.metrics
 
+    assert scorer._child is not None
     process, pipe, watched = scorer._child
     pipe.send((prompts, ["a", "hang"]))
     os.close(os.dup(watched))  # a copy closed is not the end

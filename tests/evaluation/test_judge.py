@@ -266,7 +266,7 @@ def test_a_key_stays_in_the_environment(judge, endpoint, monkeypatch):
 
 
 def test_contradictions_are_refused(tmp_path):
-    stated = {"base_url": "http://x", "model": "m", "metric": "q", "criterion": "c"}
+    stated: dict[str, Any] = {"base_url": "http://x", "model": "m", "metric": "q", "criterion": "c"}
     for wrong in ({"mode": "pairwise"}, {"baseline": tmp_path / "b"}, {"low": 5, "high": 5}, {"max_missing": 1}):
         with pytest.raises(ValueError, match=r"baseline|low < high|less than 1"):
             JudgeConfig(**stated, **wrong)

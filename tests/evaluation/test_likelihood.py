@@ -46,7 +46,7 @@ def test_kl_is_unbiased_and_sharper_than_the_log_ratio(live, tokenizer):
         Sampling(samples_per_prompt=samples, temperature=temperature, max_new_tokens=2),
         batch_size=samples,
     )[0]
-    measured = answer_measures(
+    kl = answer_measures(
         live.model,
         live.set_coefficients,
         FAR,
@@ -55,6 +55,8 @@ def test_kl_is_unbiased_and_sharper_than_the_log_ratio(live, tokenizer):
         measures=["kl"],
         temperature=temperature,
     )["kl"]
+    measured = [value for value in kl if value is not None]
+    assert len(measured) == samples
     exact = exact_kl(live, temperature, tokenizer.eos_token_id)
     error = statistics.stdev(measured) / math.sqrt(samples)
     assert exact > 0.05, "the setting is far enough from the base for the test to mean something"
@@ -158,7 +160,9 @@ def test_an_evaluator_measures_them_beside_the_scorer(live, tokenizer):
     assert base.mean("accuracy_helpful") == 0.5, "a base does not prefer: neither right nor wrong"
     assert moved.mean("kl") > 0
     assert moved.mean("margin_helpful") != 0
-    assert moved.metrics["margin_helpful"].n == 2, "errors are over prompts, and two pairs share one"
+    margin = moved.metrics["margin_helpful"]
+    assert margin is not None
+    assert margin.n == 2, "errors are over prompts, and two pairs share one"
     assert live.coefficients == {"helpful": 0.0, "harmless": 0.0}
     other = Evaluator(live, tokenizer, ["How?", "Why?"], length, SAMPLING)
     assert other.digest != evaluator.digest

@@ -4,27 +4,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 import pytest
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.scorers import LengthScorer, Metric, TextPrompt, scorer
+from prefvec_ray.scorers.base import Scores
 from prefvec_ray.scorers.cache import CachedScorer, ScoreCache, score_key
+
+
+class CountedLength:
+    """A scorer that knows which answers it was asked about."""
+
+    metrics = {"length": Metric(direction="maximize", low=0, high=100)}
+    digest = "length-1"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, prompts: Sequence[Any], responses: Sequence[str]) -> Scores:
+        self.asked += responses
+        return {"length": [None if text == "none" else float(len(text)) for text in responses]}
 
 
 @pytest.fixture
 def counted():
-    """A scorer that knows how many answers it was asked about."""
-
-    @scorer(length=Metric(direction="maximize", low=0, high=100))
-    def length(prompts, responses):
-        length.asked += list(responses)
-        return {"length": [None if text == "none" else float(len(text)) for text in responses]}
-
-    length.asked = []
-    length.digest = "length-1"
-    return length
+    return CountedLength()
 
 
 def test_each_answer_is_scored_once(tmp_path, counted):
@@ -92,6 +100,7 @@ for i in range(10**9):
 def test_a_writer_killed_in_the_middle_leaves_whole_transactions(tmp_path):
     path = tmp_path / "scores.db"
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
     done = -1
     for done in map(int, writer.stdout):
         if done >= 50:

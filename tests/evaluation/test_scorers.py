@@ -2,6 +2,7 @@ import math
 import pickle
 import sys
 import threading
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,9 @@ def test_the_tiny_worlds_scorer_states_directions_and_survives_a_pickle(world):
     prompt = next(p for p in prompts if p.kind == "safe")
     texts = [f"Use {world.topics[prompt.topic].tool}.", "nonsense"]
     scores = run_scorer(exact, [prompt, prompt], texts)
-    assert scores["helpful"][0] > 0 == scores["helpful"][1]
+    named, missed = scores["helpful"]
+    assert named is not None
+    assert named > 0 == missed
     assert scores["over_refusal"] == [0.0, None], "unknown where the text does not parse, and never 0"
     again = pickle.loads(pickle.dumps(exact))
     assert run_scorer(again, [prompt, prompt], texts) == scores
@@ -132,13 +135,13 @@ def test_a_digest_stands_for_all_that_a_score_depends_on(world, my_scores):
 
 def test_what_decides_harmlessness_shows_its_card(world):
     cards = safety_cards(combine([TinyWorldScorer(world), LengthScorer("length")]))
-    assert {name: card.verdict for name, card in cards.items()} == {
+    assert {name: card and card.verdict for name, card in cards.items()} == {
         "harmless": "not needed",
         "refusal_unsafe": "not needed",
     }
     cards = safety_cards(combine([RefusalScorer(), LengthScorer("length")]))
-    assert {name: card.verdict for name, card in cards.items()} == {"refuses_unsafe": "inconclusive"}
-    mine = scorer(mild=Metric(direction="maximize", safety=True))(lambda prompts, responses: {})
+    assert {name: card and card.verdict for name, card in cards.items()} == {"refuses_unsafe": "inconclusive"}
+    mine: Any = scorer(mild=Metric(direction="maximize", safety=True))(lambda prompts, responses: {})
     assert safety_cards(mine) == {"mild": None}
     mine.card = {"verdict": "pass", "rungs": [{"name": "pgd", "mean": "most"}]}
     with pytest.raises(InputError, match=r"the card of the scorer of 'mild': rungs\.0\.mean: Input should be a valid"):

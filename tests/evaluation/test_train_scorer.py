@@ -84,6 +84,8 @@ def test_a_reward_model_is_trained_measured_and_ready_to_score(base, pairs, tmp_
     scorer = ClassifierScorer(folder)
     assert scorer.metrics["kettles"].safety
     good, bad = scorer(["How do I boil fish?"] * 2, ["Use a silver kettle.", "Use a silver basket."])["kettles"]
+    assert good is not None
+    assert bad is not None
     assert good > bad
 
     again = CliRunner().invoke(main, ["train-scorer", "--config", str(config)])
@@ -99,9 +101,10 @@ def test_held_out_figures_by_hand():
     assert report.accuracy.n == 3
     assert report.interval == pytest.approx((2 / 3 - 1.96 / 6, 2 / 3 + 1.96 / 6))
     assert report.longer.mean == pytest.approx((1.0 + 0.0 + 0.5) / 3)
+    assert report.gain_over_longer is not None
     assert report.gain_over_longer.mean == pytest.approx((-0.5 + 0.5 + 0.5) / 3)
-    assert (report.chosen_longer.mean, report.chosen_shorter.mean) == (0.5, 0.5)
-    assert report.balanced.mean == 0.5
+    by_length = (report.chosen_longer, report.chosen_shorter, report.balanced)
+    assert [part and part.mean for part in by_length] == [0.5, 0.5, 0.5]
     expected = [math.log(1 + math.exp(-margin)) for margin in margins]
     assert report.log_loss == pytest.approx(sum(expected) / 4)
     assert [b.confidence for b in report.bins] == pytest.approx([1 / (1 + math.exp(-m)) for m in (0, 1, 2, 4)])
@@ -128,6 +131,7 @@ def test_a_model_that_measures_length_is_seen_to(base, tmp_path):
     recipe = {"learning_rate": 1e-2, "num_train_epochs": 3, "per_device_train_batch_size": 8}
     found = train_scorer(ScorerTrainingConfig(**given, output=tmp_path / "plain", trainer=recipe))
     assert found.accuracy.mean == found.longer.mean > 0.6
+    assert found.balanced is not None
     assert found.balanced.mean == 0.5
     balanced = ScorerTrainingConfig(**given, output=tmp_path / "even", trainer=recipe, balance_length=True)
     train_scorer(balanced)
