@@ -5,6 +5,7 @@ import torch
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.robustness import Ball, Ladder, strong_attack
+from prefvec_ray.robustness.attacks import Attack
 from prefvec_ray.robustness.audit import run_attacks
 from prefvec_ray.robustness.threat import correct
 
@@ -70,8 +71,9 @@ def test_the_ensemble_is_at_most_its_weakest_part(plain, digits):
     ball = Ball(0.08)
     ladder = Ladder(strong_steps=5, restarts=1, apgd_steps=10, fab_steps=3, square_queries=30, batch=64)
     full = run_attacks(plain, x, y, ball, ladder)["ensemble"]
-    for name, steps in (("apgd-ce", 10), ("apgd-t", 10)):
-        alone = correct(plain, strong_attack(name, plain, x, y, ball, classes=10, steps=steps), y)
+    attacks: tuple[Attack, ...] = ("apgd-ce", "apgd-t")
+    for name in attacks:
+        alone = correct(plain, strong_attack(name, plain, x, y, ball, classes=10, steps=10), y)
         assert full.sum() <= alone.sum() + 1
 
 
@@ -79,4 +81,4 @@ def test_nothing_to_attack_and_an_unknown_attack(plain, digits):
     x, y = digits.test
     assert strong_attack("fab", plain, x[:0], y[:0], Ball(0.1), classes=10, steps=5).shape == x[:0].shape
     with pytest.raises(InputError, match="unknown attack 'cw'"):
-        strong_attack("cw", plain, x, y, Ball(0.1), classes=10, steps=5)
+        strong_attack("cw", plain, x, y, Ball(0.1), classes=10, steps=5)  # type: ignore[arg-type]

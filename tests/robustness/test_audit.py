@@ -39,12 +39,14 @@ class Saturated(nn.Module):
 
 @pytest.fixture(scope="module")
 def masked(plain, digits):
-    return audit(Saturated(plain), *digits.test, Ball(0.15), SHORT)
+    x, y = digits.test
+    return audit(Saturated(plain), x, y, Ball(0.15), SHORT)
 
 
 @pytest.fixture(scope="module")
 def healthy(robust, many_digits):
-    return audit(robust, *many_digits.test, Ball(0.1), SHORT)
+    x, y = many_digits.test
+    return audit(robust, x, y, Ball(0.1), SHORT)
 
 
 def test_masked_gradients_are_caught(masked, plain, digits):
@@ -54,7 +56,8 @@ def test_masked_gradients_are_caught(masked, plain, digits):
     assert masked.gap(MASKING).low > 0
     assert (masked.verdict, masked.finding) == ("fail", "masked gradients")
     assert "the gradients mislead" in masked.reason
-    honest = audit(plain, *digits.test, Ball(0.15), SHORT)
+    x, y = digits.test
+    honest = audit(plain, x, y, Ball(0.15), SHORT)
     assert honest.finding != "masked gradients", "the same network without the factor"
     assert honest.rung(ENSEMBLE).mean == pytest.approx(masked.rung(ENSEMBLE).mean, abs=0.1)
 
@@ -82,14 +85,15 @@ def test_the_card(healthy, robust, many_digits):
         assert set(rate) == {"name", "mean", "low", "high", "n"}
         assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
         assert rate["n"] == 600
-    again = audit(robust, *many_digits.test, Ball(0.1), SHORT)
+    x, y = many_digits.test
+    again = audit(robust, x, y, Ball(0.1), SHORT)
     kept = {"created", "seconds"}
     assert again.model_dump(exclude=kept) == healthy.model_dump(exclude=kept), "the same seed gives the same card"
 
 
-def rates(clean, pgd10, strong, black, full, n=1000):
+def rates(shares, n):
     names = ("clean", PGD, STRONG, BLACK_BOX, ENSEMBLE)
-    standing = [torch.arange(n) < round(share * n) for share in (clean, pgd10, strong, black, full)]
+    standing = [torch.arange(n) < round(share * n) for share in shares]
     gaps = tuple(
         Gap.paired(name, standing[a], standing[b])
         for name, a, b in ((OVERESTIMATE, 1, 4), (WEAKNESS, 1, 2), (MASKING, 2, 3))
@@ -112,7 +116,8 @@ def rates(clean, pgd10, strong, black, full, n=1000):
     ],
 )
 def test_verdicts(shares, n, floor, expected):
-    verdict, finding, reason = judge(*rates(*shares, n=n), Ladder(floor=floor))
+    measured, gaps = rates(shares, n)
+    verdict, finding, reason = judge(measured, gaps, Ladder(floor=floor))
     assert (verdict, finding) == expected, reason
 
 

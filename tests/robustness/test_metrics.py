@@ -38,10 +38,10 @@ def test_fosc_is_the_maximum_that_its_definition_asks_for():
         torch.testing.assert_close(measure(gradient, moved, x, ball), best)
 
 
-@pytest.mark.parametrize("limits", [(None, None), (0.0, 1.0)])
-def test_the_same_in_l2(limits):
+@pytest.mark.parametrize(("low", "high"), [(None, None), (0.0, 1.0)])
+def test_the_same_in_l2(low, high):
     torch.manual_seed(0)
-    ball, x, gradient = Ball(0.5, *limits, norm="l2"), torch.rand(6, 3), torch.randn(6, 3)
+    ball, x, gradient = Ball(0.5, low, high, norm="l2"), torch.rand(6, 3), torch.randn(6, 3)
     best = ball.furthest(gradient, x)
     assert (best - x).norm(dim=1).max() <= 0.5 + 1e-6
     assert ball.low is None or (best.min() >= 0 and best.max() <= 1)

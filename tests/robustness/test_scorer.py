@@ -1,6 +1,7 @@
 """A harm classifier from the tiny world: trained, read by evaluation, audited, its words attacked."""
 
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -51,9 +52,11 @@ def test_evaluation_reads_the_folder_and_the_card(folder, card):
     texts = load_texts("micro")[1]
     prompts, answers = zip(*texts.rows, strict=True)
     scores = scorer(prompts, answers)["harmless"]
-    harmful = [score for score, label in zip(scores, texts.labels, strict=True) if label == "harmful"]
-    fine = [score for score, label in zip(scores, texts.labels, strict=True) if label == "fine"]
-    assert sum(fine) / len(fine) > sum(harmful) / len(harmful) + 0.1
+    by_label: dict[str, list[float]] = {}
+    for score, label in zip(scores, texts.labels, strict=True):
+        assert score is not None
+        by_label.setdefault(label, []).append(score)
+    assert fmean(by_label["fine"]) > fmean(by_label["harmful"]) + 0.1
     assert scorer.metrics["harmless"].safety
     assert scorer.card is not None
     assert scorer.card["verdict"] == card.verdict, "not stale: the digest is that of the weights"
@@ -96,7 +99,9 @@ def test_what_the_audit_attacks_is_the_classifier_itself(folder):
 
 
 def test_the_card_of_a_scorer(card, folder):
-    assert card.model_digest == read_card(folder)["model_digest"]
+    stored = read_card(folder)
+    assert stored is not None
+    assert card.model_digest == stored["model_digest"]
     assert card.epsilon == RECIPE.epsilon
     assert card.ladder.floor == pytest.approx(0.45, abs=0.15), "the share of the largest class"
     assert card.words.mean <= card.words.random.mean <= card.clean.mean
@@ -120,7 +125,9 @@ def test_the_commands(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     for rung in ("clean", "pgd", "black box", "ensemble", "greedy"):
         assert rung in printed
-    assert read_card(folder)["epsilon"] == 0.2
+    card = read_card(folder)
+    assert card is not None
+    assert card["epsilon"] == 0.2
     assert (folder / "audit.png").stat().st_size > 5000
 
 
@@ -165,7 +172,9 @@ def test_weights_that_change_make_the_card_stale(card, folder, tmp_path):
     weights = load_file(copy / "model.safetensors")
     weights["classifier.bias"] = weights["classifier.bias"] + 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    assert read_card(copy)["verdict"] == "stale"
+    stored = read_card(copy)
+    assert stored is not None
+    assert stored["verdict"] == "stale"
 
 
 def test_mistakes(folder, tmp_path):

@@ -45,8 +45,9 @@ def test_a_study_in_the_shortest_slices_is_the_study_at_a_stretch(tmp_path):
 
 def test_a_residual_network_on_pictures_as_well(tmp_path):
     draw = np.random.default_rng(0)
-    arrays = {f"x_{part}": draw.integers(0, 256, (24, 32, 32, 3)).astype("uint8") for part in ("train", "test")}
-    np.savez(tmp_path / "cifar.npz", **arrays, y_train=np.arange(24) % 10, y_test=np.arange(24) % 10)
+    x_train, x_test = (draw.integers(0, 256, (24, 32, 32, 3)).astype("uint8") for _ in range(2))
+    y = np.arange(24) % 10
+    np.savez(tmp_path / "cifar.npz", x_train=x_train, x_test=x_test, y_train=y, y_test=y)
     config = StudyConfig(
         data=str(tmp_path), network="narrow", merge=True, watch=8, test=8, epochs=2, augment=True, weight_decay=5e-4,
         grids=(Grid(epsilon=(8 / 255,), batch=(8,), classes=(5,), seeds=1),), ladder=SHORT,

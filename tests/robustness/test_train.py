@@ -94,8 +94,9 @@ def test_channels_last_changes_nothing_but_rounding():
     torch.manual_seed(0)
     network, x = build_network("narrow", 3, 10).eval(), torch.rand(4, 3, 32, 32)
     found = network(x)
-    assert network.body.embedder.embedder.convolution.weight.is_contiguous(memory_format=torch.channels_last)
-    usual = network.to(memory_format=torch.contiguous_format)
+    weight = network.get_parameter("body.embedder.embedder.convolution.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    usual = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     torch.testing.assert_close(usual(x), found, atol=1e-5, rtol=1e-4)
 
 
