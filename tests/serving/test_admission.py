@@ -23,6 +23,7 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.http.admission import AdmissionController, AdmittedRequest
 from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
 from prefvec_ray.serving.release.release import Release, resolve_release
+from prefvec_ray.serving.request import GenerationRequest
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "the secret plan"}]}
 
@@ -151,7 +152,11 @@ def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_p
         n: config.get("ranges", {}).get(n, config.get("default_range", {"min": -1, "max": 1}))
         for n in ("helpful", "harmless")
     }
-    for key, allowed, free in ((None, everybody, {}), (secret, everybody | holder.get("ranges", {}), holder)):
+    callers: list[tuple[str | None, dict[str, Any], dict[str, Any]]] = [
+        (None, everybody, {}),
+        (secret, everybody | holder.get("ranges", {}), holder),
+    ]
+    for key, allowed, free in callers:
         floors = {} if free.get("may_go_below_floor") else config.get("floors", {})
         for body in bodies:
             try:
@@ -375,7 +380,9 @@ def test_more_ids_than_the_context_has_room_for_reach_no_replica_and_count_for_t
         return refusal(admission, {"model": "tiny", "prompt": [[1, 2], [1] * count]}, kind=TextBody, **how)
 
     assert ids(513) == (400, "context_length_exceeded"), "the base's context is 512"
-    assert enter(admission, {"model": "tiny", "prompt": [1] * 512}, kind=TextBody).job.prompts == ((1,) * 512,)
+    longest = enter(admission, {"model": "tiny", "prompt": [1] * 512}, kind=TextBody).job
+    assert isinstance(longest, GenerationRequest)
+    assert longest.prompts == ((1,) * 512,)
     assert ids(101, key=short) == (400, "context_length_exceeded"), "this key has less"
     assert ids(10_000, key=short) == (400, "context_length_exceeded")
     assert ids(101, key=short)[0] == 429, "30 kB of refused ids were charged"

@@ -94,7 +94,7 @@ def test_choices_seeds_and_stop(endpoint):
 
 
 def test_text_completions_take_text_lists_and_tokens(endpoint, tokenizer, merged_alone):
-    def complete(prompt: Any, **settings: Any) -> Completion:
+    def complete(prompt: Any, **settings: Any) -> Any:
         return endpoint.client.completions.create(
             model="tiny",
             prompt=prompt,
@@ -113,7 +113,7 @@ def test_text_completions_take_text_lists_and_tokens(endpoint, tokenizer, merged
 
 
 def test_a_preset_is_a_model_name_and_takes_up_its_newest_version(endpoint, said):
-    def ask() -> ChatCompletion:
+    def ask() -> Any:
         return endpoint.client.chat.completions.create(**ASK | {"model": "tiny@cautious"})
 
     first = ask()
@@ -147,7 +147,7 @@ def test_answers_fit_openais_own_types_strictly(endpoint):
     Completion.model_validate(endpoint.post(text, "/completions").json(), strict=True)
 
 
-BAD = [
+BAD: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"preferences": {"helpfull": 1.0}}, 400, "unknown_preference", "preferences.helpfull"),
     ({"preferences": {"harmless": -0.1}}, 400, "preference_out_of_range", "preferences.harmless"),
     ({"preferences": {"helpful": float("nan")}}, 400, None, "preferences"),

@@ -34,7 +34,10 @@ TEXT: dict[str, Any] = {
     "logprobs": 2,
 }
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
-PATHS = {"/chat/completions": (CHAT, ChatCompletion), "/completions": (TEXT, Completion)}
+PATHS: dict[str, tuple[dict[str, Any], type[Any]]] = {
+    "/chat/completions": (CHAT, ChatCompletion),
+    "/completions": (TEXT, Completion),
+}
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -48,9 +51,9 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
 def test_whole_answers_and_streams_are_openais_and_tell_the_same(endpoint, path):
     ask, kind = PATHS[path]
     response = endpoint.post(ask, path)
-    whole = kind.model_validate(response.json(), strict=True)
+    whole: Any = kind.model_validate(response.json(), strict=True)
     assert response.headers["x-request-id"]
-    chunks = []
+    chunks: list[Any] = []
     for event in events(endpoint.post(ask | STREAM, path)):
         if kind is Completion:
             for choice in event["choices"]:  # null until the last, as OpenAI sends it; its type does not say so

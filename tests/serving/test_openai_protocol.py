@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 from openai.types.chat import ChatCompletionMessage
+from pydantic import BaseModel
 
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
@@ -20,7 +21,7 @@ def many(head: str, item: str, tail: str, size: int = 1_000_000) -> bytes:
 
 TEXT = '{"model":"tiny","prompt":['
 CHAT = '{"model":"tiny","messages":[{"role":"user","content":['
-STORMS = {
+STORMS: dict[str, tuple[type[BaseModel], bytes]] = {
     "objects": (TextBody, many(TEXT, "{}", "]}")),
     "nulls": (TextBody, many(TEXT, "null", "]}")),
     "floats": (TextBody, many(TEXT, "1.5", "]}")),

@@ -1,7 +1,9 @@
 """What a caller may ask for, and what an operator may write."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -15,11 +17,13 @@ POLICY = Policy({"helpful": Range(), "harmless": Range(min=0.2, max=1, default=0
 
 
 @dataclass(frozen=True)
-class Part:
+class Vector:
+    """What is looked at of a version of a vector in the registry."""
+
     digest: str
     preference: str
-    parents: dict[str, str]
-    recipe: dict[str, object]
+    parents: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def config(**settings) -> ServingConfig:
@@ -91,11 +95,11 @@ def test_keys_bound_the_parts_by_the_preference():
 
 
 def part(label, labels, whole="blake3:1", preference="helpful"):
-    return Part(f"blake3:{label}", preference, {"whole": whole}, {"part": label, "parts": labels})
+    return Vector(f"blake3:{label}", preference, {"whole": whole}, {"part": label, "parts": labels})
 
 
 HALVES = ["depth1of2", "depth2of2"]
-WHOLE = Part("blake3:1", "helpful", {}, {})
+WHOLE = Vector("blake3:1", "helpful", {}, {})
 
 
 def test_parts_are_found_by_name_and_lineage():
@@ -156,14 +160,6 @@ def test_a_config_that_makes_no_sense_is_one_clear_line(settings, says):
     with pytest.raises(InputError, match=says) as caught:
         config(**settings)
     assert "\n" not in str(caught.value)
-
-
-@dataclass(frozen=True)
-class Vector:
-    """What `no_way_around` looks at."""
-
-    digest: str
-    preference: str
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ def test_what_is_served_cannot_be_retired_until_it_is_let_go(base_folder, vector
     for _ in range(3):
         records.note(release.fingerprint(setting), release, setting, "anonymous")
     records.close()
-    assert registry.served(release.fingerprint(setting)).coefficients == {"helpful@1": 0.5}
+    served = registry.served(release.fingerprint(setting))
+    assert served is not None
+    assert served.coefficients == {"helpful@1": 0.5}
     assert registry.holds() == {}
     registry.retire("helpful@1", "nobody serves it")
 

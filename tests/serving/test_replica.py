@@ -150,7 +150,7 @@ def test_the_event_loop_goes_on_while_a_replica_is_constructed(base_folder, regi
 
     async def construct() -> None:
         asyncio.get_running_loop().call_later(0.01, loop_went_on.set)
-        await replica.__init__(config, resolve_release(config))
+        await replica.__init__(config, resolve_release(config))  # type: ignore[misc]
         replica.check_health()
 
     asyncio.run(construct())

@@ -29,7 +29,7 @@ from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import Release, ServedVector, resolve_release
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
-from prefvec_ray.vectors import LiveModel, LowRank, load_vector, save_vector
+from prefvec_ray.vectors import Entry, LiveModel, LowRank, load_vector, save_vector
 
 DRAW = random.Random(9)
 PROMPT = tuple(DRAW.randrange(5, 300) for _ in range(150))
@@ -251,7 +251,10 @@ def test_settings_stay_where_they_are_merged(served):
 
 def test_a_vector_that_one_replica_cannot_load_is_served_by_none(served, next_helpful, tmp_path):
     third = load_vector(next_helpful)
-    entries = {name: LowRank(entry.A_RI * 2, entry.B_OR) for name, entry in third.entries.items()}
+    entries: dict[str, Entry] = {}
+    for name, entry in third.entries.items():
+        assert isinstance(entry, LowRank)
+        entries[name] = LowRank(entry.A_RI * 2, entry.B_OR)
     version = served.registry.publish_vector(save_vector(type(third)(third.info, entries), tmp_path / "helpful"))
     (file,) = (file for file in version.files if file.name.endswith(".safetensors"))
     blob = next(served.registry.store.folder.rglob(f"{file.digest.removeprefix('blake3:')}*"))
@@ -293,13 +296,15 @@ def test_names_come_and_go_while_callers_see_one_release_at_a_time(served):
             content = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2} | wanted
             answers.append((wanted, client.post("/completions", json=content)))
 
+    def answered(count: int) -> Callable[[], bool]:
+        return lambda: len(answers) > count
+
     with httpx.Client(base_url=served.url, timeout=60) as client, ThreadPoolExecutor(4) as pool:
         callers = [pool.submit(each, client) for each in (read, read, ask, ask)]
         try:
             for config in (more, served.config) * 2:
                 roll_out(config)
-                seen = len(answers) + len(asked)
-                wait_for(lambda seen=seen: len(answers) > seen)
+                wait_for(answered(len(answers) + len(asked)))
         finally:
             done.set()
         for caller in callers:
@@ -383,7 +388,14 @@ def kill(dashboard: str, *deployments: str) -> Callable[[], None]:
 
 
 def test_a_stream_goes_on_when_its_replica_dies(served, ray_cluster):
-    ask = {"model": "tiny", "prompt": list(PROMPT), "n": 8, "max_tokens": 300, "seed": 3, "temperature": 1}
+    ask: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": list(PROMPT),
+        "n": 8,
+        "max_tokens": 300,
+        "seed": 3,
+        "temperature": 1,
+    }
     texts = [""] * 8
     strike, received = kill(ray_cluster, "replica"), 0
     with OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=100) as client:

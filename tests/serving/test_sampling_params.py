@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,9 +62,12 @@ def test_every_parameter_of_a_body_reaches_the_engine_as_it_was_given(
     replica = make_replica(config, resolve_release(config))
     received: list[Request] = []
     submit = replica.engine.submit
-    monkeypatch.setattr(
-        replica.engine, "submit", lambda request, emit: received.append(request) or submit(request, emit)
-    )
+
+    def recorded(request: Request, emit: Callable[..., None]) -> Any:
+        received.append(request)
+        return submit(request, emit)
+
+    monkeypatch.setattr(replica.engine, "submit", recorded)
     try:
         asked = body(kind, **{name: value for name, value in GIVEN.items() if name in SharedParams.model_fields})
         asyncio.run(replica.answer(asked.job(SETTING)))

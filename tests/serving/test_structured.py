@@ -50,19 +50,27 @@ def engine(base_folder, tokenizer, vectors):
         engine.close()
 
 
-def generate(engine: SlotEngine, requests: list[Request]) -> list[list[OutputDelta | Exception]]:
-    answers: list[list[OutputDelta | Exception]] = [[] for _ in requests]
+def generate(engine: SlotEngine, requests: list[Request]) -> list[list[OutputDelta]]:
+    answers: list[list[OutputDelta]] = [[] for _ in requests]
+    errors: list[Exception] = []
     done = threading.Semaphore(0)
 
     def emit(index: int, output: OutputDelta | Exception) -> None:
+        if isinstance(output, Exception):
+            errors.append(output)
+            done.release()
+            return
         answers[index].append(output)
-        if isinstance(output, Exception) or output.finish_reason:
+        if output.finish_reason:
             done.release()
 
     for index, request in enumerate(requests):
         engine.submit(request, partial(emit, index))
     for _ in requests:
         assert done.acquire(timeout=120)
+    for error in errors:
+        assert not any(answers), "an error comes in place of an answer"
+        raise error
     return answers
 
 
@@ -105,9 +113,9 @@ def test_an_answer_that_was_received_in_part_goes_on_within_its_schema(engine):
     text = "".join(delta.text for delta in again)
     Answer.model_validate_json(text)
     # Tokens that no answer of the schema begins with: an error, not an answer that looks like one.
-    ((error,),) = generate(engine, [replace(whole, resume_tokens=(300, 300))])
-    assert isinstance(error, InputError)
-    assert str(error) == TOO_COMPLEX
+    with pytest.raises(InputError) as caught:
+        generate(engine, [replace(whole, resume_tokens=(300, 300))])
+    assert str(caught.value) == TOO_COMPLEX
 
 
 @pytest.mark.parametrize(
@@ -144,7 +152,7 @@ def test_compiled_schemas_are_bounded(tokenizer):
     first = masked(logits, [one, other, None])
     assert torch.equal(first[0], first[1])
     assert torch.equal(first[2], logits[2])
-    assert one.consume_token(first[0].argmax().item())
+    assert one.consume_token(int(first[0].argmax()))
     assert torch.equal(masked(logits, [None, other, None])[1], first[1]), "each answer has a matcher of its own"
 
 

@@ -9,7 +9,8 @@ from prefvec_ray.serving.turns import Turns
 
 
 def test_a_flood_of_one_caller_is_one_piece_of_work_ahead_of_another():
-    turns, done = Turns(), []
+    turns = Turns()
+    done: list[str] = []
 
     async def all_of_it() -> None:
         flood = [asyncio.create_task(turns.run("flood", done.append, f"flood {i}")) for i in range(50)]

@@ -190,8 +190,9 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
     assert httpx.get(f"{own}/playground/app.js", timeout=30).status_code == 200
     reference = httpx.get(f"{own}/docs", timeout=30).text
     assert "/v1/completions" in reference
-    description = re.search(r'href="(openapi\.json)"', reference)[1]
-    assert "/v1/completions" in httpx.get(f"{own}/{description}", timeout=30).json()["paths"]
+    description = re.search(r'href="(openapi\.json)"', reference)
+    assert description is not None
+    assert "/v1/completions" in httpx.get(f"{own}/{description[1]}", timeout=30).json()["paths"]
     assert httpx.get(f"http://127.0.0.1:{alice.port}/prefvec/bob", timeout=30).headers["location"].endswith("/bob/")
     headers = {"authorization": f"Bearer {bob.key}"}
     assert httpx.post(f"{bob.url}/completions", headers=headers, content=b"{", timeout=30).status_code == 415
@@ -223,7 +224,9 @@ def test_two_endpoints_under_two_names_with_their_own_keys_and_ports(alice, user
             start(carol.config, port=port, name=name)
     with socket.create_server(("127.0.0.1", carol.port)), pytest.raises(InputError, match="taken by another program"):
         carol.start()
-    public = replace(inspect_serve(), host="0.0.0.0")
+    running = inspect_serve()
+    assert running is not None
+    public = replace(running, host="0.0.0.0")
     with pytest.raises(InputError, match=r"other machines could reach the endpoint there .*--host 0\.0\.0\.0 if that"):
         choose_route(public, carol.config, "carol", Address("127.0.0.1", carol.port), replace=False)
     assert cluster() == ["alice", "bob", "others"]
@@ -281,7 +284,8 @@ def test_whoever_started_serve_leaves_it_to_the_others(alice, users, cluster, co
     bob = users("bob")
     process = commands(bob)
     lines_until(process, "serving tiny as 'bob'")
-    instance = inspect_serve().controller
+    instance = inspect_serve()
+    assert instance is not None
     stop("alice")
     assert cluster() == ["bob", "others"]
     assert (alice.serves(), bob.serves(), others_answer(alice)) == (False, True, True)
@@ -289,7 +293,9 @@ def test_whoever_started_serve_leaves_it_to_the_others(alice, users, cluster, co
     code, printed = ended(process)
     assert (code, "Traceback" in printed) == (0, False), printed
     assert cluster() == ["others"]
-    assert inspect_serve().controller == instance, "Serve goes on: it was not this process that started it"
+    left = inspect_serve()
+    assert left is not None
+    assert left.controller == instance.controller, "Serve goes on: it was not this process that started it"
     serve.delete("others")
     stop("alice")
     assert inspect_serve() is None, "and ends with its starter, once nothing else runs"

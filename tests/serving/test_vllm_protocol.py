@@ -37,7 +37,13 @@ def test_a_default_schema_is_written_out():
 
 def test_messages_go_on_as_chat_templates_know_them():
     parts = {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}
-    answer = {"role": "assistant", "content": "Four.", "refusal": None, "annotations": [], "reasoning": "I count."}
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Four.",
+        "refusal": None,
+        "annotations": [],
+        "reasoning": "I count.",
+    }
     passed = chat(messages=[parts, *HISTORY, answer]).job(SETTING).body["messages"]
     assert passed[0] == {"role": "system", "content": "Be brief."}
     assert passed[2] == HISTORY[1] | {"content": ""}
