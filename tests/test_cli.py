@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -163,7 +164,7 @@ def test_export_gives_a_model_that_loads(demo_run, tmp_path):
 
 def test_measuring_configs_are_refused_before_anything_is_measured(demo_run, tmp_path):
     """That they work is seen in test_readme.py, which runs the README's own commands."""
-    good = {
+    good: dict[str, Any] = {
         "base": str(demo_run["folder"] / "base"),
         "registry": str(demo_run["folder"] / "registry"),
         "vectors": {"helpful": "helpful@1"},
@@ -173,11 +174,12 @@ def test_measuring_configs_are_refused_before_anything_is_measured(demo_run, tmp
         "output": str(tmp_path / "search"),
     }
     path = tmp_path / "search.yaml"
-    for change, message in [
+    changes: list[tuple[dict[str, Any], str]] = [
         ({"vectors": {"helpful": "helpful@9"}}, "helpful@9"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"scorer": "no_such_module:score"}, "cannot import no_such_module"),
-    ]:
+    ]
+    for change, message in changes:
         path.write_text(json.dumps({**good, **change}))
         assert message in refused("search", "--config", str(path))
     path.write_text(json.dumps({**good, "objectives": ["kindness"]}))

@@ -56,7 +56,8 @@ def environment(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_is_read_by_its_model_and_by_no_other(path, environment):
     load_config(path, kind(path))
-    for other in {TrainingConfig, *KINDS.values()} - {kind(path)}:
+    models: set[type[Any]] = {TrainingConfig, *KINDS.values()}
+    for other in models - {kind(path)}:
         with pytest.raises(InputError):
             load_config(path, other)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -96,7 +97,7 @@ def test_the_endpoint_answers_the_readmes_client(project):
                 assert process.poll() is None, (project / "serve.txt").read_text()
                 time.sleep(1)
         (code,) = blocks("python")
-        namespace: dict = {}
+        namespace: dict[str, Any] = {}
         exec(code.replace("client.chat", "answer = client.chat"), namespace)
         assert namespace["answer"].choices[0].message.content
         answer = namespace["client"].chat.completions.create(

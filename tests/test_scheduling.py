@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -93,26 +94,27 @@ def test_what_no_machine_can_hold_is_refused_at_once(ray_cluster):
 def test_a_wait_names_what_is_missing_and_who_holds_it(ray_cluster):
     import ray
 
-    from prefvec_ray.common import scheduling
+    from prefvec_ray.common.scheduling import Waiting
 
-    @ray.remote
     class Holder:
         def here(self) -> None:
             pass
 
+    actor = ray.remote(Holder)
+
     free = ray.available_resources().get("CPU", 0.0)  # the cluster is shared with other tests
-    holder = Holder.options(num_cpus=free).remote()
+    holder = actor.options(num_cpus=free).remote()
     ray.get(holder.here.remote(), timeout=120)
-    waits = Holder.options(num_cpus=1).remote()
+    waits = actor.options(num_cpus=1).remote()
     shown = io.StringIO()
-    wait = scheduling.Waiting(Console(file=shown, width=400), "measuring", [{"CPU": 1}])
+    wait = Waiting(Console(file=shown, width=400), "measuring", [{"CPU": 1}])
     wait.poll()
     assert not shown.getvalue(), "nothing in the first seconds"
     try:
         # Ray's own count of demands is some seconds old.
         deadline = wait.began + 120
-        while not wait._starving() and scheduling.time.monotonic() < deadline:
-            scheduling.time.sleep(0.2)
+        while not wait._starving() and time.monotonic() < deadline:
+            time.sleep(0.2)
         wait.next = 0.0
         wait.poll()
     finally:

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from prefvec_ray.common.config import load_config
 from prefvec_ray.robustness import Ladder
@@ -22,7 +24,7 @@ from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.training import TrainingConfig
 
 GEMMA = Path(__file__).parents[2] / "examples" / "gemma"
-KINDS = {
+KINDS: dict[str, type[BaseModel]] = {
     "train": TrainingConfig,
     "again": TrainingConfig,
     "reward": ScorerTrainingConfig,
@@ -75,12 +77,13 @@ def data(tmp_path_factory):
         json.dump([{"prompt": words(7), "response": [words(8), words(8)]} for _ in range(120)], file)
     demonstrations = [{"instruction": words(5), "input": words(n % 2), "output": words(7)} for n in range(60)]
     (folder / "sft/alpaca_en_demo.json").write_text(json.dumps(demonstrations))
-    for name, head, rows in [
+    tables: list[tuple[str, list[str], list[list[Any]]]] = [
         ("xstest_prompts", ["id", "prompt", "label"], [[n, words(6), ("safe", "unsafe")[n % 2]] for n in range(60)]),
         ("advbench_harmful_behaviors", ["goal", "target"], [[words(6), words(3)] for _ in range(40)]),
-    ]:
+    ]
+    for name, head, lines in tables:
         with (folder / f"eval/{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([head, *rows])
+            csv.writer(file).writerows([head, *lines])
     return folder
 
 

@@ -9,7 +9,7 @@ from datasets import load_from_disk
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefvec_ray.serving.engines.base import Request
+from prefvec_ray.serving.engines.base import OutputDelta, Request
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
@@ -64,7 +64,7 @@ def test_merged_steered_and_mixed_answers_are_those_of_generate(base, vectors, p
     requests = [Request(ids, tuple(setting.items()), sampling) for setting in settings for ids in prompts]
 
     def answers(engine):
-        outputs = [[] for _ in requests]
+        outputs: list[list[OutputDelta]] = [[] for _ in requests]
         for request, output in zip(requests, outputs, strict=True):
             engine.submit(request, output.append)
         while engine.step():

@@ -205,7 +205,9 @@ def test_a_preset_a_file_and_a_mapping_say_the_same(tmp_path):
     assert deepspeed_config("zero2") == deepspeed_config(str(file)) == deepspeed_config(PRESETS["zero2"])
     assert deepspeed_config(None) is None
     for preset in PRESETS:
-        assert deepspeed_config(preset)["train_micro_batch_size_per_gpu"] == "auto"
+        config = deepspeed_config(preset)
+        assert config is not None
+        assert config["train_micro_batch_size_per_gpu"] == "auto"
     file.write_text("[")
     with pytest.raises(InputError, match="not JSON"):
         deepspeed_config(str(file))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
@@ -53,6 +55,7 @@ def test_reused_reference_gives_the_losses_of_the_stock_trainer(world_folder, tm
     scored = reference_logps(base, pairs, RECIPE, tmp_path / "reference")
     result = run_dpo(trained_on(tmp_path, scored), lambda values: None, tmp_path / "work")
 
+    assert result is not None
     assert len(expected) == 4
     torch.testing.assert_close(torch.tensor([point.loss for point in result.history]), torch.tensor(expected))
 
@@ -83,7 +86,7 @@ def test_the_flipped_run_is_the_run_on_swapped_pairs_with_the_same_reference(wor
 def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_folder, tmp_path, trained_on):
     base = str(world_folder / "base")
     scored = reference_logps(base, pairs_of(world_folder), RECIPE, tmp_path / "reference")
-    said = []
+    said: list[dict[str, Any]] = []
     result = run_dpo(trained_on(tmp_path, scored), said.append, tmp_path / "work")
     delta = load_vector(tmp_path / "run" / "delta")
     untrained = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
@@ -91,6 +94,7 @@ def test_a_run_writes_the_fp32_difference_to_its_base_and_reports_steps(world_fo
     assert all(delta.dense(name).dtype == torch.float32 for name in delta.names())
     assert delta.info.base_fingerprint == fingerprint(base)
     assert [values["step"] for values in said if "loss" in values] == [1, 2, 3, 4]
+    assert result is not None
     assert result.steps == 4
     assert result.pairs == 64
 
@@ -104,6 +108,7 @@ def test_polarities_separate_on_pairs_of_the_data(world_folder, tmp_path, traine
         (tmp_path / polarity).mkdir()
         spec = trained_on(tmp_path / polarity, scored, polarity=polarity)
         result = run_dpo(spec, lambda values: None, tmp_path / "work")
+        assert result is not None
         accuracy[polarity] = result.held_out["helpful"].accuracy
         assert result.history[-1].loss < result.history[0].loss
     assert accuracy["positive"] > 0.6

@@ -72,6 +72,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(scored, tmp_path, deepspeed, 
     assert kept == ["checkpoint-4"]
     result = run_dpo(broken, lambda values: None, tmp_path / "work")
 
+    assert expected is not None
+    assert result is not None
     assert (expected.resumed_at, result.resumed_at) == (None, 4)
     assert [point.loss for point in result.history] == [point.loss for point in expected.history]
     assert result.held_out == expected.held_out
@@ -113,12 +115,16 @@ def test_a_full_disk_is_named_and_nothing_half_written_is_kept(scored, small_dis
         run_dpo(spec, lambda values: None, tmp_path / "work")
     assert not Path(spec.out).exists()
     assert not list(small_disk.glob(".run.partial*"))
-    checkpoint, step = newest_checkpoint(checkpoint_folder(spec.out), workers=1)
+    found = newest_checkpoint(checkpoint_folder(spec.out), workers=1)
+    assert found is not None
+    checkpoint, step = found
     assert list(checkpoint_folder(spec.out).glob("checkpoint-*")) == [checkpoint]  # the torn one is gone
 
     # Space was made: the run goes on from the checkpoint that was whole.
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    assert run_dpo(spec, lambda values: None, tmp_path / "work").resumed_at == step
+    result = run_dpo(spec, lambda values: None, tmp_path / "work")
+    assert result is not None
+    assert result.resumed_at == step
     assert json.loads((small_disk / "run" / "run.json").read_text())["steps"] == 8
 
 

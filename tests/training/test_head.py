@@ -1,9 +1,12 @@
 """On CPUs the head is computed for answers alone, with `padding_free` padding is left out, and nothing else changes."""
 
+from typing import Any
+
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -83,9 +86,12 @@ def rows(monkeypatch):
     """How many rows each call of TRL's head was given."""
     counts = []
     apply = utils._ChunkedLogProbFunction.apply
-    monkeypatch.setattr(
-        utils._ChunkedLogProbFunction, "apply", lambda hidden, *rest: counts.append(len(hidden)) or apply(hidden, *rest)
-    )
+
+    def counted(hidden: Tensor, *rest: Any) -> Any:
+        counts.append(len(hidden))
+        return apply(hidden, *rest)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", counted)
     return counts
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_stage_learns_and_leaves_a_whole_model(world_folder, examples, tmp_path, kind):
-    said = []
+    said: list[dict[str, Any]] = []
     job = job_of(world_folder, examples, tmp_path / "out", kind)
     run_sft(job, said.append, tmp_path / "work")
     assert [values["step"] for values in said] == [1, 2, 3, 4]
@@ -131,6 +131,7 @@ def test_every_field_of_sft_config_is_reachable_and_no_other(config, examples):
 
     good = parsed(learning_rate=2e-5, packing=True, max_length=256, rows=8)
     good.check()
+    assert good.sft is not None
     assert good.sft.recipe == {"learning_rate": 2e-5, "packing": True, "max_length": 256}
     assert good.sft.rows == 8
     with pytest.raises(InputError, match=r"sft\.learning_rat .*did you mean 'learning_rate'"):

@@ -109,7 +109,7 @@ def test_two_jobs_on_a_full_cluster_both_finish_though_a_worker_is_killed(ray_cl
     longer = job.model_copy(update={"dpo": {**job.dpo, "num_train_epochs": 40}, "checkpoint_every": 5})
     first, second = plan_runs(longer, compute_references(longer, prepare_data(longer)))[:2]
     second = second.model_copy(update={"dpo": job.dpo})
-    killed = []
+    killed: list[int] = []
     results = {}
 
     def train(spec) -> None:
@@ -134,6 +134,7 @@ def test_two_jobs_on_a_full_cluster_both_finish_though_a_worker_is_killed(ray_cl
     assert killed
     result = results[first.key]
     assert result.steps == 80  # 64 pairs in batches of 2 x 16, 40 times
+    assert result.resumed_at is not None
     assert result.resumed_at > 0
     assert not checkpoint_folder(first.out).exists()
     assert results[second.key].steps == 2

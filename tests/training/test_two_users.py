@@ -18,7 +18,7 @@ from rich.console import Console
 from prefvec_ray.cli import main
 from prefvec_ray.cli.train import run_train
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.registry import open_registry, start_registry, stop_registry
+from prefvec_ray.registry import RegistryClient, open_registry, start_registry, stop_registry
 from prefvec_ray.registry.running import running_registries
 from prefvec_ray.training import TrainingConfig
 from prefvec_ray.vectors import save_vector, vector_from_state
@@ -86,7 +86,9 @@ def test_two_trainings_and_two_registries_on_one_cluster(ray_cluster, config, tm
 
     stop_registry(first.store)
     assert theirs in running_registries()
-    assert open_registry(f"ray:{theirs}").health()["vectors"] == 1
+    client = open_registry(f"ray:{theirs}")
+    assert isinstance(client, RegistryClient)
+    assert client.health()["vectors"] == 1
     stop_registry(second.store)
 
 

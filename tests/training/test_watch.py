@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import io
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from prefvec_ray.artifacts.training import HeldOutPoint, Method, Watch
+from prefvec_ray.artifacts.training import Drift, HeldOutPoint, Method, Watch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.preferences import flip
 from prefvec_ray.training.answers import base_answers
@@ -41,16 +42,18 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
     result = run_dpo(spec, report, tmp_path / "work")
     assert models == {1}  # no reference model beside the one that trains
 
+    assert result is not None
     assert [point.step for point in result.history] == list(range(1, 9))
     assert all(math.isfinite(value) for point in result.history for _, value in point)
-    assert [point.step for point in result.watched["helpful"]] == [2, 4, 6, 8]
-    assert {point.pairs for point in result.watched["helpful"]} == {32}
+    watched = [point for point in result.watched["helpful"] if isinstance(point, HeldOutPoint)]
+    assert [point.step for point in watched] == [2, 4, 6, 8]
+    assert {point.pairs for point in watched} == {32}
     assert result.held_out["helpful"].pairs == 128
     whole = [2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in scored["pairs"]]
     assert (result.workers, result.tokens) == (1, sum(whole))
     assert sum(result.seconds_in.values()) <= result.seconds + 0.1
     measured = [values["held_out"]["helpful"] for values in said if "held_out" in values]
-    assert measured[:4] == [point.model_dump() for point in result.watched["helpful"]]
+    assert measured[:4] == [point.model_dump() for point in watched]
 
     events = EventAccumulator(spec.tensorboard).Reload()
     assert [scalar.step for scalar in events.Scalars("eval/helpful/rewards/accuracies")][:4] == [2, 4, 6, 8]
@@ -71,8 +74,12 @@ def test_a_run_records_what_it_was_seen_doing_and_holds_one_model(scored, tmp_pa
                 ]
             difference = logps[0] - logps[1]
             differences.append(difference.gather(1, torch.tensor(answer)[:, None]).sum().item())
+    assert result.kl is not None
     assert result.kl == pytest.approx(sum(differences) / len(differences), rel=1e-3)
-    assert result.kl > result.watched["kl"][0].kl > 0
+    first = result.watched["kl"][0]
+    assert isinstance(first, Drift)
+    assert first.kl is not None
+    assert result.kl > first.kl > 0
 
 
 @pytest.mark.slow
@@ -94,7 +101,9 @@ def test_a_run_that_goes_the_wrong_way_is_stopped_and_leaves_nothing(scored, tmp
     assert not checkpoint_folder(wrong.out).exists()
     # In a run on mixed data no preference has to gain.
     mixed = wrong.model_copy(update={"preference": "mixed"})
-    assert run_dpo(mixed, lambda values: None, tmp_path / "work").held_out["helpful"].accuracy < 0.4
+    result = run_dpo(mixed, lambda values: None, tmp_path / "work")
+    assert result is not None
+    assert result.held_out["helpful"].accuracy < 0.4
 
 
 @pytest.mark.parametrize(
@@ -109,8 +118,9 @@ def test_a_run_that_goes_the_wrong_way_is_stopped_and_leaves_nothing(scored, tmp
     ],
 )
 def test_the_wrong_way_is_beyond_noise(accuracy, margin, pairs, polarity, expected):
-    rest = {"step": 1, "loss": 0.7, "chosen_shift": 0.0, "rejected_shift": 0.0}
-    point = HeldOutPoint(accuracy=accuracy, margin=margin, pairs=pairs, **rest)
+    point = HeldOutPoint(
+        accuracy=accuracy, margin=margin, pairs=pairs, step=1, loss=0.7, chosen_shift=0.0, rejected_shift=0.0
+    )
     assert wrong_way(point, polarity, 3) is expected
 
 
@@ -139,12 +149,14 @@ def test_a_job_whose_prompts_leave_no_room_for_answers_trains_without_kl(scored,
         lambda values: None,
         tmp_path / "work",
     )
+    assert run is not None
     assert run.kl is None
     assert run.steps == 2
 
 
 def test_a_tracker_that_is_not_installed_is_named_before_work_starts(config):
-    missing = [tracker for tracker in ("wandb", "mlflow") if not importlib.util.find_spec(tracker)]
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ("wandb", "mlflow")
+    missing = [tracker for tracker in trackers if not importlib.util.find_spec(tracker)]
     for tracker in missing:
         with pytest.raises(InputError, match=f"watch.report_to names {tracker}, which is not installed"):
             config.model_copy(update={"watch": Watch(report_to=[tracker])}).check()
@@ -158,7 +170,7 @@ def test_a_job_log_has_a_line_a_measurement_and_not_thousands():
     point = {"accuracy": 0.75, "margin": 0.1, "pairs": 64}
     with table:
         for step in range(1, 1001):
-            row = {"step": step, "total": 1000, "loss": 0.5, "eta": 90.0}
+            row: dict[str, Any] = {"step": step, "total": 1000, "loss": 0.5, "eta": 90.0}
             if step >= 250:
                 row["held_out"] = {"helpful": {**point, "step": step - step % 250}}
             table.update({"helpful+": row})
