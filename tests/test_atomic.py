@@ -64,7 +64,7 @@ def test_a_folder_is_replaced_only_where_that_is_allowed(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_file_system_without_locks_is_written_to_and_nothing_of_others_is_removed(tmp_path, monkeypatch) -> None:
+def test_a_file_system_without_locks_is_written_to_and_nothing_of_others_is_removed(tmp_path, monkeypatch):
     """NFS refuses an exclusive lock on a folder. Then nobody knows whether the other's writer lives."""
 
     def refuse(*_: object) -> None:

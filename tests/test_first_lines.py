@@ -70,7 +70,7 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def command_of(demo_run, tmp_path_factory) -> Callable[[str, Case], list[str]]:
+def command_of(demo_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Case], list[str]]:
     """The words of a command on the micro demo's models, with what its processes are to ask for."""
     demo = demo_run["folder"]
     measured = {
@@ -114,7 +114,10 @@ def command_of(demo_run, tmp_path_factory) -> Callable[[str, Case], list[str]]:
 
 @pytest.fixture(scope="module")
 def cluster_for(
-    demo_run, new_cluster, blind_node, machine
+    demo_run: dict[str, Any],
+    new_cluster: Callable[..., AbstractContextManager[Any]],
+    blind_node: Callable[..., AbstractContextManager[None]],
+    machine: Any,
 ) -> Iterator[Callable[[str], Callable[[list[str]], list[str]]]]:
     """The cluster of a case, one at a time: a function from a command's words to those that run it there."""
     here = [sys.executable, "-m", "prefvec_ray.cli"]
@@ -200,7 +203,7 @@ def shown(line: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def table(request) -> Iterator[dict[tuple[str, str], str]]:
+def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], str]]:
     """Case and command -> row. With `--full` it is written at the end, with a new row for each cell that ran."""
     before, _, rest = PAGE.read_text().partition(HEAD)
     old, _, after = rest.partition("\n\n")

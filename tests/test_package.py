@@ -184,7 +184,7 @@ def closure(names: Iterable[str]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def base_install(tmp_path_factory) -> Path:
+def base_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A site folder of nothing but the base install's dependencies: links to the files of this environment."""
     folder = tmp_path_factory.mktemp("base") / "site"
     folder.mkdir()
@@ -198,7 +198,7 @@ def base_install(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built and installed into an empty folder; what it depends on is this environment's."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # building leaves files behind

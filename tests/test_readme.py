@@ -30,7 +30,7 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def project(demo_run, tmp_path_factory) -> Path:
+def project(demo_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder to type the commands in. The configs are the project's, with the micro world for the tiny one."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "runs").mkdir()

@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from openai import OpenAI
@@ -21,7 +24,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is n
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, new_cluster) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, new_cluster: Callable[..., AbstractContextManager[Any]]) -> Path:
     """`prefvec train` on jobs/configs/hh_stories260k.yaml made shorter: one preference, one epoch, short sequences; on
     a cluster of two nodes, one run on each."""
     cwd = tmp_path_factory.mktemp("hh")

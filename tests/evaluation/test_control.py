@@ -1,7 +1,7 @@
 import pytest
 
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.evaluation import check_control, grid, improves, monotone, valid_everywhere
+from prefvec_ray.evaluation import Evaluation, check_control, grid, improves, monotone, valid_everywhere
 from prefvec_ray.evaluation.control import coupling, mean_path
 from prefvec_ray.scorers import Metric
 
@@ -16,7 +16,7 @@ METRICS = {
 def net(measured):
     """A 3 x 3 grid on which `helpful` rises with its coefficient and `harm` falls with that of `safe`."""
 
-    def make(dip: float = 0.0):
+    def make(dip: float = 0.0) -> list[Evaluation]:
         evaluations = []
         for point in grid(["help", "safe"], steps=3):
             a, b = point["help"], point["safe"]

@@ -86,7 +86,9 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture
 def judge(endpoint, tmp_path):
-    def make(*, baseline: dict[str, str] | None = None, cache: ScoreCache | None = None, **settings) -> JudgeScorer:
+    def make(
+        *, baseline: dict[str, str] | None = None, cache: ScoreCache | None = None, **settings: Any
+    ) -> JudgeScorer:
         if baseline is not None:
             path = tmp_path / "baseline.jsonl"
             rows = [{"prompt": prompt, "answer": answer} for prompt, answer in baseline.items()]

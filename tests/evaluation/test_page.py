@@ -1,13 +1,13 @@
 """The interactive page in a real browser, with answers that try to be code."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from prefvec_ray.artifacts.evaluation import Measured, Preset, ReportData, SearchSummary, SeedResults
-from prefvec_ray.evaluation import Sample, Setting
+from prefvec_ray.evaluation import Evaluation, Sample, Setting
 from prefvec_ray.evaluation.settings import grid
 from prefvec_ray.reports.page import as_script, control_curves, page_data, summary
 from prefvec_ray.reports.report import write_report
@@ -23,7 +23,7 @@ POINTS = [{}, {"a": 0.5, "b": 0.25}, {"a": 1.0}, {"b": 1.0}, {"a": -1.0, "b": -1
 
 
 @pytest.fixture(scope="module")
-def made_up(measured) -> ReportData:
+def made_up(measured: Callable[..., Evaluation]) -> ReportData:
     """A search over two dials: help rises with `a`, harm falls with `b`; presets were measured on other prompts."""
 
     def score(point: dict[str, float], digest: str = "search", shift: float = 0.0) -> Any:
@@ -104,14 +104,14 @@ def test_six_dials_one_goal_and_a_table_alone(measured, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def report(made_up, tmp_path_factory) -> str:
+def report(made_up: ReportData, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("page")
     write_report(folder, made_up)
     return f"file://{folder / 'report.html'}"
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["wide", "phone"])
-def page(browser, report, request) -> Iterator[Any]:
+def page(browser: Any, report: str, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page, opened; at the end nothing may have gone wrong in it, nor been asked of a network."""
     width, height = request.param
     found = browser.new_page(viewport={"width": width, "height": height})

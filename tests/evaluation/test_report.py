@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from prefvec_ray.artifacts.evaluation import Curve, Measured, ReportData, SearchSummary, SeedResults, ServedAnswer
-from prefvec_ray.evaluation import baselines, grid, vector_settings
+from prefvec_ray.evaluation import Evaluation, baselines, grid, vector_settings
 from prefvec_ray.reports.report import write_report
 from prefvec_ray.scorers import Metric
 
@@ -22,7 +22,7 @@ METRICS = {
 def data(measured):
     """A made-up run over any preferences: `report_data(["helpful"])`."""
 
-    def score(coefficients: dict[str, float], shift: float = 0.0):
+    def score(coefficients: dict[str, float], shift: float = 0.0) -> Evaluation:
         own = {p: coefficients.get(p, 0.0) + coefficients.get(f"{p}+", 0.0) for p in ("helpful", "harmless")}
         return measured(
             coefficients,

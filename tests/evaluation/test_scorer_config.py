@@ -1,14 +1,15 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from prefvec_ray.common.config import Config, load_config
 from prefvec_ray.common.errors import InputError
-from prefvec_ray.scorers import TextPrompt, TinyWorldScorer, run_scorer, scorer_notes
+from prefvec_ray.scorers import Scorer, TextPrompt, TinyWorldScorer, run_scorer, scorer_notes
 from prefvec_ray.scorers.config import ScorerConfig, build_scorers, scorer_from_name
 from prefvec_ray.scorers.isolated import IsolatedScorer
 
@@ -19,7 +20,7 @@ class Job(Config):
 
 @pytest.fixture
 def build(tmp_path):
-    def make(text: str, **options):
+    def make(text: str, **options: Any) -> Scorer:
         (tmp_path / "job.yaml").write_text(text)
         return build_scorers(load_config(tmp_path / "job.yaml", Job).scorers, **options)
 
@@ -27,7 +28,7 @@ def build(tmp_path):
 
 
 @pytest.fixture
-def reward(tmp_path, tokenizer) -> Path:
+def reward(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForSequenceClassification(LlamaConfig(vocab_size=len(tokenizer), num_labels=1, **sizes)).save_pretrained(

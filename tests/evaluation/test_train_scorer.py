@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
@@ -20,7 +20,7 @@ WAYS = ["How do I boil {}?", "Can you boil {}?", "Tell me how to heat {}.", "Wha
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -48,7 +48,7 @@ def test_answers_of_several_turns_are_measured_whole():
 
 
 @pytest.fixture
-def pairs(tmp_path) -> Path:
+def pairs(tmp_path: Path) -> Path:
     """Who answers with a kettle is preferred to who answers with a basket: same length, so length says nothing."""
     rows = [
         {"prompt": way.format(thing), "chosen": "Use a silver kettle.", "rejected": "Use a silver basket."}

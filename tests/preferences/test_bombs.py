@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +31,7 @@ print(peak(resource.RUSAGE_SELF) - before, peak(resource.RUSAGE_CHILDREN))
 MIB = 1 << 20
 
 
-def repeated(path, head: bytes, unit: bytes, mebibytes: int) -> None:
+def repeated(path: Path, head: bytes, unit: bytes, mebibytes: int) -> None:
     with gzip.open(path, "wb", 1) as file:
         file.write(head)
         block = unit * (MIB // len(unit))
@@ -38,7 +39,7 @@ def repeated(path, head: bytes, unit: bytes, mebibytes: int) -> None:
             file.write(block)
 
 
-def dictionary(path, kind: pa.DataType) -> None:
+def dictionary(path: Path, kind: pa.DataType) -> None:
     """256 rows that share one value of 32 MiB."""
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 256, pa.int32()), pa.array(["A" * (32 * MIB)]))
     names = ("prompt", "chosen", "rejected")

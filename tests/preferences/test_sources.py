@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from prefvec_ray.preferences.sources import read_rows
 ROWS = [{"prompt": f"How {i}? 茶", "chosen": 'Like\nthis, "so".', "rejected": "No."} for i in range(5)]
 
 
-def json_lines(rows=ROWS) -> bytes:
+def json_lines(rows: list[dict[str, Any]] = ROWS) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
@@ -31,7 +32,7 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def write_csv(path: Path, rows=ROWS) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -1,5 +1,6 @@
 """The commands of a registry, on a path that holds none and through names that nobody has."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_command_that_reads_or_maintains_creates_no_registry(words: list[str],
     assert list(tmp_path.iterdir()) == []
 
 
-def test_importing_creates_one(tmp_path: Path, make_vector) -> None:
+def test_importing_creates_one(tmp_path: Path, make_vector: Callable[..., Path]) -> None:
     there = Registry.open(tmp_path / "there")
     there.publish_vector(make_vector())
     bundle = there.export_bundle(tmp_path / "bundle", ["helpful@1"])
@@ -48,7 +49,7 @@ def test_importing_creates_one(tmp_path: Path, make_vector) -> None:
     assert prefvec("vectors", "show", "helpful", *here).exit_code == 0
 
 
-def test_names_on_the_cluster(ray_cluster: str, tmp_path: Path, make_vector) -> None:
+def test_names_on_the_cluster(ray_cluster: str, tmp_path: Path, make_vector: Callable[..., Path]) -> None:
     """`ray:` names an actor in every command; an unknown name is answered with those that run."""
     from prefvec_ray.registry import start_registry
 

@@ -261,7 +261,9 @@ def test_roots_that_are_no_registry(tmp_path: Path, open_registry: Callable[...,
     assert "hush" not in str(error.value)
 
 
-def test_only_publishing_creates_a_registry(root: str, open_registry: Callable[..., Registry], make_vector) -> None:
+def test_only_publishing_creates_a_registry(
+    root: str, open_registry: Callable[..., Registry], make_vector: Callable[..., Path]
+) -> None:
     """Reading, holding, releasing and maintenance of a path without a registry leave nothing there."""
     with pytest.raises(InputError, match="no registry here"):
         open_registry(root, create=False)

@@ -208,7 +208,7 @@ def running() -> Iterator[list[Endpoint]]:
 
 
 @pytest.fixture(scope="module")
-def guarded(base_folder, registry_root, tmp_path_factory) -> dict[str, Any]:
+def guarded(base_folder: Path, registry_root: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an endpoint is told of its model, vectors, floor, keys and audit, whichever engine answers."""
     folder = tmp_path_factory.mktemp("guarded")
     add_key(folder / "keys.yaml", "nobody")
@@ -225,7 +225,7 @@ def guarded(base_folder, registry_root, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster, running, guarded) -> Endpoint:
+def endpoint(ray_cluster: str, running: list[Endpoint], guarded: dict[str, Any]) -> Endpoint:
     """Deployed by the first file that needs it, and again where a file has taken it down. Harmless has a floor of 0;
     callers without a key may ask for anything above, and `endpoint.key(...)` makes keys with other bounds."""
     if running and running[-1].answers():

@@ -33,13 +33,13 @@ HELPFUL_FLOOR: dict[str, Any] = {"floors": {"helpful": 0}, "ranges": {"helpful":
 
 
 @pytest.fixture(scope="module")
-def given_config(base_folder, registry_root) -> dict[str, Any]:
+def given_config(base_folder: Path, registry_root: str) -> dict[str, Any]:
     vectors = {"harmless": "harmless@1", "helpful": "helpful@1"}
     return {"model": "tiny", "base": base_folder, "registry": registry_root, "vectors": vectors}
 
 
 @pytest.fixture(scope="module")
-def release(given_config) -> Release:
+def release(given_config: dict[str, Any]) -> Release:
     return resolve_release(ServingConfig.model_validate(given_config))
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ ASK: dict[str, Any] = {"model": "tiny", "messages": CHAT, "temperature": 0, "max
 
 
 @pytest.fixture(scope="module")
-def said(tokenizer: PreTrainedTokenizerFast, merged_alone):
+def said(tokenizer: PreTrainedTokenizerFast, merged_alone: Callable[..., list[int]]) -> Callable[..., str]:
     """The text that a model merged for these coefficients alone answers to CHAT."""
     prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ def prompt(client: int) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="module")
-def alone(merged_alone) -> list[list[int]]:
+def alone(merged_alone: Callable[..., list[int]]) -> list[list[int]]:
     return [merged_alone(prompt(client), SETTINGS[client], NEW) for client in range(CLIENTS)]
 
 

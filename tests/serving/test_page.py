@@ -21,7 +21,7 @@ BASE = {"helpful": {"mean": 0.4, "stderr": 0.02, "n": 64}, "harmless": {"mean": 
 
 
 @pytest.fixture(scope="module")
-def site(endpoint) -> str:
+def site(endpoint: Any) -> str:
     """Where the page is; its one preset has a measured trade-off."""
     publish(endpoint, helpful=0.25, harmless=0.75)
     return endpoint.url.removesuffix("v1")
@@ -35,7 +35,7 @@ def publish(endpoint: Any, reason: str = REASON, **coefficients: float) -> None:
 
 
 @pytest.fixture
-def visit(browser, site) -> Iterator[Callable[..., Any]]:
+def visit(browser: Any, site: str) -> Iterator[Callable[..., Any]]:
     """Opens the page in a context of its own. Whatever breaks in it, its policy on content included, fails the test."""
     contexts, broken = [], []
 

@@ -26,7 +26,7 @@ class Vector:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
-def config(**settings) -> ServingConfig:
+def config(**settings: Any) -> ServingConfig:
     given = {"model": "tiny", "base": "base", "registry": "registry"} | settings
     return parse_config(given, ServingConfig, source="serve.yaml")
 

@@ -1,6 +1,7 @@
 """What a deployment serves: exact versions, and nothing that does not belong together."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -16,7 +17,7 @@ from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
 
 @pytest.fixture
-def config(base_folder, registry_root) -> ServingConfig:
+def config(base_folder: Path, registry_root: str) -> ServingConfig:
     return ServingConfig(model="tiny", base=base_folder, registry=registry_root)
 
 

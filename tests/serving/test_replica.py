@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ SETTING = (("harmless", 0.5), ("helpful", -0.5))
 
 
 @pytest.fixture(scope="module", params=["merged", "steered"])
-def replica(request, make_replica, base_folder, registry_root) -> Iterator[Replica]:
+def replica(
+    request: pytest.FixtureRequest, make_replica: Callable[..., Replica], base_folder: Path, registry_root: str
+) -> Iterator[Replica]:
     engine = {"mode": request.param, "max_new_tokens": 64}
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "engine": engine}

@@ -19,7 +19,7 @@ import ray
 import torch
 from openai import APIError, BadRequestError, OpenAI
 from ray.util.state import list_actors
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
@@ -37,7 +37,7 @@ SETTING = (("harmless", 0.5), ("helpful", 1.0))
 
 
 @pytest.fixture(scope="module")
-def next_helpful(vector_folders, tmp_path_factory) -> Path:
+def next_helpful(vector_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another training of `helpful`."""
     old = load_vector(vector_folders["helpful"])
     draw = torch.Generator().manual_seed(9)
@@ -49,7 +49,7 @@ def next_helpful(vector_folders, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def registry(vector_folders, tmp_path) -> Registry:
+def registry(vector_folders: dict[str, Path], tmp_path: Path) -> Registry:
     registry = Registry.open(tmp_path / "registry")
     for folder in vector_folders.values():
         registry.publish_vector(folder)
@@ -67,7 +67,7 @@ def alone(base: Path, folders: Mapping[str, Path], prompt: Sequence[int], new: i
 
 
 @pytest.fixture(params=["merged", "steered"])
-def config(request, base_folder, registry) -> ServingConfig:
+def config(request: pytest.FixtureRequest, base_folder: Path, registry: Registry) -> ServingConfig:
     engine = {"mode": request.param, "max_new_tokens": 300, "max_batch": 8}
     return ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": str(registry.store.folder), "engine": engine}
@@ -75,7 +75,7 @@ def config(request, base_folder, registry) -> ServingConfig:
 
 
 @pytest.fixture
-def replica(config, make_replica) -> Iterator[Replica]:
+def replica(config: ServingConfig, make_replica: Callable[..., Replica]) -> Iterator[Replica]:
     replica = make_replica(config, resolve_release(config))
     yield replica
     replica.engine.close()
@@ -193,7 +193,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 @pytest.fixture(scope="module")
 def served(
-    ray_cluster, running, base_folder, vector_folders, next_helpful, tokenizer, tmp_path_factory
+    ray_cluster: str,
+    running: list[Any],
+    base_folder: Path,
+    vector_folders: dict[str, Path],
+    next_helpful: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     stop()  # another file's endpoint; it deploys its own again
     registry = Registry.open(tmp_path_factory.mktemp("rollout") / "registry")

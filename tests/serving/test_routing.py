@@ -1,11 +1,14 @@
 """Requests go where their coefficients are merged, as long as there is room."""
 
 import random
+from collections.abc import Callable
 
 from prefvec_ray.serving.release.routing import ROOM, preferred
 
 
-def served(settings: list[int], replicas: int, running: int, choose) -> tuple[int, int]:
+def served(
+    settings: list[int], replicas: int, running: int, choose: Callable[[int, dict[str, int]], str]
+) -> tuple[int, int]:
     """(changes of weights, most requests at one replica) when `running` requests are always under way and every
     replica keeps the last 4 settings that it had in turns."""
     loads = dict.fromkeys((f"r{i}" for i in range(replicas)), 0)

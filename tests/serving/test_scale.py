@@ -16,6 +16,7 @@ import httpx
 import pytest
 import ray
 from openai import OpenAI
+from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, start, stop
@@ -104,7 +105,13 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 
 @pytest.fixture(scope="module")
 def deployed(
-    ray_cluster, running, base_folder, vector_folders, tokenizer, merged_alone, tmp_path_factory
+    ray_cluster: str,
+    running: list[Any],
+    base_folder: Path,
+    vector_folders: dict[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    merged_alone: Callable[..., list[int]],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Deployed]:
     """Two replicas, which serve the first version of `helpful`. The second is what `harmless` is."""
     stop()  # another file's endpoint; it deploys its own again

@@ -1,13 +1,16 @@
 """Text as it comes: whole characters only, and nothing that a stop string might still swallow."""
 
+from typing import Any
+
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from prefvec_ray.serving.engines.text import TextStream
 
 SAID = "Crème brûlée — naïve 狐 🦊 jumps.\nThe end"
 
 
-def stream(tokenizer, ids: list[int], **settings) -> tuple[list[str], TextStream]:
+def stream(tokenizer: PreTrainedTokenizerBase, ids: list[int], **settings: Any) -> tuple[list[str], TextStream]:
     text = TextStream(tokenizer, settings.pop("prompt", [7]), **settings)
     pieces = []
     for token in ids:

@@ -95,7 +95,7 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 
 @pytest.fixture
-def commands(ray_cluster) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+def commands(ray_cluster: str) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
     """`prefvec serve` of a user, as a process on the tests' cluster. None outlives its test."""
     here = ray.get_runtime_context().gcs_address
     started = []
@@ -115,7 +115,9 @@ def commands(ray_cluster) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
 
 
 @pytest.fixture(scope="module")
-def users(ray_cluster, base_folder, registry_root, tmp_path_factory) -> Callable[[str], User]:
+def users(
+    ray_cluster: str, base_folder: Path, registry_root: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], User]:
     def new(name: str, **settings: Any) -> User:
         folder = tmp_path_factory.mktemp(name)
         keys = folder / "keys.yaml"
@@ -140,7 +142,7 @@ def users(ray_cluster, base_folder, registry_root, tmp_path_factory) -> Callable
 
 
 @pytest.fixture(scope="module")
-def cluster(ray_cluster, running) -> Iterator[Callable[[], Sequence[str]]]:
+def cluster(ray_cluster: str, running: list[Any]) -> Iterator[Callable[[], Sequence[str]]]:
     """The names of the applications that run. Serve is not running at first."""
     shut_down_serve()  # other files deploy their endpoint again
 
@@ -153,7 +155,7 @@ def cluster(ray_cluster, running) -> Iterator[Callable[[], Sequence[str]]]:
 
 
 @pytest.fixture(scope="module")
-def alice(cluster, users) -> User:
+def alice(cluster: Callable[[], Sequence[str]], users: Callable[[str], User]) -> User:
     """The first user, who starts Serve on her port; another team's application joins it."""
     alice = users("alice")
     alice.start()

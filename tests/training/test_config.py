@@ -34,7 +34,7 @@ def test_a_typo_deeper_down_names_the_settings_of_its_section():
 
 
 @pytest.mark.parametrize("name", ["mixed", "kl", "a/b", "..", "so good"])
-def test_names_that_cannot_be_a_preference_are_refused(name: str):
+def test_names_that_cannot_be_a_preference_are_refused(name):
     assert repr(name) in refuse(preferences={name: {"data": "pairs.jsonl"}})
 
 

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_e
 def trained_on(spec_of):
     """The spec of a run on some pairs, which lie beside it."""
 
-    def made(folder, train, **changes) -> RunSpec:
+    def made(folder: Path, train: Dataset, **changes: Any) -> RunSpec:
         train.save_to_disk(folder / "train")
         pairs = str(folder / "train")
         return spec_of(train=[pairs], test={"helpful": pairs}, dpo=RECIPE, out=str(folder / "run"), **changes)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefvec_ray.artifacts.training import Method
+from prefvec_ray.artifacts.training import Method, RunSpec
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.training.checkpoints import (
@@ -33,7 +33,7 @@ class PulledPlugError(Exception):
     pass
 
 
-def interrupted(spec, step: int, work_dir: Path) -> None:
+def interrupted(spec: RunSpec, step: int, work_dir: Path) -> None:
     """Train until `step` and no further."""
 
     def report(values):
@@ -97,7 +97,7 @@ def test_a_torn_checkpoint_is_not_resumed(scored, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB: room for one checkpoint of the micro base, not for two."""
     folder = tmp_path / "small"
     folder.mkdir()

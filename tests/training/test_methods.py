@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from trl import DPOConfig
 
-from prefvec_ray.artifacts.training import Method, Watch
+from prefvec_ray.artifacts.training import Method, RunResult, Watch
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.training.delta import bf16_checkpoints_keep
 from prefvec_ray.training.dpo import run_dpo
@@ -37,7 +38,9 @@ def run(scored, tmp_path):
     few = tmp_path / "pairs"
     scored["pairs"].select(range(32)).save_to_disk(few)
 
-    def train(name: str, *, method: Method = FULL, polarity: str = "positive", **recipe):
+    def train(
+        name: str, *, method: Method = FULL, polarity: str = "positive", **recipe: Any
+    ) -> tuple[PreferenceVector, RunResult | None]:
         spec = scored["spec"].model_copy(
             update={
                 **UNWATCHED,
@@ -71,7 +74,7 @@ def test_the_losses_are_all_that_trl_has():
 
 
 @pytest.mark.parametrize("loss", LOSS_TYPES)
-def test_every_loss_trains_and_is_named_in_the_vector(run, loss: str):
+def test_every_loss_trains_and_is_named_in_the_vector(run, loss):
     smoothing = {"label_smoothing": 1e-3} if loss == "exo_pair" else {}
     vector, _ = run("run", loss_type=loss, max_steps=1, **smoothing)
     assert vector.info.recipe["loss_type"] == [loss]

@@ -6,6 +6,7 @@ All of it runs in one Ray Train run, since starting one costs more than the trai
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 
-from prefvec_ray.artifacts.training import Method, Watch
+from prefvec_ray.artifacts.training import Method, RunSpec, Watch
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.training import Resources
 from prefvec_ray.training.dpo import REFERENCE, reference_logps, run_dpo
@@ -78,7 +79,7 @@ def how(folder: Path, name: str, preset: str | None, kind: Kind, recipe: dict[st
 
 
 @pytest.fixture(scope="module")
-def folder(world_folder, tmp_path_factory) -> Path:
+def folder(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pairs` and, scored in this process, `scored`."""
     folder = tmp_path_factory.mktemp("methods")
     pairs = load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(32))
@@ -90,7 +91,7 @@ def folder(world_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(spec_of, folder) -> dict[str, PreferenceVector]:
+def alone(spec_of: Callable[..., RunSpec], folder: Path) -> dict[str, PreferenceVector]:
     """Full and LoRA, in this process: twice the accumulation in place of two workers."""
     ways: dict[str, tuple[Kind, dict[str, Any]]] = {"full": ("full", {}), "lora": ("lora", {})}
     ways["grouped"] = ("full", {"train_sampling_strategy": "group_by_length"})
@@ -101,7 +102,7 @@ def alone(spec_of, folder) -> dict[str, PreferenceVector]:
 
 
 @pytest.fixture(scope="module")
-def together(ray_cluster, spec_of, folder) -> dict[str, PreferenceVector]:
+def together(ray_cluster: str, spec_of: Callable[..., RunSpec], folder: Path) -> dict[str, PreferenceVector]:
     """Every entry of TWO_WORKERS, and a folder `scored-<name>` of reference log-probs for each of SCORED."""
     specs = {name: spec_of(**how(folder, name, *way)).model_dump() for name, way in TWO_WORKERS.items()}
     for name in ("zero3-bf16", "fsdp2-bf16"):

@@ -23,7 +23,7 @@ RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 
 
 
 @pytest.fixture(scope="module")
-def examples(tmp_path_factory) -> Path:
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 of the micro world's demonstrations, as prompt and completion."""
     file = tmp_path_factory.mktemp("sft") / "sft.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in TinyWorld("micro").sft_examples()[:64]))
@@ -66,7 +66,7 @@ def test_the_stage_learns_and_leaves_a_whole_model(world_folder, examples, tmp_p
 
 
 def test_two_workers_fine_tune_as_one_process_once_and_are_then_skipped(
-    ray_cluster, config: TrainingConfig, world_folder, examples, tmp_path
+    ray_cluster, config, world_folder, examples, tmp_path
 ):
     stage = SftStage.model_validate({"data": str(examples), **RECIPE, "per_device_train_batch_size": 4})
     both = config.model_copy(update={"sft": stage, "resources": Resources(workers=2), "checkpoint_every": 2})
@@ -126,7 +126,7 @@ def test_a_later_row_of_another_kind_is_named(world_folder, tmp_path):
 def test_every_field_of_sft_config_is_reachable_and_no_other(config, examples):
     fields = config.model_dump(mode="json")
 
-    def parsed(**sft) -> TrainingConfig:
+    def parsed(**sft: Any) -> TrainingConfig:
         return parse_config({**fields, "sft": {"data": str(examples), **sft}}, TrainingConfig, source="job.yaml")
 
     good = parsed(learning_rate=2e-5, packing=True, max_length=256, rows=8)

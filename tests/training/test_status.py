@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from prefvec_ray.training.status import SILENT, JobStatus, cancel, read_status
 ROW = {"step": 3, "total": 9}
 
 
-def job(**given) -> JobStatus:
+def job(**given: Any) -> JobStatus:
     return JobStatus.model_validate({"at": time.time(), "host": "here", "pid": 7} | given)
 
 

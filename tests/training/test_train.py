@@ -12,6 +12,7 @@ import psutil
 import pytest
 from datasets import load_from_disk
 
+from prefvec_ray.artifacts.training import RunSpec
 from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.registry import Registry
@@ -32,7 +33,7 @@ from prefvec_ray.vectors import load_vector
 
 
 @pytest.fixture(scope="module")
-def job(world_folder, tmp_path_factory) -> TrainingConfig:
+def job(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
     """Two preferences over 64 pairs, four steps a run; the tests of this file share its folder and reference pass."""
     pairs = PreferenceData(
         data=str(world_folder / "preferences.jsonl"), test=str(world_folder / "preferences_test.jsonl"), rows=64
@@ -112,7 +113,7 @@ def test_two_jobs_on_a_full_cluster_both_finish_though_a_worker_is_killed(ray_cl
     killed: list[int] = []
     results = {}
 
-    def train(spec) -> None:
+    def train(spec: RunSpec) -> None:
         (results[spec.key],) = run_plan([spec], resources, tmp_path / spec.polarity)
 
     def kill_one() -> None:

@@ -57,7 +57,7 @@ def tiny_model() -> Callable[..., Any]:
 def random_vector() -> Callable[..., PreferenceVector]:
     """random_vector(model, seed, scale=0.02, only="") -> a full fp32 vector on parameters like `only`."""
 
-    def build(model, seed: int, scale: float = 0.02, only: str = "", **kwargs) -> PreferenceVector:
+    def build(model: Any, seed: int, scale: float = 0.02, only: str = "", **kwargs: Any) -> PreferenceVector:
         generator = torch.Generator().manual_seed(seed)
         delta = {
             name: torch.randn(tensor.shape, generator=generator) * scale

@@ -4,7 +4,9 @@ import json
 import os
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,7 +126,7 @@ def saved(tmp_path, **options):
     return save_vector(example(), tmp_path / "v", **options)
 
 
-def with_header(file: Path, change) -> None:
+def with_header(file: Path, change: Callable[[Any], Any]) -> None:
     """Rewrite a safetensors header (8 bytes of length, JSON, then the numbers)."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])

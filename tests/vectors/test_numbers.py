@@ -13,7 +13,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
-def test_one_number_that_is_not_finite_is_found(dtype, bad, monkeypatch) -> None:
+def test_one_number_that_is_not_finite_is_found(dtype, bad, monkeypatch):
     monkeypatch.setattr(numbers, "PIECE", 128)
     monkeypatch.setattr(numbers, "BLOCK", 64)
     for place in range(0, 99, 7):
@@ -26,14 +26,14 @@ def test_one_number_that_is_not_finite_is_found(dtype, bad, monkeypatch) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_and_smallest_numbers_are_finite(dtype) -> None:
+def test_the_largest_and_smallest_numbers_are_finite(dtype):
     info = torch.finfo(dtype)
     values = torch.tensor([info.max, info.min, info.tiny, -info.tiny, 0.0, -0.0, info.smallest_normal / 2], dtype=dtype)
     assert is_finite(values)
     assert read_tensor(values)[1]
 
 
-def test_every_bit_pattern_of_two_bytes_is_judged_as_torch_judges_it() -> None:
+def test_every_bit_pattern_of_two_bytes_is_judged_as_torch_judges_it():
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.bfloat16, torch.float16):
         for value in patterns.view(dtype).split(1):
@@ -43,14 +43,14 @@ def test_every_bit_pattern_of_two_bytes_is_judged_as_torch_judges_it() -> None:
 @pytest.mark.parametrize(
     "values", [torch.tensor(1.5), torch.empty(0, 3), torch.arange(7), torch.randn(6, 4).T, torch.randn(2, 3)[:, 1]]
 )
-def test_scalars_empty_integer_and_transposed_tensors(values) -> None:
+def test_scalars_empty_integer_and_transposed_tensors(values):
     seen = bytearray()
     assert is_finite(values)
     assert read_tensor(values, seen=seen.extend) == (tensor_digest(values.clone()), True)
     assert bytes(seen) == values.contiguous().numpy().tobytes()
 
 
-def test_the_digest_does_not_depend_on_the_pieces(monkeypatch) -> None:
+def test_the_digest_does_not_depend_on_the_pieces(monkeypatch):
     values = torch.randn(1000)
     whole = tensor_digest(values)
     monkeypatch.setattr(numbers, "PIECE", 12)
