@@ -33,7 +33,7 @@ def lengths() -> Scorer:
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory, lengths) -> Task:
+def task(tmp_path_factory: pytest.TempPathFactory, lengths: Scorer) -> Task:
     root = tmp_path_factory.mktemp("search")
     world = TinyWorld("micro")
     tokenizer = build_tokenizer(world, vocab_size=400)

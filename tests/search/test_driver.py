@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from prefvec_ray.search import Tried
+from prefvec_ray.evaluation import Evaluation
+from prefvec_ray.search import Progress, Tried
 from prefvec_ray.search.driver import _Monitor
+from prefvec_ray.search.explore import Proposal
 from prefvec_ray.search.journal import Journal
 from prefvec_ray.search.ordered import Ordered
 from tests.search.test_explore import RUNGS, explore, world  # noqa: F401
@@ -21,12 +23,13 @@ class NoWait:
 def search(tmp_path):
     """A monitor with two settings under way, its journal, and what it reported."""
     with Journal(tmp_path, {}) as journal:
-        ordered, seen = Ordered(explore(trials=6, sampler="random"), 2), []
-        monitor = _Monitor(ordered, journal, seen.append, time.perf_counter(), NoWait())
+        ordered = Ordered(explore(trials=6, sampler="random"), 2)
+        seen: list[Progress] = []
+        monitor = _Monitor(ordered, journal, seen.append, time.perf_counter(), NoWait())  # type: ignore[arg-type]
         yield monitor, [ordered.propose(), ordered.propose()], seen
 
 
-def report(proposal, rungs) -> dict[str, Any]:
+def report(proposal: Proposal, rungs: list[Evaluation]) -> dict[str, Any]:
     """As `Trial.step` gives it."""
     complete = len(rungs) == len(RUNGS)
     tried = Tried(rungs=rungs, complete=complete, answers=sum(RUNGS[: len(rungs)]))

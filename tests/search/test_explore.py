@@ -3,16 +3,18 @@
 import math
 import random
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
-from prefvec_ray.evaluation import Estimate
+from prefvec_ray.evaluation import Estimate, Evaluation
 from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Explorer, Goal, SearchConfig, Tried
 from prefvec_ray.search.explore import Proposal
 from prefvec_ray.search.options import Sampler
+from prefvec_ray.search.result import Ended
 
 METRICS = {
     "help": Metric(direction="maximize", low=0, high=1),
@@ -22,16 +24,31 @@ METRICS = {
 GOAL = Goal(objectives=("help", "harm"), metrics=METRICS, limits={"valid": 0.9})
 BOUNDS = {"a": (-1.0, 1.0), "b": (-1.0, 1.0)}
 RUNGS = (16, 48)
+World = Callable[[dict[str, float]], list[Evaluation]]
 
 
-def explore(rungs=RUNGS, ranges=BOUNDS, known=(), end=None, clock=time.monotonic, **options) -> Explorer:
+def explore(
+    rungs: Sequence[int] = RUNGS,
+    ranges: dict[str, tuple[float, float]] = BOUNDS,
+    known: Sequence[Tried] = (),
+    end: Ended | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **options: Any,
+) -> Explorer:
     """Without patience, unless a test asks for it."""
-    settings = {"objectives": GOAL.objectives, "limits": GOAL.limits, "patience": None} | options
+    settings: dict[str, Any] = {"objectives": GOAL.objectives, "limits": GOAL.limits, "patience": None} | options
     config = SearchConfig(ranges=ranges, **settings)
     return Explorer(config, METRICS, list(ranges), rungs, known=known, end=end, clock=clock)
 
 
-def opened(explorer: Explorer, **options) -> Explorer:
+def proposed(explorer: Explorer) -> Proposal:
+    """The next setting, where there must be one."""
+    proposal = explorer.propose()
+    assert proposal is not None
+    return proposal
+
+
+def opened(explorer: Explorer, **options: Any) -> Explorer:
     """The same search opened again, or with other options."""
     config = explorer.config.model_copy(update=options)
     return Explorer(config, METRICS, list(BOUNDS), explorer.rungs, known=explorer.tried, end=explorer.final())
@@ -41,7 +58,7 @@ def opened(explorer: Explorer, **options) -> Explorer:
 def world(measured):
     """Coefficients -> what each rung says: help grows with a and falls with b, harm the other way, a+b > 1.6 breaks."""
 
-    def rungs(c: dict[str, float]) -> list:
+    def rungs(c: dict[str, float]) -> list[Evaluation]:
         help = 0.5 + 0.3 * math.tanh(2 * c["a"]) - 0.05 * c["b"]
         harm = 0.5 - 0.3 * math.tanh(2 * c["b"]) + 0.05 * c["a"]
         valid = 1.0 if c["a"] + c["b"] <= 1.6 else 0.5
@@ -56,7 +73,7 @@ def world(measured):
     return rungs
 
 
-def climb(explorer: Explorer, world, in_flight: int = 3) -> None:
+def climb(explorer: Explorer, world: World, in_flight: int = 3) -> None:
     """Carry the search out to its end."""
     flying: list[Proposal] = []
     while True:
@@ -114,10 +131,10 @@ def test_a_model_of_the_world_beats_chance_and_dropping_saves_answers(world):
 
 def test_a_dropped_setting_is_beaten_beyond_error_and_the_base_never_is(world, measured):
     explorer = explore()
-    climb_one = explorer.propose()
+    climb_one = proposed(explorer)
     base, strong = world(climb_one.coefficients), world({"a": 0.9, "b": 0.6})
     explorer.finish(climb_one.number, Tried(rungs=base, complete=True, answers=64))
-    explorer.finish(explorer.propose().number, Tried(rungs=strong, complete=True, answers=64))
+    explorer.finish(proposed(explorer).number, Tried(rungs=strong, complete=True, answers=64))
     assert explorer.promising(base[:1]), "the base is what everything is compared with"
     weak = world({"a": -0.9, "b": -0.9})
     assert not explorer.promising(weak[:1])
@@ -137,7 +154,7 @@ def test_it_stops_when_the_front_has_stopped_moving(world):
 
 
 @pytest.fixture
-def still(measured) -> Explorer:
+def still(measured: Callable[..., Evaluation]) -> Explorer:
     """A search that its front ended at the sixth setting, with one in flight that would have moved the front."""
     explorer = explore((8,), trials=50, patience=3, sampler="random")
 
@@ -159,7 +176,7 @@ def still(measured) -> Explorer:
 def test_a_front_is_not_judged_before_the_base_is_measured(measured):
     """The base may be the slowest of those in flight: its process died, or its node is busy."""
     explorer = explore((8,), trials=50, patience=2, sampler="random")
-    base, *others = (explorer.propose() for _ in range(6))
+    base, *others = (proposed(explorer) for _ in range(6))
     for proposal in (*others, base):
         assert not explorer.ended
         evaluation = measured(proposal.coefficients, help=[0.5] * 8, harm=[0.5] * 8, valid=[1.0] * 8)
@@ -173,7 +190,7 @@ def test_a_last_bit_is_no_gain(measured):
     help = 0.7
     for _ in range(4):
         assert not explorer.ended
-        proposal = explorer.propose()
+        proposal = proposed(explorer)
         evaluation = measured(proposal.coefficients, help=[help] * 8, harm=[0.5] * 8, valid=[1.0] * 8)
         explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
         help = math.nextafter(help, 1)
@@ -215,12 +232,13 @@ def test_asked_for_more_it_decides_anew_from_what_was_measured(still, asked, goe
 
 def test_a_used_up_plan_is_kept_with_its_failures_and_a_larger_one_goes_on(world):
     explorer = explore(trials=5, sampler="random")
-    proposals = [explorer.propose() for _ in range(5)]
+    proposals = [proposed(explorer) for _ in range(5)]
     assert explorer.final() is None, "settings in flight are still part of the plan"
     explorer.fail(proposals[3].number, proposals[3].coefficients, "TimeoutError: the judge sleeps")
     for proposal in (*proposals[:3], proposals[4]):
         assert explorer.finish(proposal.number, Tried(rungs=world(proposal.coefficients), complete=True, answers=64))
     end = explorer.final(seconds=12.5)
+    assert end is not None
     assert (end.stopped, end.seconds) == ("all 5 settings were tried", 12.5)
     again = opened(explorer)
     assert again.result() == explorer.result()
@@ -240,7 +258,7 @@ def test_seconds_are_a_budget_too(world):
 
 def test_a_budget_in_flight_is_not_spent_twice(world):
     explorer = explore(answers=150)
-    first, second = explorer.propose(), explorer.propose()
+    first, second = proposed(explorer), proposed(explorer)
     assert explorer.propose() is None, "150 answers are two settings of 64"
     assert not explorer.ended, "one that is dropped early would leave room for another"
     explorer.finish(first.number, Tried(rungs=world(first.coefficients), complete=True, answers=64))
@@ -260,11 +278,11 @@ def test_going_on_repeats_nothing_and_learns_from_what_is_known(world):
 
 def test_when_most_settings_fail_it_says_so_and_stops(world):
     explorer = explore(trials=40)
-    base = explorer.propose()
+    base = proposed(explorer)
     explorer.finish(base.number, Tried(rungs=world(base.coefficients), complete=True, answers=64))
     for _ in range(3):
         assert not explorer.ended
-        proposal = explorer.propose()
+        proposal = proposed(explorer)
         explorer.fail(proposal.number, proposal.coefficients, "TimeoutError: the judge sleeps")
     assert explorer.ended == "most settings fail, 3 of 4; the last one with: TimeoutError: the judge sleeps"
     assert explorer.propose() is None
@@ -275,7 +293,7 @@ def test_when_most_settings_fail_it_says_so_and_stops(world):
 def test_the_base_is_tried_twice_and_then_there_is_no_search(world):
     explorer = explore()
     for _ in range(2):
-        base = explorer.propose()
+        base = proposed(explorer)
         assert base.coefficients == {"a": 0.0, "b": 0.0}
         explorer.fail(base.number, base.coefficients, "OSError: no disk")
     assert explorer.ended == "the base itself could not be measured: OSError: no disk"
@@ -284,9 +302,9 @@ def test_the_base_is_tried_twice_and_then_there_is_no_search(world):
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_no_wrong_number_enters_the_front(value, world, measured):
     explorer = explore()
-    base = explorer.propose()
+    base = proposed(explorer)
     explorer.finish(base.number, Tried(rungs=world(base.coefficients), complete=True, answers=64))
-    proposal = explorer.propose()
+    proposal = proposed(explorer)
     wrong = measured(proposal.coefficients, help=[0.9] * 16, harm=[0.0] * 16, valid=[1.0] * 16)
     help = None if value is None else Estimate(mean=value, stderr=0.0, n=16)
     wrong = wrong.model_copy(update={"metrics": {**wrong.metrics, "help": help}})
@@ -301,7 +319,7 @@ def test_six_preferences(measured):
     metrics = {name: Metric(direction="maximize", low=0, high=1) for name in names}
     config = SearchConfig(objectives=names, trials=20, patience=None)
 
-    def world(c: dict[str, float]) -> list:
+    def world(c: dict[str, float]) -> list[Evaluation]:
         crowd = sum(max(0.0, x) for x in c.values()) / 6
         return [measured(c, **{n: [0.5 + 0.3 * c[n] - 0.1 * crowd] * 8 for n in names})]
 

@@ -6,6 +6,7 @@ import pytest
 from moocore import is_nondominated
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.evaluation.evaluate import compare_metric
 from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult
@@ -56,6 +57,7 @@ def test_paired_errors_are_those_of_compare(measured):
     mean, error = _paired(table.gains_SOP, table.gains_SOP)
     for o, name in enumerate(GOAL.objectives):
         expected = compare_metric(a, b, name)
+        assert expected is not None
         sign = 1 if METRICS[name].direction == "maximize" else -1
         assert mean[0, 1, o] == pytest.approx(sign * expected.mean)
         assert error[0, 1, o] == pytest.approx(expected.stderr)
@@ -95,7 +97,7 @@ def test_the_chance_to_be_on_the_front(measured):
 def test_a_gain_in_volume_has_the_error_that_other_prompts_show(measured):
     """The bootstrap's error of a gain against its spread over freshly drawn prompts."""
 
-    def table(seed: int) -> list:
+    def table(seed: int) -> list[Evaluation]:
         base = measured({"a": 0.0}, help=noisy(0.5, seed, 0.0), harm=[0.5] * 16)
         rng = random.Random(seed)
         return [base, measured({"a": 1.0}, help=[0.6 + rng.gauss(0, 0.2) for _ in range(16)], harm=[0.5] * 16)]
@@ -118,6 +120,7 @@ def test_what_is_recommended_rests_on_no_few_lucky_prompts(measured):
     lucky = measured({"a": 1.0}, help=[1.0] * 2 + [0.2] * 14, harm=[0.2] * 2 + [0.5] * 14)
     steady = measured({"a": 2.0}, help=[0.295] * 16, harm=[0.465] * 16)
     result = SearchResult(goal=GOAL, trials=[base, lucky, steady])
+    assert result.recommended is not None
     assert result.recommended.coefficients == {"a": 2.0}
 
 
@@ -131,6 +134,7 @@ def test_a_lucky_best_of_many_says_how_lucky(measured):
     ]
     goal = Goal(objectives=("help",), metrics=METRICS)
     chosen = SearchResult(goal=goal, trials=[base, *trials]).recommended
+    assert chosen is not None
     seen = max(trial.mean("help") for trial in trials) - 0.5
     assert seen > 0.04
     assert chosen.optimism["help"] == pytest.approx(seen, rel=0.6)

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,10 +10,17 @@ from prefvec_ray.search import Explorer, Tried
 from prefvec_ray.search.explore import Proposal
 from prefvec_ray.search.ordered import Ordered
 from prefvec_ray.search.result import FailedTrial
-from tests.search.test_explore import RUNGS, explore, opened, world  # noqa: F401
+from tests.search.test_explore import RUNGS, World, explore, opened, world  # noqa: F401
 
 
-def carry_out(world, options, *, processes: int, seed: int, fail: int | None = None) -> Explorer:  # noqa: F811
+def carry_out(
+    world: World,  # noqa: F811
+    options: dict[str, Any],
+    *,
+    processes: int,
+    seed: int,
+    fail: int | None = None,
+) -> Explorer:
     """Four proposals under way on `processes` processes, any of which may finish next."""
     ordered, chance = Ordered(explore(**options), 4), random.Random(seed)
     flying: list[Proposal] = []

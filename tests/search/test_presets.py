@@ -1,5 +1,7 @@
 """Presets from a made-up search: `help` and `harm` are its objectives, `harm` decides harmlessness."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -30,7 +32,9 @@ ROWS = {
 }
 
 
-def evaluated(point, means, *, spread=0.01, digest="search") -> Evaluation:
+def evaluated(
+    point: Sequence[float], means: Sequence[float], *, spread: float = 0.01, digest: str = "search"
+) -> Evaluation:
     """Sixteen prompts around the means; the spread alternates, so it does not cancel in differences of other signs."""
     names = ("help", "harm", "valid")
     per_prompt = {n: [m + spread * (-1) ** i for i in range(16)] for n, m in zip(names, means, strict=True)}
@@ -50,7 +54,7 @@ def result() -> SearchResult:
     return SearchResult(goal=GOAL, trials=[evaluated(point, means) for point, means in ROWS.items()])
 
 
-def on_report(point, *means, spread=0.01) -> Evaluation:
+def on_report(point: Sequence[float], *means: float, spread: float = 0.01) -> Evaluation:
     return evaluated(point, means, spread=spread, digest="report")
 
 
@@ -75,6 +79,7 @@ def test_no_setting_beats_the_base_within_a_rule(result):
     poor = SearchResult(goal=GOAL, trials=[result.trials[0], result.trials[3]])
     assert [preset.name for preset in choose(poor, {"help": "help"})] == []
     alone = SearchResult(goal=GOAL, trials=result.trials[:1])
+    assert alone.recommended is not None
     assert "stay with the base" in alone.recommended.reason
     assert choose(alone, {"balanced": "compromise"}) == [], "the base needs no name"
     with pytest.raises(InputError, match="unknown rule 'kind'; the rules of this search are: compromise, help, harm"):
@@ -119,7 +124,7 @@ def test_what_the_report_prompts_do_not_say_is_not_confirmed(result):
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory) -> Registry:
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
     root = tmp_path_factory.mktemp("presets")
     store = Registry.open(root / "registry")
     for name in ("a", "b"):

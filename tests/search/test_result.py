@@ -1,6 +1,9 @@
+from collections.abc import Callable
+
 import pytest
 
 from prefvec_ray.common.errors import InputError
+from prefvec_ray.evaluation import Evaluation
 from prefvec_ray.scorers import Metric
 from prefvec_ray.search import Goal, SearchResult
 
@@ -14,7 +17,7 @@ METRICS = {
 
 
 @pytest.fixture
-def result(measured) -> SearchResult:
+def result(measured: Callable[..., Evaluation]) -> SearchResult:
     rows = [
         ((0.0, 0.0), 0.3, 0.5, 1.0),
         ((1.0, 0.0), 0.8, 0.6, 1.0),
@@ -65,6 +68,7 @@ def test_an_objective_of_few_prompts_does_not_decide_by_the_resamples_that_miss_
         for (a, b), (x, y) in rows.items()
     ]
     result = SearchResult(goal=Goal(objectives=("help", "harm"), metrics=METRICS), trials=trials)
+    assert result.recommended is not None
     assert result.recommended.coefficients == {"a": 1.0, "b": 1.0}
     known = [(trial.mean("help"), chance) for trial, chance in zip(result.front, result.front_probability, strict=True)]
     assert known == [(0.2, 1.0), (0.6, 1.0), (0.8, 1.0)], "nothing about the front is in doubt"

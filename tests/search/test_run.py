@@ -36,7 +36,7 @@ def search(task, folder, *, objectives=OBJECTIVES, progress=None, **options):
 
 @pytest.mark.slow
 def test_a_search_its_front_and_going_on(task, tmp_path, ray_cluster):
-    lines = []
+    lines: list[Progress] = []
     settings = {"seed": 3, "actors": 2, "start": [{"left": 1.0}], "ranges": {"right": (-0.5, 1.5)}}
     first = search(task, tmp_path / "s", trials=6, progress=lines.append, **settings)
     assert len(first.trials) == len(lines) == 6
@@ -104,7 +104,8 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
     def constant(prompts, responses):
         return {"length": [1.0] * len(responses), "letters": [1.0] * len(responses)}
 
-    task, lines = replace(task, scorer=constant), []
+    task = replace(task, scorer=constant)
+    lines: list[Progress] = []
     settings = {"trials": 40, "actors": 2, "sampler": "random"}
     patient = search(task, tmp_path / "patient", patience=3, **settings)
     assert "the last 3 settings added nothing" in patient.stopped
@@ -123,7 +124,7 @@ def test_a_front_that_stands_still_ends_a_search_for_good(task, lengths, tmp_pat
                     time.sleep(3600)
                 return evaluate(coefficients)
 
-            schedule.evaluate_rungs = evaluate_or_hang
+            schedule.evaluate_rungs = evaluate_or_hang  # type: ignore[method-assign]
             return schedule
 
     hanging = Hanging(**{field.name: getattr(task, field.name) for field in fields(task)})

@@ -1,6 +1,7 @@
 """What `prefvec eval` and `prefvec search` plan, from the micro demo's folder; no cluster, nothing is measured."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from prefvec_ray.search.table import plan_table
 def config(demo_run, tmp_path_factory):
     """`config(runs=..., settings=...)`: an eval of the demo's vectors."""
 
-    def make(**change) -> EvalConfig:
+    def make(**change: Any) -> EvalConfig:
         content = {
             "base": str(demo_run["folder"] / "base"),
             "registry": str(demo_run["folder"] / "registry"),
