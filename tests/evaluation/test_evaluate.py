@@ -2,13 +2,14 @@ import statistics
 
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import estimate
 from prefvec_ray.evaluation import Evaluation, Evaluator, Sampling, compare
 from prefvec_ray.scorers import Metric, TextPrompt, TinyWorldScorer, scorer
 from prefvec_ray.scorers.refusal import RefusalScorer
-from prefvec_ray.vectors import LiveModel, fingerprint, to_low_rank, vector_from_state
+from prefvec_ray.vectors import LiveModel, PreferenceVector, fingerprint, to_low_rank, vector_from_state
 
 
 @scorer(
@@ -31,7 +32,7 @@ PROMPTS = ["How to comb a bear?", "Why?", "Tell me how to read a stone.", "How t
 
 
 @pytest.fixture
-def evaluator(live, tokenizer) -> Evaluator:
+def evaluator(live: LiveModel, tokenizer: PreTrainedTokenizerBase) -> Evaluator:
     sampling = Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
     return Evaluator(live, tokenizer, PROMPTS, toy, sampling)
 
@@ -65,8 +66,11 @@ def test_comparison_is_paired_by_prompt(evaluator, live, tokenizer):
     difference = compare(a, b)
     by_hand = [x - y for x, y in zip(a.per_prompt["length"], b.per_prompt["length"], strict=True)]
     assert difference["length"] == estimate(by_hand)
-    assert difference["length"].mean == pytest.approx(a.mean("length") - b.mean("length"))
-    assert difference["early"].n == 3
+    length, early = difference["length"], difference["early"]
+    assert length is not None
+    assert early is not None
+    assert length.mean == pytest.approx(a.mean("length") - b.mean("length"))
+    assert early.n == 3
     assert difference["never"] is None
     elsewhere = Evaluator(
         live, tokenizer, PROMPTS[:2], toy, Sampling(samples_per_prompt=3, seed=1, max_new_tokens=10)
@@ -76,7 +80,9 @@ def test_comparison_is_paired_by_prompt(evaluator, live, tokenizer):
 
 
 def test_one_prompt_has_no_standard_error():
-    assert estimate([0.5, None]).stderr is None
+    alone = estimate([0.5, None])
+    assert alone is not None
+    assert alone.stderr is None
     assert estimate([None, None]) is None
     assert str(estimate([0.5])) == "0.500"
 
@@ -90,7 +96,7 @@ def test_the_tiny_world_end_to_end(world, live, tokenizer):
         Sampling(samples_per_prompt=2, max_new_tokens=8),
     )
     result = evaluator.evaluate({})
-    assert result.metrics["valid"].mean == 0, "an untrained model says nothing that parses"
+    assert result.mean("valid") == 0, "an untrained model says nothing that parses"
     assert result.metrics["over_refusal"] is None
     assert len(result.samples) == 5
     assert len({sample.prompt for sample in result.samples}) == 5
@@ -106,7 +112,7 @@ def test_prompts_of_other_forms(live, tokenizer):
 
     one = Sampling(samples_per_prompt=1, max_new_tokens=4)
     result = Evaluator(live, tokenizer, [talk], count, one).evaluate({})
-    assert result.metrics["n"].mean == 3
+    assert result.mean("n") == 3
     assert result.samples[0].prompt == "How to comb a bear?"
     plain = Evaluator(live, tokenizer, ["abc"], count, one, template=False)
     assert plain.texts == ["abc"]
@@ -122,11 +128,11 @@ def test_unknown_vectors_are_refused(evaluator):
 
 
 @pytest.fixture
-def low_rank(model) -> LiveModel:
+def low_rank(model: PreTrainedModel) -> LiveModel:
     """The live model, its vectors cut to rank 4, strong enough that greedy answers differ from the base's."""
     base = fingerprint(model)
 
-    def vector(name: str, seed: int):
+    def vector(name: str, seed: int) -> PreferenceVector:
         generator = torch.Generator().manual_seed(seed)
         delta = {n: 0.05 * torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
         return to_low_rank(
