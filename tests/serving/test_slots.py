@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from prefvec_ray.common.chat import end_tokens
 from prefvec_ray.common.errors import InputError
@@ -24,7 +24,7 @@ from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots import scheduler
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import MergedWeights, SteeredWeights
-from prefvec_ray.vectors import LiveModel, Steering, fingerprint, vector_from_state
+from prefvec_ray.vectors import LiveModel, PreferenceVector, Steering, fingerprint, vector_from_state
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "models" / "stories260K"
 
@@ -33,7 +33,12 @@ MakeEngine = Callable[..., SlotEngine]
 
 
 @pytest.fixture(params=["merged", "steered"])
-def make_engine(request, base_folder, tokenizer, vectors) -> Iterator[MakeEngine]:
+def make_engine(
+    request: pytest.FixtureRequest,
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    vectors: dict[str, PreferenceVector],
+) -> Iterator[MakeEngine]:
     """Engines in both modes: every test that takes this runs twice."""
     model = LlamaForCausalLM.from_pretrained(base_folder)
     if request.param == "merged":
@@ -101,7 +106,8 @@ def test_a_shared_prompt_at_many_settings_shares_nothing_else(make_engine, merge
 
 
 def test_joining_in_the_middle_of_others_changes_nobodys_answer(make_engine, merged_alone):
-    engine, outputs = make_engine(max_batch=4), []
+    engine = make_engine(max_batch=4)
+    outputs: list[list[OutputDelta]] = []
     requests = [ask(random_prompt(i, 5 + 20 * i), *SETTINGS[i % 3]) for i in range(6)]
     for request in requests:
         outputs.append([])
@@ -141,7 +147,8 @@ def test_running_answers_go_on_between_the_chunks_of_a_long_prompt(make_engine):
 
 def test_a_long_prompt_can_be_cancelled_halfway(make_engine, merged_alone):
     engine = make_engine(prefill_tokens=16)
-    gone, kept = [], []
+    gone: list[OutputDelta] = []
+    kept: list[OutputDelta] = []
     scheduled = engine.submit(ask(random_prompt(1, 300)), gone.append)
     request = ask(random_prompt(2, 200), 0.5)
     engine.submit(request, kept.append)
@@ -273,7 +280,8 @@ def test_a_cancelled_request_frees_its_row_and_disturbs_nobody(make_engine, merg
 
 
 def test_a_waiting_request_can_be_cancelled(make_engine):
-    engine, output = make_engine(max_batch=1), []
+    engine = make_engine(max_batch=1)
+    output: list[OutputDelta] = []
     engine.submit(ask(random_prompt(1, 5)), output.append)
     engine.submit(ask(random_prompt(2, 5)), pytest.fail).cancel()
     while engine.step():
@@ -302,7 +310,7 @@ def test_prompt_and_answer_may_fill_the_context(make_engine, merged_alone):
 
 
 @pytest.fixture
-def merged(base_folder: Path, tokenizer, vectors) -> MakeEngine:
+def merged(base_folder: Path, tokenizer: PreTrainedTokenizerBase, vectors: dict[str, PreferenceVector]) -> MakeEngine:
     live = LiveModel(LlamaForCausalLM.from_pretrained(base_folder), vectors)
     return lambda **settings: SlotEngine(MergedWeights(live), tokenizer, **settings)
 
@@ -315,13 +323,18 @@ def test_weights_are_rewritten_only_when_the_setting_changes(merged):
 
 
 def test_a_hot_setting_does_not_starve_a_cold_one(merged):
-    engine, order = merged(max_batch=4, switch_share=1.0), []
+    engine = merged(max_batch=4, switch_share=1.0)
+    order: list[str] = []
+
+    def ended(name: str) -> Callable[[OutputDelta], None]:
+        return lambda piece: order.append(name) if piece.finish_reason else None
+
     for i in range(12):
         hot = ask(random_prompt(i, 9), 1.0, max_tokens=40)
-        engine.submit(hot, lambda piece, i=i: piece.finish_reason and order.append(f"hot {i}"))
+        engine.submit(hot, ended(f"hot {i}"))
         if i == 1:
             cold = ask(random_prompt(99, 9), -1.0, max_tokens=10)
-            engine.submit(cold, lambda piece: piece.finish_reason and order.append("cold"))
+            engine.submit(cold, ended("cold"))
     while engine.step():
         pass
     assert len(order) == 13
@@ -329,7 +342,7 @@ def test_a_hot_setting_does_not_starve_a_cold_one(merged):
 
 
 @pytest.fixture
-def clock(monkeypatch) -> None:
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock is a second after the one before, so that shares do not depend on the machine."""
     ticks = itertools.count()
     monkeypatch.setattr(time, "monotonic", lambda: float(next(ticks)))
@@ -375,7 +388,8 @@ def test_a_caller_that_is_named_leaves_rows_to_others(make_engine, caller, most)
 
 
 def test_four_settings_of_one_caller_have_one_callers_share_of_the_turns(merged, clock):
-    engine, received = merged(switch_share=1e9), []  # a turn is one step
+    engine = merged(switch_share=1e9)  # a turn is one step
+    received: list[OutputDelta] = []
     for i in range(4):
         engine.submit(ask(random_prompt(i, 9), 0.1 * i, max_tokens=60, caller="crowd"), [].append)
     for _ in range(10):
@@ -429,7 +443,8 @@ def test_coefficients_that_overflow_a_weight_fail_alone(base_folder, tokenizer, 
 
 
 def test_a_closed_engine_answers_nobody_and_leaves_nobody_waiting(merged):
-    engine, output = merged(), []
+    engine = merged()
+    output: list[OutputDelta] = []
     engine.submit(ask(random_prompt(1, 9)), output.append)
     engine.step()
     engine.close()
@@ -553,7 +568,7 @@ def test_a_real_model_at_two_settings():
     for request, pieces in zip(asked, told, strict=True):
         live.set_coefficients(dict(request.coefficients))
         ids = torch.tensor([prompt])
-        alone = live.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
         assert tokens(pieces) == alone[0, len(prompt) :].tolist()
 
 

@@ -19,7 +19,7 @@ from prefvec_ray.common.chat import special_tokens
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
 from prefvec_ray.serving.encoding import Tokenization
-from prefvec_ray.vectors import LowRank, load_vector, save_vector
+from prefvec_ray.vectors import Entry, LowRank, load_vector, save_vector
 from tests.conftest import free_port
 from tests.serving.api_cases import HISTORY, NAMED, SCHEMA, TOOLS, check_table
 from tests.serving.conftest import Endpoint
@@ -37,7 +37,7 @@ ASK = [{"role": "user", "content": "why not?"}]
 
 
 @pytest.fixture(scope="module", params=["steered", "merged"])
-def settings(request, guarded) -> dict[str, Any]:
+def settings(request: pytest.FixtureRequest, guarded: dict[str, Any]) -> dict[str, Any]:
     options = {"kv_cache_memory_bytes": 2**26, "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     return {
         **guarded,
@@ -47,7 +47,7 @@ def settings(request, guarded) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster, settings) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: str, settings: dict[str, Any]) -> Iterator[Endpoint]:
     config = ServingConfig.model_validate(settings)
     url = start(config, port=free_port())
     with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
@@ -113,7 +113,7 @@ def test_the_table_of_the_documentation_is_true(endpoint):
 def test_whole_answers_and_streams_are_openais_and_say_whose_they_are(endpoint, path):
     ask, kind = PATHS[path]
     response = endpoint.post(ask, path)
-    whole = kind.model_validate(response.json(), strict=True)
+    whole: Any = kind.model_validate(response.json(), strict=True)
     streamed = events(endpoint.post(ask | STREAM, path))
     fingerprint, setting = (response.headers[f"x-prefvec-{name}"] for name in ("fingerprint", "preferences"))
     for told in [*streamed, response.json()]:
@@ -122,7 +122,7 @@ def test_whole_answers_and_streams_are_openais_and_say_whose_they_are(endpoint, 
     for event in streamed:
         for choice in event["choices"]:  # null until the last, as OpenAI sends it; the type of texts does not say so
             choice["finish_reason"] = choice["finish_reason"] or "stop"
-    chunks = [
+    chunks: list[Any] = [
         (ChatCompletionChunk if kind is ChatCompletion else kind).model_validate(e, strict=True) for e in streamed
     ]
     assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
@@ -242,9 +242,13 @@ def test_vectors_move_and_running_answers_keep_theirs(endpoint, settings, client
     registry = endpoint.registry
     old = greedy(client, {"helpful": 0.8})
     turned = load_vector(registry.fetch("helpful@1"))
-    entries = {name: LowRank(entry.A_RI * -1, entry.B_OR) for name, entry in turned.entries.items()}
+    entries: dict[str, Entry] = {}
+    for name, entry in turned.entries.items():
+        assert isinstance(entry, LowRank)
+        entries[name] = LowRank(entry.A_RI * -1, entry.B_OR)
     published = registry.publish_vector(save_vector(turned.replace(entries), tmp_path / "turned"))
     config = ServingConfig.model_validate(settings)
+    assert config.vectors is not None
     running = client.completions.create(
         model="tiny",
         prompt=PROMPT,
