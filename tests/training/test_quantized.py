@@ -15,7 +15,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.evaluation.likelihood import Margins, token_pairs
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.training.quantized import check_quantization
-from prefvec_ray.vectors import LiveModel, PreferenceVector, fingerprint, load_vector
+from prefvec_ray.vectors import LiveModel, LowRank, PreferenceVector, fingerprint, load_vector
 
 SCRIPT = Path(__file__).parent / "scripts" / "qlora.py"
 APART = Path(sys.prefix) / "qlora"
@@ -23,7 +23,7 @@ APART = Path(sys.prefix) / "qlora"
 
 
 @pytest.fixture(scope="module")
-def base(world_folder, tmp_path_factory) -> Path:
+def base(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The micro world's tokenizer and a Llama with layers of whole blocks of 64."""
     folder = tmp_path_factory.mktemp("quantized") / "base"
     tokenizer = AutoTokenizer.from_pretrained(world_folder / "base")
@@ -44,14 +44,14 @@ def base(world_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(base, world_folder) -> dict[str, Path]:
+def runs(base: Path, world_folder: Path) -> dict[str, Path]:
     """Finished runs over 32 pairs: beside the base as it is, rounded to nf4, and to int8."""
     assert (APART / "bitsandbytes").is_dir(), f"{APART} is not there: run `make env`"
     folder = base.parent
     pairs = load_preferences(world_folder / "preferences.jsonl", preference="helpful").dataset.select(range(32))
     pairs.save_to_disk(folder / "pairs")
     path = os.pathsep.join([str(APART), str(Path(__file__).parents[2])])
-    command = [sys.executable, SCRIPT, base, folder / "pairs", folder]
+    command = [sys.executable, *map(str, (SCRIPT, base, folder / "pairs", folder))]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "MatMul8bitLt" not in done.stderr
@@ -76,7 +76,8 @@ def test_the_vector_belongs_to_the_base_as_it_is(runs, base, kind, least):
     assert vector.info.recipe["quantize"] == kind
     assert "quantize" not in plain.info.recipe
     assert least < cosine(vector, plain) < 1 - 1e-6, "it was trained beside other weights"
-    factors = [entry.B_OR for entry in vector.entries.values()]
+    factors = [entry.B_OR for entry in vector.entries.values() if isinstance(entry, LowRank)]
+    assert len(factors) == len(vector.entries)
     assert any((factor != factor.bfloat16().float()).any() for factor in factors), "its masters were fp32"
 
 
