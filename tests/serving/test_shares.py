@@ -22,6 +22,21 @@ def test_nobody_saves_up_a_claim_while_away():
     assert shares.had("c") == 100.0, "the least of those who are busy"
 
 
+def test_who_comes_back_is_a_credit_behind_the_others_once():
+    shares = Shares()
+    shares.credit = 2.0
+    for caller in ("a", "b"):
+        shares.enter(caller)
+    shares.charge(["a"], 100.0)
+    shares.leave("b")
+    shares.enter("b")
+    assert shares.had("b") == 98.0
+    shares.charge(["b"], 1.5)
+    shares.leave("b")
+    shares.enter("b")
+    assert shares.had("b") == 99.5, "leaving does not renew it"
+
+
 def test_leaving_between_requests_pays_nothing_back():
     shares = Shares()
     for caller in ("a", "b"):

@@ -48,10 +48,11 @@ class SlotEngine:
         engine come first (`Shares`), and of one caller its oldest request, but that up to max_batch / 4 others may join
         running requests of their own setting first. A caller that is named never has the last eighth of the rows.
     switch_share: in merged mode, the share of time that may go into rewriting the weights while several sets of
-        coefficients take turns. Smaller: longer turns, more tokens a second, longer pauses within each answer.
+        coefficients take turns. Smaller: longer turns, more tokens a second, longer pauses within each answer. A first
+        token of a caller that had less ends a turn early, once a quarter of the turn went into it.
     prefill_tokens: most prompt tokens (padding included) computed between two steps; a longer prompt goes alone, in
-        chunks, between which the running requests have their tokens. Where several callers are busy, as many as are
-        computed in about 20 ms, if that is fewer.
+        chunks, between which the running requests have their tokens. Where several callers were here within the last
+        minute, as many as are computed in about 20 ms, if that is fewer.
 
     Raises InputError for models whose cache is not keys and values by position.
     """
@@ -136,14 +137,15 @@ class SlotEngine:
             self._change(*self._changes.popleft())
         with self._news:
             batch = self._scheduler.next_batch()
+            work = batch and self._scheduler.next_work(batch)
         if batch is None:
             return False
         try:
-            if batch.joining:
+            if work == "prompts":
                 self._prefill(batch)
-            elif batch.long and (batch.rested or not batch.rows):
+            elif work == "chunk":
                 self._prefill_chunk(batch)
-            elif batch.rows:
+            else:
                 self._decode(batch)
         except InputError as error:  # coefficients that make a weight overflow
             self._fail(batch, error)
@@ -167,6 +169,7 @@ class SlotEngine:
 
     def _prefill(self, batch: Batch) -> None:
         """Compute the prompts of the next joining requests, and their first token."""
+        batch.rested = False
         with self._news:
             new = self._scheduler.next_prompts(batch)
         batch.rows += new

@@ -4,11 +4,13 @@ Requests wait until there is a row for them, then belong to the batch of their c
 Nothing here is computed, and nothing is safe for threads by itself: `SlotEngine` holds a lock around these calls.
 """
 
+import math
 import random
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from llguidance import LLMatcher
 
@@ -19,9 +21,13 @@ from prefvec_ray.serving.engines.slots.shares import Shares
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
 
 PASS_SECONDS = 0.02
-"""Where several callers are busy, prompts are computed in passes of about this length: everybody else waits for it."""
+"""Where there are several callers, prompts are computed in passes of about this length: everybody else waits for it."""
 LEAST_PROMPT_TOKENS = 64
 """of such a pass, however slow the model is"""
+ALONE_SECONDS = 60.0
+"""A caller is alone once there was no other for so long: in the pauses between others' requests it is not."""
+EARLY_SHARE = 0.25
+"""The share of a turn that may go into rewriting the weights, where it ends early for the sake of a first token."""
 
 
 @dataclass(eq=False)
@@ -56,14 +62,18 @@ class Batch:
     partial: SlotCache | None = None
     """of the first of `long`: what is computed of its prompt"""
     rested: bool = True
-    """the running rows have had a token since the last chunk"""
+    """the running rows have had a token since prompts were computed"""
 
     @property
     def size(self) -> int:
         return len(self.rows) + len(self.joining) + len(self.long)
 
     def all(self) -> list[ScheduledRequest]:
-        return [*self.rows, *self.joining, *self.long]
+        return [*self.rows, *self.unheard()]
+
+    def unheard(self) -> list[ScheduledRequest]:
+        """Those that wait for their first token."""
+        return [*self.joining, *self.long]
 
 
 class Scheduler:
@@ -81,13 +91,16 @@ class Scheduler:
         """the first one's turn it is"""
         self._turn_began = self._pass_began = time.monotonic()
         self._shares = Shares()
+        self._shared_at = -ALONE_SECONDS
+        """when a request came last that found another caller here"""
         self._token_seconds = 0.0
         """that a prompt's token took lately"""
 
     @property
     def prompt_tokens(self) -> int:
-        """Most prompt tokens of a pass: `prefill_tokens`, or what takes PASS_SECONDS where several callers are busy."""
-        if self._shares.busy < 2 or self._token_seconds * self._prefill_tokens <= PASS_SECONDS:
+        """Most prompt tokens of a pass: `prefill_tokens`, or what takes PASS_SECONDS where there are several callers."""
+        alone = self._shares.busy < 2 and time.monotonic() - self._shared_at > ALONE_SECONDS
+        if alone or self._token_seconds * self._prefill_tokens <= PASS_SECONDS:
             return self._prefill_tokens
         return min(self._prefill_tokens, max(LEAST_PROMPT_TOKENS, int(PASS_SECONDS / self._token_seconds)))
 
@@ -99,6 +112,8 @@ class Scheduler:
     def add(self, scheduled: ScheduledRequest) -> None:
         self.waiting.append(scheduled)
         self._shares.enter(scheduled.request.caller)
+        if self._shares.busy > 1:
+            self._shared_at = time.monotonic()
 
     def next_batch(self) -> Batch | None:
         """Drop what was cancelled, admit what fits, and begin a pass of the batch whose turn it is; None: no work."""
@@ -108,6 +123,20 @@ class Scheduler:
             return None
         self._pass_began = time.monotonic()
         return next(iter(self._batches.values()))
+
+    def next_work(self, batch: Batch) -> Literal["prompts", "chunk", "token"]:
+        """What the pass is for: joining prompts, the next part of a long one, or a token for every running row.
+
+        Where the callers of the rows had less than those of the prompts, both go in turn. Otherwise joining prompts
+        come first, since more rows share each pass afterwards."""
+        running, joining, long = (
+            min(map(self._had, line), default=math.inf) for line in (batch.rows, batch.joining, batch.long)
+        )
+        if batch.joining and joining <= long and (batch.rested or joining <= running):
+            return "prompts"
+        if batch.long and (batch.rested or not batch.rows):
+            return "chunk"
+        return "token"
 
     def next_prompts(self, batch: Batch) -> list[ScheduledRequest]:
         """Take the joining requests whose prompts are computed together: those of the callers that have had least."""
@@ -157,9 +186,11 @@ class Scheduler:
         """Drop the batch if it is empty, or end its turn if it has had its time: the caller that had least is next."""
         key, batch = next(iter(self._batches.items()))
         now = time.monotonic()
+        switch = self._weights.switch_seconds
+        self._shares.credit = switch / self._switch_share
         if not batch.size:
             del self._batches[key]
-        elif (now - self._turn_began) * self._switch_share >= self._weights.switch_seconds:
+        elif (now - self._turn_began) * self._share_now(batch) >= switch:
             self._batches.move_to_end(key)
         else:
             return
@@ -167,6 +198,14 @@ class Scheduler:
         if self._batches:
             following = min(self._batches, key=lambda key: min(map(self._had, self._batches[key].all())))
             self._batches.move_to_end(following, last=False)
+
+    def _share_now(self, batch: Batch) -> float:
+        """The share of its turn that rewriting the weights may have taken, if the batch's turn is to end now: a larger
+        one where a first token waits in another batch whose caller had less, by more than the rewriting takes."""
+        others = [each for other in self._batches.values() if other is not batch for each in other.unheard()]
+        least = min(map(self._had, batch.all())) - self._weights.switch_seconds
+        urgent = any(self._had(each) <= least for each in others)
+        return max(self._switch_share, EARLY_SHARE) if urgent else self._switch_share
 
     def drain(self) -> list[ScheduledRequest]:
         """Take everything, running and waiting."""

@@ -1,7 +1,8 @@
 """How much of an engine each caller has had, so that the one that had least comes next.
 
 The virtual token counter of Sheng et al. (arXiv 2401.00588, algorithm 2), counted in seconds of the engine. A caller
-who returns after a pause begins at the least of those who are busy: nobody saves up a claim.
+who returns after a pause begins at the least of those who are busy, less a small credit, so that it comes first:
+nobody saves up a claim beyond that.
 """
 
 from collections import Counter
@@ -12,6 +13,8 @@ class Shares:
     """Callers by name. `enter` and `leave` once for each request; not safe for threads by itself."""
 
     def __init__(self) -> None:
+        self.credit = 0.0
+        """seconds that a caller may be behind the others when it returns"""
         self._had: dict[str, float] = {}
         self._busy: Counter[str] = Counter()
 
@@ -22,7 +25,7 @@ class Shares:
 
     def enter(self, caller: str) -> None:
         if not self._busy[caller]:
-            self._had[caller] = max(self.had(caller), self._least())
+            self._had[caller] = max(self.had(caller), self._least() - self.credit)
         self._busy[caller] += 1
 
     def leave(self, caller: str) -> None:
@@ -31,7 +34,7 @@ class Shares:
             del self._busy[caller]
         if not self._busy:
             self._had.clear()
-        elif caller not in self._busy and self.had(caller) <= self._least():
+        elif caller not in self._busy and self.had(caller) <= self._least() - self.credit:
             del self._had[caller]
 
     def charge(self, callers: Sequence[str], seconds: float) -> None:

@@ -1,6 +1,8 @@
 """Two ways to hold coefficients in a model: merged into its weights, or added beside them row by row."""
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
@@ -17,7 +19,7 @@ class WeightBackend(Protocol):
     model: PreTrainedModel
     merges: int
     switch_seconds: float
-    """what the last change of coefficients took"""
+    """what a change of coefficients takes"""
 
     def group(self, coefficients: Coefficients) -> Hashable:
         """Requests of one group may be computed in one batch."""
@@ -44,6 +46,7 @@ class MergedWeights:
         self.model = live.model
         self.merges = 0
         self.switch_seconds = 0.0
+        self._took: deque[float] = deque(maxlen=5)
         self._current: Coefficients | None = None
 
     def group(self, coefficients: Coefficients) -> Hashable:
@@ -56,7 +59,8 @@ class MergedWeights:
             self.live.set_coefficients(dict(rows[0]))
             if str(self.model.device.type) != "cpu":
                 torch.accelerator.synchronize()
-            self.switch_seconds = time.monotonic() - start
+            self._took.append(time.monotonic() - start)
+            self.switch_seconds = statistics.median(self._took)  # one that was held up must not lengthen a turn
             self._current = rows[0]
             self.merges += 1
 
