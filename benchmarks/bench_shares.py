@@ -2,11 +2,11 @@
 
     python benchmarks/bench_shares.py --mode merged
 
-Two well-behaved callers ask for short answers, each again 20 to 40 ms after the last, first alone, then beside a hostile
-one that always has as many requests under way as its key may. No HTTP, no Ray, one thread; the clock is the
-processor time of this thread, so that other programs do not count. The last line of stdout is one JSON object: for each
-kind the others' p50 and p99 first-token time in milliseconds, the p99 over the quiet one, the tokens per second of
-all callers, the hostile caller's share of them, and the share of the time that went into rewriting weights.
+Two well-behaved callers ask for short answers, each again 20 to 40 ms after the last, first alone, then beside a
+hostile one that always has four requests under way. No HTTP, no Ray, one thread; the clock is the processor time of
+this thread, so that other programs do not count. The last line of stdout is one JSON object: for each kind the
+others' p50 and p99 first-token time in milliseconds, the p99 over the quiet one, all callers' tokens per second, the
+hostile caller's share of them, and how often a second the weights were rewritten.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def measure(mode: str, size: str, seconds: float, kinds: list[str]) -> dict[str,
         weights = (
             MergedWeights(LiveModel(model, vectors, threads=1))
             if mode == "merged"
-            else SteeredWeights(Steering(model, vectors).__enter__())
+            else SteeredWeights(Steering(model, vectors))
         )
         engine = SlotEngine(weights, AutoTokenizer.from_pretrained(base), max_batch=8)
         found: dict[str, Any] = {}

@@ -50,7 +50,8 @@ class EngineConfig(Config):
     """most tokens of one answer, and the number where the caller names none"""
     switch_share: float = Field(default=0.1, gt=0, le=1)
     """merged: share of time that may go into rewriting the weights while several sets of coefficients take turns;
-    smaller gives more tokens a second and longer pauses within each answer"""
+    smaller gives more tokens a second and longer pauses within each answer. In the slot engine up to a quarter of a
+    turn that ends early, because a first token waits whose caller had less"""
     threads: PositiveInt = 1
     """torch threads; for small models one is fastest"""
     columns: PositiveInt | None = None

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Mapping
 from functools import partial
 from typing import Any
 
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase  # it has no public name
@@ -25,6 +27,7 @@ from prefvec_ray.serving.access.errors import one_line
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import Tokenization, check_stops, check_whole, load_tokenizer
 from prefvec_ray.serving.engines.base import EngineError, EngineStatus, PromptTooLongError
+from prefvec_ray.serving.engines.sampling_params import SharedParams
 from prefvec_ray.serving.engines.vllm.client import REQUEST, PreferenceClient, RequestRecord
 from prefvec_ray.serving.engines.vllm.section import SECTION
 from prefvec_ray.serving.engines.vllm.shape import SteeringShape
@@ -160,7 +163,13 @@ class PreferenceServer(LLMServer):
             raise _explained(record.error or error) from None
 
     def _request(self, asked: PassedRequest) -> Any:
-        """vLLM's request. Raises InputError where the chat template or vLLM's protocol does not know it."""
+        """vLLM's request. Raises InputError where the chat template or vLLM's protocol does not know it.
+
+        And where it has a field of vLLM's own: the front lets nobody set one, and what came past it is refused here.
+        """
+        known = (chat_params if asked.chat else text_params).CompletionCreateParamsBase.__annotations__
+        if foreign := [name for name in asked.body if name not in {*known, "stream", *SharedParams.model_fields}]:
+            raise InputError(f"{one_line(foreign[0], 100)}: unknown field")
         stop = asked.body.get("stop", [])
         check_stops([stop] if isinstance(stop, str) else stop, self._encoder.special)
         body: dict[str, Any] = {**asked.body, "model": self._config.model, "request_id": asked.id}

@@ -6,14 +6,13 @@ import random
 import re
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import GenerationMode
 
 ASK: dict[str, Any] = {
     "model": "tiny",
@@ -72,6 +71,7 @@ def _still_well(endpoint):
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_a_thousand_malformed_bodies(endpoint, document, path):
+    schemathesis = pytest.importorskip("schemathesis", reason="an environment for vLLM of before it was in there")
     operation = schemathesis.openapi.from_dict(document)[path]["POST"]
     bodies: list[tuple[str, bytes]] = []
 
@@ -79,7 +79,7 @@ def test_a_thousand_malformed_bodies(endpoint, document, path):
         max_examples=400, database=None, derandomize=True, phases=[Phase.generate], deadline=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
+    @given(operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
     def collect(case: Any) -> None:
         body = case.body
         if isinstance(body, dict) and len(bodies) % 2:  # an unknown model is soon refused: get past it
@@ -141,6 +141,62 @@ def test_prompts_that_are_no_tokens(endpoint):
     for prompt, response in zip(prompts, send_all(endpoint, bodies), strict=True):
         assert response.status_code == 400, (str(prompt)[:50], response.text)
         assert refused_well(response)
+
+
+HIDDEN: dict[str, Any] = {"vllm_xargs": {"preferences": '{"harmless": -1}', "request": "x"}, "cache_salt": "another's"}
+HIDDEN |= {"extra_args": {"preferences": {"harmless": -1}}, "kv_transfer_params": {"do_remote_prefill": True}}
+PLACES: dict[str, Callable[[str, Any], dict[str, Any]]] = {
+    "at the top": lambda name, value: {name: value},
+    "in extra_body": lambda name, value: {"extra_body": {name: value}},
+    "in extra_json": lambda name, value: {"extra_json": {name: value}},
+    "in vllm_xargs": lambda name, value: {"vllm_xargs": {name: value}},
+    "in sampling_params": lambda name, value: {"sampling_params": {name: value}},
+    "in preferences": lambda name, value: {"preferences": {"helpful": 0.5, name: value}},
+    "in a message": lambda name, value: {"messages": [{**ASK["messages"][0], name: value}]},
+    "in a part of a message": lambda name, value: {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "the quick brown fox", name: value}]}]
+    },
+    "in stream_options": lambda name, value: {"stream": True, "stream_options": {"include_usage": True, name: value}},
+    "in response_format": lambda name, value: {"response_format": {"type": "text", name: value}},
+    "in logit_bias": lambda name, value: {"logit_bias": {name: value}},
+    "in metadata": lambda name, value: {"metadata": {name: json.dumps(value)}},
+    "in capitals": lambda name, value: {name.upper(): value},
+    "in camel case": lambda name, value: {re.sub("_(.)", lambda found: found[1].upper(), name): value},
+    "with a hyphen": lambda name, value: {name.replace("_", "-"): value},
+    "with a blank": lambda name, value: {f"{name} ": value},
+    "with a full-width letter": lambda name, value: {name.replace("a", "\uff41", 1): value},
+    "as a path": lambda name, value: {f"extra_body.{name}": value},
+}
+IGNORED = {"in metadata"}
+"""OpenAI's own field for whatever a caller notes, which goes nowhere"""
+
+
+def test_nothing_of_vllms_own_is_smuggled_in_anywhere(endpoint):
+    sound = ASK | {"temperature": 0}
+    expected = endpoint.post(sound)
+    bodies = [(place, sound | put(name, value)) for place, put in PLACES.items() for name, value in HIDDEN.items()]
+    escaped = [
+        json.dumps(sound | {name: value}).replace(f'"{name[0]}', f'"\\u{ord(name[0]):04x}')
+        for name, value in HIDDEN.items()
+    ]
+    twice = [
+        json.dumps(sound)[:-1] + f', "{name}": null, "{name}": {json.dumps(value)}}}' for name, value in HIDDEN.items()
+    ]
+    sent = [(CHAT, json.dumps(body).encode()) for _, body in bodies]
+    sent += [(CHAT, body.encode()) for body in escaped + twice]
+    places = [place for place, _ in bodies] + ["with an escape"] * len(escaped) + ["twice"] * len(twice)
+    text = {name: value for name, value in sound.items() if name != "messages"} | {"prompt": "the quick brown fox"}
+    for name, value in HIDDEN.items():
+        for changes in ({name: value}, {"extra_body": {name: value}}, {"prompt": [{"prompt": "a", name: value}]}):
+            sent.append((TEXT, json.dumps(text | changes).encode()))
+            places.append("of a text completion")
+    for place, (_, body), response in zip(places, sent, send_all(endpoint, sent), strict=True):
+        assert refused_well(response), (place, body, response.text)
+        assert response.status_code == (200 if place in IGNORED else 400), (place, body, response.text)
+        if response.status_code == 200:
+            told, wanted = response.json(), expected.json()
+            for each in ("choices", "preferences", "system_fingerprint"):
+                assert told[each] == wanted[each]
 
 
 # --- below HTTP's manners -------------------------------------------------------------------------------------------

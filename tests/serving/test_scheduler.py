@@ -81,6 +81,12 @@ class TimedEngine:
         while not until():
             assert self.engine.step()
 
+    def run_to(self, moment: float) -> None:
+        self.run(lambda: self.now >= moment)
+
+    def run_to_first_token(self, name: str) -> None:
+        self.run(lambda: self.heard[name])
+
 
 @pytest.fixture(params=["merged", "steered"])
 def timed(request, base_folder: Path, tokenizer, vectors, monkeypatch) -> Callable[[], TimedEngine]:
@@ -88,7 +94,7 @@ def timed(request, base_folder: Path, tokenizer, vectors, monkeypatch) -> Callab
     weights = (
         MergedWeights(LiveModel(model, vectors))
         if request.param == "merged"
-        else SteeredWeights(Steering(model, vectors).__enter__())
+        else SteeredWeights(Steering(model, vectors))
     )
     return lambda: TimedEngine(lambda: SlotEngine(weights, tokenizer, max_batch=8), monkeypatch)
 
@@ -109,14 +115,14 @@ def first_tokens_beside(engine: TimedEngine, prompt: int = 3, tokens: int = 4, a
 
     for _ in range(4):
         attack()
-    engine.run(lambda: engine.now > 0.5)
+    engine.run_to(0.5)
     waits = []
     for each in range(12):
         due = max(engine.now, 0.5 + 0.041 * each)
-        engine.run(lambda due=due: engine.now >= due)
+        engine.run_to(due)
         name = f"other/{each}"
         engine.submit(name, 0.5)
-        engine.run(lambda name=name: engine.heard[name])
+        engine.run_to_first_token(name)
         waits.append(engine.heard[name][0] - due)
     return waits
 
@@ -142,15 +148,15 @@ def test_a_hostile_caller_delays_a_first_token_by_one_pass_and_an_early_turn(tim
 def test_a_turn_ends_early_for_the_first_token_of_a_caller_that_had_less(timed):
     engine = timed()
     engine.submit("busy", 0.0, tokens=400)
-    engine.run(lambda: engine.now > 0.2)
+    engine.run_to(0.2)
     engine.submit("late", 0.5)
-    engine.run(lambda: engine.heard["late"])
+    engine.run_to_first_token("late")
     engine.run(lambda: engine.engine.status().running == 1)
     engine.turns.clear()
     engine.run(lambda: engine.turns)  # a turn of the busy one has begun
     began = engine.now - engine.turns[0][1]
     engine.submit("late/again", 0.5)
-    engine.run(lambda: engine.heard["late/again"])
+    engine.run_to_first_token("late/again")
     assert engine.now - began == pytest.approx(EARLY_TURN + SWITCH + PASS + 3 * PROMPT_TOKEN)
 
 
@@ -159,7 +165,7 @@ def test_nobody_cuts_the_others_turns_to_less_than_an_early_one(timed):
     """Short answers of three callers, who each had less than the busy one, come without a pause."""
     engine, number = timed(), 0
     engine.submit("busy", 0.0, tokens=400)
-    engine.run(lambda: engine.now > 0.2)
+    engine.run_to(0.2)
 
     def another() -> None:
         nonlocal number
@@ -169,7 +175,7 @@ def test_nobody_cuts_the_others_turns_to_less_than_an_early_one(timed):
     for _ in range(3):
         another()
     engine.turns.clear()
-    engine.run(lambda: engine.now > 1)
+    engine.run_to(1)
     turns = [seconds for (_, (_, eta)), seconds in engine.turns[1:-1] if eta == 0]
     assert len(turns) > 10
     assert min(turns) >= EARLY_TURN - 1e-9
@@ -180,12 +186,12 @@ def test_a_caller_that_had_its_share_waits_for_the_end_of_a_turn(timed):
     engine = timed()
     for name, eta in (("one", 0.0), ("two", 0.5)):
         engine.submit(name, eta, tokens=400)
-    engine.run(lambda: engine.now > 0.3)
+    engine.run_to(0.3)
     engine.turns.clear()
     engine.run(lambda: len(engine.turns) > 1 and engine.turns[-1][0] == (("harmless", 0.0), ("helpful", 0.5)))
     began = engine.now - engine.turns[-1][1]
     engine.submit("one/again", 1.0)
-    engine.run(lambda: engine.heard["one/again"])
+    engine.run_to_first_token("one/again")
     assert engine.now - began >= TURN
 
 
@@ -199,7 +205,7 @@ def test_answers_go_on_beside_a_flood_of_short_ones(timed):
 
     for _ in range(4):
         another()
-    engine.run(lambda: engine.now > 0.1)
+    engine.run_to(0.1)
     engine.submit("other", 0.5, tokens=40)
     began = number
     engine.run(lambda: len(engine.heard["other"]) == 40)
@@ -216,10 +222,10 @@ def test_a_long_prompt_is_computed_beside_a_flood_of_short_ones(timed):
 
     for _ in range(4):
         another()
-    engine.run(lambda: engine.now > 0.1)
+    engine.run_to(0.1)
     engine.submit("other", 0.5, prompt=480, tokens=1)
     began = engine.now
-    engine.run(lambda: engine.heard["other"])
+    engine.run_to_first_token("other")
     assert engine.now - began < 0.3, "about half of the time is its own"
 
 

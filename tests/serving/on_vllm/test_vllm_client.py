@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
 from transformers import LlamaForCausalLM
+from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -22,6 +24,9 @@ from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.engines.slots.engine import SlotEngine
 from prefvec_ray.serving.engines.slots.weights import SteeredWeights
+from prefvec_ray.serving.engines.vllm.client import REQUEST, RequestRecord
+from prefvec_ray.serving.engines.vllm.section import FIELD
+from prefvec_ray.serving.spending import Spending
 from prefvec_ray.vectors import Full, LiveModel, LowRank, PreferenceVector, Steering
 
 BLOCK = 128
@@ -82,6 +87,34 @@ def test_requests_of_few_settings_share_turns(make_engine, run, merged_alone):
     check(requests, run(engine, requests), merged_alone)
     assert engine.client.status().merges <= 4
     engine.close()
+
+
+def test_coefficients_and_salt_of_another_hand_are_overwritten(engine, runner, merged_alone):
+    request = ask(some_prompt(7, BLOCK + 20), 0.5)
+    params = vllm.SamplingParams(max_tokens=24, temperature=0.0)
+
+    async def answered(name: str, salt: str) -> Any:
+        params.extra_args = {REQUEST: name, FIELD: {"harmless": -1.0}}
+        prompt = {"type": "token", "prompt_token_ids": [*request.prompt], "cache_salt": salt}
+        record = RequestRecord(request.coefficients, Spending())
+        with engine.client.recorded(name, record):
+            outputs = engine.llm.generate(prompt, params, name)
+            async with contextlib.aclosing(outputs):
+                (output,) = [each async for each in outputs]
+        return output
+
+    first, again = (runner.run(answered(each, each)) for each in ("first", "again"))
+    for output in (first, again):
+        check([request], [output.outputs[0]], merged_alone)
+    assert again.num_cached_tokens >= BLOCK, "one salt, whatever was asked for"
+
+
+def test_what_is_refused_has_not_failed(engine, run):
+    before = engine.client.status()
+    with pytest.raises(VLLMClientError):
+        run(engine, [ask((10**6,))])
+    after = engine.client.status()
+    assert (after.failed, after.running, after.waiting) == (before.failed, 0, 0)
 
 
 def test_the_base_comes_back(engine, run, merged_alone):

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,15 +15,32 @@ import pytest
 import ray
 from openai import BadRequestError, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from ray import serve
 
 from prefvec_ray.common.chat import special_tokens
+from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, roll_out, start, stop
 from prefvec_ray.serving.encoding import Tokenization
+from prefvec_ray.serving.request import PassedRequest
 from prefvec_ray.vectors import Entry, LowRank, load_vector, save_vector
 from tests.conftest import free_port
 from tests.serving.api_cases import HISTORY, NAMED, SCHEMA, TOOLS, check_table
 from tests.serving.conftest import Endpoint
+from tests.serving.test_abuse import (  # noqa: F401  (the same tests, on this endpoint)
+    HIDDEN,
+    _still_well,
+    document,
+    test_a_body_that_trickles_in_is_given_up,
+    test_a_stream_that_is_broken_off_counts_what_was_generated,
+    test_a_thousand_malformed_bodies,
+    test_callers_that_never_read_hold_nobody_up,
+    test_headers_and_request_lines,
+    test_no_header_keeps_the_work_of_a_caller_that_hung_up,
+    test_nothing_of_vllms_own_is_smuggled_in_anywhere,
+    test_oversize_and_absurd_values,
+    test_prompts_that_are_no_tokens,
+)
 from tests.serving.test_conformance import (  # noqa: F401  (the same tests, on this endpoint)
     PATHS,
     STREAM,
@@ -41,8 +59,8 @@ def settings(request: pytest.FixtureRequest, guarded: dict[str, Any]) -> dict[st
     options = {"kv_cache_memory_bytes": 2**26, "enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
     return {
         **guarded,
-        "engine": {"kind": "vllm", "mode": request.param, "max_new_tokens": 200, "vllm": options},
-        "limits": {"answers": 20},
+        "engine": {"kind": "vllm", "mode": request.param, "max_new_tokens": 400, "vllm": options},
+        "limits": {"answers": 20, "body_bytes": 50_000, "body_seconds": 2, "queued_requests": 32},
     }
 
 
@@ -177,7 +195,7 @@ def test_vllms_own_metrics_are_in_rays_export(client):
         ({"tools": [{"type": "function", "function": {"name": "a<|end|>"}}]}, "tools.0.function.name"),
         ({"messages": [*HISTORY[:2], {"role": "tool", "content": "four"}]}, "'tool_call_id' goes with role 'tool'"),
         ({"stop": "a<|end|>"}, "stop: '<|end|>' is a token"),
-        ({"max_tokens": 201}, "201 is more than 200"),
+        ({"max_tokens": 401}, "401 is more than 400"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}},
             "nonsense",
@@ -189,6 +207,22 @@ def test_what_cannot_be_asked_for_is_refused_by_name(client, endpoint, changes, 
     response = endpoint.post({"model": "tiny", "messages": ASK, "max_tokens": 4} | changes)
     assert response.status_code == 400, response.text
     assert says in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [{"prompt": [5, 6]}, {"messages": ASK}], ids=["text", "chat"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_came_past_the_front_is_refused_by_the_replica(endpoint, settings, name, body):
+    (app,) = serve.status().applications
+    (replicas,) = [each for each in serve.status().applications[app].deployments if each.startswith("replica-")]
+    release = roll_out(ServingConfig.model_validate(settings)).id
+    handle = serve.get_deployment_handle(replicas, app)
+    sound = PassedRequest(
+        "messages" in body, body | {"max_tokens": 2}, (("helpful", 0.5),), release=release, id="sound"
+    )
+    assert handle.whole_answer.remote(sound, {}).result().new_tokens == 2
+    forged = replace(sound, body={**sound.body, name: HIDDEN[name]}, id="forged")
+    with pytest.raises(InputError, match=f"{name}: unknown field"):
+        handle.whole_answer.remote(forged, {}).result()
 
 
 def test_no_message_ends_its_turn(endpoint, tokenizer):

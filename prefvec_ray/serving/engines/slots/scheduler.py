@@ -98,7 +98,7 @@ class Scheduler:
 
     @property
     def prompt_tokens(self) -> int:
-        """Most prompt tokens of a pass: `prefill_tokens`, or what takes PASS_SECONDS where there are several callers."""
+        """Most prompt tokens of a pass: `prefill_tokens`, or what takes PASS_SECONDS where a caller is not alone."""
         alone = self._shares.busy < 2 and time.monotonic() - self._shared_at > ALONE_SECONDS
         if alone or self._token_seconds * self._prefill_tokens <= PASS_SECONDS:
             return self._prefill_tokens

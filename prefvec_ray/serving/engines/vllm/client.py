@@ -54,7 +54,8 @@ class PreferenceClient:
         self._records: dict[str, RequestRecord] = {}
         self._known: frozenset[str] = frozenset()
         """names of the vectors that vLLM has"""
-        self._begun = self._finished = self._cancelled = self._failed = self._tokens = self._generating = 0
+        self._begun = self._finished = self._cancelled = self._refused = self._failed = 0
+        self._tokens = self._generating = 0
         self._generate = llm.generate
         llm.generate = self.generate
 
@@ -92,14 +93,17 @@ class PreferenceClient:
             self._cancelled += 1
             raise
         except Exception as error:
-            self._failed += 1
+            if _is_refusal(error):
+                self._refused += 1
+            else:
+                self._failed += 1
             record.error = error
             raise
         finally:
             count.end()
 
     def status(self) -> EngineStatus:
-        ended = self._finished + self._cancelled + self._failed
+        ended = self._finished + self._cancelled + self._refused + self._failed
         return EngineStatus(
             running=self._generating,
             waiting=self._begun - ended - self._generating,
@@ -192,6 +196,13 @@ def _with(params: Any, record: RequestRecord) -> Any:
     if params.logprobs is None:
         params.logprobs = 0
     return params
+
+
+def _is_refusal(error: Exception) -> bool:
+    """It is the caller's to correct: nothing failed here."""
+    from vllm.exceptions import VLLMClientError
+
+    return isinstance(error, PromptTooLongError | VLLMClientError)
 
 
 def _streams(params: Any) -> bool:
