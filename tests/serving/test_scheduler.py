@@ -89,7 +89,9 @@ class TimedEngine:
 
 
 @pytest.fixture(params=["merged", "steered"])
-def timed(request, base_folder: Path, tokenizer, vectors, monkeypatch) -> Callable[[], TimedEngine]:
+def timed(
+    request: pytest.FixtureRequest, base_folder: Path, tokenizer: Any, vectors: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], TimedEngine]:
     model = LlamaForCausalLM.from_pretrained(base_folder)
     weights = (
         MergedWeights(LiveModel(model, vectors))
