@@ -22,15 +22,15 @@ class _Said:
     logprobs: int = 0
     ended: bool = False
 
-    def add(self, piece: OutputDelta) -> None:
-        self.tokens += piece.tokens
-        self.characters += len(piece.text)
-        self.logprobs += len(piece.logprobs)
-        self.ended = piece.finish_reason is not None
+    def add(self, delta: OutputDelta) -> None:
+        self.tokens += delta.tokens
+        self.characters += len(delta.text)
+        self.logprobs += len(delta.logprobs)
+        self.ended = delta.finish_reason is not None
 
 
 class Replay:
-    """`fresh` passes on what is new of a job's events; after `again` the events of a second run are expected."""
+    """`fresh` passes on what is new of a request's events; after `again` the events of a second run are expected."""
 
     def __init__(self) -> None:
         self._told: defaultdict[int, _Said] = defaultdict(_Said)
@@ -47,28 +47,28 @@ class Replay:
     def fresh(self, events: Sequence[Event]) -> list[Event]:
         """Raises EngineError where this run says something else than the one before."""
         new = []
-        for index, piece in events:
+        for index, delta in events:
             told = self._told[index]
-            rest = piece if self._runs is None else _unheard(index, piece, told, self._runs[index])
+            rest = delta if self._runs is None else _unsent(index, delta, told, self._runs[index])
             if rest.tokens or rest.text or (rest.finish_reason and not told.ended):
                 told.add(rest)
                 new.append((index, rest))
         return new
 
 
-def _unheard(index: int, piece: OutputDelta, told: _Said, run: _Said) -> OutputDelta:
+def _unsent(index: int, delta: OutputDelta, told: _Said, run: _Said) -> OutputDelta:
     place = len(run.tokens)
-    known = told.tokens[place : place + len(piece.tokens)]
-    if known != list(piece.tokens[: len(known)]):
+    known = told.tokens[place : place + len(delta.tokens)]
+    if known != list(delta.tokens[: len(known)]):
         raise EngineError(
             f"a replica died, and answer {index} cannot be continued as it began: from token {place} {known} were told,"
-            f" now {list(piece.tokens)}"
+            f" now {list(delta.tokens)}"
         )
     rest = OutputDelta(
-        piece.text[max(0, told.characters - run.characters) :],
-        piece.tokens[len(known) :],
-        piece.finish_reason,
-        piece.logprobs[max(0, told.logprobs - run.logprobs) :],
+        delta.text[max(0, told.characters - run.characters) :],
+        delta.tokens[len(known) :],
+        delta.finish_reason,
+        delta.logprobs[max(0, told.logprobs - run.logprobs) :],
     )
-    run.add(piece)
+    run.add(delta)
     return rest

@@ -53,7 +53,7 @@ class PassedRequest:
     id: str = ""
 
 
-Job: TypeAlias = GenerationRequest | PassedRequest
+ReplicaRequest: TypeAlias = GenerationRequest | PassedRequest
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_what_reaches_the_engine_is_what_was_asked_and_within_policy(make, tmp_p
                 continue
             event("admitted")
             asked = json.loads(body)
-            chosen = dict(entry.job.coefficients)
+            chosen = dict(entry.request.coefficients)
             assert sorted(chosen) == ["harmless", "helpful"]
             for each, eta in chosen.items():
                 assert math.isfinite(eta)
@@ -226,8 +226,8 @@ def test_only_a_key_that_may_goes_below_the_floor(make, tmp_path):
         make(**FLOOR, keys=keys)
     admission = make(**FLOOR, keys=keys, audit={"file": audit})
     assert refusal(admission, below) == (400, "preference_out_of_range")
-    assert dict(enter(admission, below, key=secret).job.coefficients)["harmless"] == -0.5
-    assert dict(enter(admission, ASK | {"model": "tiny@reckless"}, key=secret).job.coefficients)["harmless"] == -0.5
+    assert dict(enter(admission, below, key=secret).request.coefficients)["harmless"] == -0.5
+    assert dict(enter(admission, ASK | {"model": "tiny@reckless"}, key=secret).request.coefficients)["harmless"] == -0.5
     assert [line["below_floor"] for line in lines(audit) if line["decision"] == "admitted"] == [True, True]
     _, plain = add_key(keys, "plain", ranges=LOW)
     assert refusal(admission, below, key=plain) == (503, "unavailable"), (
@@ -324,15 +324,15 @@ def test_a_key_has_bounds_of_its_own(make, tmp_path):
     )
     admission = make(keys=keys, limits={"answers": 8, "prompt_tokens": 100})
     entry = enter(admission, key=secret)
-    assert dict(entry.job.coefficients) == {"harmless": 0.7, "helpful": 0}
-    assert (entry.seconds, entry.job.max_prompt_tokens) == (7, 50)
+    assert dict(entry.request.coefficients) == {"harmless": 0.7, "helpful": 0}
+    assert (entry.seconds, entry.request.max_prompt_tokens) == (7, 50)
     assert entry.headers["x-ratelimit-remaining-requests"] == "4"
     assert refusal(admission, ASK | {"n": 3}, key=secret) == (400, None)
     assert refusal(admission, ASK | {"preferences": {"harmless": 0.4}}, key=secret) == (400, "preference_out_of_range")
     enter(admission, key=secret)
     enter(admission, key=secret)
     assert refusal(admission, key=secret) == (429, "rate_limit_exceeded")
-    assert enter(admission, ASK | {"n": 3}).job.max_prompt_tokens == 100
+    assert enter(admission, ASK | {"n": 3}).request.max_prompt_tokens == 100
 
 
 def test_as_many_requests_at_once_as_allowed(make, tmp_path):
@@ -380,7 +380,7 @@ def test_more_ids_than_the_context_has_room_for_reach_no_replica_and_count_for_t
         return refusal(admission, {"model": "tiny", "prompt": [[1, 2], [1] * count]}, kind=TextBody, **how)
 
     assert ids(513) == (400, "context_length_exceeded"), "the base's context is 512"
-    longest = enter(admission, {"model": "tiny", "prompt": [1] * 512}, kind=TextBody).job
+    longest = enter(admission, {"model": "tiny", "prompt": [1] * 512}, kind=TextBody).request
     assert isinstance(longest, GenerationRequest)
     assert longest.prompts == ((1,) * 512,)
     assert ids(101, key=short) == (400, "context_length_exceeded"), "this key has less"
@@ -408,7 +408,7 @@ def test_presets_only(make, tmp_path):
     assert refusal(admission, ASK | {"model": "tiny@reckless"}, key=some) == (403, "preset_not_allowed")
     assert refusal(admission, ASK | {"model": "tiny@cautious"}, key=none) == (403, "preset_not_allowed")
     assert enter(admission, ASK | {"model": "tiny@cautious@1"}, key=some).caller.id != "anonymous"
-    assert dict(enter(admission, key=some).job.coefficients) == {"harmless": 0, "helpful": 0}
+    assert dict(enter(admission, key=some).request.coefficients) == {"harmless": 0, "helpful": 0}
     caller = asyncio.run(admission.identify("/v1/models", Headers({"authorization": f"Bearer {some}"})))
     assert list(admission.presets(caller)) == ["cautious"]
 

@@ -70,7 +70,7 @@ def test_every_parameter_of_a_body_reaches_the_engine_as_it_was_given(
     monkeypatch.setattr(replica.engine, "submit", recorded)
     try:
         asked = body(kind, **{name: value for name, value in GIVEN.items() if name in SharedParams.model_fields})
-        asyncio.run(replica.answer(asked.job(SETTING)))
+        asyncio.run(replica.answer(asked.replica_request(SETTING)))
     finally:
         replica.engine.close()
     expected = GIVEN | ({} if kind is ChatBody else {"json_schema": None})  # text completions have no such field
@@ -81,7 +81,7 @@ def test_every_parameter_of_a_body_reaches_the_engine_as_it_was_given(
 @pytest.mark.parametrize("kind", BODIES)
 def test_what_is_null_or_left_out_is_the_default(kind):
     silent = body(kind, **dict.fromkeys([*SharedParams.model_fields, *BODIES[kind].keys() - {"messages", "prompt"}]))
-    assert silent.job(SETTING).sampling == SamplingParams()
+    assert silent.replica_request(SETTING).sampling == SamplingParams()
 
 
 @pytest.mark.parametrize("kind", BODIES)

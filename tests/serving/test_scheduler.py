@@ -25,7 +25,7 @@ class TimedEngine:
 
     def __init__(self, make: Callable[[], SlotEngine], monkeypatch: pytest.MonkeyPatch):
         self.now = 0.0
-        self.heard: dict[str, list[float]] = {}
+        self.received: dict[str, list[float]] = {}
         """request -> when it had each token"""
         self.turns: list[tuple[Any, float]] = []
         """setting and seconds of each time that weights were in use, rewriting included"""
@@ -67,11 +67,11 @@ class TimedEngine:
         sampling = SamplingParams(max_tokens=tokens, logit_bias={"70": 100})  # a letter again and again
         coefficients = (("harmless", 0.0), ("helpful", eta))
         request = Request((5,) * prompt, coefficients, sampling, caller=name.partition("/")[0])
-        self.heard[name] = []
+        self.received[name] = []
 
         def emit(delta: Any) -> None:
             assert isinstance(delta, OutputDelta)
-            self.heard[name] += [self.now] * len(delta.tokens)
+            self.received[name] += [self.now] * len(delta.tokens)
             if delta.finish_reason and ended:
                 ended()
 
@@ -85,7 +85,7 @@ class TimedEngine:
         self.run(lambda: self.now >= moment)
 
     def run_to_first_token(self, name: str) -> None:
-        self.run(lambda: self.heard[name])
+        self.run(lambda: self.received[name])
 
 
 @pytest.fixture(params=["merged", "steered"])
@@ -125,7 +125,7 @@ def first_tokens_beside(engine: TimedEngine, prompt: int = 3, tokens: int = 4, a
         name = f"other/{each}"
         engine.submit(name, 0.5)
         engine.run_to_first_token(name)
-        waits.append(engine.heard[name][0] - due)
+        waits.append(engine.received[name][0] - due)
     return waits
 
 
@@ -210,7 +210,7 @@ def test_answers_go_on_beside_a_flood_of_short_ones(timed):
     engine.run_to(0.1)
     engine.submit("other", 0.5, tokens=40)
     began = number
-    engine.run(lambda: len(engine.heard["other"]) == 40)
+    engine.run(lambda: len(engine.received["other"]) == 40)
     assert number - began <= 4 * 41, "between two of its tokens each of the flood's four at most"
 
 
@@ -252,7 +252,7 @@ def test_prompts_stay_in_short_passes_while_the_others_only_pause(timed, monkeyp
     assert flood("alone") == 1200
     engine.submit("flood", 0.5, tokens=20)
     engine.submit("other", 0.5, tokens=1)
-    engine.run(lambda: engine.heard["flood"] and engine.heard["other"])
+    engine.run(lambda: engine.received["flood"] and engine.received["other"])
     engine.run(lambda: not engine.engine.status().running)
     assert flood("in a pause") * PROMPT_TOKEN <= scheduler.PASS_SECONDS
     engine.now += scheduler.ALONE_SECONDS + 1

@@ -21,17 +21,17 @@ def chat(**changes: Any) -> VllmChatBody:
 def test_a_body_goes_on_as_it_came_without_what_is_ours():
     changes = {"tools": TOOLS, "tool_choice": NAMED, "n": 2, "seed": 3, "stop": ["x"], "logit_bias": {"5": -100}}
     changes |= {"response_format": FORMAT, "stream": True, "stream_options": {"include_usage": True}, "top_k": 4}
-    job = chat(**changes, preferences={"helpful": 1.0}, user="somebody", temperature=None).job(SETTING, 7)
+    job = chat(**changes, preferences={"helpful": 1.0}, user="somebody", temperature=None).replica_request(SETTING, 7)
     assert job.body == {"messages": [ASK]} | changes
     assert (job.chat, job.coefficients, job.max_prompt_tokens) == (True, SETTING, 7)
     text = {"prompt": [[5, 6], [7]], "echo": True, "max_tokens": 3, "logprobs": 2}
-    job = parse_body(json.dumps({"model": "tiny"} | text).encode(), VllmTextBody).job(SETTING)
+    job = parse_body(json.dumps({"model": "tiny"} | text).encode(), VllmTextBody).replica_request(SETTING)
     assert (job.chat, job.body) == (False, text)
 
 
 def test_a_default_schema_is_written_out():
     loose = {"type": "json_schema", "json_schema": {"name": "x"}}
-    wanted = chat(response_format=loose).job(SETTING).body["response_format"]
+    wanted = chat(response_format=loose).replica_request(SETTING).body["response_format"]
     assert wanted == {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 
 
@@ -44,7 +44,7 @@ def test_messages_go_on_as_chat_templates_know_them():
         "annotations": [],
         "reasoning": "I count.",
     }
-    passed = chat(messages=[parts, *HISTORY, answer]).job(SETTING).body["messages"]
+    passed = chat(messages=[parts, *HISTORY, answer]).replica_request(SETTING).body["messages"]
     assert passed[0] == {"role": "system", "content": "Be brief."}
     assert passed[2] == HISTORY[1] | {"content": ""}
     assert passed[3] == HISTORY[2]

@@ -26,7 +26,7 @@ from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.http.openai_protocol import BYTES_PER_TOKEN, Body
 from prefvec_ray.serving.http.parsing import MostIds, parse_body
 from prefvec_ray.serving.release.release import Release
-from prefvec_ray.serving.request import Job
+from prefvec_ray.serving.request import ReplicaRequest
 from prefvec_ray.serving.turns import Turns
 
 log = logging.getLogger("ray.serve")
@@ -58,7 +58,7 @@ class AdmittedRequest:
 
     caller: Caller
     body: Body
-    job: Job
+    request: ReplicaRequest
     seconds: float
     """until its deadline"""
     reservation: Reservation
@@ -74,7 +74,7 @@ class AdmittedRequest:
     @property
     def fingerprint(self) -> str:
         """Of its release at its coefficients."""
-        return self.release.fingerprint(self.job.coefficients)
+        return self.release.fingerprint(self.request.coefficients)
 
     def end(self, used: int | None) -> None:
         """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most that it may
@@ -117,7 +117,7 @@ class AdmissionController:
             known.asked = _asked(body)
             caller = self._identify(headers, known)  # once more: the release may have changed meanwhile
             coefficients = await self._coefficients(caller, body.model, body.preferences)
-            job = self._sized(caller, body, coefficients)
+            request = self._sized(caller, body, coefficients)
             most = body.prompt_tokens + body.answers * (body.new_tokens or self._config.engine.max_new_tokens)
             reservation = self._rates.reserve(caller.id, caller.allowance, most)
             self._admitted(known, coefficients, reservation)
@@ -131,7 +131,7 @@ class AdmissionController:
             raise
         seconds = min(self._config.limits.seconds, caller.allowance.seconds or math.inf)
         left = self._rates.headers(caller.id, caller.allowance)
-        return AdmittedRequest(caller, body, job, seconds, reservation, place, left)
+        return AdmittedRequest(caller, body, request, seconds, reservation, place, left)
 
     async def _parsed(self, caller: Caller, content: bytes, kind: type[Body]) -> Body:
         most = self._most_ids(caller)
@@ -272,8 +272,8 @@ class AdmissionController:
             raise no_model(model, [self._config.model])
         return version
 
-    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> Job:
-        job = body.job(coefficients, self._prompt_tokens(caller))
+    def _sized(self, caller: Caller, body: Body, coefficients: Coefficients) -> ReplicaRequest:
+        request = body.replica_request(coefficients, self._prompt_tokens(caller))
         most = _least(self._config.limits.answers, caller.allowance.answers)
         if most is not None and body.answers > most:
             prompts = body.answers // body.n
@@ -282,7 +282,7 @@ class AdmissionController:
         if asked > longest:
             param = "max_tokens" if body.max_tokens else "max_completion_tokens"
             raise ApiError(400, f"{param}: {asked} is more than {longest}", param=param)
-        return replace(job, release=caller.release.id, caller=caller.id, id=uuid.uuid4().hex)
+        return replace(request, release=caller.release.id, caller=caller.id, id=uuid.uuid4().hex)
 
     def _refused(self, known: AuditEntry, error: ApiError) -> None:
         if error.status < 500:

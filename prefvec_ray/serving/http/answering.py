@@ -39,14 +39,14 @@ class Exchange:
     @property
     def marks(self) -> dict[str, Any]:
         """What every object of the answer has."""
-        return marks(self.entry.body.model, self.entry.job.coefficients, self.entry.fingerprint)
+        return marks(self.entry.body.model, self.entry.request.coefficients, self.entry.fingerprint)
 
     @property
     def headers(self) -> dict[str, str]:
         return {
             **self.entry.headers,
             "x-prefvec-fingerprint": self.entry.fingerprint,
-            "x-prefvec-preferences": json.dumps(dict(self.entry.job.coefficients)),
+            "x-prefvec-preferences": json.dumps(dict(self.entry.request.coefficients)),
         }
 
     def failed(self, error: Exception) -> ApiError:
@@ -81,8 +81,8 @@ class Answering:
         raise NotImplementedError
 
     async def _begin(self, exchange: Exchange) -> AsyncGenerator[bytes]:
-        """The answer's events, once a replica has accepted the job, so that what is wrong with it still gets its status
-        code. The first is there without a wait. They are counted and charged however they end."""
+        """The answer's events, once a replica has accepted the request, so that what is wrong with it still gets its
+        status code. The first is there without a wait. They are counted and charged however they end."""
         raise NotImplementedError
 
     @contextlib.asynccontextmanager
@@ -111,7 +111,7 @@ class Answering:
         exchange.measure.ended(status, new_tokens)
 
     def _note(self, entry: AdmittedRequest) -> None:
-        self._records.note(entry.fingerprint, entry.release, entry.job.coefficients, entry.caller.id)
+        self._records.note(entry.fingerprint, entry.release, entry.request.coefficients, entry.caller.id)
 
     def _charge_later(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
         """Count what was generated for a request that was broken off, also what its caller has not received. Only the
@@ -126,7 +126,7 @@ class Answering:
     async def _charge(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
         used = None
         try:
-            asked = self._replicas.broadcast("spent", entry.job.id)
+            asked = self._replicas.broadcast("spent", entry.request.id)
             said = [each for each in await asked.results_async(timeout_s=SPENT_SECONDS) if each is not None]
             used = prompt_tokens + sum(said) if said else None
         except Exception as error:

@@ -18,7 +18,7 @@ from prefvec_ray.common.chat import SYSTEM_ROLES
 from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.engines.sampling_params import SamplingParams, SharedParams
 from prefvec_ray.serving.http.parsing import MOST_ITEMS
-from prefvec_ray.serving.request import GenerationRequest, Job
+from prefvec_ray.serving.request import GenerationRequest, ReplicaRequest
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 T = TypeVar("T")
@@ -132,7 +132,7 @@ class Body(SharedParams, _Addressed):
         """Of all prompts, about: how many there really are only the replica knows."""
         raise NotImplementedError
 
-    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> Job:
+    def replica_request(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> ReplicaRequest:
         """The work that this body asks for. Left-out settings have OpenAI's defaults (temperature and top_p 1)."""
         raise NotImplementedError
 
@@ -212,7 +212,7 @@ class ChatBody(ChatParams):
     def prompts(self) -> tuple[tuple[dict[str, str], ...]]:
         return (tuple(message.plain() for message in self.messages),)
 
-    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
+    def replica_request(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> GenerationRequest:
         schema = self.response_format.schema_text if self.response_format else None
         return GenerationRequest(
             self.prompts(), coefficients, self.sampling(self.alternatives(), schema), max_prompt_tokens
@@ -243,7 +243,7 @@ class TextBody(Body):
     def prompt_tokens(self) -> int:
         return sum(about_tokens(prompt) for prompt in self.prompts())
 
-    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> Job:
+    def replica_request(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> ReplicaRequest:
         return GenerationRequest(self.prompts(), coefficients, self.sampling(self.logprobs), max_prompt_tokens)
 
     def prompts(self) -> tuple[str | tuple[int, ...], ...]:

@@ -28,7 +28,7 @@ class SlotAnswering(Answering):
 
     async def _whole(self, exchange: Exchange) -> bytes:
         entry = exchange.entry
-        call = self._replicas.answer.remote(entry.job)
+        call = self._replicas.answer.remote(entry.request)
         async with self._ended_on_error(call, exchange):
             prompt_tokens, answers = await call
         self._note(entry)
@@ -36,18 +36,18 @@ class SlotAnswering(Answering):
         return _writer(exchange).whole(prompt_tokens, answers).model_dump_json(exclude_unset=True).encode()
 
     async def _begin(self, exchange: Exchange) -> AsyncGenerator[bytes]:
-        # With a seed of its own, so that another replica could say the same (see _pieces).
-        job = exchange.entry.job
-        assert isinstance(job, GenerationRequest)
-        if job.sampling.seed is None:
-            job = replace(job, sampling=job.sampling.model_copy(update={"seed": secrets.randbits(63)}))
-        items = self._replicas.options(stream=True).stream.remote(job)
+        # With a seed of its own, so that another replica could say the same (see _deltas).
+        request = exchange.entry.request
+        assert isinstance(request, GenerationRequest)
+        if request.sampling.seed is None:
+            request = replace(request, sampling=request.sampling.model_copy(update={"seed": secrets.randbits(63)}))
+        items = self._replicas.options(stream=True).stream.remote(request)
         async with self._ended_on_error(items, exchange):
             started = await anext(items)
-        return self._events(exchange, job, [items], started.prompt_tokens)
+        return self._events(exchange, request, [items], started.prompt_tokens)
 
-    async def _pieces(self, job: GenerationRequest, calls: Streams, deadline: float) -> AsyncGenerator[list[Event]]:
-        """The output of the job's replica; where that one dies, of another from there on. `calls`: the first one,
+    async def _deltas(self, request: GenerationRequest, calls: Streams, deadline: float) -> AsyncGenerator[list[Event]]:
+        """The output of the request's replica; where that one dies, of another from there on. `calls`: the first one,
         and then those that were made."""
         replay, deaths = Replay(), 0
         while True:
@@ -59,8 +59,8 @@ class SlotAnswering(Answering):
                 if deaths > MOST_DEATHS:
                     raise
                 replay.again()
-                job = replace(job, resume_tokens=replay.tokens(job.answers))
-                calls.append(self._replicas.options(stream=True).stream.remote(job))
+                request = replace(request, resume_tokens=replay.tokens(request.answers))
+                calls.append(self._replicas.options(stream=True).stream.remote(request))
                 continue
             if item is None:
                 return
@@ -68,13 +68,13 @@ class SlotAnswering(Answering):
                 yield new
 
     async def _events(
-        self, exchange: Exchange, job: GenerationRequest, calls: Streams, prompt_tokens: int
+        self, exchange: Exchange, request: GenerationRequest, calls: Streams, prompt_tokens: int
     ) -> AsyncGenerator[bytes]:
         writer, new_tokens, status = _writer(exchange), 0, HUNG_UP
-        pieces = self._pieces(job, calls, exchange.deadline)
+        deltas = self._deltas(request, calls, exchange.deadline)
         try:
-            yield b"".join(writer.opening(job.answers))
-            async for events in pieces:
+            yield b"".join(writer.opening(request.answers))
+            async for events in deltas:
                 exchange.measure.piece()
                 if not new_tokens:
                     self._note(exchange.entry)
@@ -90,7 +90,7 @@ class SlotAnswering(Answering):
             for call in calls:
                 stop(call)
             self._ended(exchange, status, prompt_tokens, new_tokens)
-            await pieces.aclose()
+            await deltas.aclose()
 
 
 def _writer(exchange: Exchange) -> ResponseBuilder:

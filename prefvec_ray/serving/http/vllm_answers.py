@@ -17,7 +17,7 @@ class VllmAnswering(Answering):
     """See `Answering`. A stream whose replica dies ends with an error."""
 
     async def _whole(self, exchange: Exchange) -> bytes:
-        call = self._replicas.whole_answer.remote(exchange.entry.job, exchange.marks)
+        call = self._replicas.whole_answer.remote(exchange.entry.request, exchange.marks)
         async with self._ended_on_error(call, exchange):
             answer = await call
         self._note(exchange.entry)
@@ -26,7 +26,7 @@ class VllmAnswering(Answering):
         return body
 
     async def _begin(self, exchange: Exchange) -> AsyncGenerator[bytes]:
-        parts = self._replicas.options(stream=True).stream_answer.remote(exchange.entry.job, exchange.marks)
+        parts = self._replicas.options(stream=True).stream_answer.remote(exchange.entry.request, exchange.marks)
         async with self._ended_on_error(parts, exchange):
             first = await anext(parts)
         return self._events(exchange, parts, first)

@@ -133,7 +133,7 @@ class VllmChatBody(ChatParams):
         told += [call.function.arguments for message in self.messages for call in message.tool_calls]
         return sum(map(about_tokens, told))
 
-    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> PassedRequest:
+    def replica_request(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> PassedRequest:
         body = _passed(self) | {"messages": [message.passed() for message in self.messages]}
         if self.response_format:
             body["response_format"] = self.response_format.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -146,7 +146,7 @@ class VllmTextBody(TextBody):
     echo: bool | None = None
     """the answer begins with the prompt"""
 
-    def job(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> PassedRequest:
+    def replica_request(self, coefficients: Coefficients, max_prompt_tokens: int | None = None) -> PassedRequest:
         return PassedRequest(False, _passed(self), coefficients, max_prompt_tokens)
 
 

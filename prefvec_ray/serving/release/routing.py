@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from prefvec_ray.serving.request import Job
+from prefvec_ray.serving.request import ReplicaRequest
 
 ROOM = 1.25
 """times the fair share that one replica takes before a setting spills over to its next"""
@@ -51,5 +51,6 @@ class SettingRouter(RequestRouter):
 
 
 def _setting(request: PendingRequest | None) -> Hashable:
-    jobs: Sequence[Job] = [arg for arg in (request.args if request else ()) if isinstance(arg, Job)]
-    return (jobs[0].release, jobs[0].coefficients) if jobs else None
+    arguments = request.args if request else ()
+    found: Sequence[ReplicaRequest] = [each for each in arguments if isinstance(each, ReplicaRequest)]
+    return (found[0].release, found[0].coefficients) if found else None

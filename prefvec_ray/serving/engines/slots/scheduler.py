@@ -69,9 +69,9 @@ class Batch:
         return len(self.rows) + len(self.joining) + len(self.long)
 
     def all(self) -> list[ScheduledRequest]:
-        return [*self.rows, *self.unheard()]
+        return [*self.rows, *self.without_token()]
 
-    def unheard(self) -> list[ScheduledRequest]:
+    def without_token(self) -> list[ScheduledRequest]:
         """Those that wait for their first token."""
         return [*self.joining, *self.long]
 
@@ -202,7 +202,7 @@ class Scheduler:
     def _share_now(self, batch: Batch) -> float:
         """The share of its turn that rewriting the weights may have taken, if the batch's turn is to end now: a larger
         one where a first token waits in another batch whose caller had less, by more than the rewriting takes."""
-        others = [each for other in self._batches.values() if other is not batch for each in other.unheard()]
+        others = [each for other in self._batches.values() if other is not batch for each in other.without_token()]
         least = min(map(self._had, batch.all())) - self._weights.switch_seconds
         urgent = any(self._had(each) <= least for each in others)
         return max(self._switch_share, EARLY_SHARE) if urgent else self._switch_share
