@@ -16,7 +16,6 @@ setting, and what finishes later counts for nothing.
 
 import itertools
 import math
-import random
 import time
 import warnings
 from collections import deque
@@ -32,12 +31,13 @@ from prefvec_ray.artifacts.evaluation import Evaluation, Metric
 from prefvec_ray.evaluation import is_base
 from prefvec_ray.search.noise import MeasuredSettings
 from prefvec_ray.search.options import SearchConfig
+from prefvec_ray.search.pareto import Point
 from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried
+from prefvec_ray.search.space import Space
 
 GP_OBJECTIVES = 4
 DECIDES = {"trials", "sampler", "answers", "seconds", "patience", "caution", "grid_steps", "limits"}
 """The options that decide when a search ends, beside `start`."""
-AGAIN = 20
 ROUNDING = 1e-9
 """A share of the hypervolume below which a gain is a processor's rounding."""
 MANY = 4
@@ -81,22 +81,17 @@ class Explorer:
         self._began, self._ended, self._failing = self.clock(), "", False
         few = len(self.goal.objectives) <= GP_OBJECTIVES
         self.sampler = config.sampler if config.sampler != "auto" else "gp" if few else "tpe"
-        self._random = random.Random(config.seed + len(self.known))
-        self._open: dict[int, optuna.Trial] = {}
+        self.space = Space(self.bounds, config.seed)
+        self._open: dict[int, tuple[optuna.Trial | int, dict[str, float]]] = {}
+        """By the number of the proposal: its trial in the study, by number where its sampler did not propose it."""
         self._proposed = len(self.known)
+        self._numbers = itertools.count()
         self._distributions = {n: optuna.distributions.FloatDistribution(*b) for n, b in self.bounds.items()}
         modes = [self.goal.metrics[name].direction for name in self.goal.objectives]
         with quiet():
             self._study = optuna.create_study(directions=modes, sampler=self._sampler())
         for tried in self.known:
-            self._study.add_trial(
-                optuna.trial.create_trial(
-                    params=tried.coefficients,
-                    distributions=self._distributions,
-                    values=self._values(tried),
-                    constraints=self.goal.constraints(tried.rungs[-1]),
-                )
-            )
+            self._place(tried.coefficients, tried)
             self.tried.append(tried)
         done = [tried.coefficients for tried in self.known]
         self._queue = deque(point for point in self._first() if point not in done)
@@ -149,27 +144,57 @@ class Explorer:
         if self.ended or not self._affordable():
             return None
         with quiet():
-            trial = self._ask()
-        self._open[trial.number] = trial
+            trial, point = self._ask()
+        number = next(self._numbers)
+        self._open[number] = trial, point
         self._proposed += 1
-        return Proposal(trial.number, {name: float(trial.params[name]) for name in self.bounds})
+        return Proposal(number, {name: float(point[name]) for name in self.bounds})
 
-    def _ask(self) -> optuna.Trial:
-        """The next setting that is not known yet. A sampler that proposes a known one (NSGA-II's children may equal
-        their parents) gets its scores once more, which costs nothing; after some tries, chance decides."""
+    def _ask(self) -> tuple[optuna.Trial | int, dict[str, float]]:
+        """The next setting, and the study's trial of it, which tells its sampler that it is under way. It is like none
+        that was measured, failed, or is in flight: where a sampler proposes one that is, `Space.between` decides."""
         if self._queue:
-            self._study.enqueue_trial(self._queue.popleft())
-        known = {tuple(tried.coefficients[name] for name in self.bounds): tried for tried in self.tried}
-        for _ in range(AGAIN):
-            trial = self._study.ask(self._distributions)
-            tried = known.get(tuple(trial.params[name] for name in self.bounds))
-            if tried is None:
-                return trial
-            self._record(trial, tried)
-        self._study.enqueue_trial({n: self._random.uniform(*bound) for n, bound in self.bounds.items()})
-        return self._study.ask(self._distributions)
+            point = self._queue.popleft()
+            return self._place(point), point
+        trial = self._study.ask(self._distributions)
+        point = self.space.rounded(trial.params)
+        known = [tried.coefficients for tried in self.tried]
+        known += [failed.coefficients for failed in self.failed]
+        known += [underway for _, underway in self._open.values()]
+        if not self.space.near(point, known):
+            return trial, point
+        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        point = self.space.between(self._front(), known)
+        return self._place(point), point
 
-    def _record(self, trial: optuna.Trial, tried: Tried) -> None:
+    def _place(self, point: dict[str, float], tried: Tried | None = None) -> int:
+        """A trial of the study that its sampler did not propose, under way or with what it scored; its number."""
+        measured: dict[str, Any] = {"state": optuna.trial.TrialState.RUNNING}
+        if tried is not None:
+            measured = {
+                "values": self._values(tried),
+                "constraints": self.goal.constraints(tried.rungs[-1]),
+            }
+        self._study.add_trial(optuna.trial.create_trial(params=point, distributions=self._distributions, **measured))
+        return len(self._study.trials) - 1
+
+    def _front(self) -> list[tuple[dict[str, float], Point]]:
+        """The settings on the front so far, each with its gains."""
+        complete = [tried for tried in self.tried if tried.complete]
+        if not complete:
+            return []
+        on = MeasuredSettings(self.goal, [tried.rungs[-1] for tried in complete]).front()
+        return [
+            (tried.coefficients, self.goal.point(tried.rungs[-1]))
+            for tried, is_on in zip(complete, on, strict=True)
+            if is_on
+        ]
+
+    def _record(self, trial: optuna.Trial | int, tried: Tried) -> None:
+        if isinstance(trial, int):
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._place(tried.coefficients, tried)
+            return
         for name, broken in self.goal.constraints(tried.rungs[-1]).items():
             trial.set_constraint(name, broken)
         self._study.tell(trial, self._values(tried))
@@ -198,7 +223,7 @@ class Explorer:
             self.fail(number, tried.coefficients, flaw)
             return False
         with quiet():
-            self._record(self._open.pop(number), tried)
+            self._record(self._open.pop(number)[0], tried)
         self.tried.append(tried)
         self._stop_if_still()
         return True
@@ -237,7 +262,7 @@ class Explorer:
 
     def _cancel(self, number: int) -> None:
         with quiet():
-            self._study.tell(self._open.pop(number), state=optuna.trial.TrialState.FAIL)
+            self._study.tell(self._open.pop(number)[0], state=optuna.trial.TrialState.FAIL)
 
     def result(self, **more: Any) -> SearchResult:
         """What is known so far."""
@@ -289,17 +314,9 @@ class Explorer:
             axes = [[low + (high - low) * i / steps for i in range(steps + 1)] for low, high in bounds.values()]
             points += [dict(zip(bounds, values, strict=True)) for values in itertools.product(*axes)]
         elif self.sampler in ("tpe", "gp"):
-            points += self._spread(startup(len(bounds)))
+            spread = [self.space.rounded(point) for point in self.space.spread(startup(len(bounds)))]
+            points += [point for point in spread if not self.space.near(point, points)]
         return [point for i, point in enumerate(points) if point not in points[:i]]
-
-    def _spread(self, count: int) -> list[dict[str, float]]:
-        """Settings that fill the ranges evenly: scrambled Sobol points, better than as many random ones."""
-        engine = torch.quasirandom.SobolEngine(len(self.bounds), scramble=True, seed=self.config.seed)
-        units = engine.draw(count, dtype=torch.float64).tolist()
-        return [
-            {name: low + (high - low) * u for u, (name, (low, high)) in zip(row, self.bounds.items(), strict=True)}
-            for row in units
-        ]
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         seed, first = self.config.seed + len(self.known), startup(len(self.bounds))

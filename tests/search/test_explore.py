@@ -1,5 +1,6 @@
 """The decisions of a search, on a made-up world: help and harm are known functions of the coefficients, with noise."""
 
+import itertools
 import math
 import random
 import time
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+import optuna
 import pytest
 
 from prefvec_ray.evaluation import Estimate, Evaluation
@@ -15,6 +17,7 @@ from prefvec_ray.search import Explorer, Goal, SearchConfig, Tried
 from prefvec_ray.search.explore import Proposal
 from prefvec_ray.search.options import Sampler
 from prefvec_ray.search.result import Ended
+from prefvec_ray.search.space import NEAR
 
 METRICS = {
     "help": Metric(direction="maximize", low=0, high=1),
@@ -109,6 +112,32 @@ def test_every_sampler_begins_with_the_base_stays_in_bounds_and_ends(sampler, wo
     assert result.stopped == (
         "every point of the grid was tried" if sampler == "grid" else "all 18 settings were tried"
     )
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_no_setting_is_measured_twice_nor_by_two_at_once(sampler, world):
+    """NSGA-II's children often equal their parents, and a model's best guess is where it has measured already."""
+    explorer = explore(trials=60, sampler=sampler, seed=1, start=[{"a": 1.0, "b": 0.601}])
+    climb(explorer, world, in_flight=8)
+    tried = [t.coefficients for t in explorer.tried]
+    assert len(tried) == 60
+    for one, other in itertools.combinations(tried, 2):
+        assert max(abs(one[name] - other[name]) for name in one) / 2 >= NEAR
+    assert tried[1] == {"a": 1.0, "b": 0.601}, "what a caller names is taken as it is"
+    assert all(round(eta, 2) == eta for setting in tried[2:] for eta in setting.values())
+
+
+def test_a_proposal_that_is_known_gives_way_to_a_gap_in_the_front(world):
+    class Stubborn(optuna.samplers.RandomSampler):
+        def sample_independent(self, study, trial, name, distribution):
+            return 0.9
+
+    explorer = explore(trials=8, sampler="random", start=[{"a": 0.9, "b": 0.9}, {"a": 0.9, "b": -0.9}])
+    explorer._study.sampler = Stubborn()
+    climb(explorer, world, in_flight=1)
+    tried = [tuple(t.coefficients.values()) for t in explorer.tried]
+    assert len(set(tried)) == 8
+    assert tried[3] != (0.9, 0.9)
 
 
 @pytest.mark.slow
