@@ -80,7 +80,7 @@ class _Proposer(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         proposal = self.ordered.propose()
-        if proposal is None and self.ordered.explorer.ended:
+        if proposal is None and self.ordered.over:
             return Searcher.FINISHED
         return None if proposal is None else {"number": proposal.number, "coefficients": proposal.coefficients}
 

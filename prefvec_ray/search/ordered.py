@@ -25,6 +25,11 @@ class Ordered:
         self._first = max((tried.order for tried in explorer.known), default=-1) + 1
 
     @property
+    def over(self) -> bool:
+        """Whether no proposal will come any more. One that is under way may fail, and the base is then tried again."""
+        return self.explorer.closed or bool(self.explorer.ended and not self._under_way)
+
+    @property
     def measured(self) -> int:
         """Settings measured or dropped so far; also those that the explorer does not know of yet."""
         return len(self.explorer.tried) + sum(isinstance(result, Tried) for result in self._results.values())
