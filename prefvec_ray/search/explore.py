@@ -93,8 +93,7 @@ class Explorer:
         for tried in self.known:
             self._place(tried.coefficients, tried)
             self.tried.append(tried)
-        done = [tried.coefficients for tried in self.known]
-        self._queue = deque(point for point in self._first() if point not in done)
+        self._queue = deque(self._first([tried.coefficients for tried in self.known]))
         if ended and self.end is not None:
             self._ended, self.failed = self.end.stopped, list(self.end.failed)
         self._stop_if_still()
@@ -305,8 +304,9 @@ class Explorer:
             added = f"{gain:.4f} ± {error:.4f}" if gain else "nothing"
             self._ended = f"the front has stopped moving: the last {patience} settings added {added} to its hypervolume"
 
-    def _first(self) -> list[dict[str, float]]:
-        """The settings that are tried whatever comes out: the base, the caller's, and the sampler's own beginning."""
+    def _first(self, done: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+        """The settings that are tried whatever comes out, less those that are `done`: the base, the caller's, and the
+        sampler's own beginning."""
         bounds = self.bounds
         points = self.config.first(bounds)
         if self.sampler == "grid":
@@ -315,8 +315,8 @@ class Explorer:
             points += [dict(zip(bounds, values, strict=True)) for values in itertools.product(*axes)]
         elif self.sampler in ("tpe", "gp"):
             spread = [self.space.rounded(point) for point in self.space.spread(startup(len(bounds)))]
-            points += [point for point in spread if not self.space.near(point, points)]
-        return [point for i, point in enumerate(points) if point not in points[:i]]
+            points += [point for point in spread if not self.space.near(point, [*points, *done])]
+        return [point for i, point in enumerate(points) if point not in points[:i] and point not in done]
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
         seed, first = self.config.seed + len(self.known), startup(len(self.bounds))

@@ -49,8 +49,10 @@ class Space:
             middle = self.rounded({name: (front[a][0][name] + front[b][0][name]) / 2 for name in self.bounds})
             if not self.near(middle, known):
                 return middle
-        some = [self.rounded(point) for point in self.spread(64, skip=len(known))]
-        return max(some, key=lambda point: self._distance(point, known))
+        some = self.spread(64, skip=len(known))
+        best = max(map(self.rounded, some), key=lambda point: self._distance(point, known))
+        # Where every round number is taken, others are left.
+        return best if self._distance(best, known) else max(some, key=lambda point: self._distance(point, known))
 
     def spread(self, count: int, skip: int = 0) -> list[dict[str, float]]:
         """Settings that fill the ranges evenly: scrambled Sobol points, better than as many random ones."""

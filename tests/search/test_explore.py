@@ -140,6 +140,25 @@ def test_a_proposal_that_is_known_gives_way_to_a_gap_in_the_front(world):
     assert tried[3] != (0.9, 0.9)
 
 
+def test_a_small_range_with_many_trials_repeats_nothing(world):
+    explorer = explore(ranges={"a": (-0.1, 0.1)}, trials=70, sampler="random", rungs=(64,))
+    climb(explorer, lambda c: [rung.model_copy(update={"coefficients": c}) for rung in world(c | {"b": 0.0})])
+    tried = [t.coefficients["a"] for t in explorer.tried]
+    assert len(set(tried)) == 70
+
+
+def test_a_search_whose_first_settings_were_not_rounded_does_not_repeat_them(world):
+    """Journals of earlier versions hold them."""
+    explorer = explore(trials=12, sampler="tpe")
+    exact = [{"a": 0.0, "b": 0.0}, *explorer.space.spread(6)]
+    known = [Tried(rungs=world(point), complete=True, answers=64) for point in exact]
+    resumed = explore(trials=12, sampler="tpe", known=known)
+    climb(resumed, world)
+    tried = [t.coefficients for t in resumed.tried]
+    assert len(tried) == 12
+    assert not any(resumed.space.near(point, tried[:i]) for i, point in enumerate(tried[7:], start=7))
+
+
 @pytest.mark.slow
 def test_a_model_of_the_world_beats_chance_and_dropping_saves_answers(world):
     """At equal cost, over two seeds; the full comparison on trained vectors is benchmarks/bench_search.py."""

@@ -71,3 +71,17 @@ def test_results_that_came_after_the_end_do_not_count_when_it_is_opened_again(wo
     ahead = Tried(rungs=world({"a": 0.5, "b": 0.5}), complete=True, answers=64)
     again = replace(opened(explorer), known=[*explorer.tried, ahead])
     assert again.result() == explorer.result()
+
+
+def test_a_search_is_not_over_while_its_base_may_fail():
+    """The last proposal is made, but the base is under way: it is tried once more where it fails."""
+    ordered = Ordered(explore(trials=2, sampler="random"), 2)
+    base, other = ordered.propose(), ordered.propose()
+    assert base is not None
+    assert other is not None
+    assert ordered.explorer.ended
+    assert not ordered.over
+    ordered.finish(base.number, FailedTrial(coefficients=base.coefficients, error="OSError: no disk"))
+    again = ordered.propose()
+    assert again is not None
+    assert again.coefficients == base.coefficients

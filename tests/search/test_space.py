@@ -37,3 +37,9 @@ def test_without_a_gap_it_is_far_from_all_that_is_known(front):
         for one, other in itertools.combinations(known, 2)
     ]
     assert min(apart) > 3 * NEAR
+
+
+def test_where_every_round_number_is_known_it_is_another():
+    space = Space({"a": (-1.0, 1.0)}, seed=0)
+    known = [{"a": value / 100} for value in range(-100, 101)]
+    assert space.between([], known) not in known
