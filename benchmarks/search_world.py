@@ -14,8 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prefvec_ray.demo import RECIPES, train_base, write_world
-from prefvec_ray.tiny_world import TinyWorld
+from prefvec_ray.demo import RECIPES
+from prefvec_ray.tiny_world import TinyWorld, build_tokenizer, new_model
+from prefvec_ray.tiny_world.base_model import fine_tune
 from prefvec_ray.tiny_world.grammar import CLOSINGS, OPENINGS
 
 PREFERENCES = ("helpful", "harmless", "polite")
@@ -40,6 +41,15 @@ def polite_pairs(world: TinyWorld, split: str, count: int) -> list[dict[str, obj
     return rows
 
 
+def train_base(world: TinyWorld, folder: Path) -> None:
+    """The demo's base, in this process."""
+    tokenizer = build_tokenizer(world)
+    model = new_model(world, tokenizer)
+    fine_tune(model, tokenizer, world.sft_examples())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def build(preset: str, folder: Path, console: Console) -> tuple[Path, dict[str, Path]]:
     """Train what is not there yet; the base's folder and the vectors'. Needs no more than 4 cores."""
     from prefvec_ray.common.cluster import connect
@@ -49,13 +59,13 @@ def build(preset: str, folder: Path, console: Console) -> tuple[Path, dict[str, 
     done = folder / "training.json"
     if not done.exists():
         world = TinyWorld(preset)
-        write_world(world, folder)
+        world.write(folder / "world")
         for split, name, count in (("train", "polite", world.size.pairs), ("search", "polite_test", 64)):
             rows = polite_pairs(world, split, count)
             (folder / "world" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         connect(console)
         if not (folder / "base" / "config.json").exists():
-            train_base(world, folder, console)
+            train_base(world, folder / "base")
         data = folder / "world"
         labelled = PreferenceData(data=str(data / "preferences.jsonl"), test=str(data / "preferences_test.jsonl"))
         polite = PreferenceData(data=str(data / "polite.jsonl"), test=str(data / "polite_test.jsonl"))
