@@ -6,10 +6,12 @@ Two preferences against a 13 x 13 grid, three against 7 x 7 x 7, each search wit
 world is trained once (about 4 minutes on 4 cores), and every setting is measured once and kept beside it, so that a
 second run only searches. The searches run here in one process as `search()` runs them on Ray, four settings in
 flight; what Ray, merging and proposing cost is measured by real searches at the end. All fronts are measured again on
-the report prompts, which no search has seen. The last line is JSON.
+the report prompts, which no search has seen. How many settings a minute one process measures, and by which way of
+generating, is `search_rate.py`. The last line is JSON.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -27,9 +29,12 @@ import torch
 from rich.console import Console
 from search_meter import Meter, grid_points, meter
 from search_overhead import overhead
+from search_rate import rates
 from search_world import PREFERENCES, build
 
 from prefvec_ray.search import Explorer, Goal, SearchConfig, SearchResult, Tried, hypervolume
+from prefvec_ray.search.space import Space
+from prefvec_ray.tiny_world import TinyWorld
 
 IN_FLIGHT = 4
 GRIDS = {2: 13, 3: 7}
@@ -121,6 +126,7 @@ def compare(
                     "answers": result.answers,
                     "measured": len(result.trials),
                     "dropped": len(result.dropped),
+                    "duplicates": duplicates(result, Space(config.ranges, seed)),
                 }
             )
             print(
@@ -131,6 +137,12 @@ def compare(
             )
         found[method] = {key: spread([row[key] for row in rows]) for key in rows[0]}
     return found
+
+
+def duplicates(result: SearchResult, space: Space) -> int:
+    """Pairs of measured settings that no search can tell apart."""
+    pairs = itertools.combinations((*result.trials, *result.dropped), 2)
+    return sum(space.near(one.coefficients, [other.coefficients]) for one, other in pairs)
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -165,6 +177,8 @@ def main(argv: Sequence[str]) -> None:
             PREFERENCES[:count], GRIDS[count], options.methods.split(","), options.seeds, search, report
         )
         print(json.dumps(found[str(count)], indent=2), flush=True)
+    print("settings measured a minute by one process", flush=True)
+    minute = rates(base, vectors, TinyWorld(options.preset))
     print("real searches on Ray", flush=True)
     costs = overhead(search.task)
     first = next(iter(found.values()))
@@ -172,6 +186,7 @@ def main(argv: Sequence[str]) -> None:
         "evaluations_to_95pct": first["gp"]["to_95"]["median"],
         "grid_evaluations": first["grid_evaluations"],
         "vs_random": first["gp"]["search"]["median"] / first["random"]["search"]["median"],
+        "settings_a_minute": minute,
         **costs,
         "preferences": found,
     }

@@ -140,6 +140,21 @@ def test_a_proposal_that_is_known_gives_way_to_a_gap_in_the_front(world):
     assert tried[3] != (0.9, 0.9)
 
 
+@pytest.mark.slow
+def test_a_front_at_a_corner_is_not_measured_again_and_again(measured):
+    """Help and harm are both best at (1, 1): a sampler that knows so would go there each time."""
+
+    def rungs(c: dict[str, float]) -> list:
+        help, harm = 0.5 + 0.2 * c["a"] + 0.1 * c["b"], 0.5 - 0.2 * c["b"] - 0.1 * c["a"]
+        return [measured(c, help=[help] * 16, harm=[harm] * 16, valid=[1.0] * 16)] * 2
+
+    explorer = explore(trials=20, sampler="gp")
+    climb(explorer, rungs, in_flight=4)
+    tried = [t.coefficients for t in explorer.tried]
+    assert {"a": 1.0, "b": 1.0} in tried
+    assert not any(explorer.space.near(point, tried[:i]) for i, point in enumerate(tried))
+
+
 def test_a_small_range_with_many_trials_repeats_nothing(world):
     explorer = explore(ranges={"a": (-0.1, 0.1)}, trials=70, sampler="random", rungs=(64,))
     climb(explorer, lambda c: [rung.model_copy(update={"coefficients": c}) for rung in world(c | {"b": 0.0})])
