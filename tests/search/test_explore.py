@@ -144,7 +144,7 @@ def test_a_proposal_that_is_known_gives_way_to_a_gap_in_the_front(world):
 def test_a_front_at_a_corner_is_not_measured_again_and_again(measured):
     """Help and harm are both best at (1, 1): a sampler that knows so would go there each time."""
 
-    def rungs(c: dict[str, float]) -> list:
+    def rungs(c: dict[str, float]) -> list[Evaluation]:
         help, harm = 0.5 + 0.2 * c["a"] + 0.1 * c["b"], 0.5 - 0.2 * c["b"] - 0.1 * c["a"]
         return [measured(c, help=[help] * 16, harm=[harm] * 16, valid=[1.0] * 16)] * 2
 
