@@ -26,7 +26,7 @@ SPEC: dict[str, Any] = {
     "train": ["reference/helpful-7b2d/train"],
     "test": {"helpful": "reference/helpful-7b2d/test"},
     "dpo": {"learning_rate": 4e-05, "beta": 0.1},
-    "method": {"kind": "full", "lora": {}, "deepspeed": None, "fsdp": None},
+    "method": {"kind": "full", "lora": {}, "deepspeed": None, "fsdp": None, "quantize": None},
     "out": "dpo/helpful-positive-s0-d21f9b6f31",
     "answers": ["reference/helpful-7b2d/answers-16x64"],
     "watch": WATCH,
@@ -67,7 +67,7 @@ def test_a_record_is_read_and_written_again_byte_for_byte(tmp_path, content, mod
 
 def test_a_run_of_an_earlier_release_is_read():
     earlier = {name: value for name, value in RUN.items() if name not in ("workers", "tokens")}
-    method = {name: value for name, value in SPEC["method"].items() if name != "fsdp"}
+    method = {name: value for name, value in SPEC["method"].items() if name not in ("fsdp", "quantize")}
     run = RunResult.model_validate(earlier | {"spec": SPEC | {"method": method}})
     assert run == RunResult.model_validate(RUN | {"workers": 1, "tokens": 0})
 
