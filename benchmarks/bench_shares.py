@@ -74,17 +74,17 @@ def phase(
     under_way: list[Any] = []
 
     def ask(caller: int, at: float) -> None:
-        heard = 0
+        received = 0
 
         def emit(delta: Any) -> None:
-            nonlocal heard, ended
+            nonlocal received, ended
             assert isinstance(delta, OutputDelta), delta
-            if not heard:
+            if not received:
                 waits.append(1000 * (clock() - at))
-            heard += len(delta.tokens)
+            received += len(delta.tokens)
             if delta.finish_reason:
                 ended += 1
-                tokens["well-behaved"] += heard
+                tokens["well-behaved"] += received
                 heapq.heappush(due, (clock() + draw.uniform(0.02, 0.04), caller))
 
         engine.submit(request(f"team-{caller}", etas[caller], 3, 4), emit)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
 ASK: dict[str, Any] = {
@@ -71,7 +72,6 @@ def _still_well(endpoint):
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_a_thousand_malformed_bodies(endpoint, document, path):
-    schemathesis = pytest.importorskip("schemathesis", reason="an environment for vLLM of before it was in there")
     operation = schemathesis.openapi.from_dict(document)[path]["POST"]
     bodies: list[tuple[str, bytes]] = []
 

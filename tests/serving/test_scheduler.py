@@ -197,8 +197,9 @@ def test_a_caller_that_had_its_share_waits_for_the_end_of_a_turn(timed):
     assert engine.now - began >= TURN
 
 
-def test_answers_go_on_beside_a_flood_of_short_ones(timed):
-    engine, number = timed(), 0
+def flood(engine: TimedEngine) -> Callable[[], int]:
+    """One caller with four requests of one token under way at all times. The function says how many have begun."""
+    number = 0
 
     def another() -> None:
         nonlocal number
@@ -207,23 +208,22 @@ def test_answers_go_on_beside_a_flood_of_short_ones(timed):
 
     for _ in range(4):
         another()
+    return lambda: number
+
+
+def test_answers_go_on_beside_a_flood_of_short_ones(timed):
+    engine = timed()
+    begun = flood(engine)
     engine.run_to(0.1)
     engine.submit("other", 0.5, tokens=40)
-    began = number
+    before = begun()
     engine.run(lambda: len(engine.received["other"]) == 40)
-    assert number - began <= 4 * 41, "between two of its tokens each of the flood's four at most"
+    assert begun() - before <= 4 * 41, "between two of its tokens each of the flood's four at most"
 
 
 def test_a_long_prompt_is_computed_beside_a_flood_of_short_ones(timed):
-    engine, number = timed(), 0
-
-    def another() -> None:
-        nonlocal number
-        number += 1
-        engine.submit(f"flood/{number}", 0.5, tokens=1, ended=another)
-
-    for _ in range(4):
-        another()
+    engine = timed()
+    flood(engine)
     engine.run_to(0.1)
     engine.submit("other", 0.5, prompt=480, tokens=1)
     began = engine.now
@@ -241,7 +241,7 @@ def test_prompts_stay_in_short_passes_while_the_others_only_pause(timed, monkeyp
 
     monkeypatch.setattr(engine.engine, "_forward", watched)
 
-    def flood(name: str) -> int:
+    def burst(name: str) -> int:
         """Most prompt tokens of a pass."""
         longest.clear()
         for each in range(4):
@@ -249,11 +249,11 @@ def test_prompts_stay_in_short_passes_while_the_others_only_pause(timed, monkeyp
         engine.run(lambda: not engine.engine.status().running + engine.engine.status().waiting)
         return max(longest)
 
-    assert flood("alone") == 1200
+    assert burst("alone") == 1200
     engine.submit("flood", 0.5, tokens=20)
     engine.submit("other", 0.5, tokens=1)
     engine.run(lambda: engine.received["flood"] and engine.received["other"])
     engine.run(lambda: not engine.engine.status().running)
-    assert flood("in a pause") * PROMPT_TOKEN <= scheduler.PASS_SECONDS
+    assert burst("in a pause") * PROMPT_TOKEN <= scheduler.PASS_SECONDS
     engine.now += scheduler.ALONE_SECONDS + 1
-    assert flood("alone again") == 1200
+    assert burst("alone again") == 1200
