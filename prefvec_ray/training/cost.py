@@ -26,7 +26,7 @@ from prefvec_ray.training.config import TrainingConfig
 from prefvec_ray.training.fsdp import sharding
 from prefvec_ray.training.plan import start_run
 from prefvec_ray.training.progress import duration
-from prefvec_ray.training.quantized import BITS
+from prefvec_ray.training.quantized import BITS, linear_layers
 from prefvec_ray.training.references import key_of, working_base
 
 if TYPE_CHECKING:
@@ -298,7 +298,6 @@ def _skeleton(config: TrainingConfig) -> "tuple[PreTrainedModel, int, int, int]"
     of linear layers that `quantize` rounds."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     from prefvec_ray.common.pretrained import from_pretrained
     from prefvec_ray.training.lora import lora_config
@@ -313,8 +312,7 @@ def _skeleton(config: TrainingConfig) -> "tuple[PreTrainedModel, int, int, int]"
             f"base {config.base}: transformers builds no language model of its config ({error})"
         ) from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    linear = sum(layer.weight.numel() for layer in layers if layer is not model.get_output_embeddings())
+    linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
     if config.method == "lora":
         adapted, _, _ = skeleton(config.base, lora_config(config.lora))
         model = adapted.get_base_model()

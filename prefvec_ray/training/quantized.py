@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from prefvec_ray.artifacts.training import Quantization
 from prefvec_ray.common.device import best_device
@@ -45,8 +47,18 @@ def _widths(base: Path) -> dict[str, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(from_pretrained(AutoConfig, base))
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {name: module.in_features for name, module in linear.items() if module is not model.get_output_embeddings()}
+    layers = linear_layers(model)
+    return {n: layer.in_features if isinstance(layer, torch.nn.Linear) else layer.nx for n, layer in layers.items()}
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+    """The layers that bitsandbytes rounds, by name: all linear ones but the head."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
 
 
 def quantized_loading(kind: Quantization, compute: torch.dtype) -> dict[str, Any]:
