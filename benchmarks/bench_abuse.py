@@ -13,6 +13,7 @@ the quiet one (quiet is measured before and after, and the larger p99 of the two
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -61,33 +62,37 @@ ATTACKS: dict[str, tuple[str, bytes]] = {
 }
 
 
-async def well_behaved(url: str, key: str, until: asyncio.Event, waits: list[float], failed: Counter[str]) -> None:
+async def well_behaved(
+    client: httpx.AsyncClient, until: asyncio.Event, waits: list[float], failed: Counter[str]
+) -> None:
     """Streams short answers; notes the time to each first piece, in milliseconds."""
-    headers = JSON | {"authorization": f"Bearer {key}"}
     body = prompt([3, 4, 5], max_tokens=4, stream=True, preferences={"helpful": 0.5})
-    async with httpx.AsyncClient(timeout=120) as client:
-        while not until.is_set():
-            began = time.perf_counter()
-            async with client.stream("POST", url + TEXT, content=body, headers=headers) as answer:
-                if answer.status_code != 200:
-                    failed[str(answer.status_code)] += 1
-                    await answer.aread()
-                    continue
-                first = None
-                async for line in answer.aiter_lines():
-                    if first is None and line.startswith("data: {"):
-                        first = 1000 * (time.perf_counter() - began)
-                if first is not None:
-                    waits.append(first)
+    while not until.is_set():
+        began = time.perf_counter()
+        async with client.stream("POST", TEXT, content=body) as answer:
+            if answer.status_code != 200:
+                failed[str(answer.status_code)] += 1
+                await answer.aread()
+                continue
+            first = None
+            async for line in answer.aiter_lines():
+                if first is None and line.startswith("data: {"):
+                    first = 1000 * (time.perf_counter() - began)
+            if first is not None:
+                waits.append(first)
 
 
-async def hostile(url: str, key: str, attack: tuple[str, bytes], until: asyncio.Event, seen: Counter[str]) -> None:
+async def hostile(
+    client: httpx.AsyncClient, attack: tuple[str, bytes], until: asyncio.Event, seen: Counter[str]
+) -> None:
     path, body = attack
-    headers = JSON | {"authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(timeout=120) as client:
-        while not until.is_set():
-            answer = await client.post(url + path, content=body, headers=headers)
-            seen[str(answer.status_code)] += 1
+    while not until.is_set():
+        answer = await client.post(path, content=body)
+        seen[str(answer.status_code)] += 1
+
+
+def _client(url: str, key: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=url, headers=JSON | {"authorization": f"Bearer {key}"}, timeout=120)
 
 
 async def phase(url: str, keys: list[str], seconds: float, attack: tuple[str, bytes] | None = None) -> dict[str, Any]:
@@ -95,12 +100,15 @@ async def phase(url: str, keys: list[str], seconds: float, attack: tuple[str, by
     until, waits = asyncio.Event(), []
     failed: Counter[str] = Counter()
     seen: Counter[str] = Counter()
-    tasks = [asyncio.create_task(well_behaved(url, key, until, waits, failed)) for key in keys[1:]]
-    if attack:
-        tasks += [asyncio.create_task(hostile(url, keys[0], attack, until, seen)) for _ in range(HOSTILE_AT_ONCE)]
-    await asyncio.sleep(seconds)
-    until.set()
-    await asyncio.gather(*tasks)
+    async with contextlib.AsyncExitStack() as clients:
+        # All before the first request: making a client takes tens of milliseconds, for which this loop stands still.
+        made = [await clients.enter_async_context(_client(url, key)) for key in keys]
+        tasks = [asyncio.create_task(well_behaved(client, until, waits, failed)) for client in made[1:]]
+        if attack:
+            tasks += [asyncio.create_task(hostile(made[0], attack, until, seen)) for _ in range(HOSTILE_AT_ONCE)]
+        await asyncio.sleep(seconds)
+        until.set()
+        await asyncio.gather(*tasks)
     waits.sort()
     return {
         "answers": len(waits),

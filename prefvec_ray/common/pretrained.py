@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from prefvec_ray.common.errors import InputError, JobError
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def from_pretrained(kind: Any, folder: str | Path, *, what: str = "base", **options: Any) -> Any:
@@ -31,6 +31,26 @@ def from_pretrained(kind: Any, folder: str | Path, *, what: str = "base", **opti
         raise InputError(
             f"{what} {folder}: its {part} cannot be loaded ({why:.300}); give the folder of a whole Hugging Face model"
         ) from error
+
+
+def load_for_sampling(folder: str | Path, *, threads: int = 1) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The language model of a folder in its own dtype, on this process's best device, and its tokenizer.
+
+    From here on Torch computes with `threads`, and Transformers prints no progress bars.
+
+    Raises:
+        InputError: as `from_pretrained`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from prefvec_ray.common.device import best_device
+
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    model = from_pretrained(AutoModelForCausalLM, folder, dtype="auto", use_safetensors=True)
+    return model.to(best_device()), from_pretrained(AutoTokenizer, folder)
 
 
 def position_room(model: Any) -> int | None:

@@ -125,21 +125,12 @@ class MethodCell:
     @cached_property
     def evaluators(self) -> dict[Stage, Evaluator]:
         """Both on one live model. Heavy: only for cells that are not finished."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
-        from prefvec_ray.common.device import best_device
-        from prefvec_ray.common.pretrained import from_pretrained
+        from prefvec_ray.common.pretrained import load_for_sampling
         from prefvec_ray.vectors import Checkpoint, LiveModel
 
-        torch.set_num_threads(self.config.threads)
-        logging.disable_progress_bar()
         base, job = self.job.run.base, self.job
-        model = from_pretrained(AutoModelForCausalLM, base, dtype="auto", use_safetensors=True)
-        model.to(best_device())
+        model, tokenizer = load_for_sampling(base, threads=self.config.threads)
         live = LiveModel(model, self.prepared.vectors, base=Checkpoint(base), threads=self.config.threads)
-        tokenizer = from_pretrained(AutoTokenizer, base)
         stages: dict[Stage, list[Any]] = {"search": job.prompts, "report": job.report_prompts}
         return {s: Evaluator(live, tokenizer, p, job.scorer, self.sampling(s)) for s, p in stages.items()}
 

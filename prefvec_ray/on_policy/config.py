@@ -8,28 +8,19 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.evaluation.generate import Sampling
 from prefvec_ray.scorers.base import Scorer
-from prefvec_ray.scorers.config import ScorerConfig, build_scorers
+from prefvec_ray.scorers.config import ScoredPrompts
 from prefvec_ray.search.options import Processes
 
 
-class OnPolicyConfig(Sampling, Processes):
+class OnPolicyConfig(ScoredPrompts, Sampling, Processes):
     """Several answers of one base to every prompt, the best and the worst of which become pairs."""
 
     preference: Name
     """What the pairs are for."""
     base: Path
     """Folder of the base model, with a tokenizer that has a chat template."""
-    prompts: str
-    """A file of rows with a `prompt` column (.jsonl, .json, .csv, .parquet), .txt with a prompt a line, or
-    `tiny-world:<preset>:<seed>:<split>`."""
     exclude: list[str] = []
     """Prompts to leave out, each entry as `prompts`: those that vectors will be searched and reported on."""
-    scorer: str | None = None
-    """`module:function` of your own, or `tiny-world:<preset>:<seed>`."""
-    scorers: list[ScorerConfig] = []
-    """Any number of scorers, beside `scorer` or without it; see docs/scorers.md."""
-    score_cache: Path | None = None
-    """A file on a local disk that keeps the scores of classifiers, judges and own modules."""
     rank_by: str | None = None
     """The metric that ranks answers; may be left out where the scorers state one with a direction."""
     samples_per_prompt: int = Field(default=8, ge=2)
@@ -41,9 +32,9 @@ class OnPolicyConfig(Sampling, Processes):
     output: Path
     """Folder of the results. Answers that it holds already are not generated again."""
 
-    def build_scorer(self) -> tuple[Scorer, str]:
+    def ranking(self) -> tuple[Scorer, str]:
         """The scorer, and which of its metrics ranks. InputError where it cannot be built, or does not tell which."""
-        scorer = build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
+        scorer = self.build_scorer()
         directed = [name for name, metric in scorer.metrics.items() if metric.direction]
         if self.rank_by is not None and self.rank_by not in directed:
             raise InputError(

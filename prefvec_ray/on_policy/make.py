@@ -62,25 +62,14 @@ class _Answerer:
         self.task = task
 
     def load(self) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
         from prefvec_ray.common.chat import end_tokens
-        from prefvec_ray.common.device import best_device
-        from prefvec_ray.common.pretrained import from_pretrained
+        from prefvec_ray.common.pretrained import load_for_sampling
 
-        torch.set_num_threads(1)
-        logging.disable_progress_bar()
         check_visible(self.task.base)
         try:
-            self.tokenizer = from_pretrained(AutoTokenizer, self.task.base)
-            model = from_pretrained(AutoModelForCausalLM, self.task.base, dtype="auto", use_safetensors=True)
-            self.model = model.to(best_device())
-        except (InputError, JobError):
-            raise
-        except Exception as error:
-            raise JobError(f"node {this_node()} cannot load {self.task.base}: {error}") from error
+            self.model, self.tokenizer = load_for_sampling(self.task.base)
+        except InputError as error:  # the driver has read this base: it is this node that cannot
+            raise JobError(f"node {this_node()}: {error}") from error
         self.ends = end_tokens(getattr(self.model, "generation_config", None), self.tokenizer)
 
     def work(self, part: _Part) -> list[list[dict[str, Any]]]:
@@ -118,7 +107,7 @@ def make_pairs(
         InputError: prompts or a scorer that cannot be used, a base without a chat template, or no pair at all.
         JobError: a scorer failed, processes died again and again, or another process is making pairs in the folder.
     """
-    scorer, rank_by = config.build_scorer()
+    scorer, rank_by = config.ranking()
     prompts, counts = _distinct(config)
     check_prompts(scorer, prompts)
     fingerprint = _check_base(config.base)

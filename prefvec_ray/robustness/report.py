@@ -1,6 +1,5 @@
 """The study as tables and plots, all computed from the runs."""
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib import rc_context
+from scipy.stats import pearsonr
 
 from prefvec_ray.reports.plots import STYLE
 from prefvec_ray.robustness.audit import BLACK_BOX, CLEAN, ENSEMBLE, MASKING, PGD, STRONG, Ladder
@@ -256,10 +256,9 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> list[str]:
     n = len(a)
     if n < 5 or stdev(a) == 0 or stdev(b) == 0:
         return ["–", "–", str(n)]
-    ma, mb = fmean(a), fmean(b)
-    r = sum((x - ma) * (y - mb) for x, y in zip(a, b, strict=True)) / ((n - 1) * stdev(a) * stdev(b))
-    z, half = math.atanh(max(-0.999999, min(0.999999, r))), 1.96 / math.sqrt(n - 3)
-    return [f"{r:+.2f}", f"[{math.tanh(z - half):+.2f}, {math.tanh(z + half):+.2f}]", str(n)]
+    found = pearsonr(a, b)
+    low, high = found.confidence_interval()
+    return [f"{found.statistic:+.2f}", f"[{low:+.2f}, {high:+.2f}]", str(n)]
 
 
 def _pictures(images: str) -> str:

@@ -164,6 +164,24 @@ def build_scorers(
     return combine(parts)
 
 
+class ScoredPrompts(Config):
+    """Prompts that a model answers, and what scores the answers."""
+
+    prompts: str
+    """A file of rows with a `prompt` column (.jsonl, .json, .csv, .parquet), .txt with a prompt a line, or
+    `tiny-world:<preset>:<seed>:<split>`."""
+    scorer: str | None = None
+    """`module:function` of your own, or `tiny-world:<preset>:<seed>`."""
+    scorers: list[ScorerConfig] = []
+    """Any number of scorers, beside `scorer` or without it; see docs/scorers.md."""
+    score_cache: Path | None = None
+    """A file on a local disk that keeps the scores of classifiers, judges and own modules."""
+
+    def build_scorer(self) -> Scorer:
+        """All of them as one; InputError where one cannot be built, or there is none."""
+        return build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
+
+
 def scorer_from_name(name: str) -> Scorer:
     """The scorer that one text names: `tiny-world:<preset>:<seed>`, or `module:function` of your own.
 

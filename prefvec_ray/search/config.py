@@ -13,12 +13,12 @@ from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_p
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.registry import open_registry
-from prefvec_ray.scorers.config import ScorerConfig, build_scorers, read_prompts
+from prefvec_ray.scorers.config import ScoredPrompts, read_prompts
 from prefvec_ray.search.options import Processes, SearchConfig
 from prefvec_ray.search.trial import Task
 
 
-class MeasureConfig(Sampling, Processes):
+class MeasureConfig(ScoredPrompts, Sampling, Processes):
     """Vectors of one registry, measured on one set of prompts."""
 
     base: Path
@@ -26,15 +26,6 @@ class MeasureConfig(Sampling, Processes):
     registry: str
     vectors: dict[Name, str] = Field(min_length=1)
     """Name -> reference such as `helpful@1` or `helpful@production`."""
-    prompts: str
-    """A file of rows with a `prompt` column (.jsonl, .json, .csv, .parquet), .txt with a prompt a line, or
-    `tiny-world:<preset>:<seed>:<split>`."""
-    scorer: str | None = None
-    """`module:function` of your own, or `tiny-world:<preset>:<seed>`."""
-    scorers: list[ScorerConfig] = []
-    """Any number of scorers, beside `scorer` or without it; see docs/scorers.md."""
-    score_cache: Path | None = None
-    """A file on a local disk that keeps the scores of classifiers, judges and own modules."""
     output: Path
     """Folder of the results; an interrupted search is resumed there."""
     measures: list[Literal["kl", "perplexity"]] = []
@@ -54,7 +45,7 @@ class MeasureConfig(Sampling, Processes):
             InputError: an unknown vector, prompts that cannot be read, a scorer that is not there.
         """
         check_measures(self.measures, self.temperature)
-        scorer = build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
+        scorer = self.build_scorer()
         registry = open_registry(self.registry)
         return Task(
             base=self.base,

@@ -91,27 +91,22 @@ class Task:
             raise JobError(f"node {this_node()} cannot load what it is to measure: {in_a_line(error)}") from error
 
     def _loaded(self, rungs: Sequence[float]) -> FidelitySchedule:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-
-        from prefvec_ray.common.device import best_device
+        from prefvec_ray.common.pretrained import load_for_sampling
         from prefvec_ray.evaluation import Evaluator
         from prefvec_ray.vectors import Checkpoint, LiveModel, load_vector
 
-        torch.set_num_threads(self.threads)
-        logging.disable_progress_bar()
-        device = best_device()
+        try:
+            model, tokenizer = load_for_sampling(self.base, threads=self.threads)
+        except InputError as error:  # the driver has read this base: it is this node that cannot
+            raise JobError(f"node {this_node()} cannot load what it is to measure: {error}") from error
         live = LiveModel(
-            AutoModelForCausalLM.from_pretrained(
-                self.base, dtype="auto", use_safetensors=True, trust_remote_code=False
-            ).to(device),
+            model,
             {name: load_vector(folder) for name, folder in self.vectors.items()},
             base=Checkpoint(self.base),
             base_fingerprint=self.base_fingerprint,
             threads=self.threads,
         )
-        tokenizer, scorer = AutoTokenizer.from_pretrained(self.base, trust_remote_code=False), self.load_scorer()
+        scorer = self.load_scorer()
 
         def make(block: Block, first: bool) -> Evaluator:
             return Evaluator(

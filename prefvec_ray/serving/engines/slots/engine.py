@@ -52,7 +52,7 @@ class SlotEngine:
         token of a caller that had less ends a turn early, once a quarter of the turn went into it.
     prefill_tokens: most prompt tokens (padding included) computed between two steps; a longer prompt goes alone, in
         chunks, between which the running requests have their tokens. Where several callers were here within the last
-        minute, as many as are computed in about 20 ms, if that is fewer.
+        minute, as many as are computed in about 10 ms, if that is fewer.
 
     Raises InputError for models whose cache is not keys and values by position.
     """

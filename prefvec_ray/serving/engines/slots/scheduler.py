@@ -20,7 +20,7 @@ from prefvec_ray.serving.engines.slots.cache import CacheLayout, SlotCache
 from prefvec_ray.serving.engines.slots.shares import Shares
 from prefvec_ray.serving.engines.slots.weights import WeightBackend
 
-PASS_SECONDS = 0.02
+PASS_SECONDS = 0.01
 """Where there are several callers, prompts are computed in passes of about this length: everybody else waits for it."""
 LEAST_PROMPT_TOKENS = 64
 """of such a pass, however slow the model is"""
