@@ -84,6 +84,7 @@ NEEDS = {
     "comparison": "search",
     "demo.py": "all",
     "evaluation": "",
+    "evaluation/harness.py": "lm-eval",
     "on_policy": "search",
     "preferences": "",
     "registry": "",

@@ -151,7 +151,7 @@ class MethodCell:
         config, goal, key = self.config, self.job.goal, self.keys["search"]
         options = SearchConfig(
             objectives=list(goal.objectives),
-            limits=goal.limits,
+            limits={**goal.limits},
             ranges=self.prepared.ranges,
             trials=config.settings,
             patience=None,

@@ -14,6 +14,7 @@ from prefvec_ray.artifacts.evaluation import Evaluation, Metric, Sample
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.estimates import Estimate, estimate
 from prefvec_ray.evaluation.generate import BATCH_SIZE, Conversation, Sampling, Steer, encode, sample_ids
+from prefvec_ray.evaluation.harness import Harness, HarnessTasks
 from prefvec_ray.evaluation.likelihood import (
     MEASURES,
     Margins,
@@ -39,8 +40,8 @@ class Evaluator:
     they are, for a base model that does not chat.
 
     `measures` (of `likelihood.MEASURES`: kl, perplexity) are taken on the sampled answers; `pairs` are held-out
-    preference pairs whose implicit margins are taken beside them (`likelihood.Margins`). Both are metrics like the
-    scorer's.
+    preference pairs whose implicit margins are taken beside them (`likelihood.Margins`), and `tasks` are of
+    lm-evaluation-harness (`harness.Harness`). All are metrics like the scorer's.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Evaluator:
         keep_samples: int = 5,
         measures: Sequence[str] = (),
         pairs: Mapping[str, Sequence[TokenPair]] | None = None,
+        tasks: Sequence[HarnessTasks] = (),
     ) -> None:
         if not prompts:
             raise InputError("no prompts to evaluate on; give at least one")
@@ -68,11 +70,13 @@ class Evaluator:
         self._batch_size = batch_size
         self._steerable: bool | None = None
         self._margins = Margins(live.model, live.set_coefficients, pairs) if pairs else None
+        self._harnesses = [Harness(planned, live.model, tokenizer) for planned in tasks]
         sampled: dict[str, Any] = sampling.model_dump()
         sampled["draws"] = sampled.pop("samples_per_prompt")  # the digests of earlier versions hold
         content = json.dumps([self._ids, sampled, self.measures, scorer_digest(scorer)], sort_keys=True)
-        self.digest = blake3((content + json.dumps(pairs)).encode()).hexdigest()[:16]
-        self.metrics = all_metrics(scorer, self.measures, margin_metrics(pairs or {}))
+        content += json.dumps(pairs) + "".join(planned.digest for planned in tasks)
+        self.digest = blake3(content.encode()).hexdigest()[:16]
+        self.metrics = all_metrics(scorer, self.measures, margin_metrics(pairs or {}), tasks)
 
     def evaluate(self, coefficients: Mapping[str, float]) -> Evaluation:
         """Merge, sample and score one setting (missing names are 0).
@@ -173,11 +177,14 @@ class Evaluator:
     def _measure(
         self, rows: list[list[list[int]]], use: Use, coefficients: Mapping[str, float]
     ) -> dict[str, list[float | None]]:
-        """The model's own measures of the answers and of the pairs, prompt by prompt."""
+        """The model's own measures of the answers, the pairs and the tasks, prompt by prompt."""
         found: dict[str, list[float | None]] = {}
-        if self._margins:
+        if self._margins or self._harnesses:
             use(coefficients)
+        if self._margins:
             found |= self._margins.measure()
+        for harness in self._harnesses:
+            found |= harness.measure()
         if self.measures:
             values = answer_measures(
                 self.live.model,
@@ -201,13 +208,18 @@ def shares_batch(prompts: int, samples: int, batch_size: int) -> bool:
     return 2 * prompts * samples <= batch_size
 
 
-def all_metrics(scorer: Scorer, measures: Sequence[str], margins: Mapping[str, Metric]) -> dict[str, Metric]:
-    """The scorer's metrics, those of the measures, and those of the pairs; InputError where names clash."""
-    own = {name: MEASURES[name] for name in measures} | dict(margins)
-    clash = sorted(set(scorer.metrics) & set(own))
-    if clash:
-        raise InputError(f"the scorer states a metric {clash[0]!r}, which is measured by the model too; rename it")
-    return dict(scorer.metrics) | own
+def all_metrics(
+    scorer: Scorer, measures: Sequence[str], margins: Mapping[str, Metric], tasks: Sequence[HarnessTasks] = ()
+) -> dict[str, Metric]:
+    """The scorer's metrics, those of the measures, the pairs and the tasks; InputError where names clash."""
+    found: dict[str, Metric] = {}
+    parts = [scorer.metrics, {name: MEASURES[name] for name in measures}, margins, *(each.metrics for each in tasks)]
+    for part in parts:
+        clash = sorted(set(found) & set(part))
+        if clash:
+            raise InputError(f"two of what is measured state a metric {clash[0]!r}; rename or leave out one of them")
+        found |= part
+    return found
 
 
 def compare(a: Evaluation, b: Evaluation) -> dict[str, Estimate | None]:

@@ -8,7 +8,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.evaluation.generate import Sampling
 from prefvec_ray.scorers.base import Scorer
-from prefvec_ray.scorers.config import ScoredPrompts
+from prefvec_ray.scorers.config import ScoredPrompts, build_scorers
 from prefvec_ray.search.options import Processes
 
 
@@ -34,7 +34,7 @@ class OnPolicyConfig(ScoredPrompts, Sampling, Processes):
 
     def ranking(self) -> tuple[Scorer, str]:
         """The scorer, and which of its metrics ranks. InputError where it cannot be built, or does not tell which."""
-        scorer = self.build_scorer()
+        scorer = build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
         directed = [name for name, metric in scorer.metrics.items() if metric.direction]
         if self.rank_by is not None and self.rank_by not in directed:
             raise InputError(

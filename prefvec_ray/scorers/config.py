@@ -15,6 +15,7 @@ from prefvec_ray.scorers.classifiers import ClassifierScorer, Encoding
 from prefvec_ray.scorers.isolated import IsolatedScorer
 from prefvec_ray.scorers.judge import JudgeScorer
 from prefvec_ray.scorers.judge_config import JudgeConfig
+from prefvec_ray.scorers.lm_eval_config import LmEvalConfig
 from prefvec_ray.scorers.prompts import load_prompts
 from prefvec_ray.scorers.refusal import RefusalScorer
 from prefvec_ray.tiny_world import TinyWorld
@@ -134,7 +135,8 @@ ScorerConfig = Annotated[
     | LengthConfig
     | JudgeConfig
     | ModuleConfig
-    | TinyWorldConfig,
+    | TinyWorldConfig
+    | LmEvalConfig,
     Field(discriminator="type"),
 ]
 
@@ -158,6 +160,8 @@ def build_scorers(
         if isinstance(config, JudgeConfig):
             parts.append(JudgeScorer(config, cache=store))
             continue
+        if isinstance(config, LmEvalConfig):
+            raise InputError("type lm-eval measures a model, not answers: it has its place in prefvec eval and search")
         part = config.build()
         keep = store is not None and isinstance(config, CACHED) and scorer_digest(part) is not None
         parts.append(CachedScorer(part, store) if keep and store is not None else part)
@@ -176,10 +180,6 @@ class ScoredPrompts(Config):
     """Any number of scorers, beside `scorer` or without it; see docs/scorers.md."""
     score_cache: Path | None = None
     """A file on a local disk that keeps the scores of classifiers, judges and own modules."""
-
-    def build_scorer(self) -> Scorer:
-        """All of them as one; InputError where one cannot be built, or there is none."""
-        return build_scorers(self.scorers, name=self.scorer, cache=self.score_cache)
 
 
 def scorer_from_name(name: str) -> Scorer:

@@ -9,11 +9,13 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.evaluation.generate import Sampling
+from prefvec_ray.evaluation.harness import read_tasks
 from prefvec_ray.evaluation.likelihood import TokenPair, check_measures, token_pairs
 from prefvec_ray.evaluation.training_run import TrainingRun
 from prefvec_ray.preferences import load_preferences
 from prefvec_ray.registry import open_registry
-from prefvec_ray.scorers.config import ScoredPrompts, read_prompts
+from prefvec_ray.scorers.config import ScoredPrompts, build_scorers, read_prompts
+from prefvec_ray.scorers.lm_eval_config import LmEvalConfig
 from prefvec_ray.search.options import Processes, SearchConfig
 from prefvec_ray.search.trial import Task
 
@@ -45,7 +47,8 @@ class MeasureConfig(ScoredPrompts, Sampling, Processes):
             InputError: an unknown vector, prompts that cannot be read, a scorer that is not there.
         """
         check_measures(self.measures, self.temperature)
-        scorer = self.build_scorer()
+        answers = [each for each in self.scorers if not isinstance(each, LmEvalConfig)]
+        scorer = build_scorers(answers, name=self.scorer, cache=self.score_cache)
         registry = open_registry(self.registry)
         return Task(
             base=self.base,
@@ -55,6 +58,7 @@ class MeasureConfig(ScoredPrompts, Sampling, Processes):
             sampling=Sampling(**self.model_dump(include=set(Sampling.model_fields))),
             measures=tuple(self.measures),
             pairs=self._pairs(),
+            harness=tuple(read_tasks(each) for each in self.scorers if isinstance(each, LmEvalConfig)),
         )
 
     def training_run(self) -> TrainingRun | None:

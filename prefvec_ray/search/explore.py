@@ -91,6 +91,8 @@ class Explorer:
         with quiet():
             self._study = optuna.create_study(directions=modes, sampler=self._sampler())
         for tried in self.known:
+            self._measure_limits(tried)
+        for tried in self.known:
             self._place(tried.coefficients, tried)
             self.tried.append(tried)
         self._queue = deque(self._first([tried.coefficients for tried in self.known]))
@@ -221,20 +223,28 @@ class Explorer:
         if flaw:
             self.fail(number, tried.coefficients, flaw)
             return False
+        self._measure_limits(tried)
         with quiet():
             self._record(self._open.pop(number)[0], tried)
         self.tried.append(tried)
         self._stop_if_still()
         return True
 
+    def _measure_limits(self, tried: Tried) -> None:
+        """Where this is the base: the limits beside it are known now."""
+        if tried.complete and is_base(tried.coefficients):
+            self.goal = self.goal.with_base(tried.rungs[-1])
+
     def flaw(self, tried: Tried) -> str:
         """Why a measured setting cannot be compared with others; empty where it can."""
-        for name in (*self.goal.objectives, *self.goal.limits):
+        for name in (*self.goal.objectives, *self.goal.limits, *self.goal.beside_base):
             estimate = tried.rungs[-1].metrics.get(name)
             if estimate is not None and not math.isfinite(estimate.mean):
                 return f"{name!r} is {estimate.mean}"
             if estimate is None and name in self.goal.objectives:
                 return f"objective {name!r} was defined on none of the prompts"
+            if estimate is None and name in self.goal.beside_base and is_base(tried.coefficients):
+                return f"{name!r}, which is limited beside the base's, was defined on none of the prompts"
         return ""
 
     def fail(self, number: int, coefficients: dict[str, float], error: str) -> None:

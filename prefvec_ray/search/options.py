@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -15,6 +15,9 @@ FULL_RANGE = (-1.0, 1.0)
 """Of a coefficient, where `ranges` names no other."""
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random", "grid"]
+
+BaseLimit = Annotated[str, Field(pattern=r"^\s*base\s*([+-]\s*(\d+\.?\d*|\.\d+)\s*)?$")]
+"""`base`, `base - 0.02`: a limit beside the base's mean."""
 
 Bounds = dict[str, tuple[float, float]]
 """Vector -> the lowest and the highest coefficient. 0, the base, lies between them."""
@@ -39,8 +42,9 @@ class SearchConfig(Processes):
 
     objectives: list[str] = Field(min_length=1)
     """Metrics of the scorer."""
-    limits: dict[str, FiniteFloat] = {}
-    """A floor for a metric that is maximized, a ceiling for one that is minimized."""
+    limits: dict[str, FiniteFloat | BaseLimit] = {}
+    """A floor for a metric that is maximized, a ceiling for one that is minimized: a number, or one beside the base's
+    mean, such as `base - 0.02`."""
     ranges: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
     """Vector -> [low, high]; default [-1, 1]."""
     start: list[dict[str, FiniteFloat]] = []
@@ -69,7 +73,12 @@ class SearchConfig(Processes):
 
     def goal(self, metrics: Mapping[str, Metric]) -> Goal:
         """InputError where an objective or a limit is none of `metrics`, or has no direction."""
-        goal = Goal(objectives=tuple(self.objectives), metrics=dict(metrics), limits=self.limits)
+        goal = Goal(
+            objectives=tuple(self.objectives),
+            metrics=dict(metrics),
+            limits={name: limit for name, limit in self.limits.items() if not isinstance(limit, str)},
+            beside_base={name: _beside(limit) for name, limit in self.limits.items() if isinstance(limit, str)},
+        )
         goal.check()
         return goal
 
@@ -111,3 +120,8 @@ class SearchConfig(Processes):
             raise InputError(f"{self.trials} trials; this search begins with {points} settings, give at least as many")
         if self.answers is not None and self.answers < answers:
             raise InputError(f"a budget of {self.answers} answers; one setting alone takes {answers}")
+
+
+def _beside(limit: str) -> float:
+    """What a `BaseLimit` adds to the base's mean."""
+    return float(limit.replace("base", "").replace(" ", "") or 0)

@@ -58,8 +58,9 @@ def confirm(preset: Preset, base: Evaluation, measured: Evaluation, goal: Goal) 
     """`preset` with its verdict: `measured` is its setting on the report prompts, `base` the base there.
 
     Refuted: by more than two paired standard errors, an objective that it was chosen to keep or to raise is below the
-    base, or a limit is broken. Confirmed: not refuted, it raised some objective on the search prompts and every such
-    one is above the base by more than two, and the limits were measured. Unclear: neither.
+    base, or a limit is broken. A limit beside the base is judged beside the base on the report prompts. Confirmed: not
+    refuted, it raised some objective on the search prompts and every such one is above the base by more than two, and
+    the limits were measured. Unclear: neither.
     """
     refuted, confirmed, words = [], bool(preset.raises), []
     for name in goal.objectives:
@@ -75,12 +76,14 @@ def confirm(preset: Preset, base: Evaluation, measured: Evaluation, goal: Goal) 
         if name in preset.raises:
             confirmed &= gain > ERRORS * error
     for name, limit in goal.limits.items():
-        value = measured.metrics.get(name)
+        beside = goal.beside_base.get(name)
+        value = measured.metrics.get(name) if beside is None else compare_metric(measured, base, name)
         if value is None:
             confirmed = False
             words.append(f"{name} was defined on none of the report prompts")
-        elif goal.metrics[name].gain(value.mean, limit) < -ERRORS * (value.stderr or 0.0):
-            refuted.append(f"{name} {value} breaks its limit {limit:g}")
+            continue
+        if goal.metrics[name].gain(value.mean, limit if beside is None else beside) < -ERRORS * (value.stderr or 0.0):
+            refuted.append(f"{name} {measured.metrics[name]} breaks its limit {goal.limit_words(name)}")
     return preset.model_copy(
         update={
             "reported": measured,

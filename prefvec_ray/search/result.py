@@ -1,7 +1,6 @@
 """What a search found: every setting it measured, the Pareto front among them, and a recommendation. Plain
 data."""
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -81,7 +80,8 @@ class Goal(BaseModel):
     """What a search is for: `objectives` by name, the `metrics` that say how to read them, and `limits` to
     keep.
 
-    A limit is a floor for a metric that is maximized and a ceiling for one that is minimized.
+    A limit is a floor for a metric that is maximized and a ceiling for one that is minimized. Those of `beside_base`
+    are added to the base's mean, and are among `limits` once that is measured (`with_base`).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -89,12 +89,25 @@ class Goal(BaseModel):
     objectives: tuple[str, ...]
     metrics: dict[str, Metric]
     limits: dict[str, float] = {}
+    beside_base: dict[str, float] = {}
+
+    def with_base(self, base: Evaluation) -> "Goal":
+        """The goal with every limit as a number; InputError where a metric was not defined for the base."""
+        # Rounded, so that 0.7 keeps a limit of 0.1 below 0.8.
+        found = {name: round(base.mean(name) + offset, 12) for name, offset in self.beside_base.items()}
+        return self.model_copy(update={"limits": self.limits | found})
+
+    def limit_words(self, name: str) -> str:
+        """`0.61 (base - 0.02)`."""
+        offset = self.beside_base.get(name)
+        beside = "" if offset is None else f" (base {'-' if offset < 0 else '+'} {abs(offset):g})"
+        return f"{self.limits[name]:.4g}{beside}"
 
     def check(self) -> None:
         """InputError unless every objective and limit names a metric with a direction."""
         if not self.objectives or len(set(self.objectives)) != len(self.objectives):
             raise InputError(f"objectives {list(self.objectives)}: give at least one, each once")
-        for name in (*self.objectives, *self.limits):
+        for name in (*self.objectives, *self.limits, *self.beside_base):
             if name not in self.metrics:
                 raise InputError(f"{name!r} is not a metric of this scorer; it has: {', '.join(self.metrics)}")
             if self.metrics[name].direction is None:
@@ -110,9 +123,10 @@ class Goal(BaseModel):
         return all(value is not None and metric.gain(value.mean, limit) >= 0 for metric, value, limit in found)
 
     def constraints(self, evaluation: Evaluation) -> dict[str, float]:
-        """By how much each limit is broken: at most 0 where it is kept, 1 where the metric was not defined."""
+        """By how much each limit is broken: at most 0 where it is kept, 1 where the metric was not defined. One beside
+        a base that is not measured yet counts as kept."""
         values = {name: evaluation.metrics.get(name) for name in self.limits}
-        return {
+        return dict.fromkeys(self.beside_base, 0.0) | {
             name: 1.0 if value is None else -self.metrics[name].gain(value.mean, self.limits[name])
             for name, value in values.items()
         }
@@ -292,10 +306,10 @@ class SearchResult(BaseModel):
         )
 
     def _limits(self) -> str:
-        limits: Mapping[str, float] = self.goal.limits
         words = [
-            f"{name} {'at least' if self.goal.metrics[name].direction == 'maximize' else 'at most'} {limit:g}"
-            for name, limit in limits.items()
+            f"{name} {'at least' if self.goal.metrics[name].direction == 'maximize' else 'at most'} "
+            f"{self.goal.limit_words(name)}"
+            for name in self.goal.limits
         ]
         return f" with {' and '.join(words)}" if words else ""
 

@@ -102,6 +102,8 @@ def _definition(task: Task, config: SearchConfig) -> dict[str, Any]:
     from prefvec_ray.vectors import load_vector
 
     sampling = task.sampling
+    # Searches without tasks are described as they were before there were any: their folders are still theirs.
+    tasks = {"harness": [each.digest for each in task.harness]} if task.harness else {}
     prompts = to_json(task.prompts, fallback=lambda prompt: getattr(prompt, "text", repr(prompt)))
     return {
         "base": task.base_fingerprint,
@@ -122,4 +124,5 @@ def _definition(task: Task, config: SearchConfig) -> dict[str, Any]:
         "metrics": {name: metric.model_dump() for name, metric in task.metrics.items()},
         "ranges": {name: list(bound) for name, bound in config.bounds(task.vectors).items()},
         "seed": config.seed,
+        **tasks,
     }

@@ -75,8 +75,8 @@ class FidelitySchedule:
         self.rungs = rungs
         self.evaluators = [make(block, i == 0) for i, block in enumerate(block for blocks in rungs for block in blocks)]
         self._prompts = 1 + max(i for blocks in rungs for block in blocks for i in block.prompts)
-        # Metrics of preference pairs, which have nothing to do with prompts, are the first block's alone.
-        self._of_pairs = set(self.evaluators[0].metrics) - set(self.evaluators[-1].metrics)
+        # Metrics of pairs and of tasks, which have nothing to do with prompts, are the first block's alone.
+        self._without_prompts = set(self.evaluators[0].metrics) - set(self.evaluators[-1].metrics)
 
     def evaluate_rungs(self, coefficients: Mapping[str, float]) -> "Iterator[Evaluation]":
         """What `coefficients` score after each rung; the work of a rung is done when its evaluation is asked for.
@@ -88,16 +88,16 @@ class FidelitySchedule:
         evaluators = iter(self.evaluators)
         for blocks in self.rungs:
             parts += [(block, next(evaluators).evaluate(coefficients)) for block in blocks]
-            yield parts[0][1] if len(self.evaluators) == 1 else _joined(parts, self._prompts, self._of_pairs)
+            yield parts[0][1] if len(self.evaluators) == 1 else _joined(parts, self._prompts, self._without_prompts)
 
 
-def _joined(parts: "Sequence[tuple[Block, Evaluation]]", prompts: int, of_pairs: set[str]) -> "Evaluation":
+def _joined(parts: "Sequence[tuple[Block, Evaluation]]", prompts: int, without_prompts: set[str]) -> "Evaluation":
     from prefvec_ray.common.estimates import estimate
 
     first = parts[0][1]
     per_prompt = {
         name: values
-        if name in of_pairs
+        if name in without_prompts
         else _over_blocks([(block, evaluation.per_prompt[name]) for block, evaluation in parts], prompts)
         for name, values in first.per_prompt.items()
     }

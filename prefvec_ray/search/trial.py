@@ -15,6 +15,7 @@ from prefvec_ray.common.errors import InputError, JobError
 from prefvec_ray.common.paths import check_visible, this_node
 from prefvec_ray.evaluation.evaluate import all_metrics
 from prefvec_ray.evaluation.generate import BATCH_SIZE, Sampling
+from prefvec_ray.evaluation.harness import HarnessTasks
 from prefvec_ray.evaluation.likelihood import TokenPair, margin_metrics
 from prefvec_ray.scorers import Scorer, load_scorer
 from prefvec_ray.scorers.base import check_prompts
@@ -49,11 +50,13 @@ class Task:
     """`likelihood.MEASURES` of the answers: kl, perplexity."""
     pairs: Mapping[str, Sequence[TokenPair]] = field(default_factory=dict)
     """Held-out pairs by preference, for their implicit margins."""
+    harness: tuple[HarnessTasks, ...] = ()
+    """Tasks of lm-evaluation-harness."""
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """Everything that is measured: the scorer's metrics, those of `measures` and those of `pairs`."""
-        return all_metrics(self.load_scorer(), self.measures, margin_metrics(self.pairs))
+        """Everything that is measured: the scorer's metrics, those of `measures`, of `pairs` and of `harness`."""
+        return all_metrics(self.load_scorer(), self.measures, margin_metrics(self.pairs), self.harness)
 
     def check(self) -> None:
         """InputError for prompts that the scorer cannot score."""
@@ -118,8 +121,9 @@ class Task:
                 batch_size=self.batch_size,
                 template=self.template,
                 measures=self.measures,
-                # Pairs need no answers: measuring them once a setting is enough.
+                # Pairs and tasks need no answers: measuring them once a setting is enough.
                 pairs=self.pairs if first else None,
+                tasks=self.harness if first else (),
             )
 
         return FidelitySchedule(make, self.blocks(rungs))

@@ -199,5 +199,5 @@ def test_a_scorers_metric_must_not_take_their_names(live, tokenizer):
     def taken(prompts, responses):
         return {"kl": [0.0] * len(responses)}
 
-    with pytest.raises(InputError, match="'kl', which is measured by the model too"):
+    with pytest.raises(InputError, match="two of what is measured state a metric 'kl'"):
         Evaluator(live, tokenizer, ["How?"], taken, Sampling(), measures=["kl"])

@@ -1,13 +1,28 @@
 """`prefvec search`, from its config to what it prints and publishes."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from prefvec_ray.cli.search import search_coefficients
 from prefvec_ray.registry import Registry
+from prefvec_ray.scorers.lm_eval_config import LmEvalConfig
 from prefvec_ray.search import SearchJob
+
+COMBS = """
+task: combs
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {rows}}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
 
 
 @pytest.mark.slow
@@ -16,6 +31,10 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
     store = Registry.open(tmp_path / "registry")
     for name, folder in task.vectors.items():
         assert store.publish_vector(folder).name == name
+    (tmp_path / "tasks").mkdir()
+    rows = [{"question": f"How to comb bear {i}?", "choices": ["yes", "no"], "label": i % 2} for i in range(8)]
+    (tmp_path / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks" / "combs.yaml").write_text(COMBS.format(rows=tmp_path / "tasks" / "rows.jsonl"))
     config = SearchJob(
         base=task.base,
         registry=str(tmp_path / "registry"),
@@ -25,7 +44,9 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
         output=tmp_path / "search",
         samples_per_prompt=1,
         max_new_tokens=4,
+        scorers=[LmEvalConfig(type="lm-eval", tasks=["combs"], include=tmp_path / "tasks")],
         objectives=["valid"],
+        limits={"combs": "base - 0.5"},
         trials=2,
         sampler="random",
         rungs=(1.0,),
@@ -35,5 +56,9 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
     printed = io.StringIO()
     search_coefficients(config, Console(file=printed, width=200))
     assert "recommended {'left': 0.0, 'right': 0.0}: stay with the base" in printed.getvalue()
+    assert "combs at least" in printed.getvalue()
+    assert "(base - 0.5)" in printed.getvalue()
+    first = json.loads((tmp_path / "search" / "trials.jsonl").read_text().splitlines()[1])["rungs"][-1]
+    assert len(first["per_prompt"]["combs"]) == 8, "a value a question"
     assert "no preset 'balanced': no setting but the base" in printed.getvalue()
     assert store.list_presets() == []

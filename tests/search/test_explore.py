@@ -247,6 +247,42 @@ def test_a_front_is_not_judged_before_the_base_is_measured(measured):
     assert "added nothing" in explorer.ended
 
 
+def test_a_limit_beside_the_base_is_a_number_once_the_base_is_measured(measured):
+    """Whenever that is, and also where the search is opened again."""
+    limits = {"valid": "base - 0.1", "harm": " base+.25 ", "help": 0.2}
+    explorer = explore((8,), trials=12, sampler="random", limits=limits)
+    base, *others = (proposed(explorer) for _ in range(4))
+    assert explorer.goal.limits == {"help": 0.2}
+    for number, (proposal, valid) in enumerate(zip([*others, base], (0.65, 0.75, 0.7, 0.8), strict=True)):
+        values = {"help": [0.5 + number / 10] * 8, "harm": [0.5] * 8, "valid": [valid] * 8}
+        evaluation = measured(proposal.coefficients, **values)
+        assert explorer.finish(proposal.number, Tried(rungs=[evaluation], complete=True, answers=8))
+    assert explorer.goal.limits == pytest.approx({"help": 0.2, "valid": 0.7, "harm": 0.75})
+    result = explorer.result()
+    assert [trial.coefficients for trial in result.front] == [base.coefficients], "best in help, and keeps them all"
+    assert [result.goal.keeps_limits(trial) for trial in result.trials] == [False, True, True, True]
+    assert result.recommended is not None
+    assert "valid at least 0.7 (base - 0.1)" in result.recommended.reason
+    assert "harm at most 0.75 (base + 0.25)" in result.recommended.reason
+    assert opened(explorer).goal == explorer.goal
+    assert opened(explorer, limits={"valid": "base"}).goal.limits == {"valid": 0.8}
+
+
+@pytest.mark.parametrize("limit", ["base - ", "base * 0.9", "bases", "0.5 - base", "base - 0.1 - 0.1", "base--1", ""])
+def test_a_limit_is_a_number_or_beside_the_base(limit):
+    with pytest.raises(ValueError, match=r"limits\.valid"):
+        SearchConfig(objectives=["help"], limits={"valid": limit})
+
+
+def test_a_base_that_does_not_define_what_is_limited_beside_it_fails(measured):
+    explorer = explore((8,), trials=12, sampler="random", limits={"valid": "base"})
+    for _ in range(2):
+        base = proposed(explorer)
+        evaluation = measured(base.coefficients, help=[0.5] * 8, harm=[0.5] * 8, valid=[None] * 8)
+        assert not explorer.finish(base.number, Tried(rungs=[evaluation], complete=True, answers=8))
+    assert "'valid', which is limited beside the base's, was defined on none of the prompts" in explorer.ended
+
+
 def test_a_last_bit_is_no_gain(measured):
     """Equal scores that were summed in another order, or on another processor, do not keep a search going."""
     explorer = explore((8,), trials=50, patience=2, sampler="random")

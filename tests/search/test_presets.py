@@ -105,6 +105,21 @@ def test_the_report_prompts_confirm_leave_open_or_refute(result):
     assert "breaks its limit 0.9" in broken.evidence
 
 
+def test_a_limit_beside_the_base_is_judged_beside_the_base_of_the_report_prompts(result):
+    """The search prompts' base was at 1.0, that of the report prompts is at 0.8; errors are those of the difference."""
+    goal = Goal(objectives=("help", "harm"), metrics=METRICS, beside_base={"valid": -0.1}).with_base(result.base)
+    assert goal.limits == pytest.approx({"valid": 0.9})
+    (cautious,) = choose(result, {"cautious": "harm"})
+    base = on_report((0.0, 0.0), 0.3, 0.5, 0.8, spread=0.15)
+
+    def verdict(valid):
+        return confirm(cautious, base, on_report((0.2, 0.9), 0.31, 0.25, valid, spread=0.15), goal)
+
+    assert verdict(0.71).verdict == "confirmed"
+    assert verdict(0.69).verdict == "refuted", "its own error of 0.15 would hide the loss"
+    assert "breaks its limit 0.9 (base - 0.1)" in verdict(0.69).evidence
+
+
 def test_what_the_report_prompts_do_not_say_is_not_confirmed(result):
     (cautious,) = choose(result, {"cautious": "harm"})
     good = on_report((0.2, 0.9), 0.31, 0.25, 1.0, spread=0.02)
