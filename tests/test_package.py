@@ -98,6 +98,7 @@ NEEDS = {
     "search": "search",
     "serving": "serve",
     "serving/engines/vllm": "vllm",
+    "serving/traces.py": "traces",
     "serving/vllm_plugin.py": "vllm",
     "serving/vllm_server.py": "vllm",
     "tiny_world": "",

@@ -11,6 +11,13 @@ class MissingExtraError(InputError, ImportError):
 
 def require(extra: str, *packages: str) -> None:
     """MissingExtraError, with the command that installs `extra`, unless all `packages` are there. Imports none."""
-    missing = [package for package in packages if find_spec(package) is None]
+    missing = [package for package in packages if not _is_there(package)]
     if missing:
         raise MissingExtraError(f"{', '.join(missing)} is not installed: pip install 'prefvec-ray[{extra}]'")
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False

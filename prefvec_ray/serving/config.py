@@ -177,6 +177,16 @@ class LogsConfig(Config):
     """a line for every request, in the front's log and its replica's; metrics count them, `audit` says who asked"""
 
 
+class TracesConfig(Config):
+    """An OpenTelemetry collector that is sent a trace of each request: what was asked for and how long each part took,
+    never what was said."""
+
+    endpoint: str = Field(pattern=r"^https?://\S+$")
+    """its address for OTLP over HTTP, such as http://collector:4318/v1/traces"""
+    sample: float = Field(default=1.0, ge=0, le=1)
+    """share of the requests"""
+
+
 class ServingConfig(Config):
     """One served model. Relative paths are taken from the folder that the command runs in."""
 
@@ -207,6 +217,7 @@ class ServingConfig(Config):
     replicas: ReplicaConfig = ReplicaConfig()
     limits: LimitsConfig = LimitsConfig()
     logs: LogsConfig = LogsConfig()
+    traces: TracesConfig | None = None
     system: Literal["template", "fold"] = "template"
     """system messages of a chat. template: as the model's chat template takes them, or refuses them. fold: put in front
     of the first user message, for a template that knows no system role"""

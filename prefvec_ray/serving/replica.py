@@ -12,7 +12,7 @@ from prefvec_ray.common.chat import fold_system
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.encoding import PromptEncoder, Tokenization, check_stops, load_tokenizer
-from prefvec_ray.serving.engines.base import EngineStatus, OutputDelta, PromptTooLongError, Request
+from prefvec_ray.serving.engines.base import EngineStatus, OutputDelta, PromptTooLongError, Request, Timeline
 from prefvec_ray.serving.engines.load import load_engine
 from prefvec_ray.serving.engines.output import stream_outputs
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
@@ -22,6 +22,7 @@ from prefvec_ray.serving.release.release import Release
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import Event, GenerationRequest, Prompt, ReleaseId, Started
 from prefvec_ray.serving.spending import Spending, SpentTokens
+from prefvec_ray.serving.traces import RequestTrace, Traces
 from prefvec_ray.vectors import PreferenceVector
 
 
@@ -38,6 +39,7 @@ class Replica:
         self._config = config
         self._spent = SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag) if book else None
+        self._traces = Traces(config.traces, config.model, "replica")
         self._releases = LoadedReleases(config.base, config.registry, release, book, self._change, self._generate_once)
         release = await asyncio.to_thread(self._begin)
         self.engine = await load_engine(config, release.base_fingerprint, self._tokenizer, self._releases.vectors)
@@ -58,30 +60,39 @@ class Replica:
         Closing the iterator stops all of the request's generation. Raises InputError, before `Started`, for prompts
         that do not fit and chats that the template refuses, and EngineError where generation failed.
         """
-        spent = self._spent.begin(asked.id)
+        spent, trace = self._spent.begin(asked.id), self._traces.begin("answer", asked.trace)
         try:
             async with self._releases.running(asked.release) as release:
                 asked = replace(asked, coefficients=release.columns(asked.coefficients))
-                async with contextlib.aclosing(self._answers(asked, spent)) as items:
+                async with contextlib.aclosing(self._answers(asked, spent, trace)) as items:
                     async for item in items:
                         yield item
         finally:
             spent.end()
+            trace.end()
 
     async def spent(self, request_id: str) -> int | None:
         """Tokens that were generated here for the request of this id, once it has ended; None: it was not here."""
         return await self._spent.of(request_id)
 
-    async def _answers(self, asked: GenerationRequest, spent: Spending) -> AsyncGenerator[Started | list[Event]]:
+    async def _answers(
+        self, asked: GenerationRequest, spent: Spending, trace: RequestTrace
+    ) -> AsyncGenerator[Started | list[Event]]:
         requests = await self._encoder.run(asked.caller, asked.prompts, self._requests, asked)
         yield Started(sum(len(r.prompt) for r in requests[:: asked.sampling.n]))
 
         def count(delta: OutputDelta) -> None:
             spent.tokens += len(delta.tokens)
 
-        async with contextlib.aclosing(stream_outputs(self.engine, requests, count)) as outputs:
-            async for deltas in outputs:
-                yield deltas
+        timelines = [request.timeline for request in requests]
+        try:
+            async with contextlib.aclosing(stream_outputs(self.engine, requests, count)) as outputs:
+                async for deltas in outputs:
+                    yield deltas
+        finally:
+            trace.worked(timelines)
+            if self._metrics:
+                self._metrics.worked(timelines)
 
     async def answer(self, asked: GenerationRequest) -> tuple[int, list[OutputDelta]]:
         """Number of prompt tokens, and every answer whole."""
@@ -138,7 +149,7 @@ class Replica:
             self.engine.check(first)
             for choice in range(sampling.n):
                 resume_tokens = asked.resume_tokens[len(requests)] if asked.resume_tokens else ()
-                requests.append(replace(first, choice=choice, resume_tokens=resume_tokens))
+                requests.append(replace(first, choice=choice, resume_tokens=resume_tokens, timeline=Timeline()))
         return requests
 
     def _tokens(self, encoder: Tokenization, prompt: Prompt, most: int) -> tuple[int, ...]:

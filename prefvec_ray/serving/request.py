@@ -1,7 +1,7 @@
 """What the front asks of a replica, and what comes back: plain data that travels between processes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from prefvec_ray.serving.engines.base import Coefficients, OutputDelta
@@ -31,6 +31,8 @@ class GenerationRequest:
     """whose request it is: each caller's prompts are tokenized in turn"""
     id: str = ""
     """under which the replica counts what it generates; see `Replica.spent`"""
+    trace: Mapping[str, str] = field(default_factory=dict)
+    """W3C trace context of the front's span; empty where there is none"""
 
     @property
     def answers(self) -> int:
@@ -51,6 +53,7 @@ class PassedRequest:
     release: ReleaseId = ("", 0)
     caller: str = ""
     id: str = ""
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 ReplicaRequest: TypeAlias = GenerationRequest | PassedRequest

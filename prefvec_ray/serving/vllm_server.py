@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,8 @@ from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 from ray import serve
-from ray.llm._internal.common.callbacks.base import CallbackBase  # it has no public name
+from ray.llm._internal.common.callbacks.base import CallbackBase  # these two have no public name
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
@@ -37,6 +39,7 @@ from prefvec_ray.serving.release.release import Release
 from prefvec_ray.serving.release.rollout import ReleaseBook
 from prefvec_ray.serving.request import PassedRequest, ReleaseId, StreamPart, WholeAnswer
 from prefvec_ray.serving.spending import SpentTokens
+from prefvec_ray.serving.traces import Traces
 from prefvec_ray.serving.turns import Turns
 from prefvec_ray.vectors import PreferenceVector
 
@@ -64,6 +67,7 @@ class PreferenceServer(LLMServer):
         self._config, self._spent = config, SpentTokens()
         self._metrics = ReplicaMetrics(config.model, serve.get_replica_context().replica_tag)
         self._releases = LoadedReleases(config.base, config.registry, release, book, self._change, self._generate_once)
+        self._traces = Traces(config.traces, config.model, "replica")
         release = await asyncio.to_thread(self._begin)
         if config.engine.mode == "steered":
             shape = SteeringShape.of(self._releases.vectors.values(), config.engine.columns)
@@ -139,7 +143,8 @@ class PreferenceServer(LLMServer):
 
     async def _answer(self, asked: PassedRequest) -> AsyncGenerator[tuple[RequestRecord, Any]]:
         """What vLLM gives: one object, or lists of a stream's events."""
-        spent = self._spent.begin(asked.id)
+        spent, trace = self._spent.begin(asked.id), self._traces.begin("answer", asked.trace)
+        asked = replace(asked, trace=trace.carrier)
         try:
             async with self._releases.running(asked.release) as release:
                 coefficients = release.columns(asked.coefficients)
@@ -150,11 +155,13 @@ class PreferenceServer(LLMServer):
                             yield record, answer
         finally:
             spent.end()
+            trace.end()
 
     async def _passed(self, asked: PassedRequest, record: RequestRecord) -> AsyncGenerator[Any]:
         try:
             request = self._request(asked)
-            answers = await (self.chat if asked.chat else self.completions)(request)
+            about = RawRequestInfo(headers=dict(asked.trace)) if asked.trace else None
+            answers = await (self.chat if asked.chat else self.completions)(request, about)
             async with contextlib.aclosing(answers):
                 async for answer in answers:
                     _raise_if_wrong(answer)

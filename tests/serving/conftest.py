@@ -7,8 +7,11 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -207,8 +210,80 @@ def running() -> Iterator[list[Endpoint]]:
         stop()
 
 
+@dataclass(frozen=True)
+class SentSpan:
+    """A span as a collector gets it; ids in hex, times in nanoseconds."""
+
+    name: str
+    trace: str
+    id: str
+    parent: str
+    start: int
+    end: int
+    attributes: dict[str, Any]
+    service: str
+
+
+@dataclass
+class Collector:
+    """What an OpenTelemetry collector was sent, at `url`."""
+
+    url: str
+    spans: list[SentSpan]
+
+    def of_trace(self, trace: str, *, names: Collection[str]) -> list[SentSpan]:
+        """The trace's spans, once there is one of each of these names."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            found = [span for span in self.spans if span.trace == trace]
+            if set(names) <= {span.name for span in found}:
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"of trace {trace} came {[span.name for span in self.spans if span.trace == trace]}")
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Takes OTLP over HTTP."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    spans: list[SentSpan] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+            for resource in sent.resource_spans:
+                about = {each.key: each.value.string_value for each in resource.resource.attributes}
+                for span in (span for scope in resource.scope_spans for span in scope.spans):
+                    values = {each.key: each.value for each in span.attributes}
+                    spans.append(
+                        SentSpan(
+                            span.name,
+                            span.trace_id.hex(),
+                            span.span_id.hex(),
+                            span.parent_span_id.hex(),
+                            span.start_time_unix_nano,
+                            span.end_time_unix_nano,
+                            {key: getattr(value, value.WhichOneof("value")) for key, value in values.items()},
+                            about.get("service.name", ""),
+                        )
+                    )
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Collector(f"http://127.0.0.1:{server.server_port}/v1/traces", spans)
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
-def guarded(base_folder: Path, registry_root: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def guarded(
+    base_folder: Path, registry_root: str, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What an endpoint is told of its model, vectors, floor, keys and audit, whichever engine answers."""
     folder = tmp_path_factory.mktemp("guarded")
     add_key(folder / "keys.yaml", "nobody")
@@ -221,6 +296,7 @@ def guarded(base_folder: Path, registry_root: str, tmp_path_factory: pytest.Temp
         "floors": {"harmless": 0},
         "keys": folder / "keys.yaml",
         "audit": {"file": folder / "audit.jsonl"},
+        "traces": {"endpoint": collector.url},
     }
 
 

@@ -3,8 +3,12 @@
 import asyncio
 import contextlib
 import itertools
+import json
+import math
 import random
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +35,7 @@ from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
 from prefvec_ray.vectors import Entry, LiveModel, LowRank, load_vector, save_vector
 
+DASHBOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana" / "prefvec-serving.json").read_text())
 DRAW = random.Random(9)
 PROMPT = tuple(DRAW.randrange(5, 300) for _ in range(150))
 SETTING = (("harmless", 0.5), ("helpful", 1.0))
@@ -377,6 +382,43 @@ def test_prometheus_is_told(served):
         return {series for series in metric_series() if not any(line.startswith(series + "{") for line in lines)}
 
     wait_for(lambda: not missing(), 60)
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="no Prometheus is installed: apt-get install prometheus")
+def test_a_real_prometheus_answers_every_query_of_the_dashboard(served, tmp_path):
+    scraped = ray.nodes()[0]["MetricsExportPort"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s}\n"
+        f"scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['127.0.0.1:{scraped}']}}]}}]\n"
+    )
+    options = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
+    server = subprocess.Popen(["prometheus", *options, f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"])
+
+    def values(query: str) -> list[float]:
+        query = query.replace("$model", "tiny").replace("$__rate_interval", "1m")
+        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, timeout=30)
+        return [float(found["value"][1]) for found in answer.raise_for_status().json()["data"]["result"]]
+
+    def all_answered() -> bool:
+        client.completions.create(model="tiny", prompt="a", max_tokens=4)
+        list(client.completions.create(model="tiny", prompt="a", max_tokens=4, stream=True))
+        with pytest.raises(BadRequestError):
+            client.completions.create(model="tiny", prompt="a", n=99)
+        with contextlib.suppress(httpx.TransportError):  # it is still starting
+            found = {query: values(query) for query in queries if "status!=" not in query}
+            return all(values and not any(map(math.isnan, values)) for values in found.values())
+        return False
+
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    try:
+        with OpenAI(base_url=served.url, api_key="none", max_retries=0, timeout=60) as client:
+            wait_for(all_answered, 120)
+    finally:
+        server.kill()
+        server.wait()
 
 
 def kill(dashboard: str, *deployments: str) -> Callable[[], None]:

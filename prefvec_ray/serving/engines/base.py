@@ -5,7 +5,7 @@
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 from prefvec_ray.common.errors import InputError
@@ -18,6 +18,19 @@ Coefficients: TypeAlias = tuple[tuple[str, float], ...]
 """(preference, eta) for every served preference, sorted by name: hashable, and equal where the weights are"""
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+@dataclass
+class Timeline:
+    """When an engine did what for a request, in nanoseconds since 1970; 0: not yet."""
+
+    submitted: int = 0
+    admitted: int = 0
+    """it had a place among those that run"""
+    first: int = 0
+    """token"""
+    last: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class Request:
     them as they are: within rounding distance it might have chosen others"""
     caller: str = ""
     """whose request it is. Only when it is computed depends on this; "" is all that have no name"""
+    timeline: Timeline = field(default_factory=Timeline, compare=False)
+    """written by the engine"""
 
     @property
     def max_tokens(self) -> int:
@@ -105,6 +120,8 @@ class EngineStatus:
     """generated, over all answers"""
     merges: int
     """times that the weights were rewritten to other coefficients"""
+    cached_tokens: int = 0
+    """whose keys and values the slot engine holds; vLLM's own metrics have its cache"""
 
 
 Emit: TypeAlias = Callable[[OutputDelta | Exception], object]

@@ -6,6 +6,7 @@ refused with an `ApiError` that says what to change, and the audit gets a line. 
 """
 
 import asyncio
+import json
 import logging
 import math
 import uuid
@@ -75,6 +76,17 @@ class AdmittedRequest:
     def fingerprint(self) -> str:
         """Of its release at its coefficients."""
         return self.release.fingerprint(self.request.coefficients)
+
+    @property
+    def traced(self) -> dict[str, str]:
+        """What its trace says of it."""
+        return {
+            "enduser.id": self.caller.id,
+            "gen_ai.request.model": self.body.model,
+            "prefvec.request": self.request.id,
+            "prefvec.fingerprint": self.fingerprint,
+            "prefvec.coefficients": json.dumps(dict(self.request.coefficients)),
+        }
 
     def end(self, used: int | None) -> None:
         """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most that it may

@@ -108,7 +108,7 @@ class Answering:
             exchange.entry.end(prompt_tokens + new_tokens)
         else:
             self._charge_later(exchange.entry, prompt_tokens)
-        exchange.measure.ended(status, new_tokens)
+        exchange.measure.ended(status, new_tokens, prompt_tokens)
 
     def _note(self, entry: AdmittedRequest) -> None:
         self._records.note(entry.fingerprint, entry.release, entry.request.coefficients, entry.caller.id)

@@ -39,11 +39,12 @@ from prefvec_ray.serving.http.reference import render
 from prefvec_ray.serving.http.slot_answers import SlotAnswering
 from prefvec_ray.serving.http.vllm_answers import VllmAnswering
 from prefvec_ray.serving.http.vllm_protocol import VllmChatBody, VllmTextBody
-from prefvec_ray.serving.metrics import FrontMetrics
+from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics
 from prefvec_ray.serving.release.records import ServingRecords
 from prefvec_ray.serving.release.release import Release, resolve_release
 from prefvec_ray.serving.release.rollout import ReleaseBook, RollOut
 from prefvec_ray.serving.release.routing import SettingRouter
+from prefvec_ray.serving.traces import Traces, check_traces
 
 HEALTH_SECONDS = 5.0
 Bodies = dict[str, type[Body]]
@@ -113,7 +114,7 @@ class Front:
         self._admission = AdmissionController(config, book.newest() or release, registry)
         self._records = ServingRecords(registry, release.deployment)
         self._records.hold(self._release_of)
-        self._metrics = FrontMetrics(config.model)
+        self._metrics, self._traces = FrontMetrics(config.model), Traces(config.traces, config.model, "front")
         answering = VllmAnswering if config.engine.kind == "vllm" else SlotAnswering
         self._answering = answering(replicas, self._records)
         self._metrics.serves(self._release_of.generation)
@@ -189,12 +190,20 @@ class Front:
             return await self._body(request)
 
         began, kind = asyncio.get_running_loop().time(), bodies[self._config.engine.kind]
+        trace = self._traces.begin(f"POST {_route(request)}", request.headers, server=True)
         try:
             entry = await self._admission.admit(_route(request), request.headers, read, kind)
         except ApiError as error:
             self._metrics.refused(error.status)
+            trace.end(error.status)
             raise
-        measure = self._metrics.admitted(entry.body.model, free=bool(entry.body.preferences))
+        except BaseException:  # a cancelled request: its caller has gone
+            trace.end(HUNG_UP)
+            raise
+        entry = replace(entry, request=replace(entry.request, trace=trace.carrier))
+        trace.note(entry.traced)
+        body = entry.body
+        measure = self._metrics.admitted(body.model, free=bool(body.preferences), answers=body.answers, trace=trace)
         return await self._answering.answer(entry, measure, began + entry.seconds)
 
     async def _body(self, request: HttpRequest) -> bytes:
@@ -230,6 +239,7 @@ def checked(config: ServingConfig, deployment: str) -> Release:
     unless the registry is there. Identity and config can be read from the running application (`instance.py`), by
     whoever wants to deploy under the same name."""
     config = config.absolute()
+    check_traces(config.traces)
     if config.engine.kind == "vllm":
         if find_spec("vllm") is None:
             raise InputError(

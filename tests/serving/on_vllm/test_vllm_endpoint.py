@@ -49,6 +49,7 @@ from tests.serving.test_conformance import (  # noqa: F401  (the same tests, on 
     test_refusals_are_the_clients_own_exceptions,
     test_the_sync_and_async_clients,
 )
+from tests.serving.test_traces import traceparent
 
 PROMPT = "the quick brown fox jumps over the lazy dog while seven wizards cook " * 5
 ASK = [{"role": "user", "content": "why not?"}]
@@ -169,6 +170,17 @@ def test_a_call_of_a_tool_and_back(client):
     told = {"role": "tool", "tool_call_id": call.id, "content": "four legs"}
     after = client.chat.completions.create(**named | {"messages": [*ASK, called.message, told]})
     assert after.usage.prompt_tokens > 0
+
+
+def test_a_request_is_one_trace_from_its_caller_to_vllms_engine(endpoint, collector):
+    header, trace, caller = traceparent()
+    asked = {"model": "tiny", "messages": ASK, "max_tokens": 5, "stream": True}
+    assert endpoint.post(asked, traceparent=header).status_code == 200
+    names = ("POST /v1/chat/completions", "answer", "llm_request")
+    spans = collector.of_trace(trace, names=names)
+    front, replica, engine = (next(span for span in spans if span.name == name) for name in names)
+    assert (front.parent, replica.parent, engine.parent) == (caller, front.id, replica.id)
+    assert engine.attributes["gen_ai.usage.completion_tokens"] == front.attributes["gen_ai.usage.output_tokens"]
 
 
 def test_vllms_own_metrics_are_in_rays_export(client):

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -93,6 +94,7 @@ class SlotEngine:
         matcher = self._checked(request)
         output = OutputState(request, self._tokenizer, self._ends)
         scheduled = ScheduledRequest(request, emit, output, random.Random(request.random_key()), matcher)
+        request.timeline.submitted = time.time_ns()
         with self._news:
             if self._closed:
                 raise EngineError("the engine is closed")
@@ -126,6 +128,7 @@ class SlotEngine:
                 failed=self._failed,
                 tokens=self._tokens,
                 merges=self._weights.merges,
+                cached_tokens=self._scheduler.cached_tokens,
             )
 
     # --- one step -----------------------------------------------------------------------------------------------------
@@ -271,8 +274,11 @@ class SlotEngine:
                 else:
                     continue
                 self._scheduler.free(batch, first + row)
+        now = time.time_ns()
         # Emitted last: when a caller has its answer, its row is free and its request is counted.
         for each, delta in zip(rows, deltas, strict=True):
+            times = each.request.timeline
+            times.first, times.last, times.tokens = times.first or now, now, len(each.output.generated)
             if delta:
                 each.emit(delta)
 

@@ -109,6 +109,12 @@ class Scheduler:
         """Requests in batches."""
         return sum(batch.size for batch in self._batches.values())
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the running rows, prompts and answers."""
+        rows = [row for batch in self._batches.values() for row in batch.rows]
+        return sum(len(row.request.prompt) + len(row.output.generated) for row in rows)
+
     def add(self, scheduled: ScheduledRequest) -> None:
         self.waiting.append(scheduled)
         self._shares.enter(scheduled.request.caller)
@@ -243,6 +249,7 @@ class Scheduler:
             if scheduled is None:
                 return
             self.waiting.remove(scheduled)
+            scheduled.request.timeline.admitted = time.time_ns()
             batch = self._batches.setdefault(self._group(scheduled), Batch(SlotCache(self._layout)))
             long = len(scheduled.request.prompt) > self.prompt_tokens
             (batch.long if long else batch.joining).append(scheduled)

@@ -33,6 +33,10 @@ def llm_config(config: ServingConfig) -> LLMConfig:
         from ray.serve.llm import LLMConfig
     except ImportError as error:
         raise InputError(f"engine.kind: vllm needs ray[llm], which cannot be imported here ({error})") from None
+    variables = environment(config.engine, cpu=not config.replicas.gpus)
+    if config.traces:  # vLLM's own spans go where ours go
+        options |= {"otlp_traces_endpoint": config.traces.endpoint}
+        variables["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = "http/protobuf"
     gpus, cpus, ranks = config.replicas.gpus, config.replicas.cpus, config.engine.ranks
     return LLMConfig(
         model_loading_config={"model_id": config.model, "model_source": str(config.base)},
@@ -40,7 +44,7 @@ def llm_config(config: ServingConfig) -> LLMConfig:
         accelerator_config={"kind": "gpu" if gpus else "cpu"},
         placement_group_config={"bundles": [{"GPU": gpus / ranks}] * ranks if gpus else [{"CPU": cpus}]},
         deployment_config={"ray_actor_options": {"num_cpus": cpus if gpus else 0}},
-        runtime_env={"env_vars": environment(config.engine, cpu=not gpus)},
+        runtime_env={"env_vars": variables},
         callback_config={"callback_class": BASE_IS_THERE},
         # Each part of a stream goes on at once.
         experimental_configs={"stream_batching_interval_ms": 0},
