@@ -64,8 +64,10 @@ def read_tasks(config: LmEvalConfig) -> HarnessTasks:
 
     Raises:
         InputError: the harness is not installed, a task is not known or its data is not to be had here, or its metric
-            is not a mean over questions.
+            is not a mean over questions; or it would run what the model writes, or needs pictures or sounds.
     """
+    if config.include is not None:  # a process of the cluster may run in another folder
+        config = config.model_copy(update={"include": config.include.absolute()})
     tasks, columns = _load(config)
     metrics = {column.name: column.described([_shots(tasks[name]) for name in column.tasks]) for column in columns}
     return HarnessTasks(config, metrics, _digest(config, tasks))
@@ -142,6 +144,11 @@ def _load(config: LmEvalConfig) -> tuple[dict[str, Any], list[_Column]]:
                     "on this machine: load it once with network access, or give `include` and local files"
                 ) from error
             found = loaded["tasks"]
+            for name, task in found.items():
+                kinds = {"UNSAFE_CODE": "runs code that the model writes", "MULTIMODAL": "is not of text alone"}
+                for kind, what in kinds.items():
+                    if getattr(task, kind, False):
+                        raise InputError(f"lm-eval task {name!r} {what}; it is not measured here")
             if config.num_fewshot is not None:
                 for task in found.values():
                     task.set_config(key="num_fewshot", value=config.num_fewshot)

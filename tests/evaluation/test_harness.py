@@ -47,6 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name in ("bears", "combs"):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, folder=folder))
+    (folder / "risky.yaml").write_text(TASK.format(name="risky", folder=folder) + "unsafe_code: true\n")
     (folder / "both.yaml").write_text(GROUP.format(weighted="true"))
     (folder / "alike.yaml").write_text(GROUP.format(weighted="false").replace("both", "alike"))
     return folder
@@ -115,7 +116,8 @@ def test_the_tokenizer_is_left_as_it_was(folder, live, tokenizer):
         ({"metric": "acc,strict"}, "'bears' has no filter 'strict'; it has: none"),
         ({"tasks": ["bears", "bears"]}, "'bears' is named twice"),
         ({"tasks": ["alike"]}, "'alike' counts each of its tasks alike, whatever their size; name its tasks"),
-        ({"include": "nowhere"}, "include nowhere: no such folder"),
+        ({"tasks": ["risky"]}, "'risky' runs code that the model writes; it is not measured here"),
+        ({"include": "nowhere"}, r"include .*/nowhere: no such folder"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(folder, fields, message):
@@ -133,6 +135,13 @@ def test_a_process_with_other_questions_says_so(folder, live, tokenizer, tmp_pat
     (mine / "questions.jsonl").write_text((folder / "questions.jsonl").read_text().replace("gently", "never"))
     with pytest.raises(JobError, match=r"^node .* has other questions of lm-eval tasks bears than the driver$"):
         Harness(planned, live.model, tokenizer)
+
+
+def test_a_folder_is_the_drivers_wherever_a_process_runs(folder, live, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder.parent)
+    planned = read_tasks(asked(Path(folder.name)))
+    monkeypatch.chdir(tmp_path)
+    assert Harness(planned, live.model, tokenizer).measure()["bears"]
 
 
 def test_it_scores_no_answers(folder):
