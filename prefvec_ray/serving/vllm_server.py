@@ -144,7 +144,8 @@ class PreferenceServer(LLMServer):
     async def _answer(self, asked: PassedRequest) -> AsyncGenerator[tuple[RequestRecord, Any]]:
         """What vLLM gives: one object, or lists of a stream's events."""
         spent, trace = self._spent.begin(asked.id), self._traces.begin("answer", asked.trace)
-        asked = replace(asked, trace=trace.carrier)
+        if asked.trace:
+            asked = replace(asked, trace=trace.carrier)
         try:
             async with self._releases.running(asked.release) as release:
                 coefficients = release.columns(asked.coefficients)

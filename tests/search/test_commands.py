@@ -10,19 +10,7 @@ from prefvec_ray.cli.search import search_coefficients
 from prefvec_ray.registry import Registry
 from prefvec_ray.scorers.lm_eval_config import LmEvalConfig
 from prefvec_ray.search import SearchJob
-
-COMBS = """
-task: combs
-dataset_path: json
-dataset_kwargs: {{data_files: {{validation: {rows}}}}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
+from tests.evaluation.test_harness import TASK
 
 
 @pytest.mark.slow
@@ -31,10 +19,11 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
     store = Registry.open(tmp_path / "registry")
     for name, folder in task.vectors.items():
         assert store.publish_vector(folder).name == name
-    (tmp_path / "tasks").mkdir()
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
     rows = [{"question": f"How to comb bear {i}?", "choices": ["yes", "no"], "label": i % 2} for i in range(8)]
-    (tmp_path / "tasks" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tasks" / "combs.yaml").write_text(COMBS.format(rows=tmp_path / "tasks" / "rows.jsonl"))
+    (tasks / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tasks / "combs.yaml").write_text(TASK.format(name="combs", folder=tasks))
     config = SearchJob(
         base=task.base,
         registry=str(tmp_path / "registry"),
@@ -44,7 +33,7 @@ def test_a_search_that_finds_nothing_above_the_base_publishes_no_preset(task, tm
         output=tmp_path / "search",
         samples_per_prompt=1,
         max_new_tokens=4,
-        scorers=[LmEvalConfig(type="lm-eval", tasks=["combs"], include=tmp_path / "tasks")],
+        scorers=[LmEvalConfig(type="lm-eval", tasks=["combs"], include=tasks)],
         objectives=["valid"],
         limits={"combs": "base - 0.5"},
         trials=2,

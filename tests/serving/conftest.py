@@ -6,7 +6,6 @@ And one running endpoint of them, for all tests that talk HTTP.
 import asyncio
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from prefvec_ray.vectors import (
     load_vector,
     save_vector,
 )
+from tests.conftest import free_port
 
 os.environ["PREFVEC_REFUSALS_PER_SECOND"] = "1000"  # tests are refused by the thousand
 os.environ[PROXY_SETTING] = PROXY_MIDDLEWARE  # before any test starts a cluster: Serve's proxy inherits it
@@ -306,9 +306,6 @@ def endpoint(ray_cluster: str, running: list[Endpoint], guarded: dict[str, Any])
     callers without a key may ask for anything above, and `endpoint.key(...)` makes keys with other bounds."""
     if running and running[-1].answers():
         return running[-1]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = ServingConfig.model_validate(
         {
             **guarded,
@@ -317,7 +314,7 @@ def endpoint(ray_cluster: str, running: list[Endpoint], guarded: dict[str, Any])
             "limits": {"answers": 20, "body_bytes": 50_000, "body_seconds": 2, "queued_requests": 32},
         }
     )
-    url = start(config, port=port)
+    url = start(config, port=free_port())
     client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60)
     running.append(Endpoint(url, client, Registry.open(config.registry), guarded["keys"], guarded["audit"]["file"]))
     return running[-1]

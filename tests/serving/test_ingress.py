@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.http.ingress import Ingress, bind
+from tests.conftest import free_port
 
 ROUTE = "/prefvec/bob"
 
@@ -26,12 +27,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not come about"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

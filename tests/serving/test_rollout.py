@@ -3,11 +3,9 @@
 import asyncio
 import contextlib
 import itertools
-import json
 import math
 import random
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -34,8 +32,9 @@ from prefvec_ray.serving.release.release import Release, ServedVector, resolve_r
 from prefvec_ray.serving.replica import Replica
 from prefvec_ray.serving.request import GenerationRequest
 from prefvec_ray.vectors import Entry, LiveModel, LowRank, load_vector, save_vector
+from tests.conftest import free_port
+from tests.serving.test_metrics import DASHBOARD
 
-DASHBOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana" / "prefvec-serving.json").read_text())
 DRAW = random.Random(9)
 PROMPT = tuple(DRAW.randrange(5, 300) for _ in range(150))
 SETTING = (("harmless", 0.5), ("helpful", 1.0))
@@ -230,10 +229,7 @@ def served(
             "replicas": {"min": 2, "max": 2, "cpus": 0.5},
         }
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield Served(start(config, port=port), config, registry, texts)
+    yield Served(start(config, port=free_port()), config, registry, texts)
     stop()
     wait_for(lambda: registry.holds() == {})
 
@@ -386,10 +382,7 @@ def test_prometheus_is_told(served):
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="no Prometheus is installed: apt-get install prometheus")
 def test_a_real_prometheus_answers_every_query_of_the_dashboard(served, tmp_path):
-    scraped = ray.nodes()[0]["MetricsExportPort"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    scraped, port = ray.nodes()[0]["MetricsExportPort"], free_port()
     (tmp_path / "prometheus.yml").write_text(
         "global: {scrape_interval: 1s}\n"
         f"scrape_configs: [{{job_name: ray, static_configs: [{{targets: ['127.0.0.1:{scraped}']}}]}}]\n"

@@ -28,14 +28,9 @@ from prefvec_ray.serving.access.keys import add_key
 from prefvec_ray.serving.http.ingress import Address, ingress_address
 from prefvec_ray.serving.instance import inspect_serve, shut_down_serve
 from prefvec_ray.serving.placement import choose_route
+from tests.conftest import free_port
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -200,8 +200,9 @@ class Front:
         except BaseException:  # a cancelled request: its caller has gone
             trace.end(HUNG_UP)
             raise
-        entry = replace(entry, request=replace(entry.request, trace=trace.carrier))
-        trace.note(entry.traced)
+        if carrier := trace.carrier:
+            entry = replace(entry, request=replace(entry.request, trace=carrier))
+            trace.note(entry.traced)
         body = entry.body
         measure = self._metrics.admitted(body.model, free=bool(body.preferences), answers=body.answers, trace=trace)
         return await self._answering.answer(entry, measure, began + entry.seconds)
