@@ -150,6 +150,8 @@ def measure(seconds: float, rounds: int, kinds: list[str], mode: str) -> dict[st
                 quiet.append(asyncio.run(phase(url, secrets, seconds)))
                 found["p99_ratio"] = round(found["p99_ms"] / max(each["p99_ms"] for each in quiet[-2:]), 2)
                 under[kind].append(found)
+                line = f"{mode}, {kind}: {found['p99_ms']} ms, {found['p99_ratio']} of quiet"
+                print(line, file=sys.stderr, flush=True)
         stop()
     ratios = {kind: statistics.median(found["p99_ratio"] for found in under[kind]) for kind in kinds}
     load = os.getloadavg()[0]

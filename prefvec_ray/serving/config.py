@@ -138,6 +138,16 @@ class Allowance(Config):
     prompt_tokens: PositiveInt | None = None
     seconds: PositiveFloat | None = None
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether tokens are limited."""
+        return self.tokens_per_minute is not None or self.tokens_per_day is not None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything is limited that is counted over requests."""
+        return self.counts_tokens or self.requests_per_minute is not None or self.requests_at_once is not None
+
 
 class AnonymousConfig(Allowance):
     """Callers without a key. Rates are those of all of them together."""
@@ -215,6 +225,9 @@ class ServingConfig(Config):
     audit: AuditConfig | None = None
     engine: EngineConfig = EngineConfig()
     replicas: ReplicaConfig = ReplicaConfig()
+    ingress_replicas: PositiveInt = 1
+    """processes that take HTTP requests and write answers; they hold no model. More than one share rates and roll-outs
+    through a coordinator: for when one process cannot write all streams"""
     limits: LimitsConfig = LimitsConfig()
     logs: LogsConfig = LogsConfig()
     traces: TracesConfig | None = None

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, metrics, roll_out, start, stop
+from prefvec_ray.serving.access.keys import add_key
 from prefvec_ray.serving.engines.base import EngineError
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
 from prefvec_ray.serving.release.release import Release, ServedVector, resolve_release
@@ -205,8 +207,11 @@ def served(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
+    """An endpoint of two replicas behind two fronts."""
     stop()  # another file's endpoint; it deploys its own again
-    registry = Registry.open(tmp_path_factory.mktemp("rollout") / "registry")
+    home = tmp_path_factory.mktemp("rollout")
+    registry = Registry.open(home / "registry")
+    add_key(home / "keys.yaml", "nobody")
     for folder in vector_folders.values():
         registry.publish_vector(folder)
     registry.publish_vector(next_helpful)
@@ -227,6 +232,8 @@ def served(
             "floors": {"harmless": 0},
             "engine": {"max_new_tokens": 400, "max_batch": 8},
             "replicas": {"min": 2, "max": 2, "cpus": 0.5},
+            "ingress_replicas": 2,
+            "keys": home / "keys.yaml",
         }
     )
     yield Served(start(config, port=free_port()), config, registry, texts)
@@ -455,9 +462,69 @@ def test_a_stream_goes_on_when_its_replica_dies(served, ray_cluster):
     assert sum(replica["finished"] for replica in served.replicas()) >= 16, "both were answered by new replicas"
 
 
+def of_each_status(responses: Iterable[httpx.Response]) -> dict[int, int]:
+    return Counter(response.status_code for response in responses)
+
+
+def keyed(served: Served, **limits: Any) -> httpx.Client:
+    """A client with a new key of these limits."""
+    assert served.config.keys is not None
+    key = add_key(served.config.keys, "limited", **limits)[1]
+    return httpx.Client(base_url=served.url, headers={"authorization": f"Bearer {key}"}, timeout=60)
+
+
+SHORT = {"model": "tiny", "prompt": [5, 6], "max_tokens": 2}
+
+
+def test_two_fronts_count_as_one(served):
+    """Requests, tokens and requests at once are the caller's, whichever front it reaches."""
+
+    def ask(client: httpx.Client) -> httpx.Response:
+        return client.post("/completions", json=SHORT)
+
+    with ThreadPoolExecutor(8) as pool:
+        with keyed(served, requests_per_minute=12) as client:
+            assert of_each_status(pool.map(ask, [client] * 40)) == {200: 12, 429: 28}
+        with keyed(served, tokens_per_minute=50) as client:
+            responses = [ask(client) for _ in range(16)]
+            assert of_each_status(responses) == {200: 12, 429: 4}, "4 tokens each, of two and two"
+            left = [int(r.headers["x-ratelimit-remaining-tokens"]) for r in responses if r.is_success]
+            assert left == list(range(46, 0, -4))
+            too_many = SHORT | {"n": 99}
+            assert client.post("/completions", json=too_many).status_code == 400
+            wait_for(lambda: client.post("/completions", json=too_many).status_code == 429)  # its body was charged
+        with keyed(served, requests_at_once=2) as client:
+            assert of_each_status(ask(client) for _ in range(6)) == {200: 6}, "one after the other"
+            with client.stream("POST", "/completions", json=SHORT | {"stream": True, "max_tokens": 300, "n": 4}) as one:
+                assert one.status_code == 200
+                with client.stream("POST", "/completions", json=SHORT | {"stream": True, "max_tokens": 300}) as two:
+                    assert two.status_code == 200
+                    assert of_each_status(pool.map(ask, [client] * 6)) == {429: 6}
+            wait_for(lambda: ask(client).is_success)
+
+
+def test_without_a_coordinator_nobody_gets_more_than_allowed(served, ray_cluster):
+    """What is lost with it is the count: it begins from zero, as one front's does."""
+    with keyed(served, requests_per_minute=5) as limited, httpx.Client(base_url=served.url, timeout=60) as free:
+        assert of_each_status(limited.post("/completions", json=SHORT) for _ in range(8)) == {200: 5, 429: 3}
+        kill(ray_cluster, "coordinator")()
+        after: list[httpx.Response] = []
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not any(response.status_code == 429 for response in after):
+            assert free.post("/completions", json=SHORT).is_success, "callers without limits need no coordinator"
+            after.append(limited.post("/completions", json=SHORT))
+            below = free.post("/completions", json=SHORT | {"preferences": {"harmless": -0.5}})
+            assert below.status_code == 400, "floors hold on each front"
+        statuses = of_each_status(after)
+        assert set(statuses) <= {200, 429, 503}
+        assert statuses[200] <= 5
+        assert statuses[429] == 1
+    assert roll_out(served.config).vectors["helpful"].ref == "helpful@2"
+
+
 def test_restarted_replicas_and_a_restarted_front_begin_with_what_was_committed(served, ray_cluster):
     assert served.says("helpful@2")
-    kill(ray_cluster, "replica", "front")()
+    kill(ray_cluster, "replica", "front", "coordinator")()
 
     def back() -> bool:
         with contextlib.suppress(httpx.HTTPError, APIError):

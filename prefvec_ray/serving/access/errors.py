@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,6 +39,11 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
         kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.error = ErrorObject(message=message, type=kind, code=code, param=param)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From one process to another, whole."""
+        kinds: dict[str, Any] = {"code": self.error.code, "param": self.error.param, "kind": self.error.type}
+        return partial(ApiError, **kinds, headers=self.headers), (self.status, self.error.message)
 
     def body(self) -> dict[str, Any]:
         return {"error": self.error.model_dump(include={"message", "type", "code", "param"})}

@@ -21,7 +21,7 @@ from prefvec_ray.serving.access.audit import Asked, AuditEntry, AuditLog
 from prefvec_ray.serving.access.errors import ApiError, explained, no_model
 from prefvec_ray.serving.access.keys import Key, Keys, KeysUnreadableError
 from prefvec_ray.serving.access.policy import LONGEST_NAME, Policy, policy_for
-from prefvec_ray.serving.access.rates import Place, Rates, Reservation
+from prefvec_ray.serving.access.usage import Usage, Usages, local_usages
 from prefvec_ray.serving.config import Allowance, ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
 from prefvec_ray.serving.http.openai_protocol import BYTES_PER_TOKEN, Body
@@ -62,8 +62,7 @@ class AdmittedRequest:
     request: ReplicaRequest
     seconds: float
     """until its deadline"""
-    reservation: Reservation
-    place: Place
+    usage: Usage
     headers: Mapping[str, str]
     """for its answer: what the caller has left"""
 
@@ -89,21 +88,18 @@ class AdmittedRequest:
         }
 
     def end(self, used: int | None) -> None:
-        """The request is over. `used`: the tokens of its prompts and answers; None: unknown, so the most that it may
-        have used stays counted. Call this once for every admitted request."""
-        if used is not None:
-            self.reservation.settle(used)
-        self.place.leave()
+        """See `Usage.end`. Call this once for every admitted request."""
+        self.usage.end(used)
 
 
 class AdmissionController:
-    """New requests get `release`. Raises InputError where the key file or the audit cannot be used, or a key could go
-    below a floor without an audit."""
+    """New requests get `release`. `usages`: who counts what callers use; None: this process. Raises InputError where
+    the key file or the audit cannot be used, or a key could go below a floor without an audit."""
 
-    def __init__(self, config: ServingConfig, release: Release, registry: Registry):
+    def __init__(self, config: ServingConfig, release: Release, registry: Registry, usages: Usages | None = None):
         self._config, self._registry, self.release = config, registry, release
         self._audit = AuditLog(config.audit)
-        self._rates = Rates()
+        self._usages = usages or local_usages()
         self._parsing = Turns("parsing")
         self._keys = Keys(config.keys, self._check_key) if config.keys else None
 
@@ -119,11 +115,10 @@ class AdmissionController:
         A refused request counts as a request, and as the tokens that its body would have had.
         """
         known = _of_request(route, headers)
-        place, content = None, b""
+        usage, content = None, b""
         try:
             caller = self._identify(headers, known)
-            self._rates.request(caller.id, caller.allowance)
-            place = self._rates.enter(caller.id, caller.allowance)
+            usage = await self._usages(caller.id, caller.allowance)
             content = await read()
             body = await self._parsed(caller, content, kind)
             known.asked = _asked(body)
@@ -131,19 +126,17 @@ class AdmissionController:
             coefficients = await self._coefficients(caller, body.model, body.preferences)
             request = self._sized(caller, body, coefficients)
             most = body.prompt_tokens + body.answers * (body.new_tokens or self._config.engine.max_new_tokens)
-            reservation = self._rates.reserve(caller.id, caller.allowance, most)
-            self._admitted(known, coefficients, reservation)
+            left = await usage.reserve(most)
+            self._admitted(known, coefficients)
         except BaseException as error:
-            if place:
-                place.leave()
+            if usage:
+                refused = isinstance(error, ApiError) and error.status < 429
+                usage.refuse(self._cost(content, error) if refused else 0)
             if isinstance(error, ApiError):
                 self._refused(known, error)
-                if place and error.status < 429:
-                    self._rates.charge(caller.id, caller.allowance, self._cost(content, error))
             raise
         seconds = min(self._config.limits.seconds, caller.allowance.seconds or math.inf)
-        left = self._rates.headers(caller.id, caller.allowance)
-        return AdmittedRequest(caller, body, request, seconds, reservation, place, left)
+        return AdmittedRequest(caller, body, request, seconds, usage, left)
 
     async def _parsed(self, caller: Caller, content: bytes, kind: type[Body]) -> Body:
         most = self._most_ids(caller)
@@ -160,17 +153,17 @@ class AdmissionController:
     def _prompt_tokens(self, caller: Caller) -> int | None:
         return _least(self._config.limits.prompt_tokens, caller.allowance.prompt_tokens)
 
-    def _cost(self, content: bytes, error: ApiError) -> int:
+    def _cost(self, content: bytes, error: BaseException) -> int:
         """Tokens that a refused request is charged: those of its body."""
-        size = self._config.limits.body_bytes if error.status == 413 else len(content)
+        too_large = isinstance(error, ApiError) and error.status == 413
+        size = self._config.limits.body_bytes if too_large else len(content)
         return size // BYTES_PER_TOKEN + 1
 
-    def _admitted(self, known: AuditEntry, coefficients: Coefficients, reservation: Reservation) -> None:
+    def _admitted(self, known: AuditEntry, coefficients: Coefficients) -> None:
         policy, floors = self.release.policy, self._config.floors
         below = any(eta < floors.get(policy.preference_of(name), -math.inf) for name, eta in coefficients)
         if not self._audit.admitted(known, below_floor=below) and below:
             # Without a record there is no answer below a floor.
-            reservation.settle(0)
             raise ApiError(503, "the server cannot answer at these coefficients now; try again", code="unavailable")
 
     async def identify(self, route: str, headers: Headers, model: str | None = None) -> Caller:

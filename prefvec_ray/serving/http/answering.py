@@ -116,7 +116,7 @@ class Answering:
     def _charge_later(self, entry: AdmittedRequest, prompt_tokens: int) -> None:
         """Count what was generated for a request that was broken off, also what its caller has not received. Only the
         replica knows that, once it has stopped."""
-        if not entry.reservation.bins:  # its caller has no limit of tokens
+        if not entry.usage.counted:  # its caller has no limit of tokens
             entry.end(None)
             return
         task = asyncio.get_running_loop().create_task(self._charge(entry, prompt_tokens))

@@ -25,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.requests import Request as HttpRequest
 
+from prefvec_ray.common.cluster import raise_cause
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry
@@ -32,6 +33,7 @@ from prefvec_ray.serving.access.errors import ApiError, answer_in_openai_form
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.http.admission import AdmissionController
 from prefvec_ray.serving.http.cards import Health, ModelList, PreferencesCard, model_card, preferences_card
+from prefvec_ray.serving.http.coordinator import Coordinator, shared_usages
 from prefvec_ray.serving.http.openai_protocol import Body, ChatBody, TextBody
 from prefvec_ray.serving.http.page import PAGE_HEADERS
 from prefvec_ray.serving.http.page import router as page
@@ -47,6 +49,8 @@ from prefvec_ray.serving.release.routing import SettingRouter
 from prefvec_ray.serving.traces import Traces, check_traces
 
 HEALTH_SECONDS = 5.0
+MOST_ASKED = 100_000
+"""questions of the fronts under way at the coordinator; each is answered at once"""
 Bodies = dict[str, type[Body]]
 """of one route, by the engine's kind"""
 CHATS: Bodies = {"transformers": ChatBody, "vllm": VllmChatBody}
@@ -106,18 +110,27 @@ def _route(request: HttpRequest) -> str:
 class Front:
     """Every route of the endpoint."""
 
-    def __init__(self, config: ServingConfig, release: Release, replicas: DeploymentHandle):
-        self._config, self._replicas = config, replicas
+    def __init__(
+        self,
+        config: ServingConfig,
+        release: Release,
+        replicas: DeploymentHandle,
+        coordinator: DeploymentHandle | None = None,
+    ):
+        self._config, self._replicas, self._coordinator = config, replicas, coordinator
         registry = open_registry(config.registry)
-        book = ReleaseBook(release.deployment)
-        book.begin(release)
-        self._admission = AdmissionController(config, book.newest() or release, registry)
+        self._book = book = ReleaseBook(release.deployment)
+        usages = shared_usages(coordinator) if coordinator else None
+        self._admission = AdmissionController(config, book.newest() or release, registry, usages)
         self._records = ServingRecords(registry, release.deployment)
-        self._records.hold(self._release_of)
         self._metrics, self._traces = FrontMetrics(config.model), Traces(config.traces, config.model, "front")
         answering = VllmAnswering if config.engine.kind == "vllm" else SlotAnswering
         self._answering = answering(replicas, self._records)
         self._metrics.serves(self._release_of.generation)
+        if coordinator:
+            return
+        book.begin(release)
+        self._records.hold(self._release_of)
         self._rollout = RollOut(config, registry, book, self._admission, self._records, replicas)
         if config.follow_seconds:
             self._following = asyncio.get_running_loop().create_task(self._rollout.follow(config.follow_seconds))
@@ -131,13 +144,27 @@ class Front:
 
     async def roll_out(self, wanted: ServingConfig) -> Release:
         """Not a route: what `serving.roll_out` calls. See `RollOut.to`."""
-        return await self._rollout.to(wanted)
+        if self._coordinator is None:
+            return await self._rollout.to(wanted)
+        with raise_cause(InputError):
+            done: Release = await self._coordinator.roll_out.remote(wanted)
+        return done
+
+    async def adopt(self, release: Release) -> None:
+        """Not a route: the coordinator has committed this release."""
+        self._adopt(release)
+
+    def _adopt(self, release: Release | None) -> None:
+        if release is not None and release.generation > self._release_of.generation:
+            self._admission.release = release
 
     def reconfigure(self, about: dict[str, Any]) -> None:
         """Serve wants this of a deployment with a `user_config`, which here says what runs and changes nothing."""
 
     def check_health(self) -> None:
         """Serve asks this every few seconds."""
+        if self._coordinator is not None:
+            self._adopt(self._book.newest())  # committed while this front started, or could not be reached
         self._metrics.serves(self._release_of.generation)
 
     @api.post("/v1/chat/completions", openapi_extra=_takes(CHATS))
@@ -259,14 +286,21 @@ def application(config: ServingConfig, release: Release) -> serve.Application:
     """The application for what `checked` has found. For vLLM, Ray is started where this process is in no cluster."""
     config = config.absolute()
     replicas = _vllm_replicas(config, release) if config.engine.kind == "vllm" else _slot_replicas(config, release)
+    parts = [replicas]
+    if config.ingress_replicas > 1:
+        about = serve.deployment(Coordinator, name="coordinator").options(
+            logging_config=_logs(config), max_ongoing_requests=MOST_ASKED, ray_actor_options={"num_cpus": 0}
+        )
+        parts.append(about.bind(config, release, replicas))
     front = serve.deployment(Front, name="front").options(
+        num_replicas=config.ingress_replicas,
         user_config={"deployment": release.deployment, "config": config.model_dump(mode="json")},
         logging_config=_logs(config),
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.limits.seconds,  # as its replicas: it holds the answers' connections
         ray_actor_options={"num_cpus": 0},  # with one replica an endpoint fits on one CPU
     )
-    return front.bind(config, release, replicas)
+    return front.bind(config, release, *parts)
 
 
 def _slot_replicas(config: ServingConfig, release: Release) -> serve.Application:

@@ -27,11 +27,13 @@ class ServingRecords:
     def __init__(self, registry: Registry, deployment: str):
         self._registry, self.holder = registry, f"serve-{deployment}"
         self._seen: set[str] = set()
+        self._holds = False
         self._by_caller: Counter[str] = Counter()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="serving-records")
 
     def hold(self, *releases: Release) -> None:
         """Keep the vectors of these releases, and of no others, from `retire` and `gc`."""
+        self._holds = True
         refs = sorted({vector.ref for release in releases for vector in release.vectors.values()})
         try:
             self._registry.hold(self.holder, refs)
@@ -53,8 +55,10 @@ class ServingRecords:
         self._writer.submit(self._record, fingerprint, release, coefficients)
 
     def close(self) -> None:
-        """Write what waits, and hold nothing any more."""
+        """Write what waits, and give up what was held here."""
         self._writer.shutdown()
+        if not self._holds:
+            return
         try:
             self._registry.release(self.holder)
         except (InputError, StoreError, OSError) as error:

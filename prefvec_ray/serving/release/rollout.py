@@ -14,6 +14,7 @@ that is restarted begins with it, and lives as long as the cluster does.
 import asyncio
 import logging
 import pickle
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -89,7 +90,8 @@ class Admits(Protocol):
 
 
 class RollOut:
-    """The front's half: one change at a time, prepared by all replicas before any request gets it.
+    """The half of the front, or of the coordinator of several: one change at a time, prepared by all replicas before
+    any request gets it. `adopted` brings a committed release to whoever else lets requests in.
 
     A replica that starts meanwhile is not asked; should it be unable to load what was committed, it answers no request
     of that generation (503, which clients repeat), is unhealthy, and Serve replaces it.
@@ -103,9 +105,10 @@ class RollOut:
         admission: Admits,
         records: ServingRecords,
         replicas: DeploymentHandle,
+        adopted: Callable[[Release], Awaitable[None]] | None = None,
     ):
         self._config, self._registry, self._book, self._admission = config, registry, book, admission
-        self._records, self._replicas = records, replicas
+        self._records, self._replicas, self._adopted = records, replicas, adopted
         self._one_at_a_time = asyncio.Lock()
 
     async def to(self, wanted: ServingConfig) -> Release:
@@ -147,6 +150,8 @@ class RollOut:
                 raise
             self._book.commit(after)
             self._admission.release = after
+            if self._adopted:
+                await self._adopted(after)
             log.info("generation %d: %s", after.generation, ", ".join(v.ref for v in after.vectors.values()))
             return after
 
