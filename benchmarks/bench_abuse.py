@@ -33,7 +33,7 @@ import httpx
 import ray
 from serve_world import make_world
 
-from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
+from prefvec_ray.common.cluster import SERVE_SETTINGS
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.access.keys import add_key
 
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=ATTACKS, action="append", help="only this one; may be repeated")
     parser.add_argument("--mode", choices=("merged", "steered"), default="merged", help="of the engine")
     asked = parser.parse_args()
-    os.environ[PROXY_SETTING] = PROXY_MIDDLEWARE
+    os.environ |= SERVE_SETTINGS
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
     found = measure(asked.seconds, asked.rounds, asked.kind or list(ATTACKS), asked.mode)
     ray.shutdown()

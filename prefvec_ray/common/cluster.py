@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 NAMESPACE = "prefvec"
 
-PROXY_SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Ray Serve's proxies read it once, as they start; see serving/http/middleware.py."""
-PROXY_MIDDLEWARE = "prefvec_ray.serving.http.middleware:middlewares"
+SERVE_SETTINGS = {
+    # What guards the proxies; see serving/http/middleware.py.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "prefvec_ray.serving.http.middleware:middlewares",
+    # Requests and tokens go straight to the other process. As Ray objects they cost twice the processor time.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+"""Variables that Ray Serve's processes read as they start; on a cluster of `ray start` they are set before that."""
 
 DEFAULTS = {
     # Workers inherit these. Ray Train's print patch writes a line for every line, and forked tokenizers warn.
@@ -38,7 +42,7 @@ DEFAULTS = {
     "RAY_ENABLE_AUTO_CONNECT": "0",
     # Ray warns in every process that it will leave the GPUs of a task without GPUs visible one day.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    PROXY_SETTING: PROXY_MIDDLEWARE,
+    **SERVE_SETTINGS,
 }
 CONNECT_SECONDS = 5.0
 """to reach a port that answers"""

@@ -247,14 +247,17 @@ class Catalog:
 
     # -- what is served, held, retired
 
-    def record_served(self, coefficients: Mapping[str, float], *, base_fingerprint: str) -> Served:
-        """Record what a served fingerprint stands for; `coefficients` by pinned reference. `served` finds it."""
+    def record_served(
+        self, coefficients: Mapping[str, float], *, base_fingerprint: str, quantized: str | None = None
+    ) -> Served:
+        """Record what a served fingerprint stands for; `coefficients` by pinned reference, `quantized`: fingerprint of
+        the quantized copy of the base that is served in its place. `served` finds it."""
         with self._changing():
             pinned = self._pinned(coefficients)
             for ref, version in pinned.items():
                 if version.base_fingerprint != base_fingerprint:
                     raise InputError(f"{ref}: was made for base {version.base_fingerprint}, not for {base_fingerprint}")
-            fields = _combination(coefficients, pinned, base_fingerprint)
+            fields = _combination(coefficients, pinned, base_fingerprint, quantized) | {"quantized": quantized}
             if known := self.served(fields["fingerprint"]):
                 return known
             served = build(Served, **fields, **self.ledger.stamp(""))
@@ -374,7 +377,9 @@ class Catalog:
         return not wanted or wanted.items() <= self.tags(version.ref).items()
 
 
-def _combination(coefficients: Mapping[str, float], pinned: Mapping[str, VectorVersion], base: str) -> dict[str, Any]:
+def _combination(
+    coefficients: Mapping[str, float], pinned: Mapping[str, VectorVersion], base: str, quantized: str | None = None
+) -> dict[str, Any]:
     """What presets and served fingerprints record of coefficients. Two references may stand for one vector: then their
     coefficients add up in the fingerprint.
     """
@@ -386,7 +391,7 @@ def _combination(coefficients: Mapping[str, float], pinned: Mapping[str, VectorV
         "coefficients": etas,
         "vectors": {ref: version.digest for ref, version in pinned.items()},
         "base_fingerprint": base,
-        "fingerprint": serving_fingerprint(base, total),
+        "fingerprint": serving_fingerprint(quantized or base, total),
     }
 
 

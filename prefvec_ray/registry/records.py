@@ -264,6 +264,9 @@ class Served(Record):
     kind: Literal["served"] = "served"
     fingerprint: Digest
     base_fingerprint: Digest
+    """of the base that the vectors were trained on"""
+    quantized: Digest | None = None
+    """of the quantized copy of it that was served in its place"""
     coefficients: dict[PinnedRef, FiniteFloat]
     vectors: dict[PinnedRef, Digest]
 

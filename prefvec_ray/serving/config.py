@@ -10,6 +10,8 @@ from prefvec_ray.common.config import Config, load_config
 from prefvec_ray.common.names import Name
 from prefvec_ray.registry.names import THROUGH_RAY
 
+DIGEST = "blake3:"
+"""a fingerprint begins so"""
 BODY_BYTES = 16_000_000
 """the largest `body_bytes` that an endpoint may be given"""
 
@@ -48,6 +50,9 @@ class EngineConfig(Config):
     """requests that run at once; the others wait"""
     max_new_tokens: PositiveInt = 512
     """most tokens of one answer, and the number where the caller names none"""
+    stream_interval: PositiveInt = 1
+    """tokens that a part of a streamed answer has at least, after the first; each part costs front and proxy the same,
+    however much is in it"""
     switch_share: float = Field(default=0.1, gt=0, le=1)
     """merged: share of time that may go into rewriting the weights while several sets of coefficients take turns;
     smaller gives more tokens a second and longer pauses within each answer. In the slot engine up to a quarter of a
@@ -204,6 +209,9 @@ class ServingConfig(Config):
     """the name that clients ask for; a preset is `<model>@<preset>`"""
     base: Path
     """folder of the base model, with its tokenizer"""
+    quantized_from: str | None = None
+    """where `base` is a quantized copy: the model that it was made from, on which the vectors were trained. Its folder,
+    or its fingerprint `blake3:…`. For kind: vllm with mode: steered"""
     registry: str
     """folder or bucket of the registry; or `ray:<actor>` (such as `ray:prefvec-registry-1a2b3c4d`), which also serves
     nodes that do not reach that folder"""
@@ -245,6 +253,15 @@ class ServingConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _beside_quantized_weights(self) -> Self:
+        if self.quantized_from and (self.engine.kind, self.engine.mode) != ("vllm", "steered"):
+            raise ValueError(
+                "'quantized_from' with another engine than kind: vllm, mode: steered: there vectors are added beside"
+                " quantized weights, nowhere are they written into them; set both, or serve the model itself"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _somebody(self) -> Self:
         if self.keys is None and not self.anonymous.allowed:
             raise ValueError("nobody may call: anonymous callers are not allowed and there are no 'keys'; name a file")
@@ -274,6 +291,8 @@ class ServingConfig(Config):
         elsewhere = "://" in self.registry or self.registry.startswith(THROUGH_RAY)
         registry = self.registry if elsewhere else str(Path(self.registry).absolute())
         paths: dict[str, Any] = {"base": self.base.absolute(), "registry": registry}
+        if self.quantized_from and not self.quantized_from.startswith(DIGEST):
+            paths["quantized_from"] = str(Path(self.quantized_from).absolute())
         if self.keys:
             paths["keys"] = self.keys.absolute()
         if self.audit:

@@ -174,10 +174,10 @@ def endpoint() -> Iterator[tuple[str, str]]:
     from serve_world import make_world
     from transformers import AutoTokenizer
 
-    from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
+    from prefvec_ray.common.cluster import SERVE_SETTINGS
     from prefvec_ray.serving import ServingConfig, start, stop
 
-    os.environ |= {PROXY_SETTING: PROXY_MIDDLEWARE, "PREFVEC_REFUSALS_PER_SECOND": "1000"}
+    os.environ |= SERVE_SETTINGS | {"PREFVEC_REFUSALS_PER_SECOND": "1000"}
     ray.init(address="local", num_cpus=3, namespace="prefvec", log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         base, registry = make_world(Path(folder))

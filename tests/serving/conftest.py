@@ -21,7 +21,7 @@ from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
+from prefvec_ray.common.cluster import SERVE_SETTINGS
 from prefvec_ray.registry import Registry
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.access.keys import add_key
@@ -39,7 +39,7 @@ from prefvec_ray.vectors import (
 from tests.conftest import free_port
 
 os.environ["PREFVEC_REFUSALS_PER_SECOND"] = "1000"  # tests are refused by the thousand
-os.environ[PROXY_SETTING] = PROXY_MIDDLEWARE  # before any test starts a cluster: Serve's proxy inherits it
+os.environ |= SERVE_SETTINGS  # before any test starts a cluster: Serve's processes inherit them
 
 Alone: TypeAlias = Callable[[Sequence[int], Mapping[str, float], int], list[int]]
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import multiprocessing
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from starlette.datastructures import Headers
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
+from prefvec_ray.serving.access.audit import AuditEntry, AuditLog
 from prefvec_ray.serving.access.errors import ApiError
 from prefvec_ray.serving.access.keys import add_key, revoke_key
 from prefvec_ray.serving.access.policy import policy_of
-from prefvec_ray.serving.config import ServingConfig
+from prefvec_ray.serving.config import AuditConfig, ServingConfig
 from prefvec_ray.serving.http.admission import AdmissionController, AdmittedRequest
 from prefvec_ray.serving.http.openai_protocol import ChatBody, TextBody
 from prefvec_ray.serving.release.release import Release, resolve_release
@@ -463,11 +465,37 @@ def test_nothing_a_caller_writes_looks_like_another_line_of_the_audit(make, tmp_
     assert [line["decision"] for line in lines(audit)] == ["refused", "admitted"] * 5
 
 
+def audit_files(folder: Path) -> list[Path]:
+    """Without its lock."""
+    return [file for file in sorted(folder.glob("audit.jsonl*")) if file.suffix != ".lock"]
+
+
+def write_audit(config: AuditConfig, front: str) -> None:
+    audit = AuditLog(config)
+    for number in range(200):
+        assert audit.refused(AuditEntry(request=f"{front}-{number}", route="/v1/completions"), 400, None, None)
+
+
+def test_fronts_share_an_audit_and_none_loses_a_line(tmp_path):
+    """Each rotates it, at its size and not before."""
+    config = AuditConfig(file=tmp_path / "audit.jsonl", megabytes=0.005, files=50)
+    fronts = [multiprocessing.get_context("spawn").Process(target=write_audit, args=(config, str(n))) for n in range(3)]
+    for front in fronts:
+        front.start()
+    for front in fronts:
+        front.join()
+    files = audit_files(tmp_path)
+    written = [line["request"] for file in files for line in lines(file)]
+    assert sorted(written) == sorted(f"{front}-{number}" for front in range(3) for number in range(200))
+    sizes = [file.stat().st_size for file in files]
+    assert all(4800 < size <= 5000 for size in sizes[1:]), "the first is the newest"
+
+
 def test_the_audit_is_bounded(make, tmp_path):
     admission = make(audit={"file": tmp_path / "audit.jsonl", "megabytes": 0.001, "files": 3})
     for _ in range(40):
         enter(admission)
-    files = sorted(tmp_path.glob("audit.jsonl*"))
+    files = audit_files(tmp_path)
     assert len(files) == 3
     assert all(file.stat().st_size <= 1000 for file in files)
     assert all(file.stat().st_mode & 0o777 == 0o600 for file in files)

@@ -230,7 +230,7 @@ def served(
             "vectors": {"helpful": "helpful@production", "harmless": "harmless@1"},
             "ranges": {"harmless": {"min": 0}},
             "floors": {"harmless": 0},
-            "engine": {"max_new_tokens": 400, "max_batch": 8},
+            "engine": {"max_new_tokens": 400, "max_batch": 8, "stream_interval": 2},
             "replicas": {"min": 2, "max": 2, "cpus": 0.5},
             "ingress_replicas": 2,
             "keys": home / "keys.yaml",

@@ -1,5 +1,6 @@
 """The shipped Serve configs are valid for Serve and for us, and `build_app` makes an application of them."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from prefvec_ray.common.cluster import PROXY_MIDDLEWARE, PROXY_SETTING
+from prefvec_ray.common.cluster import SERVE_SETTINGS
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.serving.config import ServingConfig
@@ -50,11 +51,16 @@ def test_whatever_listens_beyond_this_machine_has_floors_and_asks_for_keys(name,
         assert config.audit
 
 
-def test_the_file_for_kubernetes_is_among_them_and_sets_the_proxys_middleware():
+def test_the_file_for_kubernetes_is_among_them():
     assert "rayservice.yaml" in [name for name, _ in listening()]
-    text = (ROOT / "cluster" / "kuberay" / "rayservice.yaml").read_text()
-    assert PROXY_SETTING in text
-    assert PROXY_MIDDLEWARE in text
+
+
+@pytest.mark.parametrize("file", ["cluster/kuberay/rayservice.yaml", "cluster/on-premises.yaml", "cluster/Dockerfile"])
+def test_clusters_begin_with_what_serve_reads_as_it_starts(file):
+    text = (ROOT / file).read_text()
+    for name, value in SERVE_SETTINGS.items():
+        between = r'(=|, value: "|\n *value: )'
+        assert re.search(name + between + re.escape(value), text), name
 
 
 def test_its_args_build_an_application(base_folder, registry_root):

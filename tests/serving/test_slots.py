@@ -247,6 +247,22 @@ def test_pieces_join_to_the_decoded_answer(make_engine, tokenizer):
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
 
 
+@pytest.mark.parametrize("asked", [{}, {"stop": ["never in there"], "logprobs": 2}])
+def test_an_interval_joins_parts_and_changes_nothing_in_them(make_engine, asked):
+    """The first part comes at once, the last with what is left."""
+    request = ask(random_prompt(4, 10), 1.0, max_tokens=43, temperature=1.0, **asked)
+    (single,), (joined,) = (run(make_engine(stream_interval=interval), [request]) for interval in (1, 8))
+    assert text(joined) == text(single)
+    assert tokens(joined) == tokens(single)
+    logprobs = [[each for piece in pieces for each in piece.logprobs] for pieces in (joined, single)]
+    assert logprobs[0] == logprobs[1]
+    assert bool(logprobs[0]) == bool(asked)
+    assert len(joined[0].tokens) == len(single[0].tokens)
+    assert all(len(piece.tokens) >= 8 for piece in joined[1:-1])
+    assert len(joined) <= 2 + 42 // 8
+    assert joined[-1].finish_reason == single[-1].finish_reason
+
+
 @pytest.mark.parametrize("length", [1, 3, 6])
 def test_an_answer_ends_before_its_stop_string(make_engine, length):
     request = ask(random_prompt(2, 10), 0.5, max_tokens=40)

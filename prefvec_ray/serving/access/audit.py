@@ -3,9 +3,12 @@
 JSON escapes line ends and all other control characters, so that nothing a caller writes can look like another line.
 """
 
+import fcntl
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
@@ -49,7 +52,8 @@ class _Lines(RotatingFileHandler):
     """Rotation as the standard library does it, readable for the owner only; a line that is not written is an error.
 
     Before each line it is checked that the file is still there under its name. One that was moved or deleted begins
-    anew. `maxBytes` 0: never rotated.
+    anew. Several fronts may write to one file: each line, and each rotation, is made under a lock of the file beside
+    it, which ends in `.lock`. `maxBytes` 0: never rotated.
     """
 
     def _open(self) -> TextIOWrapper:
@@ -57,11 +61,13 @@ class _Lines(RotatingFileHandler):
         return super()._open()
 
     def write(self, line: str) -> None:
-        if self.stream is not None and not self._is_the_named_file():
-            log.warning("the audit %s was moved or deleted; a new one begins", self.baseFilename)
-            self.stream.close()
-            self.stream = None
-        self.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
+        with _locked(f"{self.baseFilename}.lock"):
+            if self.stream is not None and not self._is_the_named_file():
+                if not Path(self.baseFilename).exists():
+                    log.warning("the audit %s was moved or deleted; a new one begins", self.baseFilename)
+                self.stream.close()
+                self.stream = None
+            self.emit(logging.LogRecord("audit", logging.INFO, "", 0, line, None, None))
 
     def _is_the_named_file(self) -> bool:
         assert self.stream is not None
@@ -114,6 +120,17 @@ class AuditLog:
             log.error("a line of the audit could not be written: %s", error)
             return False
         return True
+
+
+@contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """By one process at a time."""
+    lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _opened(file: Path, size: int, files: int) -> _Lines:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from grpc import RpcError
 from openai.types.shared import ErrorObject
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -78,7 +79,7 @@ def explained(error: Exception) -> ApiError:
             return ApiError(504, "the answer took too long and was stopped; ask for less", code="timeout")
         case BackPressureError():
             return ApiError(503, "the server is busy; try again soon", code="overloaded")
-        case RayServeException() | RayError() | EngineError() | StoreError():
+        case RayServeException() | RayError() | RpcError() | EngineError() | StoreError():
             log.warning("could not answer: %s", one_line(error))
             return ApiError(503, "the server could not finish this request; try again", code="unavailable")
     log.error("unexpected error", exc_info=error)

@@ -44,4 +44,10 @@ def _load_slots(
         weights = SteeredWeights(Steering(model, vectors, base_fingerprint=base_fingerprint))
     else:
         weights = MergedWeights(LiveModel(model, vectors, base_fingerprint=base_fingerprint, threads=wanted.threads))
-    return SlotEngine(weights, tokenizer, max_batch=wanted.max_batch, switch_share=wanted.switch_share).start()
+    return SlotEngine(
+        weights,
+        tokenizer,
+        max_batch=wanted.max_batch,
+        switch_share=wanted.switch_share,
+        stream_interval=wanted.stream_interval,
+    ).start()

@@ -25,14 +25,18 @@ OVERFLOW = "the model computes NaN or infinity at these coefficients; choose sma
 
 
 class OutputState:
-    """`ends` are the tokens that end an answer."""
+    """`ends` are the tokens that end an answer; after its first delta, every other but the last has at least `interval`
+    tokens."""
 
-    def __init__(self, request: Request, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]):
-        self.request, self._ends = request, ends
+    def __init__(
+        self, request: Request, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], *, interval: int = 1
+    ):
+        self.request, self._ends, self._interval = request, ends, interval
         self._text = TextStream(tokenizer, request.prompt, request.sampling.stop_texts)
         self.generated: list[int] = []
         """tokens so far"""
         self._unsent: list[int] = []
+        self._unsent_text = ""
         self._unsent_logprobs: list[TokenLogprobs] = []
         self._sent = 0
         """characters of the answer's text"""
@@ -65,8 +69,11 @@ class OutputState:
             reason = "length"
         if reason:
             text += self._text.finish()
-        if not text and not reason:
+        self._unsent_text += text
+        early = self._sent > 0 and len(self._unsent) < self._interval
+        if not reason and (early or not self._unsent_text):
             return None
+        text, self._unsent_text = self._unsent_text, ""
         self._sent += len(text)
         # A token that begins in text held back may still turn out to belong to a stop string.
         logprobs = tuple(each for each in self._unsent_logprobs if each.offset < self._sent)

@@ -117,6 +117,9 @@ class Front:
         replicas: DeploymentHandle,
         coordinator: DeploymentHandle | None = None,
     ):
+        # Straight to the other process also on a cluster whose processes do not do so by default (common/cluster.py).
+        replicas = replicas.options(_by_reference=False)
+        coordinator = coordinator.options(_by_reference=False) if coordinator else None
         self._config, self._replicas, self._coordinator = config, replicas, coordinator
         registry = open_registry(config.registry)
         self._book = book = ReleaseBook(release.deployment)
@@ -331,9 +334,7 @@ def _vllm_replicas(config: ServingConfig, release: Release) -> serve.Application
 def _replica_name(config: ServingConfig, release: Release) -> str:
     """While Serve puts new replicas in the place of old ones, the new front may ask the old replicas, and the old front
     the new. They learn each other's vectors; another base, or another engine, must be another deployment to Serve."""
-    engine = hashlib.blake2b(
-        config.engine.model_dump_json().encode() + release.base_fingerprint.encode(), digest_size=4
-    )
+    engine = hashlib.blake2b(config.engine.model_dump_json().encode() + release.served_base.encode(), digest_size=4)
     return f"replica-{engine.hexdigest()}"
 
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from grpc import RpcError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -63,7 +64,7 @@ class Coordinator:
         fronts = serve.get_deployment_handle("front", serve.get_replica_context().app_name)
         try:
             await fronts.broadcast("adopt", release).results_async(timeout_s=ADOPT_SECONDS)
-        except (RayError, RayServeException, TimeoutError) as error:
+        except (RayError, RayServeException, RpcError, TimeoutError) as error:
             log.warning("a front will serve generation %d a little later: %s", release.generation, one_line(error))
 
     # --- rates: an ApiError is returned, since what a call raises arrives as an error of Ray's ------------------------
@@ -156,7 +157,7 @@ async def _asked(call: DeploymentResponse[Any]) -> Any:
     try:
         async with asyncio.timeout(ASK_SECONDS):
             said = await call
-    except (RayError, RayServeException, TimeoutError) as error:
+    except (RayError, RayServeException, RpcError, TimeoutError) as error:
         log.warning("the coordinator does not answer: %s", one_line(error))
         raise _cannot_count() from None
     if isinstance(said, ApiError):
@@ -173,7 +174,7 @@ def _send(call: DeploymentResponse[Any]) -> None:
     async def send() -> None:
         try:
             await call
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, RpcError) as error:
             log.warning("the coordinator was not told of a request's end: %s", one_line(error))
 
     task = asyncio.get_running_loop().create_task(send())

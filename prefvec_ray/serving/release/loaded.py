@@ -56,7 +56,7 @@ class LoadedReleases:
         release = (self._book and self._book.newest()) or self._first
         self.vectors = self._loaded([release])
         self._releases = {release.id: release}
-        check_unchanged(self._base, release.base_fingerprint)
+        check_unchanged(self._base, release.served_base)
         return release
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class LoadedReleases:
         found = self._first if wanted == self._first.id else None
         if found is None and self._book:
             found = await asyncio.to_thread(self._book.read, wanted)
-        if found is None or found.base_fingerprint != self._first.base_fingerprint:
+        if found is None or found.served_base != self._first.served_base:
             raise EngineError(f"no release of generation {wanted[1]} was committed for this base")
         try:
             await self._learn(found, next(reversed(self._releases)))  # the one learned last

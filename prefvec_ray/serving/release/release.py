@@ -17,6 +17,7 @@ from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_re
 from prefvec_ray.serving.access.policy import Policy, no_way_around, parts_of, policy_of
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
+from prefvec_ray.serving.quantized import is_quantized, made_from
 from prefvec_ray.serving.request import ReleaseId
 
 
@@ -45,8 +46,15 @@ class Release:
     """the references that it was resolved from; None: the newest vectors of the base"""
     deployment: str = ""
     """that it is of"""
+    quantized: str = ""
+    """fingerprint of the quantized copy of that base whose weights are served; empty: the base itself is"""
     context: int | None = None
     """the most tokens that a prompt can have with this base, where that is known without loading it"""
+
+    @property
+    def served_base(self) -> str:
+        """Fingerprint of the folder whose weights are served."""
+        return self.quantized or self.base_fingerprint
 
     @property
     def id(self) -> ReleaseId:
@@ -67,7 +75,7 @@ class Release:
         for name, eta in coefficients:  # two names may stand for one vector: their coefficients add up
             digest = self.vectors[name].digest
             total[digest] = total.get(digest, 0.0) + eta
-        return serving_fingerprint(self.base_fingerprint, total)
+        return serving_fingerprint(self.served_base, total)
 
     def preset(self, preset: PresetVersion, policy: Policy | None = None) -> Coefficients:
         """The preset's coefficients under this endpoint's names; preferences that it leaves out are 0.
@@ -99,8 +107,10 @@ def resolve_release(config: ServingConfig) -> Release:
 
     if not config.base.is_dir():
         raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
-    release = resolve(config, fingerprint(config.base), open_registry(config.registry))
-    return replace(release, context=_context(config))
+    served = fingerprint(config.base)
+    base = made_from(config.base, config.quantized_from) if config.quantized_from else served
+    release = resolve(config, base, open_registry(config.registry))
+    return replace(release, context=_context(config), quantized="" if base == served else served)
 
 
 def check_unchanged(base: Path, base_fingerprint: str) -> None:
@@ -139,7 +149,7 @@ def resolve(config: ServingConfig, base: str, registry: Registry) -> Release:
         if version.base_fingerprint != base:
             raise InputError(
                 f"vectors: {version.ref} ({name}) belongs to base {version.base_fingerprint[:23]}…, {config.base} is"
-                f" {base[:23]}…; use the base it was trained on"
+                f" {base[:23]}…; use the base it was trained on{_if_quantized(config)}"
             )
         if config.engine.mode == "steered" and version.form != "low-rank":
             raise InputError(
@@ -157,6 +167,12 @@ def resolve(config: ServingConfig, base: str, registry: Registry) -> Release:
         except InputError as error:
             raise InputError(f"anonymous.presets: {name!r} cannot be offered: {error}") from None
     return release
+
+
+def _if_quantized(config: ServingConfig) -> str:
+    if config.quantized_from or not is_quantized(config.base):
+        return ""
+    return ", or, since this one is quantized, name the model that it was made from as 'quantized_from'"
 
 
 def newest_vectors(registry: Registry, base_fingerprint: str) -> dict[str, VectorVersion]:

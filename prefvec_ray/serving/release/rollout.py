@@ -137,7 +137,7 @@ class RollOut:
         async with self._one_at_a_time:
             before = self._admission.release
             found = await asyncio.to_thread(resolve, wanted, before.base_fingerprint, self._registry)
-            found = replace(found, deployment=before.deployment, context=before.context)
+            found = replace(found, deployment=before.deployment, context=before.context, quantized=before.quantized)
             if found.vectors == before.vectors and found.named == before.named:
                 return before
             await asyncio.to_thread(self._admission.check, found)
@@ -161,6 +161,6 @@ class RollOut:
             await asked.results_async(timeout_s=PREPARE_SECONDS)
         except DeploymentUnavailableError:
             return  # none runs (scaled to zero): the next one starts with what is committed
-        except (RayError, TimeoutError) as error:
+        except Exception as error:  # the replica's own, or Ray's around it
             cause = getattr(error, "cause", None) or error
             raise InputError(f"a replica cannot prepare the new vectors, the old are served on: {cause}") from None

@@ -103,22 +103,24 @@ def make_engine(
 
     made = []
 
-    async def start(config: EngineConfig, known: dict[str, PreferenceVector]) -> Running:
+    async def start(config: EngineConfig, known: dict[str, PreferenceVector], folder: Path) -> Running:
         os.environ.update(environment(config, cpu=True))
-        options = engine_options(base_folder, config)
+        options = engine_options(folder, config)
         del options["enable_prompt_tokens_details"]  # of vLLM's server, not of its engine
         if config.mode == "steered":
             shape = SteeringShape.of(known.values(), config.columns)
             options["additional_config"] = {SECTION: {"shape": shape.model_dump(mode="json")}}
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(base_folder), **options))
-        made.append(Running(llm, PreferenceClient(llm, base_folder, fingerprint(base_folder), config)))
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **options))
+        made.append(Running(llm, PreferenceClient(llm, folder, fingerprint(base_folder), config)))
         await made[-1].client.change(known)
         return made[-1]
 
-    def make(mode: str, known: dict[str, PreferenceVector] | None = None, **settings: Any) -> Running:
+    def make(
+        mode: str, known: dict[str, PreferenceVector] | None = None, *, folder: Path = base_folder, **settings: Any
+    ) -> Running:
         options = SMALL | settings.pop("vllm", {})
         config = EngineConfig(kind="vllm", mode=mode, vllm=options, **settings)  # type: ignore[arg-type]
-        return runner.run(start(config, known or vectors))
+        return runner.run(start(config, known or vectors, folder))
 
     yield make
     for engine in made:

@@ -66,12 +66,13 @@ class SlotEngine:
         max_batch: int = 32,
         switch_share: float = 0.1,
         prefill_tokens: int = 2048,
+        stream_interval: int = 1,
     ):
         self.model = weights.model.eval()
         self.context = context_length(self.model.config)
         self._layout = CacheLayout.of(self.model.config)
         self._weights, self._tokenizer, self._prefill_tokens = weights, tokenizer, prefill_tokens
-        self._device = self.model.device
+        self._device, self._interval = self.model.device, stream_interval
         self._additive = _wants_additive_mask(self.model)
         self._ends = end_tokens(self.model.generation_config, tokenizer)
         self._token_texts = TokenTexts(tokenizer)
@@ -92,7 +93,7 @@ class SlotEngine:
     def submit(self, request: Request, emit: Emit) -> ScheduledRequest:
         """See `Engine.submit`. `emit` is called in the engine's thread."""
         matcher = self._checked(request)
-        output = OutputState(request, self._tokenizer, self._ends)
+        output = OutputState(request, self._tokenizer, self._ends, interval=self._interval)
         scheduled = ScheduledRequest(request, emit, output, random.Random(request.random_key()), matcher)
         request.timeline.submitted = time.time_ns()
         with self._news:

@@ -61,6 +61,7 @@ def engine_options(base: str | Path, config: EngineConfig) -> dict[str, Any]:
     ours: dict[str, Any] = {
         "dtype": _stored_dtype(base) if config.dtype == "auto" else config.dtype,
         "max_num_seqs": config.max_batch,
+        "stream_interval": config.stream_interval,
         "worker_cls": WORKER,
         # As the slot engine has it: free white space would let a weak model write nothing else.
         "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},

@@ -16,6 +16,7 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.registry import Registry, VectorVersion, open_registry
 from prefvec_ray.serving.config import Range
+from prefvec_ray.serving.quantized import made_from
 from prefvec_ray.vectors import PreferenceVector, fingerprint, load_vector
 from prefvec_ray.vectors.live import check_base
 
@@ -33,6 +34,7 @@ class PluginConfig(Config):
     """name -> version such as `helpful@1`. Not an alias: vLLM's processes would look it up at different times"""
     ranges: dict[Name, Range] = {}
     default_range: Range = Range()
+    quantized_from: str | None = None
     columns: PositiveInt | None = None
     """see `SteeringShape`"""
 
@@ -70,7 +72,8 @@ def load_vectors(config: PluginConfig, model_config: Any) -> dict[str, Preferenc
         raise InputError("vLLM has not loaded the plugin 'prefvec': name it in VLLM_PLUGINS, or unset that variable")
     registry, found = versions(config)
     folders = {name: registry.fetch(version.ref) for name, version in found.items()}
-    return opened(folders, fingerprint(_folder(model_config)))
+    base = _folder(model_config)
+    return opened(folders, made_from(base, config.quantized_from) if config.quantized_from else fingerprint(base))
 
 
 def opened(folders: Mapping[str, str | Path], base_fingerprint: str) -> dict[str, PreferenceVector]:
