@@ -1,10 +1,12 @@
 """What a deployment serves: exact versions, and nothing that does not belong together."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
@@ -12,6 +14,7 @@ from prefvec_ray.registry import Registry, serving_fingerprint
 from prefvec_ray.registry.store import Store
 from prefvec_ray.serving.access.policy import PreferenceError
 from prefvec_ray.serving.config import EngineConfig, ServingConfig
+from prefvec_ray.serving.release.records import ServingRecords
 from prefvec_ray.serving.release.release import resolve_release
 from prefvec_ray.vectors import fingerprint, save_vector, vector_from_state
 
@@ -153,3 +156,65 @@ def test_steering_wants_low_rank_and_every_vector_its_own_base(config, base_fold
         resolve_release(ServingConfig.model_validate(steered))
     with pytest.raises(InputError, match=r"foreign@1 .* belongs to base"):
         resolve_release(ServingConfig.model_validate(content | {"vectors": {"foreign": "foreign"}}))
+
+
+@pytest.fixture
+def quantized(base_folder: Path, tmp_path: Path) -> Path:
+    """A folder that says it is quantized, with other bytes than its base."""
+    folder = tmp_path / "int4"
+    shutil.copytree(base_folder, folder)
+    about = json.loads((folder / "config.json").read_text())
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    (folder / "config.json").write_text(json.dumps(about | {"quantization_config": quantization}))
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+STEERED_BY_VLLM = {"kind": "vllm", "mode": "steered"}
+
+
+@pytest.mark.parametrize("named", ["folder", "fingerprint"])
+def test_a_quantized_copy_takes_the_vectors_of_its_base(config, base_folder, quantized, named):
+    source = str(base_folder) if named == "folder" else fingerprint(base_folder)
+    changes = {"base": quantized, "quantized_from": source, "engine": STEERED_BY_VLLM}
+    release = resolve_release(ServingConfig.model_validate(config.model_dump() | changes))
+    itself = resolve_release(config)
+    assert (release.base_fingerprint, release.quantized) == (fingerprint(base_folder), fingerprint(quantized))
+    assert release.vectors.keys() == itself.vectors.keys()
+    coefficients = (("harmless", 0.5),)
+    fingerprints = [each.fingerprint(coefficients) for each in (release, itself)]
+    assert fingerprints[0] != fingerprints[1], "an answer says which weights it came from"
+    registry = Registry.open(config.registry)
+    records = ServingRecords(registry, "quantized")
+    records.note(fingerprints[0], release, coefficients, "anyone")
+    records.close()
+    served = registry.served(fingerprints[0])
+    assert served is not None
+    assert (served.base_fingerprint, served.quantized) == (release.base_fingerprint, release.quantized)
+
+
+def test_what_a_quantized_copy_was_made_from_is_said_and_not_guessed(config, base_folder, quantized, tmp_path):
+    def resolved(**changes: object) -> None:
+        given = config.model_dump() | {"base": quantized, "engine": STEERED_BY_VLLM} | changes
+        resolve_release(ServingConfig.model_validate(given))
+
+    with pytest.raises(InputError, match="since this one is quantized, name the model that it was made from"):
+        resolved(vectors={"helpful": "helpful@1"})
+    with pytest.raises(InputError, match="is not quantized"):
+        resolved(base=base_folder, quantized_from=str(base_folder))
+    with pytest.raises(InputError, match="no fingerprint"):
+        resolved(quantized_from="blake3:1234")
+    with pytest.raises(InputError, match="no folder"):
+        resolved(quantized_from=str(tmp_path / "nowhere"))
+    other = tmp_path / "other"
+    shutil.copytree(base_folder, other)
+    about = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(about | {"num_hidden_layers": 7}))
+    with pytest.raises(InputError, match="num_hidden_layers is 2 here, 7 there"):
+        resolved(quantized_from=str(other))
+    with pytest.raises(InputError, match="belongs to base"):
+        resolved(quantized_from="blake3:" + "a" * 64, vectors={"helpful": "helpful@1"})
+    for engine in ({"kind": "vllm", "mode": "merged"}, {"mode": "steered"}):
+        with pytest.raises(ValueError, match="'quantized_from' with another engine"):
+            resolved(quantized_from=str(base_folder), engine=engine)
