@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 # Every worker imports the project: without cached bytecode it would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-padding bench-data bench-search bench-serve load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-padding bench-data bench-search bench-serve bench-ingress load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -115,6 +115,9 @@ bench-search: env ## The search against a full grid and random search, and what 
 
 bench-serve: env env-vllm ## The endpoint: steered and merged against plain, serial, PEFT and vLLM's LoRA; routing; time to first token
 	$(BIN)/python benchmarks/bench_serve.py --size 30M --rounds 3
+
+bench-ingress: env ## What a streamed token costs between engine and caller; two fronts over one
+	$(BIN)/python benchmarks/bench_ingress.py
 
 load-serve: env ## Ten minutes of mixed traffic while replicas are killed and a preset is moved
 	$(BIN)/python benchmarks/load_serve.py

@@ -1,10 +1,10 @@
 """What a streamed token costs on its way from the engine to its caller, and what a second ingress replica changes.
 
-    python benchmarks/bench_ingress.py                   # about four minutes
+    python benchmarks/bench_ingress.py                   # about eight minutes
     python benchmarks/bench_ingress.py --size 30M --callers 32
 
-The same requests, each at a setting of its own: by the engine alone in one process (steered), and over HTTP through one
-front and through two, by turns. Cost is processor time, by process: replica, fronts with their coordinator, Serve's
+The same requests, each at a setting of its own: by the engine alone in one process (steered), and over HTTP in the ways
+of `VARIANTS`, by turns. Cost is processor time, by process: replica, fronts with their coordinator, Serve's
 proxy; the client's own is left out. The last line of stdout is one JSON object. `cpu_us_per_token` has microseconds by
 process, `over_engine` how many times the engine's own the ingress (fronts and proxy) costs, `two_over_one` the ratio of
 tokens a second with two fronts to one, where the client and everything else share the machine's processors. Medians
@@ -46,6 +46,12 @@ from prefvec_ray.vectors import Steering, fingerprint
 NEW_TOKENS = 64
 PARTS = {"front": "fronts", "coordinator": "fronts", "replica": "replica"}
 """of an endpoint: its deployments"""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "proxy by Ray objects": {"grpc": False},
+    "one front": {},
+    "two fronts": {"fronts": 2},
+    "stream_interval 4": {"interval": 4},
+}
 REFS = {"harmless": "harmless@1", "helpful": "helpful@1"}
 
 
@@ -113,9 +119,18 @@ async def stream(url: str, asked: list[list[int]], each: int) -> int:
 
 
 def over_http(
-    base: Path, registry: Any, asked: list[list[int]], each: int, fronts: int, interval: int = 1
+    base: Path,
+    registry: Any,
+    asked: list[list[int]],
+    each: int,
+    *,
+    fronts: int = 1,
+    interval: int = 1,
+    grpc: bool = True,
 ) -> dict[str, float]:
-    """Microseconds of processor time a token by part, and tokens a second."""
+    """Microseconds of processor time a token by part, and tokens a second, on a cluster of its own."""
+    os.environ |= SERVE_SETTINGS | {"RAY_SERVE_USE_GRPC_BY_DEFAULT": str(int(grpc))}
+    ray.init(address="local", num_cpus=4, namespace="prefvec", log_to_driver=False)
     config = ServingConfig.model_validate(
         {
             "model": "bench",
@@ -140,6 +155,7 @@ def over_http(
     tokens = asyncio.run(stream(url, asked, each))
     seconds, after = time.monotonic() - began, processor_seconds()
     stop()
+    ray.shutdown()
     assert tokens == each * len(asked) * NEW_TOKENS
     spent = {part: 1e6 * (after[part] - before[part]) / tokens for part in after}
     return {**spent, "tokens_per_s": tokens / seconds}
@@ -150,28 +166,25 @@ def main() -> None:
     parser.add_argument("--size", default="1M", help=f"of {', '.join(SIZES)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--callers", type=int, default=16)
-    parser.add_argument("--each", type=int, default=12, help="requests of each caller")
+    parser.add_argument("--each", type=int, default=8, help="requests of each caller")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ |= SERVE_SETTINGS
     alone: list[float] = []
-    served: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    served: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         base, registry = make_world(Path(folder), given.size)
         asked = prompts(given.callers, 32, SIZES[given.size][-1])
-        ray.init(address="local", num_cpus=4, namespace="prefvec", log_to_driver=False)
         for number in range(given.rounds):
             alone.append(engine_alone(base, registry, asked, given.each))
-            for fronts, found in served.items():
-                found.append(over_http(base, registry, asked, given.each, fronts))
-                print(f"round {number + 1}, {fronts} front(s): {found[-1]}", file=sys.stderr, flush=True)
-        ray.shutdown()
+            for name, variant in VARIANTS.items():
+                served[name].append(over_http(base, registry, asked, given.each, **variant))
+                print(f"round {number + 1}, {name}: {served[name][-1]}", file=sys.stderr, flush=True)
     engine = statistics.median(alone)
     cost = {
-        str(fronts): {part: round(statistics.median(one[part] for one in found), 1) for part in found[0]}
-        for fronts, found in served.items()
+        name: {part: round(statistics.median(one[part] for one in found), 1) for part in found[0]}
+        for name, found in served.items()
     }
-    rates = [two["tokens_per_s"] / one["tokens_per_s"] for one, two in zip(served[1], served[2], strict=True)]
+    pairs = zip(served["one front"], served["two fronts"], strict=True)
     print(
         json.dumps(
             {
@@ -180,7 +193,7 @@ def main() -> None:
                 "engine_us_per_token": round(engine, 1),
                 "cpu_us_per_token": cost,
                 "over_engine": {k: round((each["fronts"] + each["proxy"]) / engine, 2) for k, each in cost.items()},
-                "two_over_one": round(statistics.median(rates), 3),
+                "two_over_one": round(statistics.median(b["tokens_per_s"] / a["tokens_per_s"] for a, b in pairs), 3),
             }
         )
     )

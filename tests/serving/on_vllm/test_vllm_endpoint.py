@@ -229,7 +229,7 @@ def test_what_came_past_the_front_is_refused_by_the_replica(endpoint, settings, 
     handle = serve.get_deployment_handle(replicas, app)
     setting = (("helpful", 0.5),)
     sound = PassedRequest("messages" in body, body | {"max_tokens": 2}, setting, release=release, id=f"sound {body}")
-    assert handle.whole_answer.remote(sound, {}).result().new_tokens == 2
+    assert handle.whole_answer.remote(sound, {}).result().new_tokens >= 1, "it may end at once"
     for name, value in HIDDEN.items():
         forged = replace(sound, body={**sound.body, name: value}, id=f"forged {name}")
         with pytest.raises(InputError, match=f"{name}: unknown field"):
