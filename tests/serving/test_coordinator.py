@@ -29,7 +29,6 @@ def make(base_folder: Path, registry_root: str, monkeypatch: pytest.MonkeyPatch)
     config = ServingConfig.model_validate(
         {"model": "tiny", "base": base_folder, "registry": registry_root, "limits": {"seconds": 0.2}}
     )
-    monkeypatch.setattr(ReleaseBook, "begin", lambda book, release: None)
     monkeypatch.setattr(ReleaseBook, "newest", lambda book: None)
     monkeypatch.setattr(module, "GONE_SECONDS", 0.0)
     return lambda: Coordinator(config, resolve_release(config), None)

@@ -130,8 +130,7 @@ class AdmissionController:
             self._admitted(known, coefficients)
         except BaseException as error:
             if usage:
-                refused = isinstance(error, ApiError) and error.status < 429
-                usage.refuse(self._cost(content, error) if refused else 0)
+                usage.refuse(self._cost(content, error))
             if isinstance(error, ApiError):
                 self._refused(known, error)
             raise
@@ -154,9 +153,10 @@ class AdmissionController:
         return _least(self._config.limits.prompt_tokens, caller.allowance.prompt_tokens)
 
     def _cost(self, content: bytes, error: BaseException) -> int:
-        """Tokens that a refused request is charged: those of its body."""
-        too_large = isinstance(error, ApiError) and error.status == 413
-        size = self._config.limits.body_bytes if too_large else len(content)
+        """Tokens that a request is charged that was refused for its content: those of its body."""
+        if not isinstance(error, ApiError) or error.status >= 429:
+            return 0
+        size = self._config.limits.body_bytes if error.status == 413 else len(content)
         return size // BYTES_PER_TOKEN + 1
 
     def _admitted(self, known: AuditEntry, coefficients: Coefficients) -> None:

@@ -123,6 +123,7 @@ class Front:
         self._config, self._replicas, self._coordinator = config, replicas, coordinator
         registry = open_registry(config.registry)
         self._book = book = ReleaseBook(release.deployment)
+        book.begin(release)
         usages = shared_usages(coordinator) if coordinator else None
         self._admission = AdmissionController(config, book.newest() or release, registry, usages)
         self._records = ServingRecords(registry, release.deployment)
@@ -132,7 +133,6 @@ class Front:
         self._metrics.serves(self._release_of.generation)
         if coordinator:
             return
-        book.begin(release)
         self._records.hold(self._release_of)
         self._rollout = RollOut(config, registry, book, self._admission, self._records, replicas)
         if config.follow_seconds:

@@ -43,7 +43,6 @@ class Coordinator:
 
     def __init__(self, config: ServingConfig, release: Release, replicas: DeploymentHandle):
         registry, book = open_registry(config.registry), ReleaseBook(release.deployment)
-        book.begin(release)
         self._config, self._usages = config, local_usages()
         self._open: OrderedDict[str, tuple[float, Usage]] = OrderedDict()
         self._admission = AdmissionController(config, book.newest() or release, registry)
@@ -146,7 +145,11 @@ def shared_usages(coordinator: DeploymentHandle) -> Usages:
         if not allowance.is_limited:
             return _Uncounted()
         request = uuid.uuid4().hex
-        await _asked(coordinator.begin.remote(request, caller, allowance))
+        try:
+            await _asked(coordinator.begin.remote(request, caller, allowance))
+        except asyncio.CancelledError:  # its caller has gone: the coordinator may have begun it
+            _send(coordinator.refuse.remote(request, 0))
+            raise
         return _SharedUsage(coordinator, request, allowance)
 
     return begin
