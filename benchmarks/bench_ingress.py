@@ -35,7 +35,7 @@ from merge_models import SIZES
 from serve_world import load_vectors, make_world, prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefvec_ray.common.cluster import SERVE_SETTINGS
+from prefvec_ray.common.cluster import SERVE_GRPC, SERVE_SETTINGS
 from prefvec_ray.serving import ServingConfig, start, stop
 from prefvec_ray.serving.engines.base import Request
 from prefvec_ray.serving.engines.sampling_params import SamplingParams
@@ -47,7 +47,7 @@ NEW_TOKENS = 64
 PARTS = {"front": "fronts", "coordinator": "fronts", "replica": "replica"}
 """of an endpoint: its deployments"""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "proxy by Ray objects": {"grpc": False},
+    "by Ray objects": {"grpc": False},
     "one front": {},
     "two fronts": {"fronts": 2},
     "stream_interval 4": {"interval": 4},
@@ -129,7 +129,7 @@ def over_http(
     grpc: bool = True,
 ) -> dict[str, float]:
     """Microseconds of processor time a token by part, and tokens a second, on a cluster of its own."""
-    os.environ |= SERVE_SETTINGS | {"RAY_SERVE_USE_GRPC_BY_DEFAULT": str(int(grpc))}
+    os.environ |= SERVE_SETTINGS | {SERVE_GRPC: str(int(grpc))}
     ray.init(address="local", num_cpus=4, namespace="prefvec", log_to_driver=False)
     config = ServingConfig.model_validate(
         {

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 NAMESPACE = "prefvec"
 
+SERVE_GRPC = "RAY_SERVE_USE_GRPC_BY_DEFAULT"
 SERVE_SETTINGS = {
     # What guards the proxies; see serving/http/middleware.py.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "prefvec_ray.serving.http.middleware:middlewares",
     # Requests and tokens go straight to the other process. As Ray objects they cost twice the processor time.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    SERVE_GRPC: "1",
 }
 """Variables that Ray Serve's processes read as they start; on a cluster of `ray start` they are set before that."""
 

@@ -8,6 +8,7 @@ The front checks requests, decides the coefficients and writes OpenAI's objects;
 
 import asyncio
 import hashlib
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.requests import Request as HttpRequest
 
-from prefvec_ray.common.cluster import raise_cause
+from prefvec_ray.common.cluster import SERVE_GRPC, raise_cause
 from prefvec_ray.common.config import parse_config
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import open_registry
@@ -117,9 +118,10 @@ class Front:
         replicas: DeploymentHandle,
         coordinator: DeploymentHandle | None = None,
     ):
-        # Straight to the other process also on a cluster whose processes do not do so by default (common/cluster.py).
-        replicas = replicas.options(_by_reference=False)
-        coordinator = coordinator.options(_by_reference=False) if coordinator else None
+        # Straight to the other process, but on a cluster that was told not to (common/cluster.py).
+        by_reference = os.environ.get(SERVE_GRPC) == "0"
+        replicas = replicas.options(_by_reference=by_reference)
+        coordinator = coordinator.options(_by_reference=by_reference) if coordinator else None
         self._config, self._replicas, self._coordinator = config, replicas, coordinator
         registry = open_registry(config.registry)
         self._book = book = ReleaseBook(release.deployment)
