@@ -1,7 +1,8 @@
 """Training one classifier robustly, with the curves that show what its gradients were worth on the way."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -232,7 +233,7 @@ class _Training:
         words = parse_model(text.encode(), _Words, where, advice)
         if (words.recipe, words.seed) != (self.recipe, self.seed):
             raise InputError(f"{where}: of another recipe or seed; {advice}")
-        with taking_apart(where, advice):
+        with taking_apart(where, advice), _torchs_word(where, advice):
             weights = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
             self.model.load_state_dict(weights)
             for name, buffer in self._momentum().items():
@@ -241,6 +242,16 @@ class _Training:
             self.order = tensors["order"]
             self.losses = [(natural, robust) for natural, robust in tensors["losses"].reshape(-1, 2).tolist()]
         self.epoch, self.noisy, self.curve = words.epoch, words.noisy, list(words.curve)
+
+
+@contextmanager
+def _torchs_word(where: str, advice: str) -> Iterator[None]:
+    """Torch reports tensors of other names, shapes or states by RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: of another model, or damaged ({reason}); {advice}") from error
 
 
 STORED = "training"

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from prefvec_ray.cli import main
 from prefvec_ray.common.errors import InputError
@@ -67,6 +69,15 @@ def test_a_slice_says_where_it_stopped_and_refuses_a_damaged_checkpoint(tmp_path
     file.write_bytes(whole[:-7])
     with pytest.raises(InputError, match=r"damaged .* delete it, and its run begins anew"):
         run_slice(study, Budget(1e-9))
+    file.write_bytes(whole)
+    with safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        words = stored.metadata()
+    name = next(name for name, tensor in tensors.items() if name.startswith("model.") and tensor.dim() > 1)
+    for changed in (tensors | {name: tensors[name][:1]}, {key: tensors[key] for key in tensors if key != name}):
+        save_file(changed, file, words)
+        with pytest.raises(InputError, match=r"of another model.* delete it, and its run begins anew"):
+            run_slice(study, Budget(1e-9))
     file.unlink()
     assert run_slice(study, Budget(1e-9)).under_way == found.under_way
 
