@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 
-from prefvec_ray.serving.release.routing import ROOM, preferred
+from prefvec_ray.serving.release.routing import OPENING, ROOM, opening_of, preferred
 
 
 def served(
@@ -64,3 +64,19 @@ def test_far_fewer_changes_of_weights_than_by_chance():
     chance, _ = served(settings, 4, 32, lambda s, loads: min(draw.sample(sorted(loads), 2), key=loads.__getitem__))
     assert mine * 2 < chance
     assert most <= ROOM * 33 / 4 + 1
+
+
+def test_turns_of_a_conversation_begin_alike_and_other_prompts_do_not():
+    system = {"role": "system", "content": "You are a wizard."}
+    turns = [[system, {"role": "user", "content": f"question {turn}"}] for turn in range(3)]
+    assert {opening_of({"messages": messages}) for messages in turns} == {"You are a wizard."}
+    parts = {"messages": [{"role": "user", "content": [{"type": "text", "text": "why?"}]}]}
+    assert opening_of(parts) == opening_of(parts) != opening_of({"messages": turns[0]})
+    few_shot = "an example. " * 200
+    assert opening_of({"prompt": few_shot + "a"}) == opening_of({"prompt": few_shot + "b"})
+    assert opening_of({"prompt": "a"}) != opening_of({"prompt": "b"})
+    assert opening_of({"prompt": ["a", "b"]}) == opening_of({"prompt": "a"})
+    ids = list(range(OPENING))
+    assert opening_of({"prompt": [*ids, 5]}) == opening_of({"prompt": [[*ids, 6], [7]]}) != opening_of({"prompt": [1]})
+    assert opening_of({"messages": [{"role": "assistant", "content": None}]}) == "[]"
+    assert opening_of({}) == ""

@@ -46,7 +46,7 @@ from prefvec_ray.serving.metrics import HUNG_UP, FrontMetrics
 from prefvec_ray.serving.release.records import ServingRecords
 from prefvec_ray.serving.release.release import Release, resolve_release
 from prefvec_ray.serving.release.rollout import ReleaseBook, RollOut
-from prefvec_ray.serving.release.routing import SettingRouter
+from prefvec_ray.serving.release.routing import PrefixRouter, SettingRouter
 from prefvec_ray.serving.traces import Traces, check_traces
 
 HEALTH_SECONDS = 5.0
@@ -354,8 +354,9 @@ def _scale(config: ServingConfig) -> dict[str, Any]:
         # A replica that must go finishes the answers it has begun.
         "graceful_shutdown_timeout_s": config.limits.seconds,
     }
-    if config.engine.mode == "merged":
-        options["request_router_config"] = RequestRouterConfig(request_router_class=SettingRouter)
+    if config.engine.mode == "merged" or config.engine.kind == "vllm":
+        router = SettingRouter if config.engine.mode == "merged" else PrefixRouter
+        options["request_router_config"] = RequestRouterConfig(request_router_class=router)
     if wanted.min == wanted.max:
         return options | {"num_replicas": wanted.max}
     scaling = {
