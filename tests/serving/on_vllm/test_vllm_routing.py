@@ -32,7 +32,7 @@ def test_a_conversation_finds_its_beginning_in_the_cache(url):
     with OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
         for turn in range(TURNS):
             for number in range(CONVERSATIONS):
-                opening = f"{number} quick brown foxes jump over the lazy dog while wizards cook. " * 4
+                opening = f"{number} quick brown foxes jump over the lazy dog while wizards cook. " * 6
                 messages: list[Any] = [{"role": "system", "content": opening}]
                 messages += [{"role": "user", "content": f"why {turn}?"}]
                 answer = client.chat.completions.create(
