@@ -252,7 +252,7 @@ def start_registry(
         client = RegistryClient(actor, name, cache=cache, transport="auto", timeout_s=300.0)
     except InputError:  # the store is another writer's: leave no actor behind that can do nothing
         if started:
-            ray.kill(actor)
+            end(actor, name, namespace)
         raise
     if client.store.uri != store.uri and not _reaches(store, client.store.uid if client.reachable else ""):
         raise InputError(

@@ -233,7 +233,7 @@ class _Training:
         words = parse_model(text.encode(), _Words, where, advice)
         if (words.recipe, words.seed) != (self.recipe, self.seed):
             raise InputError(f"{where}: of another recipe or seed; {advice}")
-        with taking_apart(where, advice), _torchs_word(where, advice):
+        with taking_apart(where, advice), _naming_torch_errors(where, advice):
             weights = {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
             self.model.load_state_dict(weights)
             for name, buffer in self._momentum().items():
@@ -245,7 +245,7 @@ class _Training:
 
 
 @contextmanager
-def _torchs_word(where: str, advice: str) -> Iterator[None]:
+def _naming_torch_errors(where: str, advice: str) -> Iterator[None]:
     """Torch reports tensors of other names, shapes or states by RuntimeError."""
     try:
         yield

@@ -22,19 +22,22 @@ def is_quantized(base: Path) -> bool:
     return getattr(_config(base), "quantization_config", None) is not None
 
 
-def made_from(base: Path, named: str) -> str:
-    """Fingerprint of the model that `base` was quantized from; `named`: that model's folder, or the fingerprint.
+def trained_base(base: Path, named: str | None) -> str:
+    """Fingerprint of the model that vectors beside `base` were trained on: the base itself, or what it was quantized
+    from, where that is `named` by its folder or its fingerprint.
 
     Raises InputError for a base that is not quantized, or that cannot have been made from that model.
     """
+    from prefvec_ray.vectors import fingerprint  # brings torch, which the front does without
+
+    if named is None:
+        return fingerprint(base)
     if not is_quantized(base):
         raise InputError(f"quantized_from: {base} is not quantized (its config.json says nothing of it); leave it out")
     if named.startswith(DIGEST):
         if not re.fullmatch(DIGEST + "[0-9a-f]{64}", named):
             raise InputError(f"quantized_from: {named[:80]!a} is no fingerprint; expected {DIGEST} and 64 hex digits")
         return named
-    from prefvec_ray.vectors import fingerprint  # brings torch, which the front does without
-
     if not Path(named).is_dir():
         raise InputError(f"quantized_from: {named} is no folder; give the folder of the model that was quantized")
     ours, theirs = _config(base), _config(Path(named))

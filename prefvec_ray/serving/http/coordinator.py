@@ -105,21 +105,6 @@ class Coordinator:
             usage.end(None)
 
 
-class _Uncounted:
-    """The usage of a caller without limits: see `Usage`."""
-
-    counted = False
-
-    async def reserve(self, tokens: int) -> Mapping[str, str]:
-        return {}
-
-    def end(self, used: int | None) -> None:
-        pass
-
-    def refuse(self, tokens: int = 0) -> None:
-        pass
-
-
 class _SharedUsage:
     """See `Usage`: counted by the coordinator."""
 
@@ -139,11 +124,12 @@ class _SharedUsage:
 
 
 def shared_usages(coordinator: DeploymentHandle) -> Usages:
-    """Of all fronts together."""
+    """Of all fronts together. Nothing is counted of callers without limits, so they need no coordinator."""
+    unlimited = local_usages()
 
     async def begin(caller: str, allowance: Allowance) -> Usage:
         if not allowance.is_limited:
-            return _Uncounted()
+            return await unlimited(caller, allowance)
         request = uuid.uuid4().hex
         try:
             await _asked(coordinator.begin.remote(request, caller, allowance))

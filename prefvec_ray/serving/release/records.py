@@ -70,9 +70,7 @@ class ServingRecords:
             ref = release.vectors[name].ref
             etas[ref] = etas.get(ref, 0.0) + eta
         try:
-            self._registry.record_served(
-                etas, base_fingerprint=release.base_fingerprint, quantized=release.quantized or None
-            )
+            self._registry.record_served(etas, base_fingerprint=release.base_fingerprint, quantized=release.quantized)
         except (InputError, StoreError, OSError) as error:
             self._seen.discard(fingerprint)
             log.warning("served fingerprint %s could not be recorded: %s", fingerprint, error)

@@ -17,7 +17,7 @@ from prefvec_ray.registry import PresetVersion, Registry, VectorVersion, open_re
 from prefvec_ray.serving.access.policy import Policy, no_way_around, parts_of, policy_of
 from prefvec_ray.serving.config import ServingConfig
 from prefvec_ray.serving.engines.base import Coefficients
-from prefvec_ray.serving.quantized import is_quantized, made_from
+from prefvec_ray.serving.quantized import is_quantized, trained_base
 from prefvec_ray.serving.request import ReleaseId
 
 
@@ -46,8 +46,8 @@ class Release:
     """the references that it was resolved from; None: the newest vectors of the base"""
     deployment: str = ""
     """that it is of"""
-    quantized: str = ""
-    """fingerprint of the quantized copy of that base whose weights are served; empty: the base itself is"""
+    quantized: str | None = None
+    """fingerprint of the quantized copy of that base whose weights are served; None: the base itself is"""
     context: int | None = None
     """the most tokens that a prompt can have with this base, where that is known without loading it"""
 
@@ -108,9 +108,9 @@ def resolve_release(config: ServingConfig) -> Release:
     if not config.base.is_dir():
         raise InputError(f"base: {config.base.absolute()} is no folder; give the base model's folder")
     served = fingerprint(config.base)
-    base = made_from(config.base, config.quantized_from) if config.quantized_from else served
+    base = trained_base(config.base, config.quantized_from)
     release = resolve(config, base, open_registry(config.registry))
-    return replace(release, context=_context(config), quantized="" if base == served else served)
+    return replace(release, context=_context(config), quantized=served if base != served else None)
 
 
 def check_unchanged(base: Path, base_fingerprint: str) -> None:

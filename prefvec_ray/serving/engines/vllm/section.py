@@ -16,8 +16,8 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import Name
 from prefvec_ray.registry import Registry, VectorVersion, open_registry
 from prefvec_ray.serving.config import Range
-from prefvec_ray.serving.quantized import made_from
-from prefvec_ray.vectors import PreferenceVector, fingerprint, load_vector
+from prefvec_ray.serving.quantized import trained_base
+from prefvec_ray.vectors import PreferenceVector, load_vector
 from prefvec_ray.vectors.live import check_base
 
 SECTION = "prefvec"
@@ -72,8 +72,7 @@ def load_vectors(config: PluginConfig, model_config: Any) -> dict[str, Preferenc
         raise InputError("vLLM has not loaded the plugin 'prefvec': name it in VLLM_PLUGINS, or unset that variable")
     registry, found = versions(config)
     folders = {name: registry.fetch(version.ref) for name, version in found.items()}
-    base = _folder(model_config)
-    return opened(folders, made_from(base, config.quantized_from) if config.quantized_from else fingerprint(base))
+    return opened(folders, trained_base(_folder(model_config), config.quantized_from))
 
 
 def opened(folders: Mapping[str, str | Path], base_fingerprint: str) -> dict[str, PreferenceVector]:
