@@ -216,7 +216,7 @@ def ray_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def ray_run(spec: Any, config: Any, board: Any) -> dict[str, Any]:
-    from prefvec_ray.training.plan import start_run
+    from prefvec_ray.training.worker_groups import start_run
 
     spec = spec.model_copy(update={"out": f"{spec.out}-{time.time_ns()}"})
     started = time.time()

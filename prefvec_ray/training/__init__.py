@@ -12,7 +12,7 @@ from prefvec_ray.common.extras import require
 from prefvec_ray.training.config import PreferenceData, Resources, TrainingConfig
 
 if TYPE_CHECKING:
-    from prefvec_ray.training.plan import RunsFailedError
+    from prefvec_ray.training.failures import RunsFailedError
     from prefvec_ray.training.train import publish_vectors, train_vectors
 
 require("train", "ray", "trl")
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"RunsFailedError": "plan", "publish_vectors": "train", "train_vectors": "train"}
+    homes = {"RunsFailedError": "failures", "publish_vectors": "train", "train_vectors": "train"}
     if name in homes:
         return getattr(import_module(f"{__name__}.{homes[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,10 +24,10 @@ from prefvec_ray.preferences.measures import common_length, tokenize_pair
 from prefvec_ray.training.checkpoints import gigabytes
 from prefvec_ray.training.config import TrainingConfig
 from prefvec_ray.training.fsdp import sharding
-from prefvec_ray.training.plan import start_run
 from prefvec_ray.training.progress import duration
 from prefvec_ray.training.quantized import BITS, linear_layers
 from prefvec_ray.training.references import key_of, working_base
+from prefvec_ray.training.worker_groups import start_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

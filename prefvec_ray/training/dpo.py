@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from pyarrow import compute
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from prefvec_ray.artifacts.training import KL, PLAIN, Method, RunResult, RunSpec
@@ -42,6 +42,7 @@ from prefvec_ray.training.watch import (
     Watcher,
     few,
     peak_memory,
+    reset_peak_memory,
     tensorboard,
     training_log,
     whole_batches,
@@ -222,6 +223,8 @@ def run_dpo(spec: RunSpec, report: Report, work_dir: str | Path) -> RunResult | 
         DiskFullError: nothing half-written is kept.
     """
     started = time.perf_counter()
+    reset_peak_memory()
+    set_seed(spec.seed)  # of new adapters; all else is seeded by the trainer
     layout = parameter_layout(spec.base)  # before DeepSpeed is started
     folder = checkpoint_folder(spec.out) if spec.checkpoint_every else work_dir
     method = spec.method

@@ -4,11 +4,14 @@ On a terminal the table is live; in a job's log it becomes a line a run for each
 all of them.
 """
 
+import asyncio
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,12 +35,59 @@ LONGEST_SILENCE = 600.0
 T = TypeVar("T")
 
 
+@dataclass
+class TaskList:
+    """What one worker group was given."""
+
+    given: dict[int, bytes | None] = field(default_factory=dict)
+    ended: int = 0
+    since: float = 0.0
+    """When its first worker was up."""
+
+
 class Board:
-    """The latest figures of every run. Small on purpose: losing it loses no work."""
+    """The latest figures of every run, and the tasks of every worker group.
+
+    Small on purpose: losing it loses no work.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[int, str]] = {}
+        self.tasks: dict[str, TaskList] = defaultdict(TaskList)
+        self.changed = asyncio.Condition()
+
+    def begin_tasks(self, group: str) -> int:
+        """A worker of `group` is up. How many of its tasks were ended before."""
+        tasks = self.tasks[group]
+        tasks.since = tasks.since or time.monotonic()
+        return tasks.ended
+
+    async def give(self, group: str, number: int, task: bytes | None) -> None:
+        """Task `number` of a group, from 1; None: there are no more."""
+        async with self.changed:
+            self.tasks[group].given[number] = task
+            self.changed.notify_all()
+
+    async def task(self, group: str, number: int) -> bytes | None:
+        """Task `number` of a group, as soon as it is given."""
+        given = self.tasks[group].given
+        async with self.changed:
+            await self.changed.wait_for(lambda: number in given)
+        return given[number]
+
+    async def end(self, group: str, number: int) -> None:
+        """The group has ended its task `number`."""
+        async with self.changed:
+            self.tasks[group].ended = number
+            self.changed.notify_all()
+
+    async def ended(self, group: str, number: int) -> float:
+        """Waits until the group has ended its task `number`. The seconds since its first worker was up."""
+        tasks = self.tasks[group]
+        async with self.changed:
+            await self.changed.wait_for(lambda: tasks.ended >= number)
+        return time.monotonic() - tasks.since
 
     def place(self, key: str, rank: int, node: str) -> None:
         """A worker of run `key` is up, on this node."""

@@ -22,7 +22,7 @@ from prefvec_ray.training.config import TrainingConfig
 from prefvec_ray.training.dpo import dpo_config, reference_logps
 from prefvec_ray.training.model import load_tokenizer
 from prefvec_ray.training.plan import run_stage, slots
-from prefvec_ray.training.progress import job_board
+from prefvec_ray.training.worker_groups import WorkerGroups, worker_groups
 from prefvec_ray.training.workers import worker_setup
 from prefvec_ray.vectors import fingerprint
 
@@ -53,14 +53,14 @@ class ReferenceJob(Artifact):
 
 
 def compute_references(
-    config: TrainingConfig, prepared: dict[str, PreparedPairs], board: Any = None
+    config: TrainingConfig, prepared: dict[str, PreparedPairs], groups: WorkerGroups | None = None
 ) -> dict[str, ReferencePairs]:
-    """Reference log-probs of every split and of a few answers of the base itself, in one Ray Train run.
+    """Reference log-probs of every split and of a few answers of the base itself, on one worker group.
 
     A large data set is scored by as many workers as the cluster has free for it.
 
     Args:
-        board: of `job_board`; one for this pass alone is made where it is left out.
+        groups: of the job; made for this pass alone where they are left out.
 
     Returns:
         By preference.
@@ -68,9 +68,9 @@ def compute_references(
     Raises:
         RunsFailedError: the pass failed; no run was started.
     """
-    if board is None:
-        with job_board(config.folder) as board:
-            return compute_references(config, prepared, board)
+    if groups is None:
+        with worker_groups(config.folder, config.folder / "ray", retries=config.retries) as groups:
+            return compute_references(config, prepared, groups)
     key, watch = _tokenization_key(config), config.watch
     references: dict[str, ReferencePairs] = {}
     tasks = []
@@ -88,7 +88,7 @@ def compute_references(
             tasks.append(drawn)
         references[name] = ReferencePairs(train=train, test=test, digest=split.digest, answers=answers)
     if missing := [task for task in tasks if not Path(task.target).is_dir()]:
-        _run_pass(config, missing, board)
+        _run_pass(config, missing, groups)
     return references
 
 
@@ -105,7 +105,7 @@ def _tokenization_key(config: TrainingConfig) -> str:
     return key_of(fingerprint(config.base), vocabulary, tokenizer.chat_template or "", json.dumps(shape))
 
 
-def _run_pass(config: TrainingConfig, tasks: list[ScoringTask], board: Any) -> None:
+def _run_pass(config: TrainingConfig, tasks: list[ScoringTask], groups: WorkerGroups) -> None:
     """Score the tasks on the cluster, and show how far it is."""
     job = ReferenceJob(base=str(working_base(config)), dpo=config.dpo, method=config.run_method, tasks=tasks)
     wanted = sum(task.pairs for task in tasks) // PAIRS_PER_WORKER
@@ -116,7 +116,7 @@ def _run_pass(config: TrainingConfig, tasks: list[ScoringTask], board: Any) -> N
         job,
         f"reference-{key_of(*(task.target for task in tasks))}",
         config,
-        board,
+        groups,
         resources=resources,
         row="reference",
         what="the pass over the reference model",

@@ -23,6 +23,7 @@ from prefvec_ray.preferences.demonstrations import Demonstrations
 from prefvec_ray.training.config import SftStage, TrainingConfig
 from prefvec_ray.training.plan import run_stage
 from prefvec_ray.training.references import key_of, working_base
+from prefvec_ray.training.worker_groups import WorkerGroups
 from prefvec_ray.training.workers import worker_setup
 from prefvec_ray.vectors import PreferenceVector, export_model, fingerprint, load_vector
 
@@ -49,7 +50,7 @@ class SftJob(Artifact):
     out: str
 
 
-def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
+def fine_tuned(config: TrainingConfig, groups: WorkerGroups) -> TrainingConfig:
     """The config whose base is the result of its SFT stage, trained now unless it is there; without a stage, itself.
 
     Raises:
@@ -81,7 +82,7 @@ def fine_tuned(config: TrainingConfig, board: Any) -> TrainingConfig:
             job,
             f"sft-{key}",
             config,
-            board,
+            groups,
             resources=config.resources,
             row="sft",
             what="supervised fine-tuning",

@@ -34,11 +34,11 @@ from prefvec_ray.training.delta import bf16_checkpoints_keep, parameter_layout
 from prefvec_ray.training.model import base_ends, generation_config, load_tokenizer
 from prefvec_ray.training.plan import run_plan, slots
 from prefvec_ray.training.plot import plot_runs
-from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.recipe import check_whole_batch
 from prefvec_ray.training.references import compute_references, key_of, working_base
 from prefvec_ray.training.sft import demonstrations, fine_tuned
 from prefvec_ray.training.status import job_status
+from prefvec_ray.training.worker_groups import worker_groups
 from prefvec_ray.vectors import fingerprint, load_vector, save_vector, subtract, subtract_deltas
 from prefvec_ray.vectors.extract import positive_only
 
@@ -61,17 +61,17 @@ def train_vectors(config: TrainingConfig, prepared: dict[str, PreparedPairs] | N
     config.check()
     prepared = prepare_data(config) if prepared is None else prepared
     with (
-        job_board(config.folder) as board,
-        job_status(config.folder, board) as status,
+        worker_groups(config.folder, config.folder / "ray", retries=config.retries) as groups,
+        job_status(config.folder, groups.board) as status,
         named_when_full(config.folder),
     ):
-        config = fine_tuned(config, board)
-        references = compute_references(config, prepared, board)
+        config = fine_tuned(config, groups)
+        references = compute_references(config, prepared, groups)
         left_out = {name: _left_out(data, references[name]) for name, data in prepared.items()}
         specs = plan_runs(config, references)
         _check_space(config, specs)
         status.plan(specs)
-        runs = run_plan(specs, config.resources, config.folder / "ray", retries=config.retries, board=board)
+        runs = run_plan(specs, config.resources, groups.storage, groups=groups)
         vectors = extract_vectors(config, specs)
     summary = TrainingSummary(
         base=str(working_base(config)),

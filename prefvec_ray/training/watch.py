@@ -11,8 +11,9 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,16 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on: a process may train several runs, one after the other."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # a system that cannot: the peak is of all runs of the process
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def whole_batches(pairs: Dataset, batch: int) -> Dataset:

@@ -11,6 +11,40 @@ from typing import Any
 from prefvec_ray.common.paths import check_visible
 
 
+def take_turns(config: dict[str, Any]) -> int:
+    """The tasks of a worker group, one after the other, as the job's driver gives them out.
+
+    `config`: the board, the group's name on it, and its first task, pickled, which needs no board. A group that was
+    started again goes on with the task that it was at. Returns how many tasks were ended.
+    """
+    import gc
+
+    import ray.train
+    from ray import cloudpickle
+
+    board, group = config["board"], config["group"]
+
+    def asked(call: Any, without: Any) -> Any:
+        """What the board answers; `without` a board, since it was lost or the job is over."""
+        try:
+            return ray.get(call)
+        except ray.exceptions.RayActorError:
+            return without
+
+    task = config["first"]
+    if ended := asked(board.begin_tasks.remote(group), 0):
+        task = asked(board.task.remote(group, ended + 1), None)
+    while task is not None:
+        worker, given = cloudpickle.loads(task)
+        worker({**given, "board": board})
+        ended += 1
+        gc.collect()  # a trainer and its model hold each other
+        if ray.train.get_context().get_world_rank() == 0:
+            asked(board.end.remote(group, ended), None)
+        task = asked(board.task.remote(group, ended + 1), None)
+    return ended
+
+
 def dpo_worker(config: dict[str, Any]) -> None:
     """One DPO run. `config`: a RunSpec as a dict, and the board that shows its progress."""
     import ray.train

@@ -16,15 +16,17 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from prefvec_ray.common.cluster import connect
-from prefvec_ray.training import Resources, plan
-from prefvec_ray.training.plan import RunsFailedError, start_run
+from prefvec_ray.training import Resources, worker_groups
+from prefvec_ray.training.failures import RunsFailedError
+from prefvec_ray.training.worker_groups import start_run
 from prefvec_ray.training.references import _reference_worker
 from prefvec_ray.training.sft import _sft_worker
 from prefvec_ray.training.workers import dpo_worker
 
 storage, given = Path(sys.argv[1]), json.loads(sys.argv[2])
 retried = []
-plan._worker_died = lambda error, judge=plan._worker_died: judge(error) and not retried.append(str(error))
+judge = worker_groups.worker_died
+worker_groups.worker_died = lambda error: judge(error) and not retried.append(str(error))
 workers = {"dpo": dpo_worker, "sft": _sft_worker, "reference": _reference_worker}
 connect()
 runs = [start_run(workers[name], job, name, Resources(), storage) for name, job in given.items()]

@@ -66,6 +66,21 @@ def cosine(one: PreferenceVector, other: PreferenceVector) -> float:
     return torch.cosine_similarity(dense(one), dense(other), dim=0).item()
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_run_does_not_depend_on_what_its_process_did_before(run, kind):
+    method = Method(kind=kind)
+    torch.manual_seed(1)
+    first, told = run("first", method=method)
+    memory = [torch.ones(1 << 26)]  # 256 MB
+    torch.rand(7)
+    memory.clear()
+    second, told_again = run("second", method=method)
+    assert torch.equal(dense(first), dense(second))
+    assert told is not None
+    assert told_again is not None
+    assert abs(told_again.memory - told.memory) < 100e6, "the peak is this run's own"
+
+
 def test_the_losses_are_all_that_trl_has():
     text = next(
         field.metadata["help"] for field in DPOConfig.__dataclass_fields__.values() if field.name == "loss_type"

@@ -20,7 +20,7 @@ from prefvec_ray.training import Resources
 from prefvec_ray.training.dpo import REFERENCE, reference_logps, run_dpo
 from prefvec_ray.training.fsdp import PRESETS, fsdp_config
 from prefvec_ray.training.model import load_base
-from prefvec_ray.training.plan import start_run
+from prefvec_ray.training.worker_groups import start_run
 from prefvec_ray.training.zero import deepspeed_config
 from prefvec_ray.vectors import PreferenceVector, checkpoint_state, load_vector
 

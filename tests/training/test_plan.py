@@ -11,7 +11,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from prefvec_ray.artifacts.training import ReferencePairs
 from prefvec_ray.common.errors import JobError
 from prefvec_ray.training import Resources, Watch
-from prefvec_ray.training.plan import _lost_ranks, _worker_died, failure_reason
+from prefvec_ray.training.failures import failure_reason, lost_ranks, worker_died
 from prefvec_ray.training.train import plan_runs
 
 STOPPED = "Traceback (most recent call last):\n  ...\nprefvec_ray.training.watch.RunStoppedError: loss is nan at step 3"
@@ -46,10 +46,10 @@ def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(fa
         for failure in failures
     ]
     error = WorkerGroupError("", dict(enumerate(failures)))
-    assert _worker_died(error) is lost
+    assert worker_died(error) is lost
     assert failure_reason(error).startswith(reason)
     gone = [rank for rank, failure in enumerate(failures) if isinstance(failure, WorkerHealthCheckFailedError)]
-    assert _lost_ranks(error) == gone
+    assert lost_ranks(error) == gone
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_lost_process_is_worth_another_start_and_an_error_of_the_run_is_not(fa
 )
 def test_a_failure_of_ray_trains_controller_is_named_by_its_cause(failure, again, reason):
     error = ControllerError(failure)
-    assert _worker_died(error) is again
+    assert worker_died(error) is again
     assert failure_reason(error).startswith(reason)
 
 

@@ -15,8 +15,8 @@ from prefvec_ray.tiny_world import TinyWorld
 from prefvec_ray.training import Resources, TrainingConfig
 from prefvec_ray.training.config import SftStage
 from prefvec_ray.training.model import load_base
-from prefvec_ray.training.progress import job_board
 from prefvec_ray.training.sft import SftJob, fine_tuned, run_sft, write_examples
+from prefvec_ray.training.worker_groups import worker_groups
 from prefvec_ray.vectors import fingerprint
 
 RECIPE = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "max_steps": 4, "logging_steps": 1}
@@ -70,10 +70,10 @@ def test_two_workers_fine_tune_as_one_process_once_and_are_then_skipped(
 ):
     stage = SftStage.model_validate({"data": str(examples), **RECIPE, "per_device_train_batch_size": 4})
     both = config.model_copy(update={"sft": stage, "resources": Resources(workers=2), "checkpoint_every": 2})
-    with job_board(config.folder) as board:
-        done = fine_tuned(both, board)
+    with worker_groups(config.folder, config.folder / "ray") as groups:
+        done = fine_tuned(both, groups)
         written = (done.base / "sft.json").stat().st_mtime_ns
-        assert fine_tuned(both, board) == done
+        assert fine_tuned(both, groups) == done
         assert (done.base / "sft.json").stat().st_mtime_ns == written
     assert done.sft is None
     assert done.base.parent == config.folder / "sft"
