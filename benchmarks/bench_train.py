@@ -78,7 +78,7 @@ def write_world(folder: Path, size: str, pairs: int, length: int) -> None:
                     file.write(json.dumps(row) + "\n")
 
 
-def training_config(folder: Path, recipe: dict[str, Any], gpu: bool, **settings: Any) -> Any:
+def training_config(folder: Path, recipe: dict[str, Any], gpu: bool, method: str, **settings: Any) -> Any:
     from prefvec_ray.training import PreferenceData, Resources, TrainingConfig
 
     return TrainingConfig(
@@ -90,6 +90,7 @@ def training_config(folder: Path, recipe: dict[str, Any], gpu: bool, **settings:
             for name in PREFERENCES
         },
         dpo=recipe,
+        method=method,
         resources=Resources(gpus_per_worker=1 if gpu else 0),
         **settings,
     )
@@ -347,8 +348,9 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "max_length": given.length,
         "disable_dropout": True,
     }
-    bare = training_config(folder, recipe, gpu, watch={"evaluations": 0, "kl_samples": 0}, checkpoint_every=None)
-    configs = {"bare": bare, "default": training_config(folder, recipe, gpu, watch={"kl_tokens": given.length // 3})}
+    common = (folder, recipe, gpu, given.method)
+    bare = training_config(*common, watch={"evaluations": 0, "kl_samples": 0}, checkpoint_every=None)
+    configs = {"bare": bare, "default": training_config(*common, watch={"kl_tokens": given.length // 3})}
     ray.init(address="local", num_cpus=given.cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     prepared = prepare_data(bare)
     specs = {name: plan_runs(config, compute_references(config, prepared)) for name, config in configs.items()}
@@ -386,6 +388,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--length", type=int, default=128, help="longest conversation in tokens")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--method", default="full", choices=["full", "lora"], help="of the runs inside Ray Train")
     parser.add_argument("--cpus", type=int, default=4, help="CPUs that the Ray cluster has")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -396,7 +399,10 @@ def main() -> None:
     given.only = given.only.split(",")
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         result = measure(given, Path(folder))
-    shape = {name: getattr(given, name) for name in ("size", "device", "rounds", "steps", "batch", "length")}
+    shape = {
+        name: getattr(given, name)
+        for name in ("size", "method", "cpus", "device", "rounds", "steps", "batch", "length")
+    }
     print(json.dumps(result | shape))
 
 

@@ -28,7 +28,7 @@ from prefvec_ray.training.workers import take_turns
 KEPT_SECONDS = 120.0
 """A worker group that has worked for so long ends with its task: starting another is little beside that, and whoever
 else waits for room in the cluster gets a turn."""
-PATIENCE = 60.0
+PATIENCE = 20.0
 """Seconds to wait, at the end of a job, until its idle worker groups have given their room back."""
 
 Lost = Callable[[Exception], None]
@@ -251,5 +251,7 @@ def worker_groups(folder: Path, storage: Path, *, retries: int = 2) -> Iterator[
     """
     with job_board(folder) as board:
         groups = WorkerGroups(board, storage, retries=retries)
-        yield groups
-        groups.close()  # otherwise the job was broken off, and what is under way ends with the board
+        try:
+            yield groups
+        finally:
+            groups.close()

@@ -6,7 +6,7 @@ of the positions (batch x sequence) that a layer sees. So (batch, P) steers by r
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -77,22 +77,22 @@ class SharedInput:
     `x` is recognised by identity; a layer that is called with another tensor computes its own product.
     """
 
-    def __init__(self, scales: Scales, members: Sequence[tuple[nn.Linear, Terms]]):
+    def __init__(self, scales: Scales, members: Sequence[Terms], x: Tensor):
+        """`x`: what the layers read, of any length; the factors take its dtype and device."""
         self._scales = scales
-        weight = members[0][0].weight
-        factors = [entry.A_RI for _, terms in members for _, entry in terms if isinstance(entry, LowRank)]
-        self._A_RI = torch.cat(factors).to(weight)
+        factors = [entry.A_RI for terms in members for _, entry in terms if isinstance(entry, LowRank)]
+        self._A_RI = torch.cat(factors).to(x)
         columns: list[int] = []
         self._ranges: list[tuple[int, int]] = []
         self._B: list[Tensor] = []
-        for module, terms in members:
+        for terms in members:
             start = len(columns)
             for column, entry in terms:
                 assert isinstance(entry, LowRank)
                 columns += [column] * entry.rank
             self._ranges.append((start, len(columns)))
             B_RO = torch.cat([entry.B_OR.mT for _, entry in terms if isinstance(entry, LowRank)])
-            self._B.append(B_RO.to(module.weight).contiguous())
+            self._B.append(B_RO.to(x).contiguous())
         self._columns = tuple(columns)
         self._x: Tensor | None = None
         self._xA: Tensor | None = None
@@ -226,4 +226,9 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or is_rounded(module))
+
+
+def is_rounded(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer of bitsandbytes: its weight is rounded, and in 4 bits packed into another shape."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes.")

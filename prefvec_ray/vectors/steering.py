@@ -30,6 +30,7 @@ from prefvec_ray.vectors.sites import (
     SharedInput,
     is_embedding,
     is_linear,
+    is_rounded,
     unit_norm,
     wrap_added,
     wrap_embedding,
@@ -50,7 +51,8 @@ class Steering:
     vectors with `LiveModel`. So is another base, and a parameter that the model has not, or not in that shape.
 
     The model is run once on four tokens, to see which layers share an input and that each is reached at all. `names` is
-    the order of coefficient columns: sorted. `base_fingerprint` skips hashing the model.
+    the order of coefficient columns: sorted. `base_fingerprint` skips hashing the model. It is needed for a base whose
+    layers bitsandbytes has rounded, whose own numbers are others: give that of the base in full precision.
     """
 
     def __init__(
@@ -132,7 +134,9 @@ class Steering:
     ) -> dict[Place, list[tuple[int, Entry]]]:
         """Which modules' parameters change, and by what; full matrices are shortened on the way."""
         layout = checkpoint_layout(self.model)
-        owners = {piece.name: (owner, piece) for owner, pieces in layout.items() for piece in pieces}
+        owners = {piece.name: (owner, piece.shape) for owner, pieces in layout.items() for piece in pieces}
+        rounded = self._rounded()
+        owners |= rounded
         places: dict[int, list[Place]] = {}
         for path, module in self._modules.items():
             for name, parameter in module.named_parameters(recurse=False):
@@ -145,12 +149,11 @@ class Steering:
                 exact = vectors[key].entries[name]
                 if name not in owners:
                     raise InputError(f"vector '{key}' changes '{name}', which the model does not have")
-                owner, piece = owners[name]
+                owner, shape = owners[name]
                 parameter = self.model.get_parameter(owner)
-                if tuple(exact.shape) != piece.shape:
-                    shapes = f"{tuple(exact.shape)}, in the model {piece.shape}"
-                    raise InputError(f"vector '{key}': '{name}' has shape {shapes}")
-                if piece.shape != tuple(parameter.shape):
+                if tuple(exact.shape) != shape:
+                    raise InputError(f"vector '{key}': '{name}' has shape {tuple(exact.shape)}, in the model {shape}")
+                if shape != tuple(parameter.shape) and name not in rounded:
                     raise InputError(f"vector '{key}': '{name}' is fused into '{owner}'; merge it with LiveModel")
                 if not is_finite(exact):
                     raise InputError(f"vector '{key}': '{name}' holds NaN or infinity; extract it again")
@@ -167,6 +170,14 @@ class Steering:
                     sites.setdefault(place, []).append((column, used))
             self.errors[key] = loss.relative_error
         return sites
+
+    def _rounded(self) -> dict[str, tuple[str, tuple[int, int]]]:
+        """The weights of rounded layers, which no checkpoint file holds: name -> itself, and the shape in full."""
+        return {
+            f"{path}.weight": (f"{path}.weight", (layer.out_features, layer.in_features))
+            for path, layer in self._modules.items()
+            if is_rounded(layer)
+        }
 
     @torch.no_grad()
     def _inputs(self, sites: Mapping[Place, object]) -> dict[str, Tensor]:
@@ -199,8 +210,7 @@ class Steering:
             if (path, "weight") in sites and is_linear(self._modules[path]):
                 groups.setdefault(id(x), []).append(path)
         for group in groups.values():
-            members = [(self.model.get_submodule(path), sites[path, "weight"]) for path in group]
-            shared = SharedInput(self._scales, members)  # type: ignore[arg-type]
+            shared = SharedInput(self._scales, [sites[path, "weight"] for path in group], inputs[group[0]])
             for index, path in enumerate(group):
                 self._install(path, partial(shared.wrap, index))
         for (path, which), terms in sites.items():

@@ -106,6 +106,17 @@ def test_what_was_learned_beside_the_rounded_base_holds_on_the_base_as_it_is(run
     assert merged == pytest.approx(seen, rel=0.3)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_vector_steers_the_rounded_base_row_by_row(runs, kind):
+    """Against phi x added layer by layer, and against the same on the base as it is: rounding moves the base, and what
+    the vector changes there is nearly the same."""
+    found = json.loads((runs[kind].parent / "steered.json").read_text())
+    assert found["base untouched"], "the row with coefficient 0"
+    assert found["to expected"] < 1e-4
+    assert found["moved"][0] == 0 < found["moved"][1] < found["moved"][2]
+    assert 1e-6 < found["effect on both"] < 0.3 * found["effect"]
+
+
 def test_what_cannot_be_quantized_is_refused(base, world_folder, monkeypatch):
     with pytest.raises(InputError, match="quantize needs method lora, and method is 'full'"):
         check_quantization("nf4", base, "full", sharded=False)

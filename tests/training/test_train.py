@@ -44,6 +44,7 @@ def job(world_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainin
         base=world_folder / "base",
         preferences={"helpful": pairs, "harmless": pairs},
         dpo={"learning_rate": 1e-3, "per_device_train_batch_size": 16, "num_train_epochs": 1},
+        resources=Resources(cpus_per_worker=2),
     )
 
 
