@@ -268,13 +268,14 @@ def extract_vectors(config: TrainingConfig, specs: list[RunSpec]) -> dict[str, P
             deltas = [load_vector(Path(run.out) / "delta") for run in runs]  # the positive run's first, as planned
             preference = runs[0].preference
             kept = {"in_bf16_checkpoints": bf16_checkpoints_keep(runs[0].base, *deltas)}
-            if config.polarity == "positive":
-                vector = positive_only(deltas[0], preference=preference, dtype=dtype)
-            elif all(delta.info.form == "full" for delta in deltas):
-                subtract_deltas(deltas[0], deltas[1], folder, preference=preference, dtype=dtype, precision=kept)
+            positive, negative = deltas[0], deltas[1] if config.polarity == "both" else None
+            if all(delta.info.form == "full" for delta in deltas):
+                subtract_deltas(positive, negative, folder, preference=preference, dtype=dtype, precision=kept)
                 continue
+            if negative is None:
+                vector = positive_only(positive, preference=preference, dtype=dtype)
             else:
-                vector = subtract(deltas[0], deltas[1], preference=preference, dtype=dtype)
+                vector = subtract(positive, negative, preference=preference, dtype=dtype)
             save_vector(vector.replace(precision=vector.info.precision | kept), folder)
     return folders
 

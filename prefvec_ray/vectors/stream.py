@@ -15,7 +15,13 @@ from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.names import check_preference
 from prefvec_ray.vectors.checkpoint import Checkpoint
 from prefvec_ray.vectors.entries import FLOAT_DTYPES, Full, dtype_name
-from prefvec_ray.vectors.extract import check_same_base, check_same_parameters, check_same_shape, of_two_runs
+from prefvec_ray.vectors.extract import (
+    check_same_base,
+    check_same_parameters,
+    check_same_shape,
+    of_one_run,
+    of_two_runs,
+)
 from prefvec_ray.vectors.file import STEM, PreferenceVector, VectorInfo, load_vector, to_metadata
 from prefvec_ray.vectors.fingerprint import fingerprint
 from prefvec_ray.vectors.fused import FusedMerge, Segment
@@ -84,7 +90,7 @@ def extract_from_checkpoints(
 
 def subtract_deltas(
     positive: PreferenceVector,
-    negative: PreferenceVector,
+    negative: PreferenceVector | None,
     out: str | Path,
     *,
     preference: str,
@@ -92,7 +98,8 @@ def subtract_deltas(
     precision: Mapping[str, JsonValue] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> PreferenceVector:
-    """`subtract` of two runs' full deltas in fp32, of any size: written as a vector folder, and opened.
+    """`subtract` of two runs' full deltas in fp32, of any size: written as a vector folder, and opened. With no
+    `negative` it is `positive_only`.
 
     What storing costs is measured on a sample of about a million numbers. `out` appears complete or not at all.
 
@@ -102,10 +109,12 @@ def subtract_deltas(
     Raises:
         InputError: as `subtract`, and for deltas in another form or dtype.
     """
-    check_same_base([positive, negative])
-    plus, minus = _changes(positive), _changes(negative)
-    for name in plus.keys() & minus.keys():
-        check_same_shape(name, positive, negative)
+    runs = {"positive": positive} if negative is None else {"positive": positive, "negative": negative}
+    check_same_base(list(runs.values()))
+    plus, minus = _changes(positive), {} if negative is None else _changes(negative)
+    if negative is not None:
+        for name in plus.keys() & minus.keys():
+            check_same_shape(name, positive, negative)
     for state, other in ((plus, minus), (minus, plus)):
         for name in other.keys() - state.keys():  # what one run left alone is 0 there
             state[name] = torch.zeros(()).expand(other[name].shape)
@@ -114,11 +123,14 @@ def subtract_deltas(
         raise InputError(f"'{preference}' changes no parameter; nothing was trained, or the two runs are equal")
     measured, _ = _precision(plus, minus, changed, dtype)
     known = {"dtype": dtype_name(dtype), "precision": measured | dict(precision or {})}
-    unknown = {"parents": dict.fromkeys(("positive", "negative"), UNKNOWN)}
-    info = of_two_runs(positive, negative, preference, "full").model_copy(update=known | unknown)
+    unknown = {"parents": dict.fromkeys(runs, UNKNOWN)}
+    about = (
+        of_one_run(positive, preference) if negative is None else of_two_runs(positive, negative, preference, "full")
+    )
+    info = about.model_copy(update=known | unknown)
 
     def lineage() -> dict[str, object]:
-        return {"parents": {"positive": positive.digest(), "negative": negative.digest()}}
+        return {"parents": {polarity: run.digest() for polarity, run in runs.items()}}
 
     like = {name: plus[name].to("meta", dtype) for name in changed}
     _write(Path(out), like, plus, minus, info, lineage, max_shard_size)

@@ -1,5 +1,6 @@
 """A vector that two processes write together, and phi of two runs' deltas, streamed from such files."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.vectors import PreferenceVector, VectorInfo, load_vector, subtract, subtract_deltas, vector_from_state
+from prefvec_ray.vectors.extract import positive_only
 from prefvec_ray.vectors.part_writer import PartWriter, write_index
 
 BASE = "blake3:" + "0" * 64
@@ -65,14 +67,17 @@ def test_two_deltas_of_any_size_are_subtracted_as_in_memory(tmp_path, dtype):
     del minus["layer.0.weight"]
     minus["layer.1.weight"] = plus["layer.1.weight"].clone()
     runs = written(tmp_path / "plus", plus), written(tmp_path / "minus", minus, polarity="-", parts=3)
-    for name, (positive, negative) in {"there": runs, "back": runs[::-1]}.items():
-        exact = subtract(positive, negative, preference="helpful", dtype=dtype)
+    for name, (positive, negative) in {"there": runs, "back": runs[::-1], "alone": (runs[0], None)}.items():
+        if negative is None:
+            exact = positive_only(positive, preference="helpful", dtype=dtype)
+        else:
+            exact = subtract(positive, negative, preference="helpful", dtype=dtype)
         streamed = subtract_deltas(
             positive, negative, tmp_path / name, preference="helpful", dtype=dtype, precision={"more": 1}
         )
         assert streamed.digest() == exact.digest()
-        assert "layer.1.weight" not in streamed
-        assert streamed.info.precision.pop("sampled") == 4 * 8 * 16
+        assert ("layer.1.weight" in streamed) == (negative is None)
+        assert streamed.info.precision.pop("sampled") == sum(math.prod(streamed.shape(n)) for n in streamed.names())
         assert streamed.info.precision == pytest.approx(exact.info.precision | {"more": 1})
         assert streamed.info.model_copy(update={"precision": {}}) == exact.info.model_copy(update={"precision": {}})
 
