@@ -81,6 +81,30 @@ def test_a_run_does_not_depend_on_what_its_process_did_before(run, kind):
     assert abs(told_again.memory - told.memory) < 100e6, "the peak is this run's own"
 
 
+def test_lora_runs_of_a_node_share_the_pages_of_their_base(scored, tmp_path):
+    """A frozen base that is computed in the dtype of its files is those files, mapped: no run has a copy of its own."""
+    weights = Path(scored["spec"].base) / "model.safetensors"
+    copied: list[tuple[int, int]] = []
+
+    def look(values: dict[str, Any]) -> None:
+        """Bytes of the file that this process maps, and of these what it has copied to write to."""
+        mapped = anonymous = 0
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                inside = line.endswith(str(weights))
+            elif inside and line.startswith(("Rss:", "Anonymous:")):
+                size = int(line.split()[1]) * 1024
+                mapped, anonymous = (mapped + size, anonymous) if line[0] == "R" else (mapped, anonymous + size)
+        copied.append((mapped, anonymous))
+
+    changes = {**UNWATCHED, "method": Method(kind="lora"), "out": str(tmp_path / "run")}
+    run_dpo(scored["spec"].model_copy(update=changes), look, tmp_path / "work")
+    assert copied
+    assert all(mapped >= weights.stat().st_size for mapped, _ in copied)
+    assert all(anonymous == 0 for _, anonymous in copied)
+
+
 def test_the_losses_are_all_that_trl_has():
     text = next(
         field.metadata["help"] for field in DPOConfig.__dataclass_fields__.values() if field.name == "loss_type"
