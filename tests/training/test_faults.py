@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefvec_ray.artifacts.training import Method, RunSpec
+from prefvec_ray.artifacts.training import Method, RunResult, RunSpec
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.registry import Registry
 from prefvec_ray.training.checkpoints import (
@@ -137,14 +137,13 @@ def test_a_job_that_would_fill_the_disk_is_refused(world_folder, small_disk):
     check_space(small_disk, base, runs=1, at_once=1, vectors=0, checkpoints=False)
 
 
-def steps_kept(folder: Path) -> list[int]:
-    """The step of each run's newest whole checkpoint."""
-    found = folder.glob("dpo/.*.checkpoints/checkpoint-*/complete.json")
-    newest: dict[Path, int] = {}
-    for marker in found:
-        run, step = marker.parents[1], int(marker.parent.name.removeprefix("checkpoint-"))
-        newest[run] = max(newest.get(run, 0), step)
-    return sorted(newest.values())
+def steps_kept(folder: Path) -> dict[str, int]:
+    """The step of each run's newest whole checkpoint, by the run's key."""
+    newest: dict[str, int] = {}
+    for marker in folder.glob("dpo/.*.checkpoints/checkpoint-*/complete.json"):
+        run = marker.parents[1].name.removeprefix(".").removesuffix(".checkpoints")
+        newest[run] = max(newest.get(run, 0), int(marker.parent.name.removeprefix("checkpoint-")))
+    return newest
 
 
 def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[bytes], log: Path) -> None:
@@ -163,7 +162,7 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new
     config.write_text(
         f"name: job\noutput: {tmp_path}\nbase: {world_folder / 'base'}\n"
         f"preferences: {{helpful: {{data: {world_folder / 'preferences.jsonl'}, rows: 64}}}}\n"
-        "dpo: {learning_rate: 1.0e-4, per_device_train_batch_size: 16, num_train_epochs: 60}\n"
+        "dpo: {learning_rate: 1.0e-4, per_device_train_batch_size: 16, num_train_epochs: 120}\n"
         "checkpoint_every: 20\n"
     )
     folder, log = tmp_path / "job", tmp_path / "log.txt"
@@ -181,21 +180,25 @@ def test_a_killed_driver_and_a_lost_node_cost_no_finished_work(world_folder, new
         driver.kill()
         driver.wait()
         assert not list(folder.glob("dpo/*/run.json"))
-        kept = steps_kept(folder)
+        kept: dict[str, int] = {}
+        while kept != (kept := steps_kept(folder)):  # its workers end a moment after it
+            time.sleep(3)
 
         driver = start()
-        wait_for(lambda: min(steps_kept(folder)) > max(kept), driver, log)
+        wait_for(lambda: all(steps_kept(folder)[run] > kept[run] for run in kept), driver, log)
         cluster.remove_node(other, allow_graceful=False)
         assert driver.wait(timeout=240) == 0, log.read_text()
 
-    lost = r"helpful[+-] seed 0: a worker was lost \(node ([\d.]+)\); it continues from step (\d+)"
-    told = re.findall(f"^{lost}$", log.read_text(), re.MULTILINE)
-    assert [node for node, step in told] == [other.node_ip_address]
-    runs = json.loads((folder / "training.json").read_text())["runs"]
-    assert [run["steps"] for run in runs] == [240, 240]
-    resumed = sorted(run["resumed_at"] for run in runs)
-    assert resumed[0] in kept  # the run that only lost its driver
-    assert resumed[1] == int(told[0][1]) > max(kept)  # the run that lost its node as well
+    lost = r"(helpful[+-] seed 0): a worker was lost \(node ([\d.]+)\); it continues from step (\d+)"
+    ((label, node, step),) = re.findall(f"^{lost}$", log.read_text(), re.MULTILINE)
+    assert node == other.node_ip_address
+    runs = [RunResult.model_validate(run) for run in json.loads((folder / "training.json").read_text())["runs"]]
+    assert [run.steps for run in runs] == [480, 480]
+    for run in runs:
+        if run.spec.label == label:  # it lost its node as well
+            assert run.resumed_at == int(step) > kept[run.spec.key]
+        else:  # it only lost its driver
+            assert run.resumed_at == kept[run.spec.key]
     assert [version.ref for version in Registry.open(folder / "registry").list_vectors()] == ["helpful@1"]
     passes = [
         json.loads(line)["set"] for line in next(folder.glob("reference/*/passes.jsonl")).read_text().splitlines()
