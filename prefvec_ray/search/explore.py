@@ -16,6 +16,7 @@ setting, and what finishes later counts for nothing.
 
 import itertools
 import math
+import random
 import time
 import warnings
 from collections import deque
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
 
@@ -34,6 +36,7 @@ from prefvec_ray.search.options import SearchConfig
 from prefvec_ray.search.pareto import Point
 from prefvec_ray.search.result import Ended, FailedTrial, Goal, SearchResult, Tried
 from prefvec_ray.search.space import Space
+from prefvec_ray.search.surrogate import rank_candidates
 
 GP_OBJECTIVES = 4
 DECIDES = {"trials", "sampler", "answers", "seconds", "patience", "caution", "grid_steps", "limits"}
@@ -157,16 +160,37 @@ class Explorer:
         if self._queue:
             point = self._queue.popleft()
             return self._place(point), point
-        trial = self._study.ask(self._distributions)
-        point = self.space.rounded(trial.params)
         known = [tried.coefficients for tried in self.tried]
         known += [failed.coefficients for failed in self.failed]
         known += [underway for _, underway in self._open.values()]
+        best = self._best_expected(known) if self.sampler == "gp" else None
+        if best is not None:
+            return self._place(best), best
+        trial = self._study.ask(self._distributions)
+        point = self.space.rounded(trial.params)
         if not self.space.near(point, known):
             return trial, point
         self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         point = self.space.between(self._front(), known)
         return self._place(point), point
+
+    def _best_expected(self, known: Sequence[dict[str, float]]) -> dict[str, float] | None:
+        """The setting unlike any of `known` that is expected to enlarge the front most; None before enough is
+        measured."""
+        base = next((tried for tried in self.tried if tried.complete and is_base(tried.coefficients)), None)
+        if base is None or len(self.tried) < startup(len(self.bounds)):
+            return None
+        last = [tried.rungs[-1] for tried in self.tried]
+        ranked_CD = rank_candidates(
+            self.space.units([tried.coefficients for tried in self.tried]),
+            np.array([self.goal.point(evaluation) for evaluation in last]),
+            -np.array([list(self.goal.constraints(evaluation).values()) for evaluation in last]),
+            self.space.units([underway for _, underway in self._open.values()]),
+            self.goal.reference(base.rungs[-1]),
+            seed=random.Random(f"{self.config.seed}/{self._proposed}").getrandbits(31),
+        )
+        points = (self.space.at(units_D) for units_D in ranked_CD)
+        return next((point for point in points if not self.space.near(point, known)), None)
 
     def _place(self, point: dict[str, float], tried: Tried | None = None) -> int:
         """A trial of the study that its sampler did not propose, under way or with what it scored; its number."""
@@ -332,8 +356,6 @@ class Explorer:
         seed, first = self.config.seed + len(self.known), startup(len(self.bounds))
         if self.sampler == "tpe":
             return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=first)
-        if self.sampler == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=first)
         if self.sampler == "nsga2":
             # A few dozen settings are several generations only if a generation is small.
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.config.trials // 4)))

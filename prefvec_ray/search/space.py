@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from prefvec_ray.search.options import Bounds
 from prefvec_ray.search.pareto import Point
@@ -32,6 +33,15 @@ class Space:
             digits = 1 - math.floor(math.log10((high - low) / 2))
             found[name] = min(max(round(setting[name], digits + 1), low), high) + 0.0  # no -0.0
         return found
+
+    def units(self, settings: Sequence[Setting]) -> NDArray[np.float64]:
+        """Coefficients as shares of their ranges, in [0, 1]: one row a setting."""
+        rows = [[setting[name] for name in self.bounds] for setting in settings]
+        return (np.array(rows).reshape(-1, len(self.bounds)) - self._low) / self._width
+
+    def at(self, units: NDArray[np.float64]) -> dict[str, float]:
+        """The setting in round numbers whose coefficients are these shares of their ranges."""
+        return self.rounded(dict(zip(self.bounds, (self._low + self._width * units).tolist(), strict=True)))
 
     def near(self, setting: Setting, others: Iterable[Setting]) -> bool:
         """Whether one of the others is the same setting."""

@@ -14,6 +14,14 @@ def test_settings_are_rounded_within_their_ranges():
     assert str(SPACE.rounded({"a": -0.001, "b": 0.0})["a"]) == "0.0", "not -0.0"
 
 
+def test_settings_as_shares_of_their_ranges_and_back():
+    settings = [{"a": -1.0, "b": 0.5}, {"a": 0.5, "b": 0.1}]
+    units = SPACE.units(settings)
+    assert units.tolist() == [[0.0, 1.0], [0.75, 0.2]]
+    assert [SPACE.at(row) for row in units] == settings
+    assert SPACE.units([]).shape == (0, 2)
+
+
 def test_near_is_a_share_of_each_range():
     assert SPACE.near({"a": 0.5, "b": 0.2}, [{"a": 0.53, "b": 0.205}])
     assert not SPACE.near({"a": 0.5, "b": 0.2}, [{"a": 0.53, "b": 0.22}])
