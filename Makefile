@@ -14,7 +14,7 @@ export NO_MKDOCS_2_WARNING ?= 1
 # Every worker imports the project: without cached bytecode it would compile it each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-padding bench-data bench-search bench-serve bench-ingress load-serve
+.PHONY: env env-vllm demo test test-quick fuzz test-vllm test-real lint docs examples clean help bench-registry bench-merge bench-engine bench-train bench-head bench-padding bench-losses bench-data bench-search bench-serve bench-ingress load-serve
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -106,6 +106,9 @@ bench-padding: env ## What padding costs a DPO run, and what grouping by length 
 
 bench-head: env ## BASE=<folder>: memory and time of log-probs over a large vocabulary, in tiles and all at once
 	$(BIN)/python benchmarks/bench_head.py --base $(BASE)
+
+bench-losses: env ## Which losses' vectors add up: each trained and measured on the tiny world
+	$(BIN)/python benchmarks/bench_losses.py
 
 bench-data: env ## Reading and checking a million preference pairs
 	$(BIN)/python benchmarks/bench_data.py
