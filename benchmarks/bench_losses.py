@@ -5,12 +5,11 @@
 Each loss trains the two preferences of the demo in both polarities, with the demo's recipe. Losses move a model by
 different amounts, so each preference's vector is scaled to the length of sigmoid's before it is used. Then a grid of
 settings is measured on the report prompts. An interrupted benchmark is resumed: a loss is a line of `losses.jsonl`.
-Prints the table of docs/methods.md; a round is a DPO seed.
+Prints a Markdown table; a round is a DPO seed.
 """
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from prefvec_ray.search import Processes, measure
 from prefvec_ray.search.pareto import hypervolume
 from prefvec_ray.training import Watch, train_vectors
 from prefvec_ray.training.recipe import LOSS_TYPES
-from prefvec_ray.vectors import PreferenceVector, load_vector
+from prefvec_ray.vectors import load_vector
+from prefvec_ray.vectors.inspect import cosine, norm
 
 STEPS = 4
 REACH = 2.0
@@ -33,16 +33,6 @@ VALID = 0.9
 PLAIN = "sigmoid"
 FURTHER: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 1e-3}, "robust": {"label_smoothing": 0.1}}
 """What a loss needs beside the demo's recipe."""
-
-
-def dot(a: PreferenceVector, b: PreferenceVector) -> float:
-    return sum(
-        float((a.dense(name).double() * b.dense(name).double()).sum()) for name in set(a.names()) & set(b.names())
-    )
-
-
-def cosine(a: PreferenceVector, b: PreferenceVector) -> float:
-    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
 
 def train(demo: Demo, loss: str, seed: int) -> dict[str, Path]:
@@ -58,8 +48,8 @@ def measured(demo: Demo, folders: dict[str, Path], plain: dict[str, Path], sampl
     """One row of the table: lengths, cosines, and what the settings of the grid score."""
     vectors = {name: load_vector(folder) for name, folder in folders.items()}
     reference = {name: load_vector(folder) for name, folder in plain.items()}
-    lengths = {name: math.sqrt(dot(phi, phi)) for name, phi in vectors.items()}
-    scale = {name: math.sqrt(dot(reference[name], reference[name])) / lengths[name] for name in vectors}
+    lengths = {name: norm(phi) for name, phi in vectors.items()}
+    scale = {name: norm(reference[name]) / lengths[name] for name in vectors}
     points = [i * REACH / (STEPS - 1) for i in range(STEPS)]
     units = [*((a, b) for a in points for b in points), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
     settings = [{name: k * scale[name] for name, k in zip(PREFERENCES, unit, strict=True)} for unit in units]
