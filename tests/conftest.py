@@ -115,6 +115,7 @@ def ray_cluster() -> Iterator[str]:
 
     ray.shutdown()  # a command that a test ran in this process may have started one
     head = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": free_port()}
+    head["include_log_monitor"] = False  # nobody reads what it forwards
     cluster = Cluster(initialize_head=True, head_node_args=head)
     context = ray.init(cluster.address, namespace="prefvec", log_to_driver=False)
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{context.dashboard_url}"  # what a job is submitted to
@@ -133,7 +134,7 @@ def new_cluster() -> Callable[..., AbstractContextManager[Any]]:
         from ray.cluster_utils import Cluster
         from ray.experimental import internal_kv
 
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = Cluster(initialize_head=True, head_node_args={"include_log_monitor": False, **head})
         try:
             yield cluster
         finally:

@@ -6,12 +6,14 @@ nothing in it proves where they come from: the operator says so. What can be see
 
 import re
 from pathlib import Path
-
-from transformers import AutoConfig
+from typing import TYPE_CHECKING
 
 from prefvec_ray.common.errors import InputError
 from prefvec_ray.common.pretrained import from_pretrained
 from prefvec_ray.serving.config import DIGEST
+
+if TYPE_CHECKING:
+    from transformers import AutoConfig
 
 SAME = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """of a model's config: what quantization does not change"""
@@ -48,5 +50,7 @@ def trained_base(base: Path, named: str | None) -> str:
     return fingerprint(named)
 
 
-def _config(folder: Path) -> AutoConfig:
+def _config(folder: Path) -> "AutoConfig":
+    from transformers import AutoConfig  # brings torch too
+
     return from_pretrained(AutoConfig, folder, local_files_only=True)

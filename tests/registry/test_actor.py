@@ -55,7 +55,7 @@ def test_the_same_methods_through_the_actor(
 
 def test_two_actors_cannot_write_to_one_store(client: RegistryClient, root: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is being written to by actor registry-.*use --registry ray:registry-"):
-        start_registry(root, name="second", ttl_s=1.0, settle_s=0.2)
+        start_registry(root, name="second", ttl_s=5.0, settle_s=0.2)
     with pytest.raises(InputError, match="no registry actor 'second'"):
         RegistryClient.connect("second")
     with pytest.raises(InputError, match=r"serves .*store, not .*elsewhere; use that root or another name"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from openai.types import Completion
@@ -275,3 +276,17 @@ def test_a_caller_that_leaves_stops_its_generation(endpoint, stream):
                 client.post("/chat/completions", json=long, timeout=0.3)
     after = wait_until_idle(endpoint)
     assert after["cancelled"] > before["cancelled"]
+
+
+def test_the_front_has_no_torch(endpoint):
+    """It would take it seconds to start, and hundreds of megabytes that no request needs."""
+    endpoint.client.chat.completions.create(**ASK)
+    ours = psutil.Process().children(recursive=True)
+    replicas = [each for each in ours if "ServeReplica" in " ".join(each.cmdline())]
+    with_torch = {
+        each.cmdline()[0].split(":")[-1].partition(".")[0].partition("-")[0]: any(
+            "libtorch" in part.path for part in each.memory_maps()
+        )
+        for each in replicas
+    }
+    assert with_torch == {"front": False, "replica": True}

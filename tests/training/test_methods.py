@@ -1,5 +1,7 @@
 """Methods of training in one process: losses, LoRA, precision. Several workers: test_methods_workers.py."""
 
+import gc
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from trl import DPOConfig
 
 from prefvec_ray.artifacts.training import Method, RunResult, Watch
@@ -84,25 +87,29 @@ def test_a_run_does_not_depend_on_what_its_process_did_before(run, kind):
 def test_lora_runs_of_a_node_share_the_pages_of_their_base(scored, tmp_path):
     """A frozen base that is computed in the dtype of its files is those files, mapped: no run has a copy of its own."""
     weights = Path(scored["spec"].base) / "model.safetensors"
-    copied: list[tuple[int, int]] = []
+    with safe_open(weights, "pt") as file:
+        sizes = [math.prod(file.get_slice(name).get_shape()) * 4 for name in file.keys()]  # noqa: SIM118
+    seen: list[tuple[int, int]] = []
 
     def look(values: dict[str, Any]) -> None:
-        """Bytes of the file that this process maps, and of these what it has copied to write to."""
-        mapped = anonymous = 0
-        inside = False
+        """Bytes of the frozen parameters that lie in the mapped file, and bytes of the file that are copied."""
+        copied, inside = 0, False
+        ranges: list[range] = []
         for line in Path("/proc/self/smaps").read_text().splitlines():
-            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
                 inside = line.endswith(str(weights))
-            elif inside and line.startswith(("Rss:", "Anonymous:")):
-                size = int(line.split()[1]) * 1024
-                mapped, anonymous = (mapped + size, anonymous) if line[0] == "R" else (mapped, anonymous + size)
-        copied.append((mapped, anonymous))
+                if inside:
+                    ranges.append(range(int(found[1], 16), int(found[2], 16)))
+            elif inside and line.startswith("Anonymous:"):
+                copied += int(line.split()[1]) * 1024
+        frozen = {each.data_ptr(): each for each in gc.get_objects() if type(each) is torch.nn.Parameter}
+        mapped = [each.nbytes for start, each in frozen.items() if any(start in each for each in ranges)]
+        seen.append((sum(mapped), copied))
 
     changes = {**UNWATCHED, "method": Method(kind="lora"), "out": str(tmp_path / "run")}
     run_dpo(scored["spec"].model_copy(update=changes), look, tmp_path / "work")
-    assert copied
-    assert all(mapped >= weights.stat().st_size for mapped, _ in copied)
-    assert all(anonymous == 0 for _, anonymous in copied)
+    assert seen
+    assert set(seen) == {(sum(sizes), 0)}
 
 
 def test_the_losses_are_all_that_trl_has():

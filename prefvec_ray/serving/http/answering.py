@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
+from starlette.types import Receive, Scope, Send
 
 from prefvec_ray.serving.access.errors import ApiError, explained, one_line
 from prefvec_ray.serving.http.admission import AdmittedRequest
@@ -58,6 +59,25 @@ class Exchange:
         return answer
 
 
+class EventStream(StreamingResponse):
+    """The first of server-sent events, then the rest. However the sending ends, `rest` is closed at once: Starlette
+    leaves it to the garbage collector where a caller that hangs up interrupts a `send`."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], headers: Mapping[str, str]):
+        self._rest = rest
+        super().__init__(_begun(first, rest), 200, {**headers, **SSE_HEADERS}, "text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with contextlib.aclosing(self._rest):
+            await super().__call__(scope, receive, send)
+
+
+async def _begun(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in rest:
+        yield part
+
+
 class Answering:
     """Has the replicas answer admitted requests."""
 
@@ -73,8 +93,7 @@ class Answering:
             return Response(await self._whole(exchange), 200, exchange.headers, "application/json")
         events = await self._begin(exchange)
         # Begun here, so that it also ends, and its work with it, where the caller has gone before the first byte.
-        parts = _begun(await anext(events), events)
-        return StreamingResponse(parts, 200, exchange.headers | SSE_HEADERS, "text/event-stream")
+        return EventStream(await anext(events), events, exchange.headers)
 
     async def _whole(self, exchange: Exchange) -> bytes:
         """The answer as JSON, counted and charged."""
@@ -139,13 +158,3 @@ def stop(call: DeploymentResponse[Any] | DeploymentResponseGenerator[Any]) -> No
     """End a call's work on its replica. Where no replica took the call, `cancel` raises the reason once more."""
     with contextlib.suppress(RayServeException, RayError):
         call.cancel()
-
-
-async def _begun(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """All of a stream whose first part was taken already."""
-    try:
-        yield first
-        async for part in rest:
-            yield part
-    finally:
-        await rest.aclose()

@@ -259,29 +259,33 @@ def test_prompts_that_do_not_fit(client, endpoint):
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_stops_the_work_and_is_charged_for_it(endpoint, tokenizer, stream):
     secret = endpoint.key(f"leaves {stream}", tokens_per_minute=100_000)
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 200, "n": 8, "logit_bias": {"4": -100}, "stream": stream}
+    prompt = tokenizer(PROMPT)["input_ids"]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 350, "n": 20, "logit_bias": {"4": -100}, "stream": stream}
     small = {"model": "tiny", "prompt": [5], "max_tokens": 1}
     head = ["POST /v1/completions HTTP/1.1", "host: here", f"authorization: Bearer {secret}"]
     head += ["content-type: application/json", f"content-length: {len(json.dumps(body))}", "", ""]
 
     asked = 0
 
-    def left() -> int:  # what it would be without the small requests that ask for it
+    def used() -> int:  # what it would be without the small requests that ask for it
         nonlocal asked
         answer = endpoint.post(small, "/completions", authorization=f"Bearer {secret}")
         asked += 2
-        return int(answer.headers["x-ratelimit-remaining-tokens"]) + asked
+        return 100_000 - int(answer.headers["x-ratelimit-remaining-tokens"]) - asked
 
-    before, cancelled = left(), endpoint.status()["cancelled"]
+    assert used() == 0
+    before = endpoint.status()
     address = urlsplit(endpoint.url)
     with socket.create_connection((address.hostname, address.port), timeout=60) as caller:
         caller.sendall("\r\n".join(head).encode() + json.dumps(body).encode())
         until(lambda: endpoint.status()["running"])
-        left()  # a step of the engine, which generates for both
+        assert used(), "a step of the engine, which generates for both"
     until(lambda: not endpoint.status()["running"])
-    assert endpoint.status()["cancelled"] == cancelled + 1
-    until(lambda: before - left() < 8 * 200)  # charged in full until the replica has told what it spent
-    assert before - left() > len(tokenizer(PROMPT)["input_ids"]), "the prompt, and what was generated"
+    after = endpoint.status()
+    assert after["cancelled"] == before["cancelled"] + 1
+    generated = after["tokens"] - before["tokens"] - 1
+    assert 0 < generated < 20 * 350
+    until(lambda: used() == len(prompt) + generated)  # charged in full until the replica has told what it spent
 
 
 def test_vectors_move_and_running_answers_keep_theirs(endpoint, settings, client, tmp_path):
